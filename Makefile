@@ -1,0 +1,41 @@
+# Both main commands set everything up by themselves: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint format clean
+help:
+	@echo "make demo    set up, train a model on handwritten digits, evaluate it and draw samples into runs/digits (minutes)"
+	@echo "make test    set up and run all tests (minutes)"
+	@echo "make lint    check style and types"
+	@echo "make format  put the code into standard form"
+	@echo "make clean   remove the virtual environment and caches; runs stay"
+
+# torch first: its CPU build is chosen by the pin, and nothing after it may replace it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/ndm train --config configs/digits.yaml --out runs/digits
+	$(BIN)/ndm evaluate runs/digits --split test --json runs/digits/evaluation.json
+	$(BIN)/ndm sample runs/digits --n 64 --method ancestral --steps 250 --seed 1 --out runs/digits/samples-ancestral.png
+
+# One thread a process: two processes with two threads each are ten times slower on two cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/ndm.egg-info

@@ -1,0 +1,78 @@
+"""The command line: ``ndm train``, ``ndm sample``, ``ndm evaluate``.
+
+Each command is a typed function in :mod:`ndm.commands`; its arguments and their help come from its signature. Bad input ends in one line
+on standard error and exit code 2, an interruption in exit code 130. Anything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ndm.errors import MissingExtraError, UserError
+
+COMMANDS = {
+    "train": "train a model on your data, or go on with an interrupted run",
+    "sample": "draw samples from a trained run",
+    "evaluate": "measure the bound of a trained run on a split of its data",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words after ``ndm``; those of this process by default.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"ndm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nndm: interrupted; a training run goes on from its last checkpoint when the same command is given again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `ndm ... | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="ndm",
+        description="Neural Diffusion Models: train, sample and evaluate diffusion models that learn their forward process.",
+        epilog=f"commands:\n{listing}\n\nndm COMMAND --help tells more. Start with: ndm train --config configs/digits.yaml --out runs/digits",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="ndm [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="store_true", help="show the versions of ndm and PyTorch")
+    if not words or words[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0 if words else 2
+    if words[0] == "--version":
+        import torch
+
+        import ndm
+
+        print(f"ndm {ndm.__version__}, torch {torch.__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UserError(f"{words[0]!r} is not a command; choose one of {', '.join(COMMANDS)}, or see ndm --help")
+    try:
+        import jsonargparse  # noqa: F401
+        import lightning  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(error.name or "lightning", "train") from error
+    from ndm.commands import run_command  # here, since Lightning takes seconds to import
+
+    run_command(words[0], words[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+r"""Data sets as float32 tensors x, discrete ones on the grid of the decoder and continuous ones standardised: x = (v - b)/a.
+
+==============================================================  =================================================================
+source                                                          data
+==============================================================  =================================================================
+:class:`Mixture`, :class:`Checkerboard`, :class:`TwoMoons`,     samples of known densities
+:class:`Pinwheel`
+:class:`Digits`                                                 handwritten digits of scikit-learn, 8 x 8, 17 levels
+:class:`MNIST`                                                  IDX files of MNIST and its relatives, 256 levels
+:class:`ImageFolder`                                            image files, with or without subfolders of classes, 256 levels
+:class:`Table`                                                  ``.npy``, ``.npz``, ``.csv`` and ``.parquet`` files
+:class:`HuggingFace`                                            data sets of the hub: images, or columns of numbers
+==============================================================  =================================================================
+
+Each is a :class:`DataSource`: ``describe()`` says what the data are, ``split("train")`` gives the examples.
+"""
+
+from ndm.data.digits import Digits
+from ndm.data.folder import ImageFolder
+from ndm.data.huggingface import HuggingFace
+from ndm.data.mnist import MNIST
+from ndm.data.source import DataDescription, DataSource, EventDataset, Loaded, keep_batch
+from ndm.data.table import Table
+from ndm.data.toy import Checkerboard, Mixture, Pinwheel, ToySource, TwoMoons
+
+__all__ = [
+    "MNIST",
+    "Checkerboard",
+    "DataDescription",
+    "DataSource",
+    "Digits",
+    "EventDataset",
+    "HuggingFace",
+    "ImageFolder",
+    "Loaded",
+    "Mixture",
+    "Pinwheel",
+    "Table",
+    "ToySource",
+    "TwoMoons",
+    "keep_batch",
+]

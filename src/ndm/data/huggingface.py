@@ -1,0 +1,159 @@
+r"""Data sets of the Hugging Face hub, or local folders in its formats (Parquet, CSV, image folders).
+
+.. math::
+    \text{images: } x = (2k + 1)/256 - 1, \qquad \text{columns of numbers: } x_i = (v_i - b_i)/a_i .
+
+Needs the extra ``hub``. The checksum is of the images' own bytes or the columns' values, so it does not depend on a cache or on the
+version of any library. Images are decoded when needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ndm.data.arrays import check_values, continuous
+from ndm.data.extras import require
+from ndm.data.images import EncodedImages, check_image_arguments, encoded, size_words
+from ndm.data.source import DataSource, Loaded, check_classes
+from ndm.data.table import arrow_columns
+from ndm.errors import UserError, describe_value
+
+
+class ColumnImages(EncodedImages):
+    """A split of images held in a column of a data set.
+
+    Args:
+        dataset: a ``datasets.Dataset`` with one column, of undecoded images.
+        name: of the data set and split, for messages.
+        channels: 1 for grey, 3 for colour.
+        size: side of the centre square, or None.
+        labels: class index of each example, or None.
+    """
+
+    def __init__(self, dataset: Any, name: str, channels: int, size: int | None, labels: np.ndarray | None):
+        super().__init__(channels, size, labels)
+        self.dataset = dataset
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}: image {index}"
+
+    def read(self, index: int) -> bytes:
+        (image,) = self.dataset[index].values()
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise OSError("it is empty")
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+class HuggingFace(DataSource):
+    """A data set of the hub: an image column, ``(channels, height, width)``, 256 levels, or columns of numbers, ``(D,)``.
+
+    Args:
+        name: of the data set on the hub (``owner/name``), or a local folder.
+        image_column: the column of images; None together with ``columns``.
+        columns: columns of numbers, taken as continuous and standardised by the train split.
+        config: configuration of the data set, when it has several.
+        revision: commit, tag or branch on the hub; a commit pins the data.
+        splits: our name of each split -> its name in the data set.
+        channels: 1 for grey, 3 for colour; images are converted.
+        size: cut every image to its centre square and scale it to this side. When not given, all images must have one size.
+        label_column: column of the classes, each of which must occur in every split; not checked when not given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_column: str | None = "image",
+        columns: Sequence[str] | None = None,
+        config: str | None = None,
+        revision: str | None = None,
+        splits: Mapping[str, str] | None = None,
+        channels: int = 3,
+        size: int | None = None,
+        label_column: str | None = None,
+    ):
+        check_image_arguments(channels, size)
+        if (image_column is None) == (not columns) or isinstance(columns, str):
+            given = f"image_column={describe_value(image_column)} and columns={describe_value(columns)}"
+            raise UserError(f"{given}: give the name of one column of images, or a list of columns of numbers and image_column=None")
+        if splits is not None and (not splits or "train" not in splits):
+            example = {"train": "train", "test": "test"}
+            raise UserError(f"splits={describe_value(splits)}: give a mapping with 'train' in it, for example {example}")
+        self.name = name
+        self.image_column = image_column
+        self.columns = columns
+        self.config = config
+        self.revision = revision
+        self.splits = splits
+        self.channels = channels
+        self.size = size
+        self.label_column = label_column
+
+    def load(self) -> Loaded:
+        require("datasets", "datasets", "hub")
+        import datasets
+
+        tables: dict[str, Any] = {}
+        for split, theirs in (self.splits or {"train": "train", "test": "test"}).items():
+            try:
+                tables[split] = datasets.load_dataset(self.name, self.config, split=theirs, revision=self.revision)
+            except Exception as error:  # the client raises errors of many libraries, all about the name, the network or the files
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                mend = "check name, config, revision and splits, and the network"
+                raise UserError(f"split {theirs!r} of data set {self.name!r} cannot be loaded; {mend} ({text[:300]})") from error
+        wanted = [column for column in (self.image_column, *(self.columns or ()), self.label_column) if column is not None]
+        for split, table in tables.items():
+            for column in wanted:
+                if column not in table.column_names:
+                    have = ", ".join(table.column_names)
+                    raise UserError(f"{self.name}: split {split!r} has no column {column!r}; its columns are: {have}")
+            if len(table) == 0:
+                raise UserError(f"{self.name}: split {split!r} is empty; choose other splits with splits=")
+        name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        version = ", ".join(
+            f"{key} {value}" for key, value in (("config", self.config), ("revision", self.revision or "not pinned")) if value is not None
+        )
+        labels, classes = self._labels(tables, datasets) if self.label_column else ({}, [])
+        if self.columns:
+            arrays = {}
+            for split, table in tables.items():
+                where = f"{self.name}: split {split!r}"
+                arrays[split], names = arrow_columns(table.select_columns(list(self.columns)).with_format("arrow")[:], self.columns, where)
+                check_values(arrays[split], where, names)
+            return continuous(name, f"{version}, columns {' '.join(self.columns)}", arrays, True, dimension_names=list(self.columns))
+        splits = {}
+        for split, table in tables.items():
+            try:
+                images = table.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
+            except (ValueError, TypeError, NotImplementedError) as error:  # Arrow's errors are among these
+                kind = describe_value(table.features[self.image_column])
+                raise UserError(f"{self.name}: column {self.image_column!r} holds no images but {kind}; choose image_column=") from error
+            splits[split] = ColumnImages(images, f"{self.name}: split {split!r}", self.channels, self.size, labels.get(split))
+        return encoded(name, version + size_words(self.size), splits, classes)
+
+    def _labels(self, tables: Mapping[str, Any], datasets: Any) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Split -> class index of each example, and the classes: those declared, or those that occur when the column declares none."""
+        column = str(self.label_column)
+        values = {split: table.select_columns([column]).with_format("arrow")[:][column].to_pylist() for split, table in tables.items()}
+        feature = tables["train"].features[column]
+        if isinstance(feature, datasets.ClassLabel):
+            classes = list(feature.names)
+            allowed = dict(zip(range(len(classes)), range(len(classes)), strict=True))
+        else:
+            found = sorted({value for part in values.values() for value in part if value is not None})
+            classes, allowed = [str(value) for value in found], {value: index for index, value in enumerate(found)}
+        for split, part in values.items():
+            wrong = [row for row, value in enumerate(part) if value not in allowed]
+            if wrong:
+                raise UserError(
+                    f"{self.name}: split {split!r}, row {wrong[0]} (the first is 0), column {column!r} holds {part[wrong[0]]!r}, which is "
+                    f"none of the {len(classes)} classes; choose another split, or leave label_column out"
+                )
+        indices = {split: np.array([allowed[value] for value in part]) for split, part in values.items()}
+        check_classes(indices, classes, self.name, "choose other splits with splits=, or leave label_column out")
+        return indices, classes

@@ -1,0 +1,313 @@
+r"""Data sources: what a data set is, and how its values reach the model.
+
+.. math::
+    \text{discrete: } x = (2k + 1)/L - 1, \quad k = v - v_{\min} \in \{0, \dots, L - 1\}, \qquad
+    \text{continuous: } x = (v - b)/a \;\Rightarrow\; -\log p(v) = -\log p(x) + \textstyle\sum_i \log a_i .
+
+v is a value in the source's own units, x what the model sees. Integers lie on the centres of L equal bins of [-1, 1], the grid of
+:class:`ndm.decoder.DiscretizedGaussian`; a probability of integers needs no constant. Continuous values may be standardised, and then
+the sum of log a_i moves the negative log-likelihood, in nats, back to the units of v.
+
+A source only keeps its arguments when it is built; the first ``describe()`` or ``split()`` reads the data. Splits that a source makes
+itself are drawn class by class with a fixed seed, and the description carries a checksum, so two runs can be compared.
+"""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ndm.decoder import bin_centers
+from ndm.errors import UserError, describe_value
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """What a data set is, recorded with each run.
+
+    ``sha256`` is taken over the splits in the order of ``splits``: of each its name, then its examples in order. Arrays in memory
+    enter as dtype, shape and little-endian bytes in C order (integers 0 ... levels-1 as uint8, or int32 above 256 levels; continuous
+    values as float64 in the source's own units); images that stay encoded enter as the SHA-256 of each file's bytes.
+    """
+
+    name: str
+    """Short name of the data."""
+    version: str
+    """Which release, and how it was split and prepared."""
+    kind: Literal["image", "vector"]
+    """``image`` when an example is (channels, height, width), otherwise ``vector``."""
+    event_shape: tuple[int, ...]
+    """Shape of one example."""
+    levels: int | None
+    """Number of integer values of discrete data; None for continuous data."""
+    low: float | None
+    """Least value, in the source's own units; None when not declared."""
+    high: float | None
+    """Greatest value, in the source's own units; None when not declared."""
+    splits: dict[str, int]
+    """Number of examples of each split."""
+    sha256: str
+    """Checksum of the content, as defined above."""
+    classes: tuple[str, ...] = ()
+    """Declared classes of labelled data; each occurs in every split."""
+    offset: tuple[float, ...] = field(default=(), repr=False)
+    """b of each dimension (of the flattened example), when standardised."""
+    scale: tuple[float, ...] = field(default=(), repr=False)
+    """a of each dimension (of the flattened example), when standardised."""
+
+    @property
+    def log_scale(self) -> float:
+        """Sum of log a_i: nats per example to add to a negative log-likelihood of x to have that of v."""
+        return math.fsum(math.log(value) for value in self.scale)
+
+    def to_source_units(self, x: Tensor) -> Tensor:
+        """V of x ``(..., *event)``, in the shape and dtype of x: standardisation undone, or low + integer level of discrete data."""
+        if self.levels is not None:
+            return (from_grid(x, self.levels) + (self.low or 0.0)).to(x.dtype)
+        if not self.scale:
+            return x
+        offset, scale = (
+            torch.tensor(values, dtype=torch.float64, device=x.device).reshape(self.event_shape) for values in (self.offset, self.scale)
+        )
+        return (x.double() * scale + offset).to(x.dtype)
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields as data that JSON can hold."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields_of: object) -> "DataDescription":
+        """The description that :meth:`to_dict` wrote.
+
+        Raises:
+            UserError: it is not one.
+        """
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields_of).items()})  # type: ignore[call-overload]
+        except (TypeError, ValueError) as error:
+            raise UserError("the model carries no description of its data; save it with info={'data': description.to_dict()}") from error
+
+
+class EventDataset(Dataset[Tensor], ABC):
+    """One split: examples by number, single ``(*event)`` or a batch ``(B, *event)``, float32.
+
+    ``__getitems__`` answers a whole batch at once, so a ``DataLoader`` takes ``collate_fn=keep_batch``.
+    """
+
+    labels: Tensor | None = None
+    """Class index of each example, int64, or None."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """The examples ``indices``, ``(B, *event)``, float32."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self.__getitems__([index % len(self)])[0]
+
+
+def keep_batch(batch: Tensor) -> Tensor:
+    """The ``collate_fn`` for an :class:`EventDataset`, whose batches are stacked already."""
+    return batch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source has after reading its data."""
+
+    description: DataDescription
+    splits: dict[str, EventDataset]
+
+
+class DataSource(ABC):
+    """A data set. A kind of source implements :meth:`load`; everything else is the same for all.
+
+    Sources can be pickled; the data do not travel along but are read again where they are needed.
+    """
+
+    _loaded: Loaded | None = None
+
+    @abstractmethod
+    def load(self) -> Loaded:
+        """Read the data and check them; called once, by the first ``describe()`` or ``split()``.
+
+        Raises:
+            UserError: the data are missing, damaged or not what was declared.
+        """
+
+    def describe(self) -> DataDescription:
+        """What the data are; reads them when not yet read."""
+        return self._content().description
+
+    def split(self, name: str) -> EventDataset:
+        """The examples of one split.
+
+        Raises:
+            UserError: there is no split of this name.
+        """
+        content = self._content()
+        if name not in content.splits:
+            have = ", ".join(content.splits)
+            raise UserError(f"{content.description.name} has no split {describe_value(name)}; its splits are: {have}")
+        return content.splits[name]
+
+    def integers(self, x: Tensor) -> Tensor:
+        """Nearest integer levels 0 ... levels-1 of values on (or near) the grid, int64, in the shape of x.
+
+        Raises:
+            UserError: the data are continuous.
+        """
+        description = self.describe()
+        if description.levels is None:
+            raise UserError(f"{description.name} is continuous and has no integer levels; use to_source_units(x)")
+        return from_grid(x, description.levels)
+
+    def to_source_units(self, x: Tensor) -> Tensor:
+        """V of x ``(..., *event)``: see :meth:`DataDescription.to_source_units`."""
+        return self.describe().to_source_units(x)
+
+    def _content(self) -> Loaded:
+        if self._loaded is None:
+            self._loaded = self.load()
+        return self._loaded
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_loaded"}
+
+
+def to_grid(levels_of_x: Tensor, levels: int) -> Tensor:
+    """Integer levels 0 ... levels-1 to their bin centres in [-1, 1], float32."""
+    return bin_centers(levels).float()[levels_of_x.long()]
+
+
+def from_grid(x: Tensor, levels: int) -> Tensor:
+    """Nearest integer level of each value, int64: the inverse of :func:`to_grid`."""
+    return (((x.double() + 1) * levels - 1) / 2).round().clamp(0, levels - 1).long()
+
+
+def split_by_class(labels: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a fixed train/test split with the same fraction of every class.
+
+    Args:
+        labels: class index of each example, ``(N,)``; all zero for data without classes.
+        test_fraction: part of each class that goes to the test split, rounded to whole examples.
+        seed: of the draw.
+
+    Returns:
+        The indices of the train and of the test examples, each increasing.
+    """
+    generator = np.random.default_rng(seed)
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        test[members[: math.floor(len(members) * test_fraction + 0.5)]] = True
+    return np.flatnonzero(~test), np.flatnonzero(test)
+
+
+def check_classes(labels: Mapping[str, np.ndarray], classes: Sequence[str], name: str, mend: str) -> None:
+    """Check that every declared class occurs in every split.
+
+    Args:
+        labels: split -> index into ``classes`` of each example.
+        classes: the declared classes.
+        name: of the data, for the message.
+        mend: how to mend a missing class, for the message.
+
+    Raises:
+        UserError: a class is missing; the message names split and class.
+    """
+    for split, values in labels.items():
+        missing = [classes[int(index)] for index in np.flatnonzero(np.bincount(values, minlength=len(classes)) == 0)]
+        if missing:
+            word = "class" if len(missing) == 1 else "classes"
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise UserError(f"{name}: split {split!r} has no example of {word} {shown} of the {len(classes)} declared; {mend}")
+
+
+def draw_split(labels: np.ndarray, classes: Sequence[str], name: str, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """Draw train and test with :func:`split_by_class`, and check that neither is empty nor lacks a class.
+
+    Args:
+        labels: class index of each example, ``(N,)``; all zero for data without classes.
+        classes: the declared classes, or none.
+        name: of the data, for messages.
+        test_fraction: part of each class that goes to the test split.
+        seed: of the draw.
+
+    Returns:
+        Split -> indices of its examples.
+
+    Raises:
+        UserError: a split is empty, or lacks a class.
+    """
+    train, test = split_by_class(labels, test_fraction, seed)
+    parts = {"train": train, "test": test}
+    mend = f"give more examples, or change test_fraction={test_fraction:g}"
+    if classes:
+        check_classes({split: labels[part] for split, part in parts.items()}, classes, name, mend)
+    for split, part in parts.items():
+        if not len(part):
+            raise UserError(f"{name}: the {split} split of {len(labels)} examples would be empty; {mend}")
+    return parts
+
+
+def check_split_arguments(test_fraction: float, seed: int) -> None:
+    """Check the two arguments of a split drawn by us.
+
+    Raises:
+        UserError: ``test_fraction`` is not inside (0, 1), or ``seed`` is not a whole number of at least 0.
+    """
+    if not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
+        raise UserError(f"test_fraction={describe_value(test_fraction)}: give a number between 0 and 1, for example 0.2")
+    check_whole("seed", seed, 0)
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Check that an argument is a whole number of at least ``least``.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}={describe_value(value)}: give a whole number of at least {least}")
+
+
+def split_words(test_fraction: float, seed: int) -> str:
+    """How a split was drawn, for the version of a description: ``80/20 split, seed 0``."""
+    return f"{100 * (1 - test_fraction):g}/{100 * test_fraction:g} split, seed {seed}"
+
+
+class ContentHash:
+    """The checksum that :class:`DataDescription` defines."""
+
+    def __init__(self):
+        self._hash = hashlib.sha256()
+
+    def split(self, name: str) -> None:
+        """Begin a split."""
+        self._hash.update(f"split {name}\n".encode())
+
+    def array(self, values: np.ndarray) -> None:
+        """Add the examples of a split held in one array ``(N, *event)``."""
+        values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+        self._hash.update(f"{values.dtype.name} {values.shape}\n".encode())
+        self._hash.update(values.data if values.size else b"")
+
+    def digest(self, sha256: bytes) -> None:
+        """Add one example by the SHA-256 of its encoded bytes."""
+        self._hash.update(sha256)
+
+    def hexdigest(self) -> str:
+        """The checksum so far, 64 hexadecimal digits."""
+        return self._hash.hexdigest()

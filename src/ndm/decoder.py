@@ -1,0 +1,119 @@
+r"""Decoders p(x|z_0): from the first latent to the data.
+
+.. math::
+    m = z_0 / \alpha_0, \qquad
+    \text{discretised: } p(x = l_i | z_0) = \operatorname{softmax}_i \bigl(-(m - l_i)^2 / (2 e^{\gamma_0})\bigr) \text{ per dimension}, \qquad
+    \text{Gaussian: } p(x|z_0) = N(m, e^{\gamma_0} I) .
+
+The discretised decoder gives probabilities of values on a grid, so its bound is on the scale of the original integers whatever range
+the grid is stored in: nats/(D ln 2) are bits per dimension with no further constant. The Gaussian decoder gives densities, and they
+change with the scale of x. Source: VDM (Kingma et al. 2021), equation 8 and appendix; NDM section 3.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.ops import sum_event
+from ndm.schedule import NoiseLevel
+
+
+def bin_centers(levels: int) -> Tensor:
+    """The centres of ``levels`` equal bins of [-1, 1], float64: where integer data 0 ... levels-1 lie."""
+    return (2 * torch.arange(levels, dtype=torch.float64) + 1) / levels - 1
+
+
+class Decoder(nn.Module, ABC):
+    """p(x|z_0), an interface of two methods."""
+
+    discrete: bool
+    """Whether ``log_prob`` is a probability (discrete data) rather than a density."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """log p(x|z_0), nats, ``(B,)``, for ``x`` and ``z`` ``(B, *event)`` and the level at t = 0."""
+
+    @abstractmethod
+    def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
+        """Draw x from p(x|z_0), ``(B, *event)``."""
+
+
+class GaussianDecoder(Decoder):
+    """p(x|z_0) = N(z_0/alpha_0, exp(gamma_0) I), for continuous data."""
+
+    discrete = False
+
+    def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        at = level.expand(z)
+        log_scale = torch.log(at.sigma) - torch.log(at.alpha)
+        standardised = (x - z / at.alpha) * torch.exp(-log_scale)
+        return sum_event(-0.5 * standardised**2 - log_scale - 0.5 * math.log(2 * math.pi))
+
+    def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
+        at = level.expand(z)
+        noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return z / at.alpha + at.sigma / at.alpha * noise
+
+
+class DiscretizedGaussian(Decoder):
+    """A softmax over a grid of values in every dimension, for integer data of any bit depth.
+
+    Args:
+        levels: an integer n for the centres of n equal bins of [-1, 1] (256 for 8-bit images), or the grid of values itself,
+            increasing, at least two. Data handed to the model must lie on the grid.
+    """
+
+    discrete = True
+
+    def __init__(self, levels: int | Sequence[float] = 256):
+        super().__init__()
+        values = bin_centers(levels) if isinstance(levels, int) else torch.tensor(list(levels), dtype=torch.float64)
+        if len(values) < 2 or bool((values.diff() <= 0).any()) or not bool(values.isfinite().all()):
+            raise UserError(f"levels={levels!r}: give an integer of at least 2, or at least two finite values in increasing order")
+        self.levels = levels if isinstance(levels, int) else [float(value) for value in levels]
+        self.register_buffer("values", values, persistent=False)
+
+    values: Tensor
+
+    def grid(self, like: Tensor) -> Tensor:
+        """The grid of values in the dtype and on the device of ``like``; ``(L,)``."""
+        return self.values.to(device=like.device, dtype=like.dtype)
+
+    def index(self, x: Tensor) -> Tensor:
+        """Index of each value of ``x`` on the grid, int64, in the shape of x.
+
+        Raises:
+            UserError: a value lies off the grid by more than a hundredth of the gap to its neighbour.
+        """
+        grid = self.grid(x)
+        index = torch.bucketize(x, (grid[1:] + grid[:-1]) / 2)
+        away = (x - grid[index]).abs()
+        if not bool((away <= 0.01 * grid.diff().min()).all()):
+            worst = int(away.nan_to_num(nan=math.inf).argmax())
+            raise UserError(
+                f"a data value {float(x.flatten()[worst]):g} is not on the decoder's grid of {len(grid)} values from {float(grid[0]):g} to "
+                f"{float(grid[-1]):g}; scale the data to the grid, or give the decoder the levels of the data"
+            )
+        return index
+
+    def logits(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Log-probabilities of every level; ``(B, *event, L)``, nats."""
+        at = level.expand(z)
+        grid = self.grid(z)
+        standardised = (z / at.alpha)[..., None] - grid
+        return torch.log_softmax(-0.5 * (standardised * (at.alpha / at.sigma)[..., None]) ** 2, dim=-1)
+
+    def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        chosen = self.logits(z, level).gather(-1, self.index(x)[..., None])
+        return sum_event(chosen[..., 0])
+
+    def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
+        probabilities = self.logits(z, level).exp().flatten(0, -2)
+        index = torch.multinomial(probabilities, 1, generator=generator)
+        return self.grid(z)[index].reshape(z.shape)
+
+

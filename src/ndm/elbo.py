@@ -1,0 +1,142 @@
+r"""The variational bound, term by term and example by example.
+
+.. math::
+    -\log p(x) \le \underbrace{KL(q(z_1|x)\,\|\,N(0,I))}_{\text{prior}} + L_{\text{diffusion}}
+                   + \underbrace{E_{q(z_0|x)}[-\log p(x|z_0)]}_{\text{reconstruction}}
+
+Discrete time, T steps, s = (i-1)/T, t = i/T (NDM, Algorithm 1):
+
+.. math::
+    L_{\text{diffusion}} = T\, E_i \frac{\|\Delta\mu\|^2}{2 v}, \qquad
+    \Delta\mu = (\alpha_s - k\alpha_t)\,\Delta F_t + \alpha_s (\Delta F_s - \Delta F_t), \qquad \Delta F_t = F(x,t) - F(\hat x,t)
+
+Continuous time (NDM, section 3.3; any eta, ours):
+
+.. math::
+    L_{\text{diffusion}} = E_t\, \frac{e^{-\gamma}\gamma'}{2\eta^2}
+        \Bigl\| \Delta\dot F / \gamma' - \tfrac12 (1 + \eta^2)\, \Delta F \Bigr\|^2, \qquad \Delta\dot F = \partial_t \Delta F
+
+The sign between the two is minus: at eta = 1 the target of the reverse process is F - dF/dgamma. With F = x this is VDM's loss. All three
+terms carry gradients for phi: leaving the prior or the reconstruction out, or reweighting the diffusion term, lets F collapse.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ndm.decoder import Decoder
+from ndm.errors import UserError
+from ndm.forward import ForwardProcess, posterior_coefficients
+from ndm.ops import event_size, expand, sum_event
+from ndm.predictor import Predictor
+from ndm.times import TimeDraw
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The terms of the negative evidence lower bound of each example: ``(B,)`` tensors, nats."""
+
+    prior: Tensor
+    diffusion: Tensor
+    reconstruction: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound itself: an estimate whose expectation is at least -log p(x); ``(B,)``, nats."""
+        return self.prior + self.diffusion + self.reconstruction
+
+    def terms(self) -> dict[str, Tensor]:
+        """The terms and their sum by name."""
+        return {"prior": self.prior, "diffusion": self.diffusion, "reconstruction": self.reconstruction, "nelbo": self.total}
+
+
+def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
+    """Nats per example to bits per dimension: nats/(D ln 2)."""
+    return nats / (dims * math.log(2))
+
+
+def prior_term(process: ForwardProcess, x: Tensor) -> Tensor:
+    """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats."""
+    level = process.level(1.0, x)
+    signal = sum_event((expand(level.alpha, x) * process.transform(x, level)) ** 2)
+    # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
+    log_variance = 2 * torch.log(level.sigma)
+    return 0.5 * (signal + event_size(x) * (torch.expm1(log_variance) - log_variance))
+
+
+def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor) -> Tensor:
+    """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats."""
+    level = process.level(0.0, x)
+    transformed = x if process.transform.data_at_zero else process.transform(x, level)
+    return -decoder.log_prob(x, process.marginal_of(transformed, level).sample(noise), level)
+
+
+def discrete_diffusion(
+    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, steps: int, eta: float = 1.0
+) -> Tensor:
+    """T ||Δmu||²/(2v) at the step that contains u, ``(B,)``, nats: unbiased for the sum over steps when u is uniform.
+
+    Args:
+        process: the forward process.
+        predictor: x̂.
+        x: data ``(B, *event)``.
+        u: uniform numbers in [0, 1), ``(B,)``; the step is floor(uT) + 1.
+        noise: standard normal ``(B, *event)``.
+        steps: T.
+        eta: of the posterior; positive, since the bound of DDIM (eta = 0) is infinite.
+    """
+    step = torch.floor(u * steps).clamp(max=steps - 1)
+    s, t = process.schedule(step / steps), process.schedule((step + 1) / steps)
+    true_s, true_t = process.transform.at_both(x, s, t)
+    guess = predictor(process.marginal_of(true_t, t).sample(noise), t)
+    guess_s, guess_t = process.transform.at_both(guess, s, t)
+    difference_s, difference_t = true_s - guess_s, true_t - guess_t
+    at_s = s.expand(x)
+    coefficients = posterior_coefficients(at_s, t.expand(x), eta)
+    mean = coefficients.target_weight * difference_t + at_s.alpha * (difference_s - difference_t)
+    return steps * sum_event(mean**2 / (2 * coefficients.variance))
+
+
+def continuous_diffusion(
+    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: float = 1.0
+) -> Tensor:
+    """The integrand of the continuous-time diffusion term at t = u, ``(B,)``, nats; arguments as :func:`discrete_diffusion`."""
+    level = process.schedule(u)
+    value, derivative = process.transform.with_derivative(x, level)
+    guess = predictor(process.marginal_of(value, level).sample(noise), level)
+    guess_value, guess_derivative = process.transform.with_derivative(guess, level)
+    at = level.expand(x)
+    error = (derivative - guess_derivative) * at.inverse_dgamma - 0.5 * (1 + eta**2) * (value - guess_value)
+    return 0.5 / eta**2 * level.snr_decay * sum_event(error**2)
+
+
+def diffusion_term(
+    process: ForwardProcess,
+    predictor: Predictor,
+    x: Tensor,
+    draw: TimeDraw,
+    noise: Tensor,
+    steps: int | None = None,
+    eta: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The diffusion term in discrete (``steps`` = T) or continuous time (``steps`` = None).
+
+    Returns:
+        The unbiased estimate l(u)/p(u) and the bare integrand l(u), each ``(B,)``, nats.
+
+    Raises:
+        UserError: eta is not positive, or steps is not.
+    """
+    if not eta > 0:
+        raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
+    if steps is not None and steps < 1:
+        raise UserError(f"steps={steps}: discrete time needs at least one step; None stands for continuous time")
+    if steps is None:
+        integrand = continuous_diffusion(process, predictor, x, draw.u, noise, eta)
+    else:
+        integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta)
+    return draw.weight * integrand, integrand
+
+

@@ -1,0 +1,31 @@
+"""The errors that a user of the library can cause, and can mend.
+
+Every message says what is wrong, where, which values are allowed, and how to mend it, in one line. The command line prints the
+message alone and ends with exit code 2; anything that is not a :class:`UserError` is a bug of ours and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A wrong value, file or combination that the user can mend; the message is one line."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """A part of the library needs a package that is not installed.
+
+    Args:
+        package: the package that could not be imported.
+        extra: the extra of ``ndm`` that brings it.
+    """
+
+    def __init__(self, package: str, extra: str):
+        super().__init__(f"{package} is not installed; it comes with the extra {extra!r}: pip install 'ndm[{extra}]'")
+
+
+class ForwardModeError(UserError):
+    """A network cannot be differentiated in time by forward-mode automatic differentiation."""
+
+
+def describe_value(value: object) -> str:
+    """Return a one-line ``repr`` of a value, shortened to 80 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."

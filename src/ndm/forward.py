@@ -1,0 +1,146 @@
+r"""The forward process: marginal, posterior for any variance, conditional drift.
+
+.. math::
+    q(z_t|x) &= N(\alpha_t F(x,t), \sigma_t^2 I) \\
+    q(z_s|z_t,x) &= N(\alpha_s F(x,s) + k (z_t - \alpha_t F(x,t)),\; v I), \qquad k = \sqrt{\sigma_s^2 - v} / \sigma_t, \quad s < t \\
+    f(z,t,x) &= \frac{d(\alpha F)}{dt} + \Bigl(\frac{\sigma'}{\sigma} + \frac{g^2}{2\sigma^2}\Bigr)(z - \alpha F),
+    \qquad g^2 = \eta^2 \sigma^2 \gamma'
+
+The posterior family is consistent with the marginals for every 0 <= v <= sigma_s²; v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)) makes
+eta = 1 DDPM and eta = 0 DDIM. With d = gamma_s - gamma_t, what the bound needs is computed without cancellation however close s and t:
+
+.. math::
+    k \alpha_t / \alpha_s = \exp\bigl(\tfrac12 [d + \log(1 + \eta^2 (e^d - 1))]\bigr), \qquad
+    \alpha_s - k \alpha_t = -\alpha_s\, \mathrm{expm1}\bigl(\tfrac12 [d + \mathrm{log1p}(\eta^2\, \mathrm{expm1}(d))]\bigr) .
+
+Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A; eta as in DDIM (Song et al. 2021).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.ops import expand
+from ndm.schedule import NoiseLevel, Schedule
+from ndm.transform import Transform
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian with mean ``(B, *event)`` and standard deviation that broadcasts against it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std noise."""
+        return self.mean + self.std * noise
+
+
+@dataclass(frozen=True)
+class PosteriorCoefficients:
+    """Coefficients of q(z_s|z_t,x), in the shape of the levels they were made from."""
+
+    k: Tensor
+    """Weight of the noise part z_t - alpha_t F(x, t)."""
+    target_weight: Tensor
+    """alpha_s - k alpha_t, without cancellation: the weight of the data in the mean where F(x, s) = F(x, t)."""
+    variance: Tensor
+    """v"""
+
+
+def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> PosteriorCoefficients:
+    """Coefficients of the posterior with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)).
+
+    Args:
+        s: the earlier level (closer to data).
+        t: the later level.
+        eta: 1 is DDPM, 0 is DDIM; values above 1 are allowed as long as v <= sigma_s².
+
+    Raises:
+        UserError: eta is negative, or so large that v would exceed sigma_s².
+    """
+    shrink = torch.expm1(s.gamma - t.gamma)  # in [-1, 0]
+    eta = torch.as_tensor(eta, dtype=shrink.dtype, device=shrink.device)
+    if bool((eta < 0).any()) or bool((eta**2 * -shrink > 1 + 1e-6).any()):
+        largest = float((-shrink).max()) ** -0.5
+        raise UserError(f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; use eta=1 for DDPM")
+    half_log = 0.5 * (s.gamma - t.gamma + torch.log1p(eta**2 * shrink.clamp(min=-1)))
+    keep = (1 + eta**2 * shrink).clamp(min=0)
+    return PosteriorCoefficients(
+        k=s.sigma / t.sigma * keep.sqrt(),
+        target_weight=-s.alpha * torch.expm1(half_log),
+        variance=-(eta**2) * s.sigma**2 * shrink,
+    )
+
+
+class ForwardProcess(nn.Module):
+    """q(z_t|x) of a schedule and a transformation.
+
+    Args:
+        schedule: noise levels over time.
+        transform: F(x, t).
+    """
+
+    def __init__(self, schedule: Schedule, transform: Transform):
+        super().__init__()
+        self.schedule, self.transform = schedule, transform
+
+    def level(self, t: Tensor | float, like: Tensor) -> NoiseLevel:
+        """The noise level at times ``t`` (a number or ``(B,)``) for a batch ``like`` ``(B, *event)``."""
+        t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
+        return self.schedule(t.expand(like.shape[0]) if t.dim() == 0 else t)
+
+    def marginal(self, x: Tensor, level: NoiseLevel) -> Gaussian:
+        """q(z_t|x) for ``x`` ``(B, *event)``."""
+        return self.marginal_of(self.transform(x, level), level)
+
+    def marginal_of(self, transformed: Tensor, level: NoiseLevel) -> Gaussian:
+        """q(z_t|x) given F(x, t)."""
+        return Gaussian(expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed))
+
+    def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float = 1.0) -> Gaussian:
+        """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B, *event)``."""
+        coefficients = posterior_coefficients(s.expand(z), t.expand(z), eta)
+        return self._posterior(z, x, s, t, coefficients.k, coefficients.variance)
+
+    def posterior_with_variance(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, variance: Tensor) -> Gaussian:
+        """q(z_s|z_t,x) with any variance v ``(B,)``, 0 <= v <= sigma_s².
+
+        Raises:
+            UserError: a variance lies outside [0, sigma_s²].
+        """
+        if bool((variance < 0).any()) or bool((variance > s.sigma**2 * (1 + 1e-6)).any()):
+            raise UserError("the posterior variance must lie between 0 and sigma_s²")
+        k = (s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma
+        return self._posterior(z, x, s, t, expand(k, z), expand(variance, z))
+
+    def _posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, k: Tensor, variance: Tensor) -> Gaussian:
+        at_s, at_t = self.transform.at_both(x, s, t)
+        mean = expand(s.alpha, z) * at_s + k * (z - expand(t.alpha, z) * at_t)
+        return Gaussian(mean, variance.sqrt())
+
+    def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
+        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma sqrt(gamma'); ``(B, *event)``.
+
+        Raises:
+            UserError: eta > 0 where alpha = 0, so that g is infinite.
+        """
+        value, derivative = self.transform.with_derivative(x, level)
+        at = level.expand(z)
+        noise_rate = at.dsigma / at.sigma
+        if eta:
+            if bool((level.alpha == 0).any()):
+                raise UserError(
+                    "the generative SDE is infinite where alpha = 0 (t = 1 of this schedule); use the ODE, the ancestral sampler, or a "
+                    "schedule that keeps some signal, for example FlowMatching(alpha_1=1e-3)"
+                )
+            noise_rate = noise_rate + 0.5 * eta**2 * at.dgamma
+        return at.dalpha * value + at.alpha * derivative + noise_rate * (z - at.alpha * value)
+
+    @staticmethod
+    def diffusion(level: NoiseLevel, eta: float = 1.0) -> Tensor:
+        """g = eta sigma sqrt(gamma'), ``(B,)``."""
+        return eta * level.sigma * level.dgamma.sqrt()

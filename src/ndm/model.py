@@ -1,0 +1,205 @@
+r"""A Neural Diffusion Model: the parts wired together, saved and loaded; nothing else.
+
+.. math::
+    q(z_t|x) = N(\alpha_t F_\phi(x, t), \sigma_t^2 I), \qquad p(z_s|z_t) = q(z_s|z_t, x = \hat x_\theta(z_t, t)), \qquad p(x|z_0) .
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ndm.decoder import Decoder
+from ndm.elbo import Bound, diffusion_term, prior_term, reconstruction_term
+from ndm.errors import UserError
+from ndm.forward import ForwardProcess
+from ndm.predictor import Predictor
+from ndm.sample import Method, ReverseProcess, Sampler, make_sampler
+from ndm.schedule import Schedule
+from ndm.serialize import load_model, save_model
+from ndm.times import LowDiscrepancyTimes, TimeDraw, TimeSampler
+from ndm.transform import Transform
+
+
+class NDM(nn.Module):
+    """A Neural Diffusion Model (Bartosh, Vetrov, Naesseth 2024). Any event shape.
+
+    Args:
+        schedule: noise levels over time.
+        transform: F(x, t).
+        predictor: x̂(z, t).
+        decoder: p(x|z_0).
+        times: how times are drawn in training; low-discrepancy by default.
+        steps: T of the discrete-time model, None for continuous time: what ``bound`` and ``sample`` use unless told otherwise.
+        eta: stochasticity of the reverse process whose bound is trained, positive; 1 is DDPM.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        transform: Transform,
+        predictor: Predictor,
+        decoder: Decoder,
+        times: TimeSampler | None = None,
+        steps: int | None = None,
+        eta: float = 1.0,
+    ):
+        super().__init__()
+        if steps is not None and steps < 1:
+            raise UserError(f"steps={steps}: give the number of steps T, at least 1, or leave it out for continuous time")
+        if not eta > 0:
+            raise UserError(f"eta={eta}: the bound of a deterministic reverse process is infinite; give eta > 0")
+        self.process = ForwardProcess(schedule, transform)
+        self.predictor, self.decoder = predictor, decoder
+        self.times = LowDiscrepancyTimes() if times is None else times
+        self.steps, self.eta = steps, eta
+        self.info: dict[str, object] = {}
+        """What ``config.json`` held beside the model, such as the description of its data."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self.process.schedule
+
+    @property
+    def transform(self) -> Transform:
+        """The transformation F."""
+        return self.process.transform
+
+    @property
+    def reverse(self) -> ReverseProcess:
+        """The reverse process, with what samplers need: posterior and drift."""
+        return ReverseProcess(self.process, self.predictor)
+
+    def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """F(x, t), ``(B, *event)``, at times ``t`` (a number or ``(B,)``)."""
+        return self.transform(x, self.process.level(t, x))
+
+    def noised(self, x: Tensor, t: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+        """z_t drawn from q(z_t|x), ``(B, *event)``."""
+        return self.process.marginal(x, self.process.level(t, x)).sample(_normal(x, generator))
+
+    def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
+        """x̂(z, t), ``(B, *event)``."""
+        return self.predictor(z, self.process.level(t, z))
+
+    def bound(
+        self,
+        x: Tensor,
+        *,
+        steps: int | None | Literal["trained"] = "trained",
+        draws: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Bound:
+        """The variational bound of each example, an unbiased estimate of every term (NDM, Algorithm 1).
+
+        Args:
+            x: data ``(B, *event)``; on the decoder's grid if the decoder is discrete.
+            steps: T for discrete time, None for continuous time, ``"trained"`` for the model's own.
+            draws: None draws one time an example by the model's time sampler, for training. A number K averages K times an
+                example, one in each of K equal strata, independently across examples: then total.std()/sqrt(B) is the standard
+                error of total.mean().
+            generator: source of randomness.
+
+        Returns:
+            Per-example terms ``(B,)``, nats.
+
+        Raises:
+            UserError: a value of x is off the decoder's grid, or an argument is out of range.
+        """
+        horizon = self.steps if steps == "trained" else steps
+        if draws is not None and draws < 1:
+            raise UserError(f"draws={draws}: give the number of times an example, at least 1")
+        diffusion, reconstruction = [], []
+        for index in range(draws or 1):
+            if draws is None:
+                draw = self.times(x.shape[0], x, generator)
+            else:
+                u = (index + torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device)) / draws
+                draw = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
+            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, _normal(x, generator), horizon, self.eta)
+            if draws is None and self.training:
+                self.times.update(draw, integrand)
+            diffusion.append(estimate)
+            reconstruction.append(reconstruction_term(self.process, self.decoder, x, _normal(x, generator)))
+        return Bound(prior_term(self.process, x), torch.stack(diffusion).mean(0), torch.stack(reconstruction).mean(0))
+
+    def forward(self, x: Tensor) -> Bound:
+        """The training bound of ``x``: :meth:`bound` with one time an example."""
+        return self.bound(x)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        method: Method | Sampler = "ancestral",
+        *,
+        steps: int | None = None,
+        eta: float | None = None,
+        solver: str | None = None,
+        rtol: float = 1e-4,
+        atol: float = 1e-4,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw samples (NDM, Algorithm 2, and the SDE and ODE of section 3.3).
+
+        Args:
+            shape: ``(B, *event)``.
+            method: ``ancestral``, ``ddim``, ``sde`` or ``ode``, or a sampler.
+            steps: steps of the time grid; by default the model's T, or 100 in continuous time.
+            eta: noise of the reverse process for ``ancestral`` and ``sde``; default 1.
+            solver: see :func:`ndm.sample.make_sampler`.
+            rtol: relative tolerance of an adaptive solver.
+            atol: absolute tolerance of an adaptive solver.
+            seed: the same seed gives the same samples on the same machine; None draws a fresh one.
+            progress: show a progress bar.
+
+        Returns:
+            Samples of p(x), ``(B, *event)``, on the model's device.
+        """
+        if isinstance(method, Sampler):
+            sampler = method
+        else:
+            sampler = make_sampler(method, steps if steps is not None else self.steps or 100, eta, solver, rtol, atol)
+        like = next((p for p in self.parameters()), torch.zeros(()))
+        generator = torch.Generator(like.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        z = _normal(torch.empty(shape, dtype=like.dtype, device=like.device), generator)
+        z = sampler(self.reverse, z, generator, progress)
+        return self.decoder.sample(z, self.process.level(0.0, z), generator)
+
+    def save_pretrained(self, path: str | os.PathLike[str], info: Mapping[str, object] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into the folder ``path``, whole or not at all.
+
+        Args:
+            path: the folder.
+            info: JSON-ready information to keep beside the model; the model's own ``info`` by default.
+        """
+        save_model(path, self, self.info if info is None else info)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], modules: Mapping[str, nn.Module] | None = None) -> "NDM":
+        """Read a model that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            path: the folder, such as ``RUN/model``.
+            modules: networks that are not part of this library, by their place: ``{"model.predictor.network": network}``.
+
+        Raises:
+            UserError: a file is missing, damaged or does not fit, or a network of yours was not given.
+        """
+        model, info = load_model(path, modules)
+        if not isinstance(model, cls):
+            raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        model.info = info
+        return model.eval()
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

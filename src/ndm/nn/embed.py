@@ -1,0 +1,64 @@
+r"""Embeddings of time and of values.
+
+.. math::
+    \text{time: } t \mapsto [\cos(\pi\omega_j t), \sin(\pi\omega_j t)]_j, \quad \omega_j \text{ geometric from 1 to } \omega_{\max}, \qquad
+    \text{values: } x \mapsto [x, \sin(2^n \pi x), \cos(2^n \pi x)]_n .
+
+The time derivative of a network grows with its fastest time frequency, so a transformation wants a lower maximum than a predictor.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of t, then a two-layer perceptron.
+
+    Args:
+        features: size of the embedding.
+        frequencies: number of sines and of cosines.
+        max_frequency: fastest frequency, in half-turns per unit of time.
+    """
+
+    omega: Tensor
+
+    def __init__(self, features: int, frequencies: int = 16, max_frequency: float = 32.0):
+        super().__init__()
+        if frequencies < 1 or not max_frequency >= 1:
+            raise UserError(f"frequencies={frequencies}, max_frequency={max_frequency}: need at least one frequency, and max_frequency >= 1")
+        self.register_buffer("omega", math.pi * torch.logspace(0, math.log2(max_frequency), frequencies, base=2.0), persistent=False)
+        self.net = nn.Sequential(nn.Linear(2 * frequencies, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``(B,)`` to ``(B, features)``."""
+        angle = t[:, None] * self.omega.to(t.dtype)
+        return self.net(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class FourierFeatures(nn.Module):
+    """Append sin(2^n pi x) and cos(2^n pi x) of every channel: they let a network see the fine digits of its input (VDM, appendix C).
+
+    Args:
+        powers: the exponents n; for data with L levels in [-1, 1], those near log2(L) - 1 help.
+    """
+
+    def __init__(self, powers: Sequence[int] = ()):
+        super().__init__()
+        self.powers = list(powers)
+
+    def multiple(self) -> int:
+        """By how much the number of channels grows."""
+        return 1 + 2 * len(self.powers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, ...)`` to ``(B, C (1 + 2 len(powers)), ...)``."""
+        parts = [x]
+        for power in self.powers:
+            angle = (2.0**power * math.pi) * x
+            parts += [angle.sin(), angle.cos()]
+        return torch.cat(parts, dim=1) if self.powers else x

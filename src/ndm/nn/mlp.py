@@ -1,0 +1,78 @@
+r"""A residual perceptron for vectors ``(B, D)``; events of other shapes are flattened.
+
+.. math::
+    h_0 = W [x, \text{features}(x)], \qquad
+    h_{l+1} = h_l + W_2\, \mathrm{SiLU}\bigl(W_1\, [\mathrm{norm}(h_l)(1 + a(t)) + b(t)]\bigr), \qquad
+    f(x, t) = W_{\text{out}}\, \mathrm{norm}(h_L)
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.nn.embed import FourierFeatures, TimeEmbedding
+from ndm.nn.layers import check_dropout, zeroed
+
+
+class _Block(nn.Module):
+    def __init__(self, hidden: int, embedding: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.modulation = nn.Linear(embedding, 2 * hidden)
+        self.inner, self.outer = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.modulation(time).chunk(2, dim=1)
+        return h + self.outer(self.dropout(nnf.silu(self.inner(self.norm(h) * (1 + scale) + shift))))
+
+
+class MLP(nn.Module):
+    """A residual perceptron f(x, t) for vectors; events of other shapes are flattened.
+
+    Args:
+        dims: number of dimensions D of a data point.
+        hidden: width.
+        blocks: number of residual blocks.
+        fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
+        max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
+        dropout: dropout probability inside the blocks.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        hidden: int = 128,
+        blocks: int = 3,
+        fourier: Sequence[int] = (),
+        max_frequency: float = 32.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if dims < 1 or hidden < 1 or blocks < 0:
+            raise UserError(f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and blocks >= 0")
+        self.dims, self.hidden, self.blocks, self.max_frequency, self.dropout = dims, hidden, blocks, max_frequency, check_dropout(dropout)
+        self.fourier = list(fourier)
+        self.features = FourierFeatures(fourier)
+        self.time = TimeEmbedding(hidden, max_frequency=max_frequency)
+        self.first = nn.Linear(dims * self.features.multiple(), hidden)
+        self.layers = nn.ModuleList(_Block(hidden, hidden, dropout) for _ in range(blocks))
+        self.norm = nn.LayerNorm(hidden)
+        self.last = nn.Linear(hidden, dims)
+
+    def zero_output(self) -> None:
+        """Set the last layer to zero, so that the network starts at f = 0."""
+        zeroed(self.last)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """``(B, *event)`` with D numbers an event and ``(B,)`` to ``(B, *event)``."""
+        flat = x.flatten(1)
+        if flat.shape[1] != self.dims:
+            raise UserError(f"the MLP takes events of {self.dims} dimensions, got a batch of shape {tuple(x.shape)}; set dims to fit the data")
+        time = self.time(t)
+        h = self.first(self.features(flat))
+        for block in self.layers:
+            h = block(h, time)
+        return self.last(self.norm(h)).reshape(x.shape)

@@ -1,0 +1,127 @@
+r"""A U-Net for images ``(B, C, H, W)`` of any size: residual blocks modulated by time, optional attention and Fourier input features.
+
+.. math::
+    \text{block: } h + \mathrm{conv}\,\mathrm{SiLU}\bigl(\mathrm{norm}(\mathrm{conv}\,\mathrm{SiLU}\,\mathrm{norm}(h))(1 + a(t)) + b(t)\bigr)
+
+Each level halves height and width (rounding up) and may widen the channels; the way up meets the way down by concatenation.
+Convolutions run in channels_last, the faster format on CPUs and on GPUs with tensor cores.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.nn.embed import FourierFeatures, TimeEmbedding
+from ndm.nn.layers import Attention, GroupNorm, check_dropout, zeroed
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, attention: bool):
+        super().__init__()
+        self.norm_1, self.norm_2 = GroupNorm(inputs), GroupNorm(outputs)
+        self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv_2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = Attention(outputs) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.modulation(time).chunk(2, dim=1)
+        h = self.conv_1(nnf.silu(self.norm_1(x)))
+        h = nnf.silu(self.norm_2(h, scale, shift))
+        return self.attention(self.skip(x) + self.conv_2(self.dropout(h)))
+
+
+class UNet(nn.Module):
+    """A U-Net f(x, t) for images.
+
+    Args:
+        image_channels: channels C of the image, in and out.
+        channels: width of the first level.
+        multiples: width of each level in multiples of ``channels``; its length is the number of levels.
+        blocks: residual blocks a level on the way down; one more on the way up.
+        attention: whether each level has self-attention after its blocks, or one answer for all; the middle has it if any has.
+        fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
+        max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
+        dropout: dropout probability inside the blocks.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 1,
+        channels: int = 32,
+        multiples: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        attention: bool | Sequence[bool] = False,
+        fourier: Sequence[int] = (),
+        max_frequency: float = 32.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        levels = len(multiples)
+        self.attention = attention if isinstance(attention, bool) else list(attention)
+        attend = [attention] * levels if isinstance(attention, bool) else list(attention)
+        if image_channels < 1 or channels < 1 or blocks < 1 or levels < 1 or min(multiples) < 1 or len(attend) != levels:
+            raise UserError(
+                f"image_channels={image_channels}, channels={channels}, multiples={list(multiples)}, blocks={blocks}, attention={attention}: "
+                "need positive numbers, and as many attention flags as multiples"
+            )
+        self.image_channels, self.channels, self.blocks, self.max_frequency = image_channels, channels, blocks, max_frequency
+        self.multiples, self.fourier, self.dropout = list(multiples), list(fourier), check_dropout(dropout)
+        self.features = FourierFeatures(fourier)
+        embedding = 4 * channels
+        self.time = TimeEmbedding(embedding, max_frequency=max_frequency)
+        self.first = nn.Conv2d(image_channels * self.features.multiple(), channels, 3, padding=1)
+
+        width, skips = channels, [channels]
+        self.down = nn.ModuleList()
+        for level, multiple in enumerate(multiples):
+            if level:
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+            for _ in range(blocks):
+                self.down.append(_Block(width, channels * multiple, embedding, dropout, attend[level]))
+                width = channels * multiple
+                skips.append(width)
+        self.middle = nn.ModuleList(
+            [_Block(width, width, embedding, dropout, any(attend)), _Block(width, width, embedding, dropout, False)]
+        )
+        self.up = nn.ModuleList()
+        for level, multiple in reversed(list(enumerate(multiples))):
+            for _ in range(blocks + 1):
+                self.up.append(_Block(width + skips.pop(), channels * multiple, embedding, dropout, attend[level]))
+                width = channels * multiple
+            if level:
+                self.up.append(nn.Conv2d(width, width, 3, padding=1))
+        self.norm, self.last = GroupNorm(width), nn.Conv2d(width, image_channels, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def zero_output(self) -> None:
+        """Set the last layer to zero, so that the network starts at f = 0."""
+        zeroed(self.last)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``."""
+        if x.dim() != 4 or x.shape[1] != self.image_channels:
+            raise UserError(
+                f"the U-Net takes images (B, {self.image_channels}, H, W), got a batch of shape {tuple(x.shape)}; "
+                "set image_channels to fit the data"
+            )
+        time = self.time(t)
+        h = self.first(self.features(x).contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for module in self.down:
+            h = module(h, time) if isinstance(module, _Block) else module(h)
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, time)
+        for module in self.up:
+            if isinstance(module, _Block):
+                h = module(torch.cat([h, skips.pop()], dim=1), time)
+            else:
+                h = module(nnf.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+        return self.last(nnf.silu(self.norm(h)))

@@ -1,0 +1,57 @@
+r"""The predictor x̂(z, t) of the data: a network with preconditioning.
+
+With z = alpha F(x, t) + sigma eps, the network's output is read as one of
+
+.. math::
+    v: \; \hat x = \frac{\alpha z - \sigma \hat v}{\alpha^2 + \sigma^2}, \qquad
+    \epsilon: \; \hat x = \frac{z - \sigma \hat\epsilon}{\alpha}, \qquad
+    x: \; \hat x = \text{network}(z, t).
+
+The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the network are scaled by sigma. The eps-form estimates F(x, t)
+rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.schedule import NoiseLevel
+
+Target = Literal["v", "eps", "x"]
+
+
+class Predictor(nn.Module):
+    """x̂(z, t) from any network called as ``network(z, t)``.
+
+    Args:
+        network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
+        target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
+    """
+
+    def __init__(self, network: nn.Module, target: Target = "v"):
+        super().__init__()
+        if target not in get_args(Target):
+            raise UserError(f"target={target!r} is not known: choose one of {', '.join(get_args(Target))}")
+        if not isinstance(network, nn.Module):
+            raise UserError(f"network is a {type(network).__name__}: a predictor needs an nn.Module called as network(z, t)")
+        self.network, self.target = network, target
+
+    def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
+        output = self.network(z, level.t)
+        if not isinstance(output, torch.Tensor) or output.shape != z.shape:
+            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise UserError(
+                f"the predictor's network maps {tuple(z.shape)} to {found}; it must return a tensor of the shape of z: give it as many "
+                "output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
+            )
+        output, at = output.to(z.dtype), level.expand(z)
+        if self.target == "v":
+            return (at.alpha * z - at.sigma * output) / (at.alpha**2 + at.sigma**2)
+        if self.target == "x":
+            return output
+        if bool((level.alpha == 0).any()):
+            raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
+        return (z - at.sigma * output) / at.alpha

@@ -1,0 +1,176 @@
+r"""A model as plain files: ``config.json`` says what it is made of, ``model.safetensors`` holds its numbers. No pickles.
+
+Every part of a model keeps each argument of its constructor as an attribute of the same name, so a part is described by
+``{"class_path": ..., "init_args": {...}}``, the form that YAML configurations use too, and rebuilt by calling the constructor.
+Only classes of this library are ever imported from a file; a network of the user's own is passed in by the user.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+FORMAT = 1
+
+
+def class_path(cls: type) -> str:
+    """Full dotted name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def to_config(part: object) -> object:
+    """Describe a part of a model, or a plain value, as JSON-ready data. Foreign modules get ``init_args`` None."""
+    if isinstance(part, (list, tuple)):
+        return [to_config(item) for item in part]
+    if not isinstance(part, nn.Module):
+        return part
+    cls = type(part)
+    if not _is_ours(class_path(cls)):
+        return {"class_path": class_path(cls), "init_args": None}
+    names = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "args", "kwargs")]
+    return {"class_path": class_path(cls), "init_args": {name: to_config(getattr(part, name)) for name in names}}
+
+
+def from_config(config: object, where: str = "model", replace: Mapping[str, nn.Module] | None = None) -> object:
+    """Rebuild what :func:`to_config` described.
+
+    Args:
+        config: the description.
+        where: the place in the description, for messages: ``model.predictor.network``.
+        replace: modules of the user for given places, instead of what the description says there.
+
+    Raises:
+        UserError: the description names a class that is not part of this library and no module was given for it.
+    """
+    if replace and where in replace:
+        return replace[where]
+    if isinstance(config, list):
+        return [from_config(item, f"{where}[{index}]", replace) for index, item in enumerate(config)]
+    if not isinstance(config, Mapping):
+        return config
+    path, arguments = config.get("class_path"), config.get("init_args")
+    if not isinstance(path, str) or not _is_ours(path) or arguments is None:
+        raise UserError(
+            f"{where} is a {path}, which is not part of ndm and is never imported from a file; build it yourself and pass "
+            f"modules={{'{where}': network}}"
+        )
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where} names {path}, which this version of ndm does not have; update ndm") from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UserError(f"{where} names {path}, which is not a part of a model")
+    try:
+        return cls(**{key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()})
+    except TypeError as error:
+        raise UserError(f"{where}: {path} does not take the arguments of this file ({error}); update ndm") from error
+
+
+def _is_ours(path: str) -> bool:
+    return path.startswith("ndm.")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, then rename it: the file is whole or not there.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder that you can write to") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON with two-space indentation, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); it is damaged, or not a file of ndm") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a JSON {type(data).__name__} where an object is needed; it is not a file of ndm")
+    return data
+
+
+def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[str, object] | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into the folder ``path``.
+
+    Args:
+        path: the folder, made if need be.
+        model: the model.
+        extra: JSON-ready information to keep beside the description, such as that of the data.
+    """
+    folder = Path(path)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
+    write_json(folder / CONFIG_NAME, {"format": FORMAT, "model": to_config(model), **(extra or {})})
+
+
+def load_model(path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | None = None) -> tuple[nn.Module, dict[str, object]]:
+    """Read a model written by :func:`save_model`.
+
+    Returns:
+        The model, and everything else that ``config.json`` holds.
+
+    Raises:
+        UserError: a file is missing, damaged, from a later version, or does not fit.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}; a finished run keeps its model in RUN/model")
+    config = read_json(folder / CONFIG_NAME)
+    version = config.pop("format", None)
+    if version != FORMAT:
+        raise UserError(f"{folder / CONFIG_NAME} has format {version}, this version of ndm reads format {FORMAT}; update ndm")
+    model = from_config(config.pop("model", None), "model", replace)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{folder / CONFIG_NAME} describes no model; it is damaged, or not a file of ndm")
+    model.load_state_dict(_read_weights(folder / WEIGHTS_NAME, model.state_dict()))
+    return model, config
+
+
+def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); it is truncated or damaged: copy it again or train again") from error
+    for name in {**expected, **tensors}:
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
+            raise UserError(f"{path} does not fit its {CONFIG_NAME}: the tensor {name!r} is missing, unknown or of another shape")
+    return tensors

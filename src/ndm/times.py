@@ -1,0 +1,116 @@
+r"""How times are drawn for the Monte Carlo estimate of the bound.
+
+.. math::
+    \int_0^1 l(u)\,du = E_{u \sim p}\bigl[l(u) / p(u)\bigr] .
+
+Every sampler returns u in [0, 1) and the weight 1/p(u), so the estimate is unbiased whatever p. Discrete time uses
+i = floor(uT) + 1 with the same u.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TimeDraw:
+    """Times u in [0, 1) and weights 1/p(u), each ``(B,)``."""
+
+    u: Tensor
+    weight: Tensor
+
+
+class TimeSampler(nn.Module, ABC):
+    """Draws times with their importance weights."""
+
+    @abstractmethod
+    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeDraw:
+        """Draw ``count`` times in the dtype and on the device of ``like``."""
+
+    def update(self, draw: TimeDraw, loss: Tensor) -> None:
+        """Learn from the unweighted loss l(u) ``(B,)`` of a draw; does nothing unless the sampler is loss-aware."""
+        del draw, loss
+
+
+class UniformTimes(TimeSampler):
+    """Independent uniform times."""
+
+    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeDraw:
+        u = torch.rand(count, generator=generator, dtype=like.dtype, device=like.device)
+        return TimeDraw(u, torch.ones_like(u))
+
+
+class LowDiscrepancyTimes(TimeSampler):
+    """One uniform offset, then equally spaced times modulo 1, in random order (VDM, appendix I.1).
+
+    Each time is uniform by itself, so the estimate is unbiased; over a batch the times fill [0, 1] evenly, so its variance is lower.
+    The examples of one batch are then not independent: a standard error over examples needs times drawn per example.
+    """
+
+    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeDraw:
+        offset = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
+        order = torch.randperm(count, generator=generator, device=like.device)
+        u = ((offset + order.to(like.dtype)) / max(count, 1)).clamp(max=1 - torch.finfo(like.dtype).eps)
+        return TimeDraw(u, torch.ones_like(u))
+
+
+class ImportanceTimes(TimeSampler):
+    r"""Loss-aware times: a piecewise-constant density proportional to the root mean square of recent losses in each bin.
+
+    .. math::
+        p(u) = (1 - \epsilon)\, \frac{r_{b(u)}}{\tfrac1n \sum_j r_j} + \epsilon, \qquad r_b^2 = \text{moving average of } l(u)^2 \text{ in bin } b
+
+    The density with the least variance (Nichol & Dhariwal 2021, section 3.3), in continuous time. Until every bin has been seen
+    the density is uniform.
+
+    Args:
+        bins: number n of equal bins of [0, 1].
+        uniform: share epsilon of uniform times, in (0, 1]; bounds every weight by 1/epsilon.
+        decay: of the moving average, in [0, 1).
+    """
+
+    square: Tensor
+    seen: Tensor
+
+    def __init__(self, bins: int = 64, uniform: float = 0.1, decay: float = 0.95):
+        super().__init__()
+        if not (bins >= 1 and 0 < uniform <= 1 and 0 <= decay < 1):
+            raise UserError(f"bins={bins}, uniform={uniform}, decay={decay}: need bins >= 1, 0 < uniform <= 1 and 0 <= decay < 1")
+        self.bins, self.uniform, self.decay = bins, uniform, decay
+        self.register_buffer("square", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(bins, dtype=torch.float64))
+
+    def density(self) -> Tensor:
+        """p in each bin, float64, ``(bins,)``; its mean is 1."""
+        if bool((self.seen == 0).any()) or float(self.square.sum()) == 0:
+            return torch.ones_like(self.square)
+        root = (self.square / (1 - self.decay**self.seen)).sqrt()
+        return (1 - self.uniform) * root / root.mean() + self.uniform
+
+    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeDraw:
+        density = self.density().to(device=like.device, dtype=like.dtype)
+        even = LowDiscrepancyTimes()(count, like, generator).u
+        edges = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])
+        index = (torch.bucketize(even, edges, right=True) - 1).clamp(0, self.bins - 1)
+        within = ((even - edges[index]) / (edges[index + 1] - edges[index])).clamp(0, 1)
+        u = ((index + within) / self.bins).clamp(max=1 - torch.finfo(like.dtype).eps)
+        return TimeDraw(u, 1 / density[self._bin(u)])
+
+    def _bin(self, u: Tensor) -> Tensor:
+        return (u * self.bins).long().clamp(0, self.bins - 1)
+
+    @torch.no_grad()
+    def update(self, draw: TimeDraw, loss: Tensor) -> None:
+        index = self._bin(draw.u)
+        total = self.square.new_zeros(self.bins).index_add_(0, index, loss.detach().double() ** 2)
+        count = self.square.new_zeros(self.bins).index_add_(0, index, torch.ones_like(loss, dtype=torch.float64))
+        mean = total / count.clamp(min=1)
+        if not bool(mean.isfinite().all()):
+            return  # one overflowing batch must not poison the density for good
+        hit = count > 0
+        self.square.copy_(torch.where(hit, self.decay * self.square + (1 - self.decay) * mean, self.square))
+        self.seen.add_(hit.to(self.seen.dtype))

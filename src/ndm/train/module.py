@@ -1,0 +1,209 @@
+"""The Lightning side of training: a thin module and its callbacks. The objective is :meth:`ndm.NDM.bound`."""
+
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ndm.data import EventDataset, keep_batch
+from ndm.elbo import Bound, bits_per_dim
+from ndm.errors import UserError
+from ndm.model import NDM
+from ndm.ops import event_size
+from ndm.train.batches import RunBatches, part_seed
+from ndm.train.settings import TrainSettings
+
+VALIDATION_SEED = 1
+
+
+class TrainingModule(LightningModule):
+    """Minimises the bound, in nats per dimension.
+
+    Args:
+        model: the model.
+        settings: the settings of the run.
+        seed: seed of data order, times and noise.
+        data: training examples.
+        validation: examples for validation, if any.
+    """
+
+    def __init__(self, model: NDM, settings: TrainSettings, seed: int, data: EventDataset, validation: EventDataset | None = None):
+        super().__init__()
+        self.model, self.settings, self.seed = model, settings, seed
+        self._data, self._validation = data, validation
+
+    def part_size(self) -> int:
+        """Examples that one process takes at once.
+
+        Raises:
+            UserError: the batch cannot be split evenly.
+        """
+        parts = self.trainer.world_size * self.settings.accumulate
+        if self.settings.batch_size % parts:
+            raise UserError(
+                f"train.batch_size={self.settings.batch_size} does not split over {self.trainer.world_size} processes times "
+                f"{self.settings.accumulate} accumulated batches; give a multiple of {parts}"
+            )
+        return self.settings.batch_size // parts
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Batches from the step where the run stands."""
+        batches = RunBatches(
+            examples=len(self._data),
+            size=self.part_size(),
+            steps=self.settings.steps,
+            seed=self.seed,
+            first_step=self.trainer.global_step,
+            accumulate=self.settings.accumulate,
+            processes=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+        )
+        return self._loader(self._data, batches)
+
+    def val_dataloader(self) -> Sequence[DataLoader[Tensor]]:
+        """Batches of the validation examples, if any; every process looks at all of them."""
+        if self._validation is None:
+            return []
+        count, size = len(self._validation), self.part_size()
+        batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        return [self._loader(self._validation, batches)]
+
+    def _loader(self, data: EventDataset, batches: RunBatches | list[list[int]]) -> DataLoader[Tensor]:
+        workers = self.settings.workers
+        return DataLoader(data, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers, persistent_workers=workers > 0)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The bound of one part of a batch, with random numbers that depend on the seed and the part alone."""
+        accumulate = self.settings.accumulate
+        index = self.trainer.global_step * accumulate + batch_idx % accumulate
+        torch.manual_seed(part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank))
+        bound = self.model.bound(batch)
+        loss = bound.total.mean() / event_size(batch)
+        if not bool(loss.isfinite()):
+            raise UserError(
+                f"the bound became {float(loss)} at step {self.trainer.global_step}; lower train.learning_rate or train.gradient_clip, or use "
+                "train.precision=32-true, and run again: the run goes on from its last checkpoint"
+            )
+        self._log_terms("train", bound, batch)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """The bound with several times an example, the same ones at every validation."""
+        generator = torch.Generator(batch.device).manual_seed(part_seed(VALIDATION_SEED, batch_idx))
+        self._log_terms("val", self.model.bound(batch, draws=4, generator=generator), batch)
+
+    def _log_terms(self, stage: str, bound: Bound, batch: Tensor) -> None:
+        dims = event_size(batch)
+        values = {f"{stage}/{name}_bpd": bits_per_dim(term.detach().mean(), dims) for name, term in bound.terms().items()}
+        self.log_dict(values, prog_bar=False, batch_size=batch.shape[0])
+        self.log(f"{stage}_bpd", values[f"{stage}/nelbo_bpd"], prog_bar=True, logger=False, batch_size=batch.shape[0])
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW with a warm-up, and with a rate of its own for F."""
+        settings = self.settings
+        transform = {id(p) for p in self.model.transform.parameters()}
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                # Weight decay is for matrices and kernels: it would pull norms, biases and the schedule off their meaning.
+                groups.setdefault((id(parameter) in transform, parameter.dim() >= 2), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": settings.learning_rate * (settings.transform_rate if of_transform else 1.0),
+                    "weight_decay": settings.weight_decay if decays else 0.0,
+                }
+                for (of_transform, decays), parameters in groups.items()
+            ],
+            betas=(0.9, 0.99),
+        )
+
+        def rate(step: int) -> float:
+            rise = min(1.0, (step + 1) / (settings.warmup + 1))
+            fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps))) if settings.decay == "cosine" else 1.0
+            return rise * fall
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class EMAUpdate:
+    """Update of the moving average with the warm-up min(decay, (1 + n)/(10 + n)); a class, so that it can be pickled.
+
+    Args:
+        decay: the final decay.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    @torch.no_grad()
+    def __call__(self, average: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        count = float(updates)
+        torch._foreach_lerp_(average, current, 1 - min(self.decay, (1 + count) / (10 + count)))
+
+
+class EMA(WeightAveraging):
+    """Lightning's weight averaging with our update. Buffers are copied, not averaged: integer counts have no average.
+
+    Args:
+        decay: the final decay.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__(use_buffers=False, multi_avg_fn=EMAUpdate(decay))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the trained weights in place: the final checkpoint holds both them and the average."""
+
+
+class FinalCheckpoint(Callback):
+    """Saves the checkpoint of the last step, whatever the interval between checkpoints.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save while the strategy still stands."""
+        trainer.save_checkpoint(self.path)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar over the steps of the run, which is one long epoch."""
+
+    def init_train_tqdm(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        """Name the bar after what it shows."""
+        bar = super().init_train_tqdm()
+        bar.set_description("training")
+        return bar
+
+    def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002
+        """Keep the name: the run has one epoch."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def get_metrics(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN002, ANN003, ANN201
+        """Leave out the version number of the log."""
+        metrics = super().get_metrics(*args, **kwargs)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+def quiet_lightning() -> None:
+    """Silence advice of Lightning's that does not apply: the data position is resumed by the step, not by the loader."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*your dataloader is not resumable.*", ".*experiment logs directory.*"):
+        warnings.filterwarnings("ignore", message=message)

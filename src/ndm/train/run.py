@@ -1,0 +1,194 @@
+"""A run: a folder that holds a configuration, checkpoints, logs, the trained model, its evaluation and its pictures.
+
+=========================  ==================================================================
+``config.yaml``            what was asked for, defaults filled in
+``data.json``              what the data are, with their checksum
+``checkpoints/last.ckpt``  everything needed to go on: weights, moving average, optimiser, step
+``logs/``                  every term of the bound, as CSV and for TensorBoard
+``model/``                 the trained weights (moving average) as safetensors and JSON
+``samples.png``            samples
+``transform.png``          F(x, t), z_t and x̂ over time
+``metrics.json``           the evaluation; written last, so that it marks a finished run
+=========================  ==================================================================
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from ndm.baselines import histogram_bpd, xz_bpd
+from ndm.data import DataSource
+from ndm.decoder import DiscretizedGaussian
+from ndm.errors import UserError
+from ndm.evaluate import evaluate_bound
+from ndm.model import NDM
+from ndm.serialize import write_json
+from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
+from ndm.train.settings import TrainSettings
+from ndm.viz import write_samples, write_transform
+
+CHECKPOINT, METRICS = Path("checkpoints/last.ckpt"), Path("metrics.json")
+BASELINE_EXAMPLES = 10_000
+
+
+def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
+    """Check that model, data and settings fit one another, before anything is trained.
+
+    Raises:
+        UserError: they do not.
+    """
+    description = data.describe()
+    discrete = isinstance(model.decoder, DiscretizedGaussian)
+    if description.levels is None and discrete:
+        raise UserError(f"{description.name} is continuous but the decoder is discrete; use model.decoder=ndm.GaussianDecoder")
+    if description.levels is not None and isinstance(model.decoder, DiscretizedGaussian):
+        have = len(model.decoder.values)
+        if have != description.levels:
+            raise UserError(f"{description.name} has {description.levels} levels but the decoder {have}; set model.decoder.init_args.levels={description.levels}")
+    for split in ("train", settings.evaluation_split, *([settings.validation_split] if settings.validate_every else [])):
+        if len(data.split(split)) == 0:
+            raise UserError(f"{description.name}: the split {split!r} is empty")
+    # One example through the bound: a network of the wrong shape is found here, not after the set-up.
+    state = torch.random.get_rng_state()
+    model.eval()
+    with torch.no_grad():
+        model.bound(data.split("train").__getitems__([0, 0]), draws=1)
+    model.train()
+    torch.random.set_rng_state(state)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run, memory-mapped; no code in it is run.
+
+    Raises:
+        UserError: it is truncated, damaged or not a checkpoint of a run.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not {"global_step", "state_dict"} <= set(content):
+            raise ValueError("it is not a checkpoint of a run")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete it to start the run again") from error
+    return content
+
+
+def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
+    """Lightning's trainer for a run in the folder ``out``."""
+    callbacks: list[Callback] = [
+        ModelCheckpoint(out / CHECKPOINT.parent, CHECKPOINT.stem, every_n_train_steps=settings.checkpoint_every, enable_version_counter=False),
+        FinalCheckpoint(out / CHECKPOINT),
+        ProgressBar(refresh_rate=10),
+        LearningRateMonitor(),
+    ]
+    if settings.ema:
+        callbacks.insert(0, EMA(settings.ema))
+    csv = CSVLogger(out, name="logs")
+    validate = settings.validate_every is not None
+    return Trainer(
+        max_steps=settings.steps,
+        max_epochs=1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        gradient_clip_val=settings.gradient_clip or None,
+        accumulate_grad_batches=settings.accumulate,
+        callbacks=callbacks,
+        logger=[csv, TensorBoardLogger(out, name="logs", version=csv.version)],
+        log_every_n_steps=settings.log_every * settings.accumulate,
+        val_check_interval=settings.validate_every * settings.accumulate if settings.validate_every else None,
+        limit_val_batches=None if validate else 0,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+    )
+
+
+def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> bool:
+    """Train to the last step, from the last checkpoint if there is one.
+
+    Returns:
+        Whether this process is the first of all, the one that writes.
+
+    Raises:
+        UserError: the checkpoint is damaged, or training failed in a way that the user can mend.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    quiet_lightning()
+    checkpoint, first_step = out / CHECKPOINT, 0
+    trainer = make_trainer(settings, out)
+    if checkpoint.exists():
+        first_step = read_checkpoint(checkpoint)["global_step"]
+        if trainer.is_global_zero:
+            print(f"{out}: going on from step {first_step} of {settings.steps}", flush=True)
+    if first_step < settings.steps:
+        validation = data.split(settings.validation_split) if settings.validate_every else None
+        module = TrainingModule(model, settings, seed, data.split("train"), validation)
+        if settings.compile:
+            model.predictor.network.compile()
+        try:
+            trainer.fit(module, ckpt_path=checkpoint if first_step else None, weights_only=True)
+        except SystemExit as error:  # Lightning turns Ctrl-C into an exit
+            raise KeyboardInterrupt from error
+    return trainer.is_global_zero
+
+
+def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int = 0) -> dict[str, Any] | None:
+    """Train, save, evaluate and draw; goes on where an interrupted run stopped.
+
+    Args:
+        model: the model, freshly made.
+        data: the data.
+        settings: the settings.
+        out: folder of the run.
+        seed: seed of the data order, times and noise.
+
+    Returns:
+        The metrics, or None in processes other than the first.
+
+    Raises:
+        UserError: model, data and settings do not fit one another, or the checkpoint is damaged.
+    """
+    check_data(model, data, settings)
+    started = time.perf_counter()
+    first = fit(model, data, settings, out, seed)
+    if not first:
+        return None
+    seconds = time.perf_counter() - started
+    description = data.describe().to_dict()
+    # The checkpoint holds the averaged weights whatever the strategy, also when training ended in an earlier call.
+    weights = read_checkpoint(out / CHECKPOINT)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    model.cpu().eval() if settings.accelerator == "cpu" else model.eval()
+    write_json(out / "data.json", description)
+    model.save_pretrained(out / "model", {"data": description})
+    test = data.split(settings.evaluation_split)
+    record = evaluate_bound(model, test, draws=settings.evaluation_draws, progress=True)
+    metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
+    metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
+    shape = data.describe().event_shape
+    samples = model.sample((64 if len(shape) == 3 else 4096, *shape), seed=seed, progress=True)
+    write_samples(out / "samples.png", samples, None if len(shape) == 3 else test.__getitems__(range(min(len(test), 4096))))
+    shown = [0, len(test) // 2] if len(shape) == 3 else range(min(len(test), 2000))
+    write_transform(out / "transform.png", model, test.__getitems__(shown), seed=seed)
+    write_json(out / METRICS, metrics)
+    return metrics
+
+
+def baselines(data: DataSource, split: str) -> dict[str, float]:
+    """Bits/dim of simple coders on a split of discrete data; empty for continuous data."""
+    levels = data.describe().levels
+    if levels is None:
+        return {}
+    train, test = (data.split(name) for name in ("train", split))
+    known = data.integers(train.__getitems__(range(min(len(train), BASELINE_EXAMPLES))))
+    held_out = data.integers(test.__getitems__(range(min(len(test), BASELINE_EXAMPLES))))
+    return {"histogram_bpd": histogram_bpd(known, held_out, levels), "xz_bpd": xz_bpd(held_out, levels)}

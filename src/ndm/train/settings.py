@@ -1,0 +1,81 @@
+"""What a training run is told: optimiser, schedule of the learning rate, precision, devices, checkpoints."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ndm.errors import UserError
+
+
+@dataclass
+class TrainSettings:
+    """Settings of a training run."""
+
+    steps: int = 10_000
+    """Number of optimiser steps."""
+    batch_size: int = 64
+    """Examples in one optimiser step, over all devices and accumulated batches together."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    transform_rate: float = 1.0
+    """Learning rate of the transformation F, as a multiple of ``learning_rate``."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    warmup: int = 100
+    """Steps over which the learning rate rises linearly from zero."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to zero by a cosine, or constant."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient (0: no clipping)."""
+    ema: float = 0.999
+    """Decay of the exponential moving average of the weights, which is what gets evaluated and saved; it warms up."""
+    accumulate: int = 1
+    """Split each batch into this many parts and add up their gradients, to save memory."""
+    precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Numerical precision; bf16-mixed suits GPUs. The transformation F always runs in full precision."""
+    accelerator: str = "auto"
+    """Lightning's accelerator: auto, cpu, gpu, ..."""
+    devices: int | str = "auto"
+    """How many devices, or auto."""
+    nodes: int = 1
+    """How many machines."""
+    strategy: str = "auto"
+    """Lightning's strategy: auto, ddp, fsdp, ..."""
+    threads: int | None = None
+    """CPU threads of each process; None leaves PyTorch's choice."""
+    workers: int = 0
+    """Processes that load data."""
+    compile: bool = False
+    """Compile the networks with torch.compile: slow to start, for long runs."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints: what an interruption loses at most."""
+    log_every: int = 20
+    """Steps between two rows of the logs."""
+    validate_every: int | None = None
+    """Steps between evaluations on ``validation_split``; None for none."""
+    validation_split: str = "test"
+    """The split that ``validate_every`` looks at; nothing is selected by it."""
+    evaluation_draws: int = 8
+    """Times drawn for each example in the evaluation at the end."""
+    evaluation_split: str = "test"
+    """The split that is evaluated at the end."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        for name in ("steps", "batch_size", "accumulate", "nodes", "checkpoint_every", "log_every", "evaluation_draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1")
+        for name in ("warmup", "workers", "gradient_clip", "weight_decay", "transform_rate"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"train.{name}={getattr(self, name)}: give a number of at least 0")
+        for name in ("threads", "validate_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1, or null")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UserError(f"train.learning_rate={self.learning_rate}: give a positive number, for example 1e-3")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), for example 0.999")
