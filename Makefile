@@ -19,6 +19,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# Passive waiting: with the default, threads that spin starve one another as soon as the machine has anything else to do.
+demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY)
 	$(BIN)/ndm train --config configs/digits.yaml --out runs/digits
 	$(BIN)/ndm evaluate runs/digits --split test --json runs/digits/evaluation.json

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ CONFIG = "config.yaml"
 MACHINE_SETTINGS = ("accelerator", "devices", "nodes", "strategy", "threads", "workers", "compile", "checkpoint_every", "log_every")
 """Settings that say how a run is carried out rather than what it computes: they may change when a run goes on."""
 
+
 def run_command(name: str, words: Sequence[str]) -> None:
     """Parse the words after ``ndm NAME`` and run the command.
 
@@ -39,25 +39,35 @@ def run_command(name: str, words: Sequence[str]) -> None:
     if name == "train":
         run_train(words)
         return
-    function: Callable[..., None] = {"sample": sample, "evaluate": evaluate}[name]
+    functions: dict[str, Callable[..., None]] = {"sample": sample, "evaluate": evaluate}
+    function = functions[name]
     parser = ArgumentParser(prog=f"ndm {name}", description=(function.__doc__ or "").split("\n")[0], exit_on_error=False)
-    parser.add_function_arguments(function, as_positional=True)
-    arguments = parse(parser, words)
-    function(**vars(parser.instantiate(arguments)))
+    parser.add_argument("run", metavar="RUN", help="folder of the run, made by ndm train")
+    parser.add_function_arguments(function, as_positional=False, skip={"run"})
+    function(**vars(parse(parser, words)))
+
 
 def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     """Parse, turning the parser's complaints into a :class:`UserError`."""
     try:
         return parser.parse_args(list(words))
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
 
-def train_parser(partial: bool = False) -> ArgumentParser:
-    """The parser of ``ndm train``.
 
-    Args:
-        partial: parse a stored configuration only, without the arguments of the command line.
-    """
+def build(parser: ArgumentParser, arguments: Namespace) -> Namespace:
+    """Build the objects that parsed arguments describe, turning complaints of constructors into a :class:`UserError`."""
+    try:
+        return parser.instantiate(arguments)
+    except (TypeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(f"the configuration cannot be built: {cause or error}") from error
+
+
+def train_parser() -> ArgumentParser:
+    """The parser of ``ndm train``."""
     parser = ArgumentParser(
         prog="ndm train",
         description="Train a model and evaluate it. The same command again goes on with an interrupted run; --out alone is enough then.",
@@ -65,13 +75,15 @@ def train_parser(partial: bool = False) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with the sections data, model and train; options after it override it")
-    if not partial:
-        parser.add_argument("--out", type=str, required=True, metavar="RUN", help="folder of the run, made if need be")
+    parser.add_argument("--out", type=str, required=True, metavar="RUN", help="folder of the run, made if need be")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first weights, the data order, times and noise")
-    parser.add_subclass_arguments(DataSource, "data", required=True, help="the data: a class of ndm.data and its arguments; see --data.help CLASS")
+    parser.add_subclass_arguments(
+        DataSource, "data", required=True, help="the data: a class of ndm.data and its arguments; see --data.help CLASS"
+    )
     parser.add_class_arguments(NDM, "model")
     parser.add_class_arguments(TrainSettings, "train")
     return parser
+
 
 def run_train(words: Sequence[str]) -> None:
     """``ndm train``: parse, check against the folder, train, and print what came out."""
@@ -79,19 +91,18 @@ def run_train(words: Sequence[str]) -> None:
     stored = _stored_config(words)
     arguments = parse(parser, (["--config", str(stored)] if stored else []) + list(words))
     out = Path(arguments.out)
-    config = yaml.safe_load(parser.dump(arguments.clone(), skip_none=False))
+    config = yaml.safe_load(parser.dump(arguments, skip_unset=False))
     config.pop("out", None)
     config.pop("config", None)
     _check_same_run(out, config)
     if (out / METRICS).exists():
         record = read_json(out / METRICS)
-        print(f"{out} is finished: {float(str(record['nelbo_bpd'])):.4f} bits/dim on {record['split']}; nothing to do (choose another --out to train again)")
+        print(
+            f"{out} is finished: {float(str(record['nelbo_bpd'])):.4f} bits/dim on {record['split']}; nothing to do (choose another --out to train again)"
+        )
         return
     torch.manual_seed(arguments.seed)
-    try:
-        parts = parser.instantiate(arguments)
-    except TypeError as error:
-        raise UserError(f"the configuration cannot be built: {error}") from error
+    parts = build(parser, arguments)
     if parts.train.threads:
         torch.set_num_threads(parts.train.threads)
     parts.data.describe()  # data that cannot be read must not leave a folder behind
@@ -103,8 +114,11 @@ def run_train(words: Sequence[str]) -> None:
         for name in ("histogram", "xz"):
             if f"{name}_bpd" in metrics:
                 print(f"{name + ' (baseline)':<20}{metrics[f'{name}_bpd']:9.4f}")
-        print(f"{metrics['num_examples']} {metrics['split']} examples, {metrics['parameters']:,} parameters, trained {metrics['training_seconds']:.0f} s")
+        print(
+            f"{metrics['num_examples']} {metrics['split']} examples, {metrics['parameters']:,} parameters, trained {metrics['training_seconds']:.0f} s"
+        )
         print(f"wrote {out}/model, metrics.json, samples.png, transform.png")
+
 
 def _stored_config(words: Sequence[str]) -> Path | None:
     """The configuration of an existing run, when the words give --out but no --config."""
@@ -115,16 +129,14 @@ def _stored_config(words: Sequence[str]) -> Path | None:
     path = Path(outs[-1]) / CONFIG if outs else None
     return path if path is not None and path.exists() else None
 
+
 def _check_same_run(out: Path, config: dict[str, Any]) -> None:
     """Refuse to go on with a run under another configuration."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if not (out / CONFIG).exists():
         return
-    try:
-        stored = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{out / CONFIG} cannot be read; it is damaged: choose another --out") from error
+    stored = read_config(out)
     old, new = _flat(stored), _flat(config)
     ignored = {f"train.{name}" for name in MACHINE_SETTINGS}
     changed = sorted(key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key))
@@ -135,10 +147,31 @@ def _check_same_run(out: Path, config: dict[str, Any]) -> None:
             f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose another --out, or give --out alone to go on with it"
         )
 
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{run / CONFIG} does not exist; {run} is not a run of ndm train") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{run / CONFIG} cannot be read; it is damaged: choose another --out") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{run / CONFIG} holds no configuration; it is damaged: choose another --out")
+    return config
+
+
 def _flat(config: object, prefix: str = "") -> dict[str, object]:
     if isinstance(config, dict):
-        return {key: value for name, part in config.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()}
+        return {
+            key: value for name, part in config.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
     return {prefix: config}
+
 
 def load_run(run: Path) -> NDM:
     """The trained model of a run.
@@ -152,17 +185,22 @@ def load_run(run: Path) -> NDM:
         raise UserError(f"{run} holds no trained model yet; go on with: ndm train --out {run}")
     return NDM.from_pretrained(run / "model")
 
+
 def load_data(run: Path) -> DataSource:
     """The data source of a run, from its configuration.
 
     Raises:
         UserError: the configuration is missing or damaged.
     """
-    parser = train_parser(partial=True)
-    if not (run / CONFIG).exists():
-        raise UserError(f"{run / CONFIG} does not exist; {run} is not a run of ndm train")
-    arguments = parse(parser, ["--config", str(run / CONFIG)])
-    return parser.instantiate(Namespace(data=arguments.data)).data
+    parser = ArgumentParser(prog="ndm", exit_on_error=False)
+    parser.add_subclass_arguments(DataSource, "data", required=True)
+    config = read_config(run)
+    try:
+        arguments = parser.parse_object({"data": config.get("data")})
+    except ArgumentError as error:
+        raise UserError(f"{run / CONFIG}: {' '.join(str(error).split())}") from error
+    return build(parser, arguments).data
+
 
 def sample(
     run: str,
@@ -209,9 +247,9 @@ def sample(
         write_samples(target, samples)
     else:
         values = description.to_source_units(samples)
-        # An open file, since np.save would append .npy to a temporary name.
-        write_atomically(target, lambda path: np.save(path.open("wb"), values.numpy()))
+        write_atomically(target, lambda path: np.save(path, values.numpy()))
     print(f"wrote {n} samples to {target}")
+
 
 def evaluate(
     run: str,
@@ -236,7 +274,10 @@ def evaluate(
     description = data.describe()
     trained = DataDescription.from_dict(model.info.get("data"))
     if trained.sha256 != description.sha256:
-        print(f"ndm: warning: the data changed since training (sha256 {trained.sha256[:12]} then, {description.sha256[:12]} now)", file=sys.stderr)
+        print(
+            f"ndm: warning: the data changed since training (sha256 {trained.sha256[:12]} then, {description.sha256[:12]} now)",
+            file=sys.stderr,
+        )
     record = evaluate_bound(model, data.split(split), draws=draws, batch_size=batch_size, seed=seed, progress=True)
     record = {"run": str(folder), "data": description.name, "split": split, **record, "data_sha256": description.sha256}
     record |= {"torch_version": torch.__version__, "ndm_version": ndm.__version__}

@@ -35,7 +35,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """log p(x|z_0), nats, ``(B,)``, for ``x`` and ``z`` ``(B, *event)`` and the level at t = 0."""
+        """Log p(x|z_0), nats, ``(B,)``, for ``x`` and ``z`` ``(B, *event)`` and the level at t = 0."""
 
     @abstractmethod
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
@@ -115,5 +115,3 @@ class DiscretizedGaussian(Decoder):
         probabilities = self.logits(z, level).exp().flatten(0, -2)
         index = torch.multinomial(probabilities, 1, generator=generator)
         return self.grid(z)[index].reshape(z.shape)
-
-

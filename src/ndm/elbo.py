@@ -99,9 +99,7 @@ def discrete_diffusion(
     return steps * sum_event(mean**2 / (2 * coefficients.variance))
 
 
-def continuous_diffusion(
-    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: float = 1.0
-) -> Tensor:
+def continuous_diffusion(process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: float = 1.0) -> Tensor:
     """The integrand of the continuous-time diffusion term at t = u, ``(B,)``, nats; arguments as :func:`discrete_diffusion`."""
     level = process.schedule(u)
     value, derivative = process.transform.with_derivative(x, level)
@@ -138,5 +136,3 @@ def diffusion_term(
     else:
         integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta)
     return draw.weight * integrand, integrand
-
-

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.data import EventDataset
-from ndm.elbo import bits_per_dim
+from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.model import NDM
 
@@ -58,11 +58,15 @@ def evaluate_bound(
     for start in tqdm(range(0, count, batch_size), desc="evaluating", unit="batch", disable=not progress, delay=1, leave=False):
         batch = data.__getitems__(range(start, min(start + batch_size, count))).to(device)
         dims = batch[0].numel()
-        terms.append({name: term.double().cpu() for name, term in model.bound(batch, draws=draws, generator=generator).terms().items()})
+        bound = model.bound(batch, draws=draws, generator=generator)
+        # In double precision before they are added up, so that the terms in the record add up to the bound.
+        terms.append(Bound(bound.prior.double().cpu(), bound.diffusion.double().cpu(), bound.reconstruction.double().cpu()).terms())
     model.train(training)
     values = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
     if not bool(values["nelbo"].isfinite().all()):
-        raise UserError(f"the bound of {int((~values['nelbo'].isfinite()).sum())} of {count} examples is not finite; the model did not train well")
+        raise UserError(
+            f"the bound of {int((~values['nelbo'].isfinite()).sum())} of {count} examples is not finite; the model did not train well"
+        )
     record: dict[str, Any] = {}
     for name in ("nelbo", "prior", "diffusion", "reconstruction"):
         record[f"{name}_bpd"] = float(bits_per_dim(values[name].mean(), dims))

@@ -35,7 +35,7 @@ class Gaussian:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std noise."""
+        """Mean + std noise."""
         return self.mean + self.std * noise
 
 
@@ -66,7 +66,9 @@ def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) ->
     eta = torch.as_tensor(eta, dtype=shrink.dtype, device=shrink.device)
     if bool((eta < 0).any()) or bool((eta**2 * -shrink > 1 + 1e-6).any()):
         largest = float((-shrink).max()) ** -0.5
-        raise UserError(f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; use eta=1 for DDPM")
+        raise UserError(
+            f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; use eta=1 for DDPM"
+        )
     half_log = 0.5 * (s.gamma - t.gamma + torch.log1p(eta**2 * shrink.clamp(min=-1)))
     keep = (1 + eta**2 * shrink).clamp(min=0)
     return PosteriorCoefficients(
@@ -91,7 +93,7 @@ class ForwardProcess(nn.Module):
     def level(self, t: Tensor | float, like: Tensor) -> NoiseLevel:
         """The noise level at times ``t`` (a number or ``(B,)``) for a batch ``like`` ``(B, *event)``."""
         t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
-        return self.schedule(t.expand(like.shape[0]) if t.dim() == 0 else t)
+        return self.schedule(t.repeat(like.shape[0]) if t.dim() == 0 else t)
 
     def marginal(self, x: Tensor, level: NoiseLevel) -> Gaussian:
         """q(z_t|x) for ``x`` ``(B, *event)``."""
@@ -142,5 +144,5 @@ class ForwardProcess(nn.Module):
 
     @staticmethod
     def diffusion(level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """g = eta sigma sqrt(gamma'), ``(B,)``."""
+        """G = eta sigma sqrt(gamma'), ``(B,)``."""
         return eta * level.sigma * level.dgamma.sqrt()

@@ -89,7 +89,7 @@ class NDM(nn.Module):
         self,
         x: Tensor,
         *,
-        steps: int | None | Literal["trained"] = "trained",
+        steps: int | Literal["trained"] | None = "trained",
         draws: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Bound:

@@ -53,9 +53,10 @@ def time_derivative(network: Network, x: Tensor, t: Tensor) -> tuple[Tensor, Ten
     Raises:
         ForwardModeError: the network holds an operation that forward mode cannot pass; the message names the mend.
     """
+    t = t.contiguous()  # forward mode writes tangents in place, which an expanded tensor cannot take
     try:
         with _forward_mode(), sdpa_kernel(SDPBackend.MATH):
-            value, derivative = torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))
+            value, derivative = torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[misc]
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError) or not _is_forward_mode(error):
             raise
@@ -87,7 +88,16 @@ def in_forward_mode() -> bool:
     return _forward_mode_depth > 0
 
 
-_FORWARD_MODE_SIGNS = ("forward ad", "forward-mode", "forward mode", "jvp", "view size is not compatible", "zerotensor", "functorch", "vmap")
+_FORWARD_MODE_SIGNS = (
+    "forward ad",
+    "forward-mode",
+    "forward mode",
+    "jvp",
+    "view size is not compatible",
+    "zerotensor",
+    "functorch",
+    "vmap",
+)
 
 
 def _is_forward_mode(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ section 15.1) and of order 2 on the ODE; ancestral steps and Euler are of order 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 import torchdiffeq
@@ -163,7 +163,7 @@ class AdaptiveODE(Sampler):
 
             grid = torch.tensor([1.0, 0.0], dtype=z.dtype, device=z.device)
             path = torchdiffeq.odeint(field, z, grid, method=self.solver, rtol=self.rtol, atol=self.atol)
-        return path[-1]  # pyright: ignore[reportIndexIssue]
+        return path[-1]
 
 
 class TorchSDE(Sampler):

@@ -41,12 +41,12 @@ class NoiseLevel:
 
     @property
     def omega(self) -> Tensor:
-        """alpha sigma' - alpha' sigma = alpha sigma gamma'/2, positive."""
+        """Alpha sigma' - alpha' sigma = alpha sigma gamma'/2, positive."""
         return self.alpha * self.dsigma - self.dalpha * self.sigma
 
     @property
     def dgamma(self) -> Tensor:
-        """gamma' = d gamma/dt (infinite where alpha is 0)."""
+        """Gamma' = d gamma/dt (infinite where alpha is 0)."""
         return 2 * self.omega / (self.alpha * self.sigma)
 
     @property
@@ -232,7 +232,7 @@ class LearnedSchedule(VariancePreserving):
         self.center = nn.Parameter(torch.linspace(0.0, 1.0, units))
 
     def ends(self) -> tuple[Tensor, Tensor]:
-        """gamma at t = 0 and at t = 1, scalars."""
+        """Gamma at t = 0 and at t = 1, scalars."""
         if self.start_and_log_range is None:
             return self.log_slope.new_tensor(self.gamma_0), self.log_slope.new_tensor(self.gamma_1)
         start, log_range = self.start_and_log_range

@@ -85,7 +85,7 @@ class ImportanceTimes(TimeSampler):
         self.register_buffer("seen", torch.zeros(bins, dtype=torch.float64))
 
     def density(self) -> Tensor:
-        """p in each bin, float64, ``(bins,)``; its mean is 1."""
+        """P in each bin, float64, ``(bins,)``; its mean is 1."""
         if bool((self.seen == 0).any()) or float(self.square.sum()) == 0:
             return torch.ones_like(self.square)
         root = (self.square / (1 - self.decay**self.seen)).sqrt()

@@ -8,6 +8,7 @@ For one example x each column is a time t; the rows show
 Needs matplotlib (extra ``eval``). Images keep their own pixels: they are enlarged by whole numbers and never smoothed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,23 +79,28 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
         return
     panels = [("samples", x)] + ([("data", reference)] if reference is not None else [])
     figure = _figure(3.4 * len(panels), 3.4)
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    limit = common_limit([points for _, points in panels])
     for axis, (title, points) in zip(axes, panels, strict=True):
-        draw_points(axis, points)
+        draw_points(axis, points, limit)
         axis.set_title(title)
     write_figure(path, figure)
 
 
-def draw_points(axis: Any, points: Tensor) -> None:
-    """Draw vectors ``(B, D)`` on a matplotlib axis: a histogram for D = 1, else the first two dimensions."""
+def common_limit(batches: Sequence[Tensor]) -> float:
+    """Half the side of a square around 0 that holds all but the furthest half per cent of the points of every batch."""
+    return max(float(np.quantile(points.detach().abs().flatten(1)[:, :2].max(1).values.cpu().numpy(), 0.995)) for points in batches) * 1.08
+
+
+def draw_points(axis: Any, points: Tensor, limit: float) -> None:
+    """Draw vectors ``(B, D)`` on a matplotlib axis from -limit to limit: a histogram for D = 1, else the first two dimensions."""
     values = points.detach().float().cpu().flatten(1).numpy()
     if values.shape[1] == 1:
-        axis.hist(values[:, 0], bins=80, density=True, color="#30507a")
+        axis.hist(values[:, 0], bins=80, range=(-limit, limit), density=True, color="#30507a")
         axis.set(xlabel="x", ylabel="density")
         return
     axis.scatter(values[:, 0], values[:, 1], s=2, alpha=0.4, linewidths=0, color="#30507a")
-    axis.set(xlabel="$x_1$", ylabel="$x_2$")
-    axis.set_aspect("equal", adjustable="datalim")
+    axis.set(xlabel="$x_1$", ylabel="$x_2$", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
@@ -133,8 +139,8 @@ def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] 
     states = transform_over_time(model, x, times, seed)
     groups = range(x.shape[0]) if x.dim() == 4 else range(1)
     figure = _figure(1.25 * len(times) + 0.6, (1.3 if x.dim() == 4 else 1.6) * 3 * len(groups) + 0.3)
-    share = x.dim() != 4
-    axes = figure.subplots(3 * len(groups), len(times), squeeze=False, sharex="row" if share else False, sharey="row" if share else False)
+    axes = figure.subplots(3 * len(groups), len(times), squeeze=False)
+    limit = common_limit([values.flatten(0, 1) for values in states.values()]) if x.dim() != 4 else 1.0
     for group in groups:
         for row, (name, values) in enumerate(states.items()):
             for column, time in enumerate(times):
@@ -142,7 +148,7 @@ def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] 
                 if x.dim() == 4:
                     axis.imshow(to_pixels(values[column, group : group + 1])[0], interpolation="nearest")
                 else:
-                    draw_points(axis, values[column])
+                    draw_points(axis, values[column], limit)
                     axis.set(xlabel="", ylabel="")
                 axis.set_xticks([])
                 axis.set_yticks([])

@@ -69,7 +69,8 @@ def discrete(
     Returns:
         Description and splits.
     """
-    content, splits = ContentHash(), {}
+    content = ContentHash()
+    splits: dict[str, EventDataset] = {}
     for split, array in arrays.items():
         array = np.ascontiguousarray(array, dtype=np.uint8 if levels <= 256 else np.int32)
         content.split(split)
@@ -123,7 +124,9 @@ def continuous(
                 f"{name}: column {label} is {value:g} in all {len(train)} rows of the train split and cannot be standardised (a constant "
                 f"has no density); leave it out with columns=, or give standardize=False"
             )
-    content, splits, sizes = ContentHash(), {}, {}
+    content = ContentHash()
+    splits: dict[str, EventDataset] = {}
+    sizes: dict[str, int] = {}
     for split, array in arrays.items():
         array = np.ascontiguousarray(array, dtype=np.float64)
         content.split(split)

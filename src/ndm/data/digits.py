@@ -12,7 +12,8 @@ import numpy as np
 
 from ndm.data.arrays import discrete
 from ndm.data.extras import require
-from ndm.data.source import DataSource, Loaded, check_split_arguments, draw_split, split_words
+from ndm.data.source import DataSource, Loaded
+from ndm.data.splits import check_split_arguments, draw_split, split_words
 from ndm.errors import UserError, describe_value
 
 

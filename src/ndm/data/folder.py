@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ndm.data.images import EncodedImages, check_image_arguments, encoded, size_words
-from ndm.data.source import DataSource, Loaded, check_classes, check_split_arguments, draw_split, split_words
+from ndm.data.source import DataSource, Loaded
+from ndm.data.splits import check_classes, check_split_arguments, draw_split, split_words
 from ndm.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")

@@ -16,7 +16,8 @@ import numpy as np
 from ndm.data.arrays import check_values, continuous
 from ndm.data.extras import require
 from ndm.data.images import EncodedImages, check_image_arguments, encoded, size_words
-from ndm.data.source import DataSource, Loaded, check_classes
+from ndm.data.source import DataSource, Loaded
+from ndm.data.splits import check_classes
 from ndm.data.table import arrow_columns
 from ndm.errors import UserError, describe_value
 
@@ -98,26 +99,9 @@ class HuggingFace(DataSource):
         require("datasets", "datasets", "hub")
         import datasets
 
-        tables: dict[str, Any] = {}
-        for split, theirs in (self.splits or {"train": "train", "test": "test"}).items():
-            try:
-                tables[split] = datasets.load_dataset(self.name, self.config, split=theirs, revision=self.revision)
-            except Exception as error:  # the client raises errors of many libraries, all about the name, the network or the files
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                mend = "check name, config, revision and splits, and the network"
-                raise UserError(f"split {theirs!r} of data set {self.name!r} cannot be loaded; {mend} ({text[:300]})") from error
-        wanted = [column for column in (self.image_column, *(self.columns or ()), self.label_column) if column is not None]
-        for split, table in tables.items():
-            for column in wanted:
-                if column not in table.column_names:
-                    have = ", ".join(table.column_names)
-                    raise UserError(f"{self.name}: split {split!r} has no column {column!r}; its columns are: {have}")
-            if len(table) == 0:
-                raise UserError(f"{self.name}: split {split!r} is empty; choose other splits with splits=")
+        tables = self._tables(datasets)
         name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
-        version = ", ".join(
-            f"{key} {value}" for key, value in (("config", self.config), ("revision", self.revision or "not pinned")) if value is not None
-        )
+        version = ("" if self.config is None else f"config {self.config}, ") + f"revision {self.revision or 'not pinned'}"
         labels, classes = self._labels(tables, datasets) if self.label_column else ({}, [])
         if self.columns:
             arrays = {}
@@ -135,6 +119,26 @@ class HuggingFace(DataSource):
                 raise UserError(f"{self.name}: column {self.image_column!r} holds no images but {kind}; choose image_column=") from error
             splits[split] = ColumnImages(images, f"{self.name}: split {split!r}", self.channels, self.size, labels.get(split))
         return encoded(name, version + size_words(self.size), splits, classes)
+
+    def _tables(self, datasets: Any) -> dict[str, Any]:
+        """Our name of each split -> its ``datasets.Dataset``, which has all the columns wanted and is not empty."""
+        tables: dict[str, Any] = {}
+        for split, theirs in (self.splits or {"train": "train", "test": "test"}).items():
+            try:
+                tables[split] = datasets.load_dataset(self.name, self.config, split=theirs, revision=self.revision)
+            except Exception as error:  # the client raises errors of many libraries, all about the name, the network or the files
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                mend = "check name, config, revision and splits, and the network"
+                raise UserError(f"split {theirs!r} of data set {self.name!r} cannot be loaded; {mend} ({text[:300]})") from error
+        wanted = [column for column in (self.image_column, *(self.columns or ()), self.label_column) if column is not None]
+        for split, table in tables.items():
+            for column in wanted:
+                if column not in table.column_names:
+                    have = ", ".join(table.column_names)
+                    raise UserError(f"{self.name}: split {split!r} has no column {column!r}; its columns are: {have}")
+            if len(table) == 0:
+                raise UserError(f"{self.name}: split {split!r} is empty; choose other splits with splits=")
+        return tables
 
     def _labels(self, tables: Mapping[str, Any], datasets: Any) -> tuple[dict[str, np.ndarray], list[str]]:
         """Split -> class index of each example, and the classes: those declared, or those that occur when the column declares none."""

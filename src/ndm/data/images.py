@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.data.extras import require
-from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded, check_whole, to_grid
+from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded, to_grid
+from ndm.data.splits import check_whole
 from ndm.errors import UserError, describe_value
 
 LEVELS = 256

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ndm.data.arrays import discrete
-from ndm.data.source import DataSource, Loaded, check_classes, check_whole
+from ndm.data.source import DataSource, Loaded
+from ndm.data.splits import check_classes, check_whole
 from ndm.errors import UserError, describe_value
 
 FILES = {

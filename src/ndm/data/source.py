@@ -15,9 +15,9 @@ itself are drawn class by class with a fixed seed, and the description carries a
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -90,7 +90,9 @@ class DataDescription:
             UserError: it is not one.
         """
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields_of).items()})  # type: ignore[call-overload]
+            values: dict[str, Any] = dict(fields_of)  # type: ignore[call-overload]
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise UserError("the model carries no description of its data; save it with info={'data': description.to_dict()}") from error
 
@@ -117,7 +119,7 @@ class EventDataset(Dataset[Tensor], ABC):
         return self.__getitems__([index % len(self)])[0]
 
 
-def keep_batch(batch: Tensor) -> Tensor:
+def keep_batch(batch: Any) -> Any:
     """The ``collate_fn`` for an :class:`EventDataset`, whose batches are stacked already."""
     return batch
 
@@ -196,102 +198,10 @@ def from_grid(x: Tensor, levels: int) -> Tensor:
     return (((x.double() + 1) * levels - 1) / 2).round().clamp(0, levels - 1).long()
 
 
-def split_by_class(labels: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a fixed train/test split with the same fraction of every class.
-
-    Args:
-        labels: class index of each example, ``(N,)``; all zero for data without classes.
-        test_fraction: part of each class that goes to the test split, rounded to whole examples.
-        seed: of the draw.
-
-    Returns:
-        The indices of the train and of the test examples, each increasing.
-    """
-    generator = np.random.default_rng(seed)
-    test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        test[members[: math.floor(len(members) * test_fraction + 0.5)]] = True
-    return np.flatnonzero(~test), np.flatnonzero(test)
-
-
-def check_classes(labels: Mapping[str, np.ndarray], classes: Sequence[str], name: str, mend: str) -> None:
-    """Check that every declared class occurs in every split.
-
-    Args:
-        labels: split -> index into ``classes`` of each example.
-        classes: the declared classes.
-        name: of the data, for the message.
-        mend: how to mend a missing class, for the message.
-
-    Raises:
-        UserError: a class is missing; the message names split and class.
-    """
-    for split, values in labels.items():
-        missing = [classes[int(index)] for index in np.flatnonzero(np.bincount(values, minlength=len(classes)) == 0)]
-        if missing:
-            word = "class" if len(missing) == 1 else "classes"
-            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise UserError(f"{name}: split {split!r} has no example of {word} {shown} of the {len(classes)} declared; {mend}")
-
-
-def draw_split(labels: np.ndarray, classes: Sequence[str], name: str, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
-    """Draw train and test with :func:`split_by_class`, and check that neither is empty nor lacks a class.
-
-    Args:
-        labels: class index of each example, ``(N,)``; all zero for data without classes.
-        classes: the declared classes, or none.
-        name: of the data, for messages.
-        test_fraction: part of each class that goes to the test split.
-        seed: of the draw.
-
-    Returns:
-        Split -> indices of its examples.
-
-    Raises:
-        UserError: a split is empty, or lacks a class.
-    """
-    train, test = split_by_class(labels, test_fraction, seed)
-    parts = {"train": train, "test": test}
-    mend = f"give more examples, or change test_fraction={test_fraction:g}"
-    if classes:
-        check_classes({split: labels[part] for split, part in parts.items()}, classes, name, mend)
-    for split, part in parts.items():
-        if not len(part):
-            raise UserError(f"{name}: the {split} split of {len(labels)} examples would be empty; {mend}")
-    return parts
-
-
-def check_split_arguments(test_fraction: float, seed: int) -> None:
-    """Check the two arguments of a split drawn by us.
-
-    Raises:
-        UserError: ``test_fraction`` is not inside (0, 1), or ``seed`` is not a whole number of at least 0.
-    """
-    if not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction={describe_value(test_fraction)}: give a number between 0 and 1, for example 0.2")
-    check_whole("seed", seed, 0)
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Check that an argument is a whole number of at least ``least``.
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={describe_value(value)}: give a whole number of at least {least}")
-
-
-def split_words(test_fraction: float, seed: int) -> str:
-    """How a split was drawn, for the version of a description: ``80/20 split, seed 0``."""
-    return f"{100 * (1 - test_fraction):g}/{100 * test_fraction:g} split, seed {seed}"
-
-
 class ContentHash:
     """The checksum that :class:`DataDescription` defines."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def split(self, name: str) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 
 from ndm.data.arrays import check_values, continuous, discrete
 from ndm.data.extras import require
-from ndm.data.source import DataSource, Loaded, check_split_arguments, check_whole, draw_split, split_words
+from ndm.data.source import DataSource, Loaded
+from ndm.data.splits import check_split_arguments, check_whole, draw_split, split_words
 from ndm.errors import UserError, describe_value
 
 if TYPE_CHECKING:
@@ -231,10 +232,10 @@ def _read_csv(file: Path, columns: Sequence[str | int] | None) -> tuple[np.ndarr
     try:
         array = np.array(kept, dtype=np.float64)
     except ValueError as error:
-        row, place = next((i, j) for i, cells in enumerate(kept) for j, cell in enumerate(cells) if not _is_number(cell))
+        at, place = next((i, j) for i, cells in enumerate(kept) for j, cell in enumerate(cells) if not _is_number(cell))
         column = repr(names[positions[place]]) if names else positions[place]
         raise UserError(
-            f"{file}: row {row} (the first is 0), column {column} holds {describe_value(kept[row][place])}, not a number; mend it, or name "
+            f"{file}: row {at} (the first is 0), column {column} holds {describe_value(kept[at][place])}, not a number; mend it, or name "
             f"the columns to use with columns="
         ) from error
     return array, [names[position] for position in positions] if names else None

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ndm.data.arrays import continuous
-from ndm.data.source import DataSource, Loaded, check_whole
+from ndm.data.source import DataSource, Loaded
+from ndm.data.splits import check_whole
 from ndm.errors import UserError, describe_value
 
 _GRID_POINTS, _ROWS_AT_ONCE = 2**24, 4096
@@ -53,8 +54,7 @@ class ToySource(DataSource):
     def load(self) -> Loaded:
         arrays = {}
         for index, (split, size) in enumerate((("train", self.train_size), ("test", self.test_size))):
-            generator = torch.Generator().manual_seed(2 * self.seed + index)
-            arrays[split] = self.sample(size, generator).numpy()
+            arrays[split] = self.sample(size, torch.Generator().manual_seed(2 * self.seed + index)).numpy()
         return continuous(type(self).__name__.lower(), f"{self._words()}; samples with seed {self.seed}", arrays, standardize=False)
 
     def _words(self) -> str:
@@ -86,8 +86,7 @@ class Mixture(ToySource):
     ):
         super().__init__(train_size, test_size, seed)
         self.means, self.stds, self.weights = means, stds, weights
-        lengths = {len(mean) for mean in means}
-        if len(lengths) != 1 or 0 in lengths or not np.isfinite(np.asarray(means, dtype=float)).all():
+        if len({np.shape(mean) for mean in means}) != 1 or np.ndim(means) != 2 or not np.size(means) or not np.isfinite(means).all():
             raise UserError(f"means={describe_value(means)}: give one list of finite numbers for each component, all of one length")
         for name, values in (("stds", self._std_list()), ("weights", self._weight_list())):
             if len(values) != len(means) or not all(0 < value < math.inf for value in values):
@@ -188,7 +187,8 @@ class TwoMoons(ToySource):
         angle = math.pi * torch.rand(n, dtype=torch.float64, generator=generator)
         second = torch.rand(n, generator=generator) < 0.5
         noise = torch.randn(n, 2, dtype=torch.float64, generator=generator)
-        return (torch.where(second[:, None], *reversed(self._moons(angle))) + self.noise * noise).float()
+        first_moon, second_moon = self._moons(angle)
+        return (torch.where(second[:, None], second_moon, first_moon) + self.noise * noise).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         _check_dimension(x, 2)

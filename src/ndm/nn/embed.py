@@ -30,7 +30,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, features: int, frequencies: int = 16, max_frequency: float = 32.0):
         super().__init__()
         if frequencies < 1 or not max_frequency >= 1:
-            raise UserError(f"frequencies={frequencies}, max_frequency={max_frequency}: need at least one frequency, and max_frequency >= 1")
+            raise UserError(
+                f"frequencies={frequencies}, max_frequency={max_frequency}: need at least one frequency, and max_frequency >= 1"
+            )
         self.register_buffer("omega", math.pi * torch.logspace(0, math.log2(max_frequency), frequencies, base=2.0), persistent=False)
         self.net = nn.Sequential(nn.Linear(2 * frequencies, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
 

@@ -70,7 +70,9 @@ class MLP(nn.Module):
         """``(B, *event)`` with D numbers an event and ``(B,)`` to ``(B, *event)``."""
         flat = x.flatten(1)
         if flat.shape[1] != self.dims:
-            raise UserError(f"the MLP takes events of {self.dims} dimensions, got a batch of shape {tuple(x.shape)}; set dims to fit the data")
+            raise UserError(
+                f"the MLP takes events of {self.dims} dimensions, got a batch of shape {tuple(x.shape)}; set dims to fit the data"
+            )
         time = self.time(t)
         h = self.first(self.features(flat))
         for block in self.layers:

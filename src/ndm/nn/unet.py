@@ -98,7 +98,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
         self.norm, self.last = GroupNorm(width), nn.Conv2d(width, image_channels, 3, padding=1)
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def zero_output(self) -> None:
         """Set the last layer to zero, so that the network starts at f = 0."""

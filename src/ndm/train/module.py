@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -105,7 +106,7 @@ class TrainingModule(LightningModule):
         self.log_dict(values, prog_bar=False, batch_size=batch.shape[0])
         self.log(f"{stage}_bpd", values[f"{stage}/nelbo_bpd"], prog_bar=True, logger=False, batch_size=batch.shape[0])
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up, and with a rate of its own for F."""
         settings = self.settings
         transform = {id(p) for p in self.model.transform.parameters()}
@@ -183,18 +184,18 @@ class FinalCheckpoint(Callback):
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar over the steps of the run, which is one long epoch."""
 
-    def init_train_tqdm(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def init_train_tqdm(self):  # type: ignore[no-untyped-def]
         """Name the bar after what it shows."""
         bar = super().init_train_tqdm()
         bar.set_description("training")
         return bar
 
-    def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002
+    def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
         """Keep the name: the run has one epoch."""
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("training")
 
-    def get_metrics(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN002, ANN003, ANN201
+    def get_metrics(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         """Leave out the version number of the log."""
         metrics = super().get_metrics(*args, **kwargs)
         metrics.pop("v_num", None)
@@ -205,5 +206,10 @@ def quiet_lightning() -> None:
     """Silence advice of Lightning's that does not apply: the data position is resumed by the step, not by the loader."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*your dataloader is not resumable.*", ".*experiment logs directory.*"):
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+        ".*Checkpoint directory .* exists.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

@@ -49,7 +49,9 @@ def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
     if description.levels is not None and isinstance(model.decoder, DiscretizedGaussian):
         have = len(model.decoder.values)
         if have != description.levels:
-            raise UserError(f"{description.name} has {description.levels} levels but the decoder {have}; set model.decoder.init_args.levels={description.levels}")
+            raise UserError(
+                f"{description.name} has {description.levels} levels but the decoder {have}; set model.decoder.init_args.levels={description.levels}"
+            )
     for split in ("train", settings.evaluation_split, *([settings.validation_split] if settings.validate_every else [])):
         if len(data.split(split)) == 0:
             raise UserError(f"{description.name}: the split {split!r} is empty")
@@ -74,14 +76,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("it is not a checkpoint of a run")
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete it to start the run again") from error
+        raise UserError(
+            f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete it to start the run again"
+        ) from error
     return content
 
 
 def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
     """Lightning's trainer for a run in the folder ``out``."""
     callbacks: list[Callback] = [
-        ModelCheckpoint(out / CHECKPOINT.parent, CHECKPOINT.stem, every_n_train_steps=settings.checkpoint_every, enable_version_counter=False),
+        ModelCheckpoint(
+            out / CHECKPOINT.parent, CHECKPOINT.stem, every_n_train_steps=settings.checkpoint_every, enable_version_counter=False
+        ),
         FinalCheckpoint(out / CHECKPOINT),
         ProgressBar(refresh_rate=10),
         LearningRateMonitor(),
@@ -102,7 +108,7 @@ def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
         accumulate_grad_batches=settings.accumulate,
         callbacks=callbacks,
         logger=[csv, TensorBoardLogger(out, name="logs", version=csv.version)],
-        log_every_n_steps=settings.log_every * settings.accumulate,
+        log_every_n_steps=min(settings.log_every, settings.steps) * settings.accumulate,
         val_check_interval=settings.validate_every * settings.accumulate if settings.validate_every else None,
         limit_val_batches=None if validate else 0,
         num_sanity_val_steps=0,

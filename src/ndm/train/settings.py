@@ -31,7 +31,7 @@ class TrainSettings:
     """Decay of the exponential moving average of the weights, which is what gets evaluated and saved; it warms up."""
     accumulate: int = 1
     """Split each batch into this many parts and add up their gradients, to save memory."""
-    precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Numerical precision; bf16-mixed suits GPUs. The transformation F always runs in full precision."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu, ..."""

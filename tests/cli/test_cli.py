@@ -1,0 +1,110 @@
+"""The contract of the command line: help, samples, evaluation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from PIL import Image
+
+import ndm
+from ndm.cli import COMMANDS, main
+from ndm.data import Digits
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    network = {"class_path": "ndm.nn.UNet", "init_args": {"channels": 8, "multiples": [1], "attention": True, "fourier": [3]}}
+    model = {
+        "schedule": {"class_path": "ndm.LearnedSchedule", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0, "learn_ends": True}},
+        "transform": {"class_path": "ndm.GatedTransform", "init_args": {"network": {**network}}},
+        "predictor": {"class_path": "ndm.Predictor", "init_args": {"network": network}},
+        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"levels": 17}},
+        "steps": 10,
+    }
+    config = {"data": {"class_path": "ndm.data.Digits"}, "model": model, "train": {**TINY["train"], "steps": 3, "evaluation_draws": 1}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "--config", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main([*command.split(), "--help"])
+    except SystemExit as error:  # how the parser ends after its help
+        code = error.code
+    assert code == 0
+    text = capsys.readouterr().out
+    if command == "train":
+        for words in ("Number of optimiser steps", "noise levels over time", "Example: ndm train", "exponential moving average"):
+            assert words in " ".join(text.split())
+    elif command == "":
+        assert all(f"  {name}" in text for name in COMMANDS)
+    else:
+        assert "folder of the run" in text
+
+
+def test_evaluate_keeps_its_contract(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "deep" / "evaluation.json"
+    assert main(["evaluate", str(digits_run), "--split", "test", "--json", str(file), "--draws", "3", "--seed", "5"]) == 0
+    record = json.loads(file.read_text())
+    keys = "nelbo_bpd nelbo_bpd_stderr prior_bpd diffusion_bpd reconstruction_bpd num_examples seed time_samples_per_example parameters data_sha256"
+    assert set(keys.split()) <= set(record)
+    assert record["nelbo_bpd"] == pytest.approx(record["prior_bpd"] + record["diffusion_bpd"] + record["reconstruction_bpd"], abs=1e-9)
+    assert (record["seed"], record["time_samples_per_example"], record["num_examples"]) == (5, 3, 359)
+    assert record["data_sha256"] == Digits().describe().sha256
+    model = ndm.NDM.from_pretrained(digits_run / "model")
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert f"{record['nelbo_bpd']:.4f}" in capsys.readouterr().out
+
+    assert main(["evaluate", str(digits_run), "--json", str(tmp_path / "again.json"), "--draws", "3", "--seed", "5"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["nelbo_bpd"] == record["nelbo_bpd"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "ancestral"],
+        ["--method", "ddim"],
+        ["--method", "sde", "--solver", "heun"],
+        ["--method", "sde", "--solver", "torchsde-euler"],
+        ["--method", "ode"],
+        ["--method", "ode", "--solver", "dopri5", "--rtol", "1e-2", "--atol", "1e-2"],
+    ],
+)
+def test_samples_are_digits_levels_and_follow_the_seed(options: list[str], digits_run: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.npy" for name in "abc"]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        words = ["sample", str(digits_run), "--n", "5", "--steps", "4", "--seed", str(seed), "--out", str(file), *options]
+        assert main(words) == 0
+    first, second, other = (np.load(file) for file in files)
+    assert first.shape == (5, 1, 8, 8)
+    assert set(np.unique(first)) <= set(range(17))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+
+
+def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:
+    for name in ("x.png", "x.npy"):
+        assert main(["sample", str(digits_run), "--n", "4", "--steps", "3", "--out", str(tmp_path / name)]) == 0
+    values, picture = np.load(tmp_path / "x.npy"), np.asarray(Image.open(tmp_path / "x.png").convert("L"))
+    scale = picture.shape[0] // (2 * 9 + 1)  # two rows of eight pixels, gaps of one
+    small = picture[::scale, ::scale]
+    cells = [small[1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column] for row in range(2) for column in range(2)]
+    for value, cell in zip(values[:, 0], cells, strict=True):
+        np.testing.assert_array_equal(np.round(cell / 255 * 17 - 0.5), value)
+
+
+def test_library_and_command_line_draw_from_the_same_model(digits_run: Path) -> None:
+    model = ndm.NDM.from_pretrained(digits_run / "model")
+    assert model.steps == 10
+    x = Digits().split("test").__getitems__(range(8))
+    bounds = [model.bound(x, generator=torch.Generator().manual_seed(0), draws=2).total for _ in range(2)]
+    assert torch.equal(*bounds)
+    assert model.info["data"]["name"] == "digits"  # type: ignore[index]

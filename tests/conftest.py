@@ -1,0 +1,54 @@
+"""Shared set-up of the tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+torch.set_num_threads(1)
+
+TINY: dict[str, Any] = {
+    "data": {
+        "class_path": "ndm.data.Mixture",
+        "init_args": {"means": [[-1.0, 0.5], [1.0, -0.5]], "stds": [0.3, 0.5], "weights": [0.4, 0.6], "train_size": 200, "test_size": 100},
+    },
+    "model": {
+        "schedule": {"class_path": "ndm.LinearLogSNR", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
+        "transform": {
+            "class_path": "ndm.NetworkTransform",
+            "init_args": {"network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 16, "blocks": 1, "max_frequency": 2.0}}},
+        },
+        "predictor": {
+            "class_path": "ndm.Predictor",
+            "init_args": {"network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 32, "blocks": 1}}},
+        },
+        "decoder": {"class_path": "ndm.GaussianDecoder"},
+        "times": {"class_path": "ndm.ImportanceTimes", "init_args": {"bins": 4}},
+    },
+    "train": {
+        "steps": 24,
+        "batch_size": 16,
+        "warmup": 4,
+        "accelerator": "cpu",
+        "devices": 1,
+        "checkpoint_every": 8,
+        "log_every": 4,
+        "evaluation_draws": 2,
+    },
+}
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Write the configuration of a tiny run, with changed sections, and return its path."""
+
+    def write(name: str = "config.yaml", **sections: Any) -> Path:
+        config = {key: {**value, **sections.pop(key, {})} for key, value in TINY.items()}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({**config, **sections}))
+        return path
+
+    return write

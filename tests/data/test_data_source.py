@@ -1,0 +1,163 @@
+"""Laws that every source obeys: grid and units invert, splits partition and reproduce, checksums follow the content."""
+
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
+
+from ndm.data import MNIST, Checkerboard, DataSource, Digits, HuggingFace, ImageFolder, Mixture, Pinwheel, Table, TwoMoons, keep_batch
+from ndm.data.arrays import discrete
+from ndm.data.source import from_grid, to_grid
+from ndm.data.splits import check_classes, split_by_class
+from ndm.decoder import DiscretizedGaussian, bin_centers
+from ndm.errors import UserError
+
+SMALL: dict[str, Any] = {"train_size": 40, "test_size": 20}
+SOURCES = [Digits(), Mixture(**SMALL), Checkerboard(**SMALL), TwoMoons(**SMALL), Pinwheel(**SMALL)]
+
+
+def named(source: DataSource) -> str:
+    return type(source).__name__
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
+def test_grid_round_trips_every_integer(levels):
+    k = torch.arange(levels)
+    x = to_grid(k, levels)
+    assert torch.equal(x, bin_centers(levels).float())
+    assert torch.equal(from_grid(x, levels), k)
+    half_bin = 0.49 * 2 / levels
+    assert torch.equal(from_grid(x.double() + half_bin, levels), k)
+    assert from_grid(torch.tensor([-9.0, 9.0]), levels).tolist() == [0, levels - 1]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=named)
+def test_description_agrees_with_the_examples(source):
+    description = source.describe()
+    assert set(description.splits) == {"train", "test"}
+    for split, size in description.splits.items():
+        examples = source.split(split)
+        batch = examples.__getitems__(range(size))
+        assert len(examples) == size
+        assert batch.shape == (size, *description.event_shape) and batch.dtype == torch.float32
+        assert torch.equal(examples[size - 1], batch[-1]) and torch.equal(examples[-1], batch[-1])
+        assert list(examples)[1].equal(batch[1])
+    assert json.loads(json.dumps(description.to_dict()))["sha256"] == description.sha256
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=named)
+def test_pickled_source_gives_the_same_data(source):
+    description = source.describe()
+    again = pickle.loads(pickle.dumps(source))
+    assert "_loaded" not in again.__dict__
+    assert again.describe() == description
+    assert torch.equal(again.split("test")[3], source.split("test")[3])
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=named)
+def test_unknown_split_names_the_splits(source):
+    with pytest.raises(UserError) as error:
+        source.split("nope")
+    assert "'nope'" in str(error.value) and "train, test" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_constructors_do_not_read():
+    missing = [MNIST("nowhere"), ImageFolder("nowhere"), Table("nowhere.csv"), HuggingFace("nowhere")]
+    assert all("_loaded" not in source.__dict__ for source in missing)
+
+
+def test_loader_workers_give_the_batches_of_the_split():
+    examples = Digits().split("test")
+    loader = DataLoader(examples, batch_size=100, collate_fn=keep_batch, num_workers=1)
+    assert torch.equal(torch.cat(list(loader)), examples.__getitems__(range(len(examples))))
+
+
+def test_digits_are_the_scikit_learn_images_each_once():
+    source = Digits()
+    integers = torch.cat(
+        [source.integers(source.split(split).__getitems__(range(size))) for split, size in source.describe().splits.items()]
+    )
+    ours = sorted(image.flatten().tolist() for image in integers)
+    theirs = sorted(load_digits().data.astype(int).tolist())
+    assert ours == theirs
+
+
+def test_digits_lie_on_the_grid_of_their_decoder():
+    source = Digits()
+    x = source.split("test").__getitems__(range(50))
+    assert torch.equal(DiscretizedGaussian(17).index(x), source.integers(x))
+    assert torch.equal(source.to_source_units(x), source.integers(x).float())
+
+
+def test_split_of_digits_is_the_published_one():
+    assert Digits().describe().sha256 == "3bdd44ca130b94ade28a7728b0e41fd4b345bd27b4078e0d27914e64b809bc54"
+
+
+def test_digits_of_some_classes_are_those_images():
+    source, data = Digits(classes=[7, 3]), load_digits()
+    images = {image.astype(int).tobytes(): digit for image, digit in zip(data.data, data.target, strict=True)}
+    for split, size in source.describe().splits.items():
+        examples = source.split(split)
+        found = [images[image.numpy().tobytes()] for image in source.integers(examples.__getitems__(range(size)))]
+        assert found == [(7, 3)[label] for label in examples.labels]
+
+
+def test_split_is_a_stratified_reproducible_partition():
+    labels = np.random.default_rng(1).integers(0, 5, 1003)
+    train, test = split_by_class(labels, 0.3, seed=4)
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(1003))
+    fractions = np.bincount(labels[test]) / np.bincount(labels)
+    assert np.abs(fractions - 0.3).max() <= 0.5 / np.bincount(labels).min() + 1e-12
+    assert np.array_equal(split_by_class(labels, 0.3, seed=4)[1], test)
+    assert not np.array_equal(split_by_class(labels, 0.3, seed=5)[1], test)
+
+
+def test_split_of_digits_is_stratified():
+    counts = {split: torch.bincount(Digits().split(split).labels) for split in ("train", "test")}
+    assert (counts["test"] / (counts["test"] + counts["train"]) - 0.2).abs().max() < 0.5 / 174
+
+
+def test_checksum_follows_pixels_split_and_order_alone():
+    arrays = {"train": np.arange(24).reshape(3, 8) % 17, "test": np.arange(16).reshape(2, 8)}
+
+    def checksum(arrays, name="a", version="1"):
+        return discrete(name, version, arrays, 17).description.sha256
+
+    first = checksum(arrays)
+    assert checksum({split: array.astype(np.int64).copy() for split, array in arrays.items()}, "b", "2") == first
+    changed = {split: array.copy() for split, array in arrays.items()}
+    changed["test"][1, 7] += 1
+    assert checksum(changed) != first
+    assert checksum({"train": arrays["train"][::-1], "test": arrays["test"]}) != first
+    moved = np.concatenate([arrays["train"], arrays["test"]])
+    assert checksum({"train": moved[:2], "test": moved[2:]}) != first
+
+
+def test_missing_class_is_named():
+    with pytest.raises(UserError) as error:
+        check_classes({"train": np.array([0, 1, 2]), "test": np.array([0, 2])}, ["cat", "dog", "owl"], "pets", "add some")
+    assert "'test'" in str(error.value) and "dog" in str(error.value) and "owl" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "culprit"),
+    [
+        (lambda: Digits(test_fraction=1.5), "test_fraction=1.5"),
+        (lambda: Digits(seed=-1), "seed=-1"),
+        (lambda: Digits(classes=[3, 12]), "[3, 12]"),
+        (lambda: Digits(test_fraction=0.001).describe(), "test_fraction=0.001"),
+        (lambda: Digits().integers(torch.zeros(1)) and Mixture(**SMALL).integers(torch.zeros(1)), "mixture is continuous"),
+        (lambda: MNIST("x", limit_train=0), "limit_train=0"),
+        (lambda: ImageFolder("x", channels=4), "channels=4"),
+        (lambda: ImageFolder("x", size=0), "size=0"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(make, culprit):
+    with pytest.raises(UserError) as error:
+        make()
+    assert culprit in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,48 @@
+"""Which examples belong to which step: laws of the batch plan."""
+
+from collections import Counter
+
+import pytest
+
+from ndm.train.batches import RunBatches, part_seed
+
+
+def plan(**changes: int) -> list[list[int]]:
+    arguments = {"examples": 23, "size": 5, "steps": 12, "seed": 3} | changes
+    return list(RunBatches(**arguments))
+
+
+def test_every_pass_visits_every_example_once() -> None:
+    stream = [index for batch in plan(steps=23) for index in batch]  # 115 positions are five passes over 23 examples
+    for start in range(0, len(stream), 23):
+        assert sorted(stream[start : start + 23]) == list(range(23))
+    assert stream[:23] != stream[23:46]
+    assert set(Counter(stream).values()) == {5}
+
+
+@pytest.mark.parametrize("first", [1, 4, 11])
+def test_a_resumed_run_sees_what_the_whole_run_sees_from_there(first: int) -> None:
+    assert plan(first_step=first, accumulate=2) == plan(accumulate=2)[2 * first :]
+
+
+def test_processes_and_accumulated_batches_split_the_same_stream() -> None:
+    whole = plan(size=12)
+    accumulated = plan(size=6, accumulate=2)
+    assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)] == whole
+    ranks = [plan(size=3, accumulate=2, processes=2, rank=rank) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        assert sum((ranks[rank][2 * step + part] for part in range(2) for rank in range(2)), []) == batch
+
+
+def test_the_length_of_the_run_does_not_depend_on_where_it_resumes() -> None:
+    assert len(RunBatches(23, 5, 12, 0, first_step=7, accumulate=3)) == 36
+
+
+def test_another_seed_gives_another_order() -> None:
+    assert plan(seed=4) != plan(seed=3)
+
+
+def test_parts_have_seeds_of_their_own() -> None:
+    seeds = [part_seed(seed, part) for seed in range(4) for part in range(500)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,139 @@
+"""Training runs from the command line: logs, exact resuming after kill -9, several processes, EMA."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ndm
+from ndm.cli import main
+from ndm.serialize import read_json
+from ndm.train.module import EMAUpdate
+
+ConfigWriter = Callable[..., Path]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(config: Path, out: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "ndm.cli", "train", "--config", str(config), "--out", str(out), *overrides]
+
+
+def train(config: Path, out: Path, *overrides: str) -> None:
+    assert main(["train", "--config", str(config), "--out", str(out), *overrides]) == 0
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def log_rows(run: Path) -> list[dict[str, str]]:
+    with (run / "logs/version_0/metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_it_promises(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = write_config(), tmp_path / "run"
+    train(config, run)
+    for name in ("config.yaml", "data.json", "checkpoints/last.ckpt", "model/config.json", "metrics.json", "samples.png", "transform.png"):
+        assert (run / name).stat().st_size > 0, name
+    metrics = read_json(run / "metrics.json")
+    terms = [metrics[f"{name}_bpd"] for name in ("prior", "diffusion", "reconstruction")]
+    assert sum(terms) == pytest.approx(metrics["nelbo_bpd"], abs=1e-9)
+    assert metrics["num_examples"] == 100
+
+    model = ndm.NDM.from_pretrained(run / "model")
+    averaged = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, averaged[f"model.{name}"])
+
+    rows = [row for row in log_rows(run) if row.get("train/nelbo_bpd")]
+    assert len(rows) == 6  # 24 steps, a row every 4
+    for row in rows:
+        parts = [float(row[f"train/{name}_bpd"]) for name in ("prior", "diffusion", "reconstruction")]
+        assert sum(parts) == pytest.approx(float(row["train/nelbo_bpd"]), rel=1e-5)
+    assert list((run / "logs/version_0").glob("events.out.tfevents*"))
+
+    before = (run / "metrics.json").stat().st_mtime_ns
+    capsys.readouterr()
+    train(config, run)
+    assert "is finished" in capsys.readouterr().out
+    assert (run / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_training_lowers_the_bound(write_config: ConfigWriter, tmp_path: Path) -> None:
+    config = write_config()
+    for steps in (1, 400):
+        train(config, tmp_path / f"run{steps}", "--train.steps", str(steps), "--train.learning_rate", "3e-3")
+    first, last = (float(str(read_json(tmp_path / f"run{steps}" / "metrics.json")["nelbo_nats"])) for steps in (1, 400))
+    assert last < first - 0.5
+
+
+def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(write_config: ConfigWriter, tmp_path: Path) -> None:
+    config = write_config(train={"steps": 150, "batch_size": 16, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5, "evaluation_draws": 1})
+    killed, checkpoint = tmp_path / "killed", tmp_path / "killed/checkpoints/last.ckpt"
+    with subprocess.Popen(command(config, killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    stopped = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < stopped < 150
+    assert not (killed / "metrics.json").exists()
+    assert main(["train", "--out", str(killed)]) == 0  # the folder knows its configuration
+
+    train(config, tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    for name, value in weights(killed).items():
+        assert torch.equal(value, expected[name]), name
+    ours, theirs = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("killed", "whole"))
+    for name, value in ours["current_model_state"].items():  # the trained weights beside their average
+        assert torch.equal(value, theirs["current_model_state"][name]), name
+
+
+def test_two_processes_agree_with_one_on_the_same_global_batch(write_config: ConfigWriter, tmp_path: Path) -> None:
+    config = write_config(model={"times": {"class_path": "ndm.LowDiscrepancyTimes"}})
+    train(config, tmp_path / "one", "--train.accumulate", "2")
+    two = command(config, tmp_path / "two", "--train.devices", "2", "--train.strategy", "ddp")
+    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected = weights(tmp_path / "one")
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_moving_average_is_the_exponential_one_after_its_warm_up() -> None:
+    update, average = EMAUpdate(0.9), [torch.tensor([1.0])]
+    for count in range(1, 400):
+        update(average, [torch.tensor([float(count)])], count)
+    # The average of a ramp lags behind it by decay/(1 - decay).
+    assert float(average[0]) == pytest.approx(399 - 0.9 / 0.1, abs=1e-3)
+    early = [torch.tensor([0.0])]
+    update(early, [torch.tensor([1.0])], 1)
+    assert float(early[0]) == pytest.approx(1 - 2 / 11)
+
+
+def test_mixed_precision_trains_close_to_full_precision(write_config: ConfigWriter, tmp_path: Path) -> None:
+    config = write_config()
+    for precision in ("32-true", "bf16-mixed"):
+        train(config, tmp_path / precision, "--train.precision", precision)
+    full, mixed = (float(str(read_json(tmp_path / name / "metrics.json")["nelbo_nats"])) for name in ("32-true", "bf16-mixed"))
+    assert mixed == pytest.approx(full, rel=0.02)
+    assert mixed != full
+
+
+def test_validation_leaves_training_untouched(write_config: ConfigWriter, tmp_path: Path) -> None:
+    config = write_config()
+    train(config, tmp_path / "without")
+    train(config, tmp_path / "with", "--train.validate_every", "6")
+    assert sum(bool(row.get("val/nelbo_bpd")) for row in log_rows(tmp_path / "with")) == 4
+    expected = weights(tmp_path / "without")
+    for name, value in weights(tmp_path / "with").items():
+        assert torch.equal(value, expected[name]), name
