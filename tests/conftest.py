@@ -19,7 +19,9 @@ TINY: dict[str, Any] = {
         "schedule": {"class_path": "ndm.LinearLogSNR", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
         "transform": {
             "class_path": "ndm.NetworkTransform",
-            "init_args": {"network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 16, "blocks": 1, "max_frequency": 2.0}}},
+            "init_args": {
+                "network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 16, "blocks": 1, "max_frequency": 2.0}}
+            },
         },
         "predictor": {
             "class_path": "ndm.Predictor",

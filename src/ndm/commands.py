@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 import ndm
 from ndm.data import DataDescription, DataSource
 from ndm.errors import UserError
-from ndm.evaluate import bound_table, evaluate_bound
+from ndm.evaluate import bound_table, evaluate_bound, pick_device
 from ndm.model import NDM
 from ndm.sample import Method
 from ndm.serialize import read_json, write_atomically, write_json
@@ -214,6 +214,7 @@ def sample(
     rtol: float = 1e-4,
     atol: float = 1e-4,
     batch_size: int = 256,
+    device: str = "auto",
 ) -> None:
     """Draw samples from a trained run.
 
@@ -229,20 +230,21 @@ def sample(
         rtol: relative tolerance of dopri5.
         atol: absolute tolerance of dopri5.
         batch_size: samples drawn at once.
+        device: auto, cpu or cuda.
     """
     target = Path(out)
     if target.suffix.lower() not in (".png", ".npy"):
         raise UserError(f"--out {out}: the file must end in .png or .npy")
     if n < 1 or batch_size < 1:
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
-    model = load_run(Path(run))
+    model = load_run(Path(run)).to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
     parts = []
     for index, start in enumerate(range(0, n, batch_size)):
         shape = (min(batch_size, n - start), *description.event_shape)
         options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
         parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index), progress=True))
-    samples = torch.cat(parts)
+    samples = torch.cat(parts).cpu()
     if target.suffix.lower() == ".png":
         write_samples(target, samples)
     else:
@@ -258,6 +260,7 @@ def evaluate(
     draws: int = 16,
     batch_size: int = 256,
     seed: int = 0,
+    device: str = "auto",
 ) -> None:
     """Measure the bound of a trained run on a split of its data.
 
@@ -268,9 +271,10 @@ def evaluate(
         draws: times drawn for each example.
         batch_size: examples at once.
         seed: seed of times and noise.
+        device: auto, cpu or cuda.
     """
     folder = Path(run)
-    model, data = load_run(folder), load_data(folder)
+    model, data = load_run(folder).to(pick_device(device)), load_data(folder)
     description = data.describe()
     trained = DataDescription.from_dict(model.info.get("data"))
     if trained.sha256 != description.sha256:

@@ -75,13 +75,12 @@ class DiscretizedGaussian(Decoder):
         if len(values) < 2 or bool((values.diff() <= 0).any()) or not bool(values.isfinite().all()):
             raise UserError(f"levels={levels!r}: give an integer of at least 2, or at least two finite values in increasing order")
         self.levels = levels if isinstance(levels, int) else [float(value) for value in levels]
-        self.register_buffer("values", values, persistent=False)
-
-    values: Tensor
+        # Not a buffer: it stays in double precision on the CPU, whatever the model is moved to.
+        self.values = values
 
     def grid(self, like: Tensor) -> Tensor:
         """The grid of values in the dtype and on the device of ``like``; ``(L,)``."""
-        return self.values.to(device=like.device, dtype=like.dtype)
+        return self.values.to(like.dtype).to(like.device)
 
     def index(self, x: Tensor) -> Tensor:
         """Index of each value of ``x`` on the grid, int64, in the shape of x.

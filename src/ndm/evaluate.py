@@ -25,6 +25,22 @@ from ndm.errors import UserError
 from ndm.model import NDM
 
 
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name; ``auto`` is the accelerator of this machine, or the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"the device {name!r} is not available here; choose auto, cpu or cuda") from error
+    return device
+
+
 @torch.no_grad()
 def evaluate_bound(
     model: NDM, data: EventDataset, *, draws: int = 16, batch_size: int = 256, seed: int = 0, progress: bool = False

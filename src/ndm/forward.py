@@ -64,17 +64,17 @@ def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) ->
     """
     shrink = torch.expm1(s.gamma - t.gamma)  # in [-1, 0]
     eta = torch.as_tensor(eta, dtype=shrink.dtype, device=shrink.device)
-    if bool((eta < 0).any()) or bool((eta**2 * -shrink > 1 + 1e-6).any()):
+    taken = eta**2 * shrink  # -v/sigma_s²
+    if not bool((eta >= 0).all()) or not bool((taken >= -1 - 1e-6).all()):
         largest = float((-shrink).max()) ** -0.5
         raise UserError(
-            f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; use eta=1 for DDPM"
+            f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; eta=1 is DDPM"
         )
-    half_log = 0.5 * (s.gamma - t.gamma + torch.log1p(eta**2 * shrink.clamp(min=-1)))
-    keep = (1 + eta**2 * shrink).clamp(min=0)
+    taken = taken.clamp(min=-1)
     return PosteriorCoefficients(
-        k=s.sigma / t.sigma * keep.sqrt(),
-        target_weight=-s.alpha * torch.expm1(half_log),
-        variance=-(eta**2) * s.sigma**2 * shrink,
+        k=s.sigma / t.sigma * (1 + taken).sqrt(),
+        target_weight=-s.alpha * torch.expm1(0.5 * (s.gamma - t.gamma + torch.log1p(taken))),
+        variance=-(s.sigma**2) * taken,
     )
 
 

@@ -109,6 +109,10 @@ class NDM(nn.Module):
         Raises:
             UserError: a value of x is off the decoder's grid, or an argument is out of range.
         """
+        if not x.is_floating_point():
+            raise UserError(
+                f"x has dtype {x.dtype}; the model takes floats: put integers k on the decoder's grid, decoder.values[k].float()"
+            )
         horizon = self.steps if steps == "trained" else steps
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
@@ -171,7 +175,12 @@ class NDM(nn.Module):
         else:
             generator.manual_seed(seed)
         z = _normal(torch.empty(shape, dtype=like.dtype, device=like.device), generator)
-        z = sampler(self.reverse, z, generator, progress)
+        training = self.training
+        self.eval()  # dropout is for training
+        try:
+            z = sampler(self.reverse, z, generator, progress)
+        finally:
+            self.train(training)
         return self.decoder.sample(z, self.process.level(0.0, z), generator)
 
     def save_pretrained(self, path: str | os.PathLike[str], info: Mapping[str, object] | None = None) -> None:

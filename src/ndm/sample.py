@@ -204,7 +204,9 @@ class TorchSDE(Sampler):
 
         flat = z.flatten(1)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=z.device))
-        motion = self.torchsde.BrownianInterval(0.0, 1.0, size=flat.shape, dtype=z.dtype, device=z.device, entropy=seed)
+        motion = self.torchsde.BrownianInterval(
+            0.0, 1.0, size=flat.shape, dtype=z.dtype, device=z.device, entropy=seed, levy_area_approximation="space-time"
+        )
         grid = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
         path = self.torchsde.sdeint(Equation(), flat, grid, bm=motion, method=self.solver, dt=1 / self.steps)
         return path[-1].reshape(shape)

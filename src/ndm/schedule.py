@@ -142,7 +142,8 @@ class Cosine(VariancePreserving):
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         start, end = math.atan(math.exp(0.5 * self.gamma_0)), math.atan(math.exp(0.5 * self.gamma_1))
         angle = start + (end - start) * t
-        return 2 * torch.log(torch.tan(angle)), 4 * (end - start) / torch.sin(2 * angle)
+        gamma = 2 * torch.log(torch.tan(angle)).where(t > 0, 0.5 * self.gamma_0).where(t < 1, 0.5 * self.gamma_1)  # exact ends
+        return gamma, 4 * (end - start) / torch.sin(2 * angle)
 
 
 class DDPMLinear(VariancePreserving):
@@ -231,11 +232,13 @@ class LearnedSchedule(VariancePreserving):
         self.log_steepness = nn.Parameter(torch.linspace(math.log(2.0), math.log(20.0), units))
         self.center = nn.Parameter(torch.linspace(0.0, 1.0, units))
 
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Gamma at t = 0 and at t = 1, scalars."""
+    def ends(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Gamma at t = 0 and at t = 1, scalars; of the given dtype, or that of the parameters."""
+        dtype = dtype or self.log_slope.dtype
         if self.start_and_log_range is None:
-            return self.log_slope.new_tensor(self.gamma_0), self.log_slope.new_tensor(self.gamma_1)
-        start, log_range = self.start_and_log_range
+            start, end = torch.tensor([self.gamma_0, self.gamma_1], dtype=dtype, device=self.log_slope.device)
+            return start, end
+        start, log_range = self.start_and_log_range.to(dtype)
         return start, start + log_range.exp()
 
     def _raw(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +251,7 @@ class LearnedSchedule(VariancePreserving):
         # One call for the ends and the times, so that t = 0 and t = 1 give the very floats of the ends.
         value, slope = self._raw(torch.cat([t.new_tensor([0.0, 1.0]), t]))
         low, high, value, slope = value[0], value[1], value[2:], slope[2:]
-        start, end = (end.to(t.dtype) for end in self.ends())
+        start, end = self.ends(t.dtype)
         # lerp is exact at 0 and at 1, where (value - low) is exactly 0 and exactly (high - low).
         gamma = torch.lerp(start.expand_as(t), end.expand_as(t), (value - low) / (high - low))
         return gamma, (end - start) * slope / (high - low)

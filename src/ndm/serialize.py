@@ -137,7 +137,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[st
     folder = Path(path)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
-    write_json(folder / CONFIG_NAME, {"format": FORMAT, "model": to_config(model), **(extra or {})})
+    write_json(folder / CONFIG_NAME, {**(extra or {}), "format": FORMAT, "model": to_config(model)})
 
 
 def load_model(path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | None = None) -> tuple[nn.Module, dict[str, object]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.ops import Network, time_derivative
+from ndm.forward_mode import time_derivative
 from ndm.schedule import NoiseLevel
 
 
@@ -91,19 +91,8 @@ class _Residual(Transform, ABC):
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         gate, dgate = self.gate(level.expand(x))
-        shift, dshift = time_derivative(_named(self._shift, self.network), x, level.t)
+        shift, dshift = time_derivative(self._shift, x, level.t, type(self.network).__name__)
         return x + gate * shift, dgate * shift + gate * dshift
-
-
-def _named(function: Network, network: nn.Module) -> Network:
-    """Let an error of forward mode name the user's network rather than our wrapper."""
-
-    class Wrapper:
-        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-            return function(x, t)
-
-    Wrapper.__name__ = type(network).__name__
-    return Wrapper()
 
 
 class NetworkTransform(_Residual):

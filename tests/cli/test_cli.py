@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from PIL import Image
 
 import ndm
+from conftest import TINY
 from ndm.cli import COMMANDS, main
 from ndm.data import Digits
 

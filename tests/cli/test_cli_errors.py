@@ -223,6 +223,7 @@ def test_another_configuration_in_the_same_folder(
         (["sample", "nowhere", "--out", "x.png"], "nowhere"),
         (["evaluate", "RUN", "--split", "holdout"], "holdout"),
         (["evaluate", "RUN", "--draws", "0"], "draws"),
+        (["evaluate", "RUN", "--device", "abacus"], "abacus"),
         (["evaluate", "nowhere"], "nowhere"),
     ],
 )

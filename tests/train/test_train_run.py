@@ -77,7 +77,9 @@ def test_training_lowers_the_bound(write_config: ConfigWriter, tmp_path: Path) -
 
 
 def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(write_config: ConfigWriter, tmp_path: Path) -> None:
-    config = write_config(train={"steps": 150, "batch_size": 16, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5, "evaluation_draws": 1})
+    config = write_config(
+        train={"steps": 150, "batch_size": 16, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5, "evaluation_draws": 1}
+    )
     killed, checkpoint = tmp_path / "killed", tmp_path / "killed/checkpoints/last.ckpt"
     with subprocess.Popen(command(config, killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120

@@ -2,8 +2,8 @@
 
 from ndm.nn.adapter import FromDiffusers
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import Attention, GroupNorm
+from ndm.nn.layers import Attention
 from ndm.nn.mlp import MLP
 from ndm.nn.unet import UNet
 
-__all__ = ["MLP", "Attention", "FourierFeatures", "FromDiffusers", "GroupNorm", "TimeEmbedding", "UNet"]
+__all__ = ["MLP", "Attention", "FourierFeatures", "FromDiffusers", "TimeEmbedding", "UNet"]

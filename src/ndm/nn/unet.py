@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import Attention, GroupNorm, check_dropout, zeroed
+from ndm.nn.layers import Attention, check_dropout, group_norm, zeroed
 
 
 class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, attention: bool):
         super().__init__()
-        self.norm_1, self.norm_2 = GroupNorm(inputs), GroupNorm(outputs)
+        self.norm_1, self.norm_2 = group_norm(inputs), group_norm(outputs)
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.conv_2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.modulation = nn.Linear(embedding, 2 * outputs)
@@ -30,9 +30,9 @@ class _Block(nn.Module):
         self.attention = Attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.modulation(time).chunk(2, dim=1)
+        scale, shift = self.modulation(time)[..., None, None].chunk(2, dim=1)
         h = self.conv_1(nnf.silu(self.norm_1(x)))
-        h = nnf.silu(self.norm_2(h, scale, shift))
+        h = nnf.silu(torch.addcmul(shift, self.norm_2(h), 1 + scale))
         return self.attention(self.skip(x) + self.conv_2(self.dropout(h)))
 
 
@@ -97,7 +97,7 @@ class UNet(nn.Module):
                 width = channels * multiple
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm, self.last = GroupNorm(width), nn.Conv2d(width, image_channels, 3, padding=1)
+        self.norm, self.last = group_norm(width), nn.Conv2d(width, image_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def zero_output(self) -> None:

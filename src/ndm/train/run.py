@@ -25,7 +25,7 @@ from ndm.baselines import histogram_bpd, xz_bpd
 from ndm.data import DataSource
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
-from ndm.evaluate import evaluate_bound
+from ndm.evaluate import evaluate_bound, pick_device
 from ndm.model import NDM
 from ndm.serialize import write_json
 from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
@@ -173,7 +173,7 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     # The checkpoint holds the averaged weights whatever the strategy, also when training ended in an earlier call.
     weights = read_checkpoint(out / CHECKPOINT)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
-    model.cpu().eval() if settings.accelerator == "cpu" else model.eval()
+    model.to(pick_device(settings.accelerator)).eval()
     write_json(out / "data.json", description)
     model.save_pretrained(out / "model", {"data": description})
     test = data.split(settings.evaluation_split)

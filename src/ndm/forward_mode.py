@@ -1,0 +1,148 @@
+r"""Value and time derivative of a network in one pass, by forward-mode automatic differentiation.
+
+.. math::
+    (x, t) \mapsto \bigl(f(x, t),\; \partial_t f(x, t)\bigr)
+
+One Jacobian-vector product with tangent 1 in t. Both results can be differentiated backward in the parameters, in x and in t.
+
+PyTorch's fused layer, group and instance norms give a right derivative here but a silently WRONG gradient of that derivative: their saved
+mean and deviation count as constants (pytorch/pytorch#196700, #196699, also measured by ``tests/test_forward_mode.py``). So within
+:func:`time_derivative` these norms run as plain formulas, whichever module calls them, and so does ``glu``, which has no second
+derivative; attention takes its unfused path.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ndm.errors import ForwardModeError
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""Anything that maps ``(x, t)`` of shapes ``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
+
+
+def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = None) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`f(x, t)` and :math:`\partial_t f(x, t)` at fixed x, from one forward-mode pass.
+
+    Args:
+        network: maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``; each example may depend on its own time only.
+        x: ``(B, *event)``.
+        t: ``(B,)``.
+        name: what to call the network in an error; its class by default.
+
+    Returns:
+        Value and derivative, each ``(B, *event)``.
+
+    Raises:
+        ForwardModeError: the network holds an operation that forward mode cannot pass; the message names the mend.
+    """
+    t = t.contiguous()  # tangents are written in place, which an expanded tensor cannot take
+    try:
+        with _PlainFormulas(), sdpa_kernel(SDPBackend.MATH):
+            value, derivative = torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[misc]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            network(x, t)  # an error of the network itself is raised here as it is
+        raise ForwardModeError(
+            f"the network {name or type(network).__name__} works but cannot be differentiated in t by forward-mode AD "
+            f"({' '.join(str(error).split())[:160]}); train in discrete time (steps=T), which needs no time derivative, or replace the "
+            "operation: F.scaled_dot_product_attention for nn.MultiheadAttention and fused attention, group norm for batch norm, "
+            "no torch.utils.checkpoint inside, no leaving PyTorch"
+        ) from error
+    return value, derivative
+
+
+class _PlainFormulas(TorchFunctionMode):
+    """Replaces the operations of ``_PLAIN`` by formulas that can be differentiated any number of times."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _standardise(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if weight is not None:
+        normal = normal * weight.reshape(shape)
+    if bias is not None:
+        normal = normal + bias.reshape(shape)
+    return normal.to(dtype)
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    normal = _standardise(_full(input), list(range(-len(normalized_shape), 0)), eps)
+    return _affine(normal, weight, bias, list(normalized_shape), input.dtype)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    grouped = _full(input).unflatten(1, (num_groups, -1))
+    normal = _standardise(grouped, list(range(2, grouped.dim())), eps).flatten(1, 2)
+    return _affine(normal, weight, bias, [1, -1] + [1] * (input.dim() - 2), input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    if not use_input_stats:
+        return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training:
+        raise NotImplementedError("batch norm in training mode makes each example depend on the times of all others")
+    return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * torch.sigmoid(gate)
+
+
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    functional.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    functional.instance_norm: _instance_norm,
+    functional.batch_norm: _batch_norm,
+    functional.glu: _glu,
+}

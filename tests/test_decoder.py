@@ -1,0 +1,128 @@
+"""Decoders: probabilities that sum to one, limits, and samples that follow them."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from ndm.decoder import DiscretizedGaussian, GaussianDecoder, bin_centers
+from ndm.errors import UserError
+from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel
+from oracles import F64
+
+
+def start(gamma: float, count: int, dtype: torch.dtype = F64) -> NoiseLevel:
+    return LinearLogSNR(gamma, gamma + 1)(torch.zeros(count, dtype=dtype))
+
+
+grids = st.lists(st.integers(-50, 50), min_size=2, max_size=9, unique=True).map(lambda values: [v / 16 for v in sorted(values)])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(grid=grids, gamma=st.floats(-9, 6), seed=st.integers(0, 1000))
+def test_probabilities_are_the_softmax_of_squares_and_sum_to_one(grid: list[float], gamma: float, seed: int) -> None:
+    decoder, level = DiscretizedGaussian(grid), start(gamma, 3)
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(3, 2, dtype=F64, generator=generator)
+    alpha, width = math.sqrt(1 / (1 + math.exp(gamma))), math.exp(gamma)
+    each = []
+    for value in grid:
+        log_p = decoder.log_prob(torch.full((3, 2), value, dtype=F64), z, level)
+        logits = torch.stack([-((z / alpha - other) ** 2) / (2 * width) for other in grid])
+        expected = -((z / alpha - value) ** 2) / (2 * width) - torch.logsumexp(logits, 0)
+        torch.testing.assert_close(log_p, expected.sum(1), rtol=1e-9, atol=1e-9)
+        each.append(decoder.log_prob(torch.full((3, 1), value, dtype=F64), z[:, :1], level).exp())
+    torch.testing.assert_close(torch.stack(each).sum(0), torch.ones(3, dtype=F64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_without_noise_all_mass_is_on_the_value(levels: int) -> None:
+    decoder = DiscretizedGaussian(levels)
+    x = decoder.values[torch.arange(levels)][None]
+    level = start(-30.0, 1)
+    z = level.alpha[:, None] * x + level.sigma[:, None] * torch.randn(1, levels, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert decoder.log_prob(x, z, level).item() == pytest.approx(0.0, abs=1e-9)
+    assert torch.equal(decoder.sample(z, level), x)
+    wrong = x.roll(1, 1)
+    assert decoder.log_prob(wrong, z, level).item() < -1e3
+
+
+def test_without_signal_every_level_is_as_likely() -> None:
+    log_p = DiscretizedGaussian(256).log_prob(bin_centers(256)[None, :20], torch.randn(1, 20, dtype=F64), start(40.0, 1))
+    assert log_p.item() == pytest.approx(-20 * math.log(256), rel=1e-6)
+
+
+def test_bins_are_equal_parts_of_the_interval() -> None:
+    centers = bin_centers(4)
+    assert centers.tolist() == [-0.75, -0.25, 0.25, 0.75]
+    assert {round(b - a, 12) for a, b in pairwise(bin_centers(256).tolist())} == {round(2 / 256, 12)}
+
+
+@pytest.mark.parametrize("shift", [-0.4, 0.0, 0.37])
+def test_sampled_levels_follow_their_probabilities(shift: float) -> None:
+    decoder, level, count = DiscretizedGaussian([-1.0, -0.6, 0.1, 0.2, 1.0]), start(-1.0, 1), 40_000
+    z = torch.full((1, count), shift, dtype=F64)
+    drawn = decoder.sample(z, level, torch.Generator().manual_seed(3))
+    observed = torch.stack([(drawn == value).sum() for value in decoder.values])
+    expected = torch.stack([decoder.log_prob(value.reshape(1, 1), z[:, :1], level).exp()[0] for value in decoder.values])
+    assert int(observed.sum()) == count
+    assert stats.chisquare(observed.numpy(), (count * expected).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("level", [start(-3.0, 4), FlowMatching(0.2)(torch.zeros(4, dtype=F64))], ids=["vp", "flow"])
+@pytest.mark.parametrize("event", [(3,), (2, 2, 2)])
+def test_gaussian_decoder_is_the_normal_of_torch(level: NoiseLevel, event: tuple[int, ...]) -> None:
+    x, z = torch.randn(2, 4, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
+    at = level.expand(z)
+    normal = torch.distributions.Normal(z / at.alpha, torch.exp(0.5 * at.gamma))
+    torch.testing.assert_close(GaussianDecoder().log_prob(x, z, level), normal.log_prob(x).flatten(1).sum(1))
+    noise = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(GaussianDecoder().sample(z, level, torch.Generator().manual_seed(9)), normal.mean + normal.stddev * noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_every_index_of_a_byte_grid_is_found(dtype: torch.dtype) -> None:
+    grid = DiscretizedGaussian(256).values
+    pixels = torch.arange(256).reshape(4, 1, 8, 8)
+    assert torch.equal(DiscretizedGaussian(256).index(grid[pixels].to(dtype)), pixels)
+
+
+def test_the_log_probability_of_an_image_is_that_of_its_pixels() -> None:
+    decoder, level = DiscretizedGaussian(16), start(-4.0, 2, torch.float32)
+    x = decoder.values.float()[torch.randint(16, (2, 3, 4, 4))]
+    z = level.expand(x).alpha * x + 0.1
+    torch.testing.assert_close(decoder.log_prob(x, z, level), decoder.log_prob(x.flatten(1), z.flatten(1), level))
+
+
+@pytest.mark.parametrize("bad", [0.01, 1.5, -7.0, math.nan, math.inf])
+def test_values_off_the_grid_are_refused_with_the_value(bad: float) -> None:
+    decoder = DiscretizedGaussian([-1.0, 0.0, 1.0])
+    x = torch.tensor([[0.0, bad], [1.0, -1.0]])
+    if bad == 0.01:
+        assert decoder.index(x).tolist() == [[1, 1], [2, 0]]  # within a hundredth of the gap
+        x[0, 1] = bad = 0.011
+    with pytest.raises(UserError, match=f"{bad:g} is not on .*grid of 3") as caught:
+        decoder.log_prob(x, x, start(-3.0, 2, torch.float32))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("levels", [1, 0, [0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf]])
+def test_grids_that_are_none_are_refused(levels: int | list[float]) -> None:
+    with pytest.raises(UserError, match="levels="):
+        DiscretizedGaussian(levels)
+
+
+def test_gradients_reach_the_latent() -> None:
+    decoder, level = DiscretizedGaussian(8), start(-2.0, 1)
+    x = decoder.values[None, :3]
+    z = torch.randn(1, 3, dtype=F64, requires_grad=True)
+
+    def loss(latent: Tensor) -> Tensor:
+        return decoder.log_prob(x, latent, level)
+
+    assert torch.autograd.gradcheck(loss, (z,))

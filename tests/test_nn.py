@@ -1,0 +1,146 @@
+"""Networks and layers: formulas, forward mode, memory formats, independence of examples."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.forward_mode import time_derivative
+from ndm.nn import MLP, Attention, FourierFeatures, FromDiffusers, TimeEmbedding, UNet
+from ndm.nn.layers import group_norm
+from oracles import F64, randomised
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 1), (16, 2), (12, 2), (7, 1), (11, 11), (24, 3)])
+def test_group_norm_has_few_even_groups(channels: int, groups: int) -> None:
+    norm, x = randomised(group_norm(channels), 0.5), 3 * seeded(4, channels, 5, 3) + 0.5
+    torch.testing.assert_close(norm(x), nn.functional.group_norm(x, groups, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("powers", [(), (0,), (3, 5)])
+def test_fourier_features_are_sines_and_cosines_of_doubled_angles(powers: tuple[int, ...]) -> None:
+    features, x = FourierFeatures(powers), seeded(2, 3, 4)
+    out = features(x)
+    assert out.shape[1] == 3 * features.multiple() and torch.equal(out[:, :3], x)
+    for place, power in enumerate(powers):
+        sine, cosine = out[:, 3 + 6 * place : 6 + 6 * place], out[:, 6 + 6 * place : 9 + 6 * place]
+        torch.testing.assert_close(torch.complex(cosine, sine), torch.exp(1j * math.pi * 2**power * x))
+    if powers:
+        torch.testing.assert_close(features(x + 2.0)[:, 3:], out[:, 3:], rtol=0, atol=1e-9)
+
+
+def test_time_embedding_has_the_stated_band_of_frequencies() -> None:
+    embedding = TimeEmbedding(6, frequencies=5, max_frequency=16.0).double()
+    torch.testing.assert_close(embedding.omega.double(), math.pi * 2.0 ** torch.arange(5, dtype=F64), rtol=1e-6, atol=0)
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=F64)
+    angle = t[:, None] * embedding.omega
+    torch.testing.assert_close(embedding(t), embedding.net(torch.cat([torch.cos(angle), torch.sin(angle)], 1)))
+    assert not torch.allclose(embedding(t)[0], embedding(t)[2])
+    with pytest.raises(UserError, match="max_frequency"):
+        TimeEmbedding(6, max_frequency=0.5)
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(8, 1), (64, 2)])
+def test_attention_is_the_softmax_formula(channels: int, heads: int) -> None:
+    layer = randomised(Attention(channels), 0.3)
+    x = seeded(2, channels, 3, 2)
+    normed = nn.functional.group_norm(x, channels // 8, layer.norm.weight, layer.norm.bias).flatten(2)
+    weight, bias = layer.qkv.weight[..., 0, 0], layer.qkv.bias[:, None]
+    q, k, v = (weight @ normed + bias).chunk(3, 1)
+    size, mixed = channels // heads, []
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        similarity = torch.einsum("bci,bcj->bij", q[:, part], k[:, part]) / math.sqrt(size)
+        mixed.append(torch.einsum("bij,bcj->bci", similarity.softmax(-1), v[:, part]))
+    out = layer.out.weight[..., 0, 0] @ torch.cat(mixed, 1) + layer.out.bias[:, None]
+    torch.testing.assert_close(layer(x), x + out.reshape(x.shape))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = x.flatten(2)[..., order].reshape(x.shape)
+    torch.testing.assert_close(layer(shuffled).flatten(2), layer(x).flatten(2)[..., order])
+
+
+def unet(**options: object) -> UNet:
+    torch.manual_seed(0)
+    return randomised(UNet(2, 8, (1, 2), attention=(False, True), fourier=(0, 2), **options), 0.1)  # type: ignore[arg-type]
+
+
+NETWORKS = {"unet": (unet, (2, 7, 9)), "mlp": (lambda: randomised(MLP(6, 16, 2, fourier=(1,)), 0.1), (6,))}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_each_example_depends_on_its_own_input_and_time_only(network: str) -> None:
+    make, event = NETWORKS[network]
+    net, x, t = make(), seeded(4, *event).requires_grad_(), torch.rand(4, dtype=F64).requires_grad_()
+    out = net(x, t)
+    for index in range(4):
+        of_x, of_t = torch.autograd.grad(out[index].square().sum(), (x, t), retain_graph=True)
+        hit = of_x.flatten(1).abs().sum(1) > 0, of_t.abs() > 0
+        assert all(flags.tolist() == [place == index for place in range(4)] for flags in hit)
+        torch.testing.assert_close(net(x[index : index + 1], t[index : index + 1]), out[index : index + 1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 9), (28, 28)])
+def test_unet_reads_images_of_any_size_in_either_memory_format(size: tuple[int, int]) -> None:
+    net, x, t = unet(), seeded(2, 2, *size), torch.tensor([0.2, 0.9], dtype=F64)
+    out = net(x, t).detach()
+    assert out.shape == x.shape
+    torch.testing.assert_close(net(x.contiguous(memory_format=torch.channels_last), t), out)
+    torch.testing.assert_close(time_derivative(net, x, t)[0], out)
+    corner = x.clone()
+    corner[..., 0, 0] += 1
+    changed = (net(corner, t) - out).detach().abs().amax((0, 1))
+    assert float(changed[-1, -1]) > 0, "attention in the middle lets every pixel see every other"
+
+
+def test_unet_is_equivariant_to_the_batch_and_starts_at_zero_when_told() -> None:
+    net, x, t = unet(), seeded(3, 2, 8, 8), torch.rand(3, dtype=F64)
+    torch.testing.assert_close(net(x.flip(0), t.flip(0)), net(x, t).flip(0))
+    net.zero_output()
+    assert torch.equal(net(x, t), torch.zeros_like(x))
+    mlp = MLP(4)
+    mlp.zero_output()
+    assert torch.equal(mlp(torch.randn(2, 4), torch.rand(2)), torch.zeros(2, 4))
+
+
+def test_mlp_flattens_events() -> None:
+    net, x, t = randomised(MLP(12, 16, 1), 0.1), seeded(3, 3, 2, 2), torch.rand(3, dtype=F64)
+    torch.testing.assert_close(net(x, t), net(x.flatten(1), t).reshape(x.shape))
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    net = MLP(3, 16, 1, dropout=0.5)
+    x, t = torch.randn(2, 3), torch.rand(2)
+    assert not torch.equal(net.train()(x, t), net(x, t)) and torch.equal(net.eval()(x, t), net(x, t))
+
+
+def test_from_diffusers_runs_its_clock_to_a_thousand() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> object:
+            return type("Record", (), {"sample": x + timestep[:, None]})
+
+    assert FromDiffusers(Model())(torch.zeros(2, 1), torch.tensor([0.25, 1.0])).tolist() == [[250.0], [1000.0]]
+    assert FromDiffusers(Model(), 4.0)(torch.zeros(1, 1), torch.tensor([0.25])).tolist() == [[1.0]]
+
+
+def test_wrong_shapes_and_arguments_are_refused_in_one_line() -> None:
+    t = torch.rand(2)
+    calls = [
+        (lambda: UNet(3, 8)(torch.zeros(2, 1, 8, 8), t), r"\(B, 3, H, W\).*\(2, 1, 8, 8\)"),
+        (lambda: UNet(3, 8)(torch.zeros(2, 3), t), "image_channels"),
+        (lambda: MLP(3)(torch.zeros(2, 4), t), "3 dimensions.*set dims"),
+        (lambda: UNet(0), "image_channels=0"),
+        (lambda: UNet(1, 8, (1, 2), attention=(True,)), "as many attention flags"),
+        (lambda: UNet(1, 8, ()), "multiples"),
+        (lambda: MLP(0), "dims=0"),
+        (lambda: MLP(3, dropout=1.0), "dropout=1"),
+    ]
+    for call, pattern in calls:
+        with pytest.raises(UserError, match=pattern) as caught:
+            call()
+        assert "\n" not in str(caught.value)

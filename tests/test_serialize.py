@@ -1,0 +1,247 @@
+"""A model survives its files bit by bit, and damaged or hostile files are refused in one line."""
+
+import json
+import os
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
+from ndm.errors import UserError
+from ndm.model import NDM
+from ndm.nn import MLP, UNet
+from ndm.predictor import Predictor
+from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
+from ndm.serialize import from_config, read_json, to_config, write_atomically, write_json
+from ndm.times import ImportanceTimes, LowDiscrepancyTimes, TimeDraw, TimeSampler, UniformTimes
+from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
+from oracles import F64
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "linear": lambda: LinearLogSNR(-5.5, 2.5),
+    "cosine": lambda: Cosine(-6.0, 4.0),
+    "ddpm": lambda: DDPMLinear(0.2, 9.0, 0.01),
+    "flow": lambda: FlowMatching(0.05, 0.02),
+    "learned": lambda: LearnedSchedule(-6.0, 3.0, units=5),
+    "learned_ends": lambda: LearnedSchedule(-6.0, 3.0, learn_ends=True, units=3),
+}
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "identity": Identity,
+    "mlp": lambda: NetworkTransform(MLP(16, 8, 1, fourier=[1], max_frequency=3.0)),
+    "gated": lambda: GatedTransform(UNet(1, 4, (1,), attention=[True], max_frequency=2.0)),
+}
+DECODERS: dict[str, Callable[[], Decoder]] = {
+    "gaussian": GaussianDecoder,
+    "bytes": lambda: DiscretizedGaussian(8),
+    "grid": lambda: DiscretizedGaussian([-0.875, -0.125, 0.375, 0.875]),
+}
+TIMES: dict[str, Callable[[], TimeSampler]] = {
+    "uniform": UniformTimes,
+    "low": LowDiscrepancyTimes,
+    "importance": lambda: ImportanceTimes(4, uniform=0.3, decay=0.5),
+}
+DATA = torch.tensor([-0.875, -0.125, 0.375, 0.875])[torch.arange(48) % 4].reshape(3, 1, 4, 4)
+
+
+def make(schedule: str = "linear", transform: str = "mlp", decoder: str = "grid", times: str = "low", steps: int | None = None) -> NDM:
+    torch.manual_seed(0)
+    predictor = Predictor(UNet(1, 4, (1,), fourier=[0]), "x")
+    parts = SCHEDULES[schedule](), TRANSFORMS[transform](), predictor, DECODERS[decoder](), TIMES[times]()
+    model = NDM(*parts, steps=steps, eta=0.75)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        u = torch.linspace(0.0, 0.99, 8)
+        model.times.update(TimeDraw(u, torch.ones_like(u)), 1 + 5 * u)
+    return model.eval()
+
+
+@torch.no_grad()
+def bound(model: NDM) -> Tensor:
+    found = model.bound(DATA, generator=torch.Generator().manual_seed(4))
+    return torch.stack([found.prior, found.diffusion, found.reconstruction])
+
+
+@pytest.mark.parametrize(("schedule", "transform"), list(product(SCHEDULES, TRANSFORMS)))
+def test_every_combination_of_parts_returns_bit_by_bit(schedule: str, transform: str, tmp_path: Path) -> None:
+    for index, (decoder, times) in enumerate(product(DECODERS, TIMES)):
+        model = make(schedule, transform, decoder, times, steps=None if index % 2 else 7)
+        model.save_pretrained(tmp_path / "m", {"data": {"name": "toy", "number": index}})
+        back = NDM.from_pretrained(tmp_path / "m")
+        expected = bound(model)
+        assert torch.equal(bound(back), expected) and bool(expected.isfinite().all())
+        assert back.info == {"data": {"name": "toy", "number": index}} and not back.training
+        assert (back.steps, back.eta) == (model.steps, model.eta)
+        assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+        assert json.dumps(to_config(back)) == json.dumps(to_config(model))
+
+
+def test_samples_return_too(tmp_path: Path) -> None:
+    model = make("learned_ends")
+    model.save_pretrained(tmp_path)
+    back = NDM.from_pretrained(tmp_path)
+    assert torch.equal(back.sample((2, 1, 4, 4), steps=4, seed=1), model.sample((2, 1, 4, 4), steps=4, seed=1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder: Path, pattern: str, **options: object) -> None:
+    with pytest.raises(UserError, match=pattern) as caught:
+        NDM.from_pretrained(folder, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.6, 0.999])
+def test_truncated_weights_are_refused(folder: Path, share: float) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    refused(folder, "model.safetensors")
+
+
+def test_flipped_bits_of_the_header_are_refused_or_harmless(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data, expected = path.read_bytes(), load_file(path)
+    for place in [*range(8), *range(8, 400, 7)]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 7)
+        path.write_bytes(bytes(damaged))
+        try:
+            back = NDM.from_pretrained(folder)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    refused(folder, f"{name} does not exist")
+    refused(folder / "nowhere", "no model folder")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 1, "model": 5}', '{"format": 1, "model": {}}']
+)
+def test_a_damaged_config_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    refused(folder, "config.json|not part of ndm")
+
+
+def edited(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "path", ["os.system", "torch.nn.Linear", "ndm.serialize.write_json", "ndm.errors.UserError", "ndm.nope.Thing", "ndm.model.Nope"]
+)
+def test_a_class_path_of_others_is_never_called(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
+    edited(folder, lambda c: c["model"]["init_args"]["schedule"].update(class_path=path, init_args={"command": "true"}))
+    refused(folder, f"schedule.*{path}")
+
+
+def test_a_module_of_others_is_not_even_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trojan.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edited(folder, lambda c: c["model"]["init_args"]["predictor"]["init_args"]["network"].update(class_path="trojan.Net", init_args={}))
+    refused(folder, "model.predictor.network is a trojan.Net.*modules=")
+
+
+def test_wrong_arguments_in_a_config_are_refused(folder: Path) -> None:
+    edited(folder, lambda c: c["model"]["init_args"]["schedule"]["init_args"].update(gamma_7=3.0))
+    refused(folder, "model.schedule.*LinearLogSNR.*gamma_7")
+
+
+@pytest.mark.parametrize("version", [2, 99, None, "1"])
+def test_another_format_is_refused(folder: Path, version: object) -> None:
+    edited(folder, lambda c: c.update(format=version))
+    refused(folder, f"format {version}")
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "unknown"])
+def test_tensors_that_do_not_fit_are_named(folder: Path, damage: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    if damage == "shape":
+        tensors[name] = torch.zeros(*tensors[name].shape, 2)
+    elif damage == "missing":
+        del tensors[name]
+    else:
+        name, tensors["stranger"] = "stranger", torch.zeros(1)
+    save_file(tensors, path)
+    refused(folder, f"does not fit.*'{name}'")
+
+
+class Foreign(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) * (1 + t[:, None])
+
+
+def test_a_foreign_network_is_handed_in_again_and_gets_its_weights(tmp_path: Path) -> None:
+    model = NDM(LinearLogSNR(-5.0, 3.0), GatedTransform(Foreign()), Predictor(Foreign()), GaussianDecoder()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    refused(tmp_path, r"model.transform.network is a .*Foreign.*modules=\{'model.transform.network'")
+    refused(tmp_path, "model.predictor.network", modules={"model.transform.network": Foreign()})
+    back = NDM.from_pretrained(tmp_path, {"model.transform.network": Foreign(), "model.predictor.network": Foreign()})
+    x, generators = torch.randn(5, 2), [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert torch.equal(back.bound(x, generator=generators[0]).total, model.bound(x, generator=generators[1]).total)
+
+
+def test_double_precision_returns(tmp_path: Path) -> None:
+    model = make("learned", times="importance").double()
+    model.save_pretrained(tmp_path)
+    back = NDM.from_pretrained(tmp_path).double()
+    assert to_config(from_config(to_config(model))) == to_config(model)
+    x = DATA.double()
+    totals = [m.bound(x, draws=1, generator=torch.Generator().manual_seed(0)).total for m in (model, back)]
+    assert totals[0].dtype == F64
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-5, atol=1e-5)
+
+
+def test_info_cannot_overwrite_the_model(tmp_path: Path) -> None:
+    model = make()
+    try:
+        model.save_pretrained(tmp_path, {"model": "a name", "format": 7})
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert torch.equal(bound(NDM.from_pretrained(tmp_path)), bound(model))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "file.json"
+    write_json(path, {"old": 1})
+
+    def broken(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, broken)
+    assert read_json(path) == {"old": 1} and [p.name for p in path.parent.iterdir()] == ["file.json"]
+    write_json(path, {"new": [1.5, None]})
+    assert read_json(path) == {"new": [1.5, None]}
+    with pytest.raises(UserError, match="cannot write") as caught:
+        write_json(path / "below" / "x.json", {})
+    assert "\n" not in str(caught.value)
