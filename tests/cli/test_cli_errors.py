@@ -79,6 +79,7 @@ def test_configuration_that_is_missing_broken_or_binary(tmp_path: Path, capsys: 
         ("--data=ndm.data.NoSuchData", "NoSuchData"),
         ("--data.train_size=0", "train_size"),
         ("--train.batch_size=15", "batch_size"),
+        ("--train.strategy=fsdp", "train.ema=0"),
         ("--train.evaluation_split=holdout", "holdout"),
     ],
 )

@@ -28,7 +28,7 @@ class TrainSettings:
     gradient_clip: float = 1.0
     """Largest norm of the gradient (0: no clipping)."""
     ema: float = 0.999
-    """Decay of the exponential moving average of the weights, which is what gets evaluated and saved; it warms up."""
+    """Decay of the exponential moving average of the weights, which is what gets evaluated and saved; it warms up (0: none)."""
     accumulate: int = 1
     """Split each batch into this many parts and add up their gradients, to save memory."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -46,7 +46,7 @@ class TrainSettings:
     workers: int = 0
     """Processes that load data."""
     compile: bool = False
-    """Compile the networks with torch.compile: slow to start, for long runs."""
+    """Compile the predictor's network with torch.compile: slow to start, for long runs."""
     checkpoint_every: int = 250
     """Steps between checkpoints: what an interruption loses at most."""
     log_every: int = 20
@@ -77,5 +77,9 @@ class TrainSettings:
                 raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1, or null")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(f"train.learning_rate={self.learning_rate}: give a positive number, for example 1e-3")
+        if "fsdp" in self.strategy and (self.ema or self.gradient_clip):
+            raise UserError(
+                "train.strategy=fsdp shards the weights, which neither averaging nor clipping takes; set train.ema=0, train.gradient_clip=0"
+            )
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), for example 0.999")
