@@ -11,7 +11,7 @@ from ndm.errors import UserError
 from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
 from ndm.predictor import Predictor
 from ndm.sample import Ancestral, ReverseProcess
-from ndm.schedule import DDPMLinear, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, NoiseLevel, Schedule
 from ndm.transform import Identity
 from oracles import F64, SHEAR, LinearTransform
 
@@ -226,3 +226,14 @@ def test_events_of_any_shape_are_treated_dimension_by_dimension(event: tuple[int
     posterior: Gaussian = process.posterior(z, x, s, t, 0.5)
     torch.testing.assert_close(posterior.sample(x).reshape(4, -1), flat.sample(x.reshape(4, -1)))
     torch.testing.assert_close(process.drift(z, x, s).reshape(4, -1), process.drift(z.reshape(4, -1), x.reshape(4, -1), s))
+
+
+def test_one_step_over_the_whole_range_has_finite_gradients() -> None:
+    """In float32 exp(gamma_0 - gamma_1) - 1 rounds to -1, where log1p has an infinite slope."""
+    schedule = LearnedSchedule(-13.3, 5.0, learn_ends=True)
+    s, t = schedule(torch.zeros(2)), schedule(torch.ones(2))
+    coefficients = posterior_coefficients(s, t, 1.0)
+    (coefficients.target_weight**2 / coefficients.variance).sum().backward()
+    for name, parameter in schedule.named_parameters():
+        assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
+    assert schedule.start_and_log_range.grad.abs().sum() > 0

@@ -245,3 +245,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
     with pytest.raises(UserError, match="cannot write") as caught:
         write_json(path / "below" / "x.json", {})
     assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_saved_and_come_back(tmp_path: Path) -> None:
+    network = MLP(2, hidden=8, blocks=1)
+    model = NDM(LinearLogSNR(), NetworkTransform(network), Predictor(network), GaussianDecoder())
+    model.save_pretrained(tmp_path / "model")
+    back = NDM.from_pretrained(tmp_path / "model")
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name

@@ -26,7 +26,7 @@ def peak(u: Tensor) -> Tensor:
 
 def trained(bins: int = 20, **options: float) -> ImportanceTimes:
     """Importance times that have seen the peak often enough."""
-    times, generator = ImportanceTimes(bins, **options), torch.Generator().manual_seed(0)
+    times, generator = ImportanceTimes(bins, **options).double(), torch.Generator().manual_seed(0)
     for _ in range(40):
         draw = times(400, LIKE, generator)
         times.update(draw, peak(draw.u))
@@ -121,7 +121,7 @@ def test_a_peaked_loss_has_less_variance_than_with_uniform_times() -> None:
 
 
 def test_the_density_stays_uniform_until_every_bin_was_seen() -> None:
-    times = ImportanceTimes(4)
+    times = ImportanceTimes(4).double()
     times.update(TimeDraw(torch.tensor([0.1, 0.3, 0.6]), torch.ones(3)), torch.tensor([1.0, 5.0, 9.0]))
     assert times.density().tolist() == [1.0] * 4
     times.update(TimeDraw(torch.tensor([0.9]), torch.ones(1)), torch.tensor([1.0]))
@@ -130,7 +130,7 @@ def test_the_density_stays_uniform_until_every_bin_was_seen() -> None:
 
 
 def test_old_losses_fade_by_the_decay() -> None:
-    times = ImportanceTimes(2, uniform=0.5, decay=0.75)
+    times = ImportanceTimes(2, uniform=0.5, decay=0.75).double()
     u = TimeDraw(torch.tensor([0.1, 0.9]), torch.ones(2))
     times.update(u, torch.tensor([2.0, 1.0]))
     times.update(u, torch.tensor([4.0, 1.0]))
@@ -153,7 +153,7 @@ def test_an_overflowing_batch_leaves_the_density_alone(bad: float) -> None:
 
 
 def test_a_loss_of_zero_everywhere_is_uniform() -> None:
-    times = ImportanceTimes(3)
+    times = ImportanceTimes(3).double()
     times.update(TimeDraw(torch.tensor([0.1, 0.5, 0.9]), torch.ones(3)), torch.zeros(3))
     assert times.density().tolist() == [1.0] * 3
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 import ndm
 from ndm.data import DataDescription, DataSource
+from ndm.data.splits import check_whole
 from ndm.errors import UserError
 from ndm.evaluate import bound_table, evaluate_bound, pick_device
 from ndm.model import NDM
@@ -90,6 +91,7 @@ def run_train(words: Sequence[str]) -> None:
     parser = train_parser()
     stored = _stored_config(words)
     arguments = parse(parser, (["--config", str(stored)] if stored else []) + list(words))
+    check_whole("seed", arguments.seed, 0)
     out = Path(arguments.out)
     config = yaml.safe_load(parser.dump(arguments, skip_unset=False))
     config.pop("out", None)
@@ -98,7 +100,7 @@ def run_train(words: Sequence[str]) -> None:
     if (out / METRICS).exists():
         record = read_json(out / METRICS)
         print(
-            f"{out} is finished: {float(str(record['nelbo_bpd'])):.4f} bits/dim on {record['split']}; nothing to do (choose another --out to train again)"
+            f"{out} is finished: {float(str(record.get('nelbo_bpd', 'nan'))):.4f} bits/dim on {record.get('split')}; nothing to do (choose another --out to train again)"
         )
         return
     torch.manual_seed(arguments.seed)
@@ -235,6 +237,7 @@ def sample(
     target = Path(out)
     if target.suffix.lower() not in (".png", ".npy"):
         raise UserError(f"--out {out}: the file must end in .png or .npy")
+    check_whole("seed", seed, 0)
     if n < 1 or batch_size < 1:
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
     model = load_run(Path(run)).to(pick_device(device))
@@ -249,8 +252,13 @@ def sample(
         write_samples(target, samples)
     else:
         values = description.to_source_units(samples)
-        write_atomically(target, lambda path: np.save(path, values.numpy()))
+        write_atomically(target, lambda path: _write_array(path, values.numpy()))
     print(f"wrote {n} samples to {target}")
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save would append .npy to a name that ends in .NPY
+        np.save(file, values)
 
 
 def evaluate(
@@ -258,7 +266,7 @@ def evaluate(
     split: str = "test",
     json: str | None = None,
     draws: int = 16,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -269,10 +277,11 @@ def evaluate(
         split: the split of the data.
         json: file to write the record to.
         draws: times drawn for each example.
-        batch_size: examples at once.
+        batch_size: examples at once; by default 256, fewer for large images.
         seed: seed of times and noise.
         device: auto, cpu or cuda.
     """
+    check_whole("seed", seed, 0)
     folder = Path(run)
     model, data = load_run(folder).to(pick_device(device)), load_data(folder)
     description = data.describe()

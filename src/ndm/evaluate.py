@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.data import EventDataset
+from ndm.decoder import DiscretizedGaussian
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.model import NDM
@@ -43,7 +44,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @torch.no_grad()
 def evaluate_bound(
-    model: NDM, data: EventDataset, *, draws: int = 16, batch_size: int = 256, seed: int = 0, progress: bool = False
+    model: NDM, data: EventDataset, *, draws: int = 16, batch_size: int | None = None, seed: int = 0, progress: bool = False
 ) -> dict[str, Any]:
     """Evaluate the bound on every example of a data set.
 
@@ -51,7 +52,7 @@ def evaluate_bound(
         model: the model; it is evaluated in the time, discrete or continuous, that it was trained in.
         data: the examples.
         draws: K, times an example.
-        batch_size: examples at once.
+        batch_size: examples at once; None takes 256, or fewer where the decoder would need too much memory.
         seed: seed of times and noise; with the same batch size the same seed gives the same number.
         progress: show a progress bar.
 
@@ -64,6 +65,7 @@ def evaluate_bound(
     count = len(data)
     if count == 0:
         raise UserError("there is nothing to evaluate: the split is empty")
+    batch_size = default_batch_size(model, data[0].numel()) if batch_size is None else batch_size
     if draws < 1 or batch_size < 1:
         raise UserError(f"draws={draws}, batch_size={batch_size}: give integers of at least 1")
     training = model.training
@@ -76,7 +78,7 @@ def evaluate_bound(
         dims = batch[0].numel()
         bound = model.bound(batch, draws=draws, generator=generator)
         # In double precision before they are added up, so that the terms in the record add up to the bound.
-        terms.append(Bound(bound.prior.double().cpu(), bound.diffusion.double().cpu(), bound.reconstruction.double().cpu()).terms())
+        terms.append(Bound(bound.prior.cpu().double(), bound.diffusion.cpu().double(), bound.reconstruction.cpu().double()).terms())
     model.train(training)
     values = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
     if not bool(values["nelbo"].isfinite().all()):
@@ -101,6 +103,12 @@ def evaluate_bound(
         "seconds": round(time.perf_counter() - started, 3),
     }
     return record
+
+
+def default_batch_size(model: NDM, dims: int) -> int:
+    """256, or as many examples as keep the decoder's probabilities of all levels within 2**26 numbers."""
+    levels = len(model.decoder.values) if isinstance(model.decoder, DiscretizedGaussian) else 1
+    return max(1, min(256, 2**26 // (dims * levels)))
 
 
 def standard_error(values: Tensor) -> float:

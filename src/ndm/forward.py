@@ -71,9 +71,10 @@ def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) ->
             f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; eta=1 is DDPM"
         )
     taken = taken.clamp(min=-1)
+    # log1p stays off -1, where its gradient is infinite: a step may span so much of gamma that shrink rounds to -1.
     return PosteriorCoefficients(
         k=s.sigma / t.sigma * (1 + taken).sqrt(),
-        target_weight=-s.alpha * torch.expm1(0.5 * (s.gamma - t.gamma + torch.log1p(taken))),
+        target_weight=-s.alpha * torch.expm1(0.5 * (s.gamma - t.gamma + torch.log1p(taken.clamp(min=-1 + torch.finfo(taken.dtype).eps)))),
         variance=-(s.sigma**2) * taken,
     )
 

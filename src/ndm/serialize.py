@@ -135,7 +135,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[st
         extra: JSON-ready information to keep beside the description, such as that of the data.
     """
     folder = Path(path)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
     write_json(folder / CONFIG_NAME, {**(extra or {}), "format": FORMAT, "model": to_config(model)})
 

@@ -81,11 +81,11 @@ class ImportanceTimes(TimeSampler):
         if not (bins >= 1 and 0 < uniform <= 1 and 0 <= decay < 1):
             raise UserError(f"bins={bins}, uniform={uniform}, decay={decay}: need bins >= 1, 0 < uniform <= 1 and 0 <= decay < 1")
         self.bins, self.uniform, self.decay = bins, uniform, decay
-        self.register_buffer("square", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("square", torch.zeros(bins))
+        self.register_buffer("seen", torch.zeros(bins))
 
     def density(self) -> Tensor:
-        """P in each bin, float64, ``(bins,)``; its mean is 1."""
+        """P in each bin, ``(bins,)``; its mean is 1."""
         if bool((self.seen == 0).any()) or float(self.square.sum()) == 0:
             return torch.ones_like(self.square)
         root = (self.square / (1 - self.decay**self.seen)).sqrt()
@@ -106,8 +106,8 @@ class ImportanceTimes(TimeSampler):
     @torch.no_grad()
     def update(self, draw: TimeDraw, loss: Tensor) -> None:
         index = self._bin(draw.u)
-        total = self.square.new_zeros(self.bins).index_add_(0, index, loss.detach().double() ** 2)
-        count = self.square.new_zeros(self.bins).index_add_(0, index, torch.ones_like(loss, dtype=torch.float64))
+        total = self.square.new_zeros(self.bins).index_add_(0, index, loss.detach().to(self.square.dtype) ** 2)
+        count = self.square.new_zeros(self.bins).index_add_(0, index, torch.ones_like(loss, dtype=self.square.dtype))
         mean = total / count.clamp(min=1)
         if not bool(mean.isfinite().all()):
             return  # one overflowing batch must not poison the density for good

@@ -34,6 +34,11 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether an event of this shape can be drawn as an image; everything else is drawn as points of its first dimensions."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 def to_pixels(x: Tensor) -> np.ndarray:
     """Images ``(B, C, H, W)`` with values in [-1, 1] as uint8 ``(B, H, W, 3)``, values outside clipped."""
     if x.dim() != 4 or x.shape[1] not in (1, 3):
@@ -71,7 +76,7 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
         x: samples ``(B, *event)``; images in [-1, 1].
         reference: data to show beside samples of vectors.
     """
-    if x.dim() == 4:
+    if is_image(x.shape[1:]):
         from PIL import Image
 
         image = Image.fromarray(image_grid(x))
@@ -136,16 +141,17 @@ def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] 
         times: the columns.
         seed: seed of the noise, the same at every time.
     """
+    images = is_image(x.shape[1:])
     states = transform_over_time(model, x, times, seed)
-    groups = range(x.shape[0]) if x.dim() == 4 else range(1)
-    figure = _figure(1.25 * len(times) + 0.6, (1.3 if x.dim() == 4 else 1.6) * 3 * len(groups) + 0.3)
+    groups = range(x.shape[0]) if images else range(1)
+    figure = _figure(1.25 * len(times) + 0.6, (1.3 if images else 1.6) * 3 * len(groups) + 0.3)
     axes = figure.subplots(3 * len(groups), len(times), squeeze=False)
-    limit = common_limit([values.flatten(0, 1) for values in states.values()]) if x.dim() != 4 else 1.0
+    limit = common_limit([values.flatten(0, 1) for values in states.values()]) if not images else 1.0
     for group in groups:
         for row, (name, values) in enumerate(states.items()):
             for column, time in enumerate(times):
                 axis = axes[3 * group + row][column]
-                if x.dim() == 4:
+                if images:
                     axis.imshow(to_pixels(values[column, group : group + 1])[0], interpolation="nearest")
                 else:
                     draw_points(axis, values[column], limit)

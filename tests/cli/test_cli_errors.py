@@ -80,6 +80,11 @@ def test_configuration_that_is_missing_broken_or_binary(tmp_path: Path, capsys: 
         ("--data.train_size=0", "train_size"),
         ("--train.batch_size=15", "batch_size"),
         ("--train.strategy=fsdp", "train.ema=0"),
+        ("--train.strategy=telepathy", "train.strategy"),
+        ("--train.devices=-7", "train.devices"),
+        ("--train.validate_every=1000", "validate_every"),
+        ("--train.learning_rate=1e30", "not finite"),
+        ("--seed=-1", "seed"),
         ("--train.evaluation_split=holdout", "holdout"),
     ],
 )
@@ -131,6 +136,9 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
             image(folder / "train" / f"{index}.png", seed=index)
         (folder / "test").mkdir()
         return {"class_path": "ndm.data.ImageFolder", "init_args": {"path": str(folder)}}, "test"
+    if kind == "discrete under a density":
+        np.save(folder / "table.npy", np.random.default_rng(0).integers(0, 17, (50, 2)))
+        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "levels": 17}}, "DiscretizedGaussian"
     assert kind == "class missing in MNIST files"
     generator = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
@@ -141,7 +149,17 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing table", "NaN", "out of range", "pickle", "image sizes", "empty class folder", "empty split", "class missing in MNIST files"],
+    [
+        "missing table",
+        "NaN",
+        "out of range",
+        "pickle",
+        "image sizes",
+        "empty class folder",
+        "empty split",
+        "class missing in MNIST files",
+        "discrete under a density",
+    ],
 )
 def test_bad_data(kind: str, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, culprit = bad_data(kind, tmp_path / "data")
@@ -149,7 +167,7 @@ def test_bad_data(kind: str, write_config: ConfigWriter, tmp_path: Path, capsys:
     content = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**content, "data": data}))
     refused(capsys, train_words(config, tmp_path / "run"), culprit)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Training runs from the command line: logs, exact resuming after kill -9, several processes, EMA."""
 
+import copy
 import csv
 import os
 import signal
@@ -9,12 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import ndm
 from ndm.cli import main
+from ndm.data import Digits
 from ndm.serialize import read_json
 from ndm.train.module import EMAUpdate
 
@@ -139,3 +143,28 @@ def test_validation_leaves_training_untouched(write_config: ConfigWriter, tmp_pa
     expected = weights(tmp_path / "without")
     for name, value in weights(tmp_path / "with").items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_accumulation_logs_every_so_many_optimiser_steps(write_config: ConfigWriter, tmp_path: Path) -> None:
+    train(write_config(), tmp_path / "run", "--train.accumulate", "4", "--train.log_every", "6")
+    assert sum(bool(row.get("train/nelbo_bpd")) for row in log_rows(tmp_path / "run")) == 4  # 24 steps, a row every 6
+
+
+def test_events_that_are_no_pictures_finish_too(write_config: ConfigWriter, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(60, 4, 2, 2))
+    np.save(tmp_path / "latents.npy", values)
+    config = yaml.safe_load(write_config().read_text())
+    config["data"] = {"class_path": "ndm.data.Table", "init_args": {"path": str(tmp_path / "latents.npy")}}
+    for part in ("transform", "predictor"):
+        config["model"][part]["init_args"]["network"]["init_args"]["dims"] = 16
+    (tmp_path / "latents.yaml").write_text(yaml.safe_dump(config))
+    train(tmp_path / "latents.yaml", tmp_path / "run")
+    assert (tmp_path / "run/metrics.json").exists()
+    assert main(["sample", str(tmp_path / "run"), "--n", "3", "--steps", "2", "--out", str(tmp_path / "x.NPY")]) == 0
+    assert np.load(tmp_path / "x.NPY").shape == (3, 4, 2, 2)
+    assert not list(tmp_path.glob(".x*"))
+
+
+def test_a_copy_of_the_module_shares_its_data() -> None:
+    data = Digits().split("train")
+    assert copy.deepcopy(data) is data

@@ -109,6 +109,10 @@ class EventDataset(Dataset[Tensor], ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EventDataset":
+        """Data never change: a copy of a training module shares them."""
+        return self
+
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         """The examples ``indices``, ``(B, *event)``, float32."""

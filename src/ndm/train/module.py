@@ -87,13 +87,22 @@ class TrainingModule(LightningModule):
         torch.manual_seed(part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank))
         bound = self.model.bound(batch)
         loss = bound.total.mean() / event_size(batch)
-        if not bool(loss.isfinite()):
-            raise UserError(
-                f"the bound became {float(loss)} at step {self.trainer.global_step}; lower train.learning_rate or train.gradient_clip, or use "
-                "train.precision=32-true, and run again: the run goes on from its last checkpoint"
-            )
+        self._check_finite("bound", bool(loss.isfinite()))
         self._log_terms("train", bound, batch)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a gradient that is not finite reaches the weights, and so the checkpoint (16-mixed skips such steps itself)."""
+        if self.settings.precision != "16-mixed":
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self._check_finite("gradient", bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()))
+
+    def _check_finite(self, what: str, finite: bool) -> None:
+        if not finite:
+            raise UserError(
+                f"the {what} is not finite at step {self.trainer.global_step}; train into another --out with a lower train.learning_rate or "
+                "train.gradient_clip, or with train.precision=32-true"
+            )
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """The bound with several times an example, the same ones at every validation."""

@@ -12,6 +12,7 @@
 =========================  ==================================================================
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ndm.baselines import histogram_bpd, xz_bpd
 from ndm.data import DataSource
@@ -27,13 +30,13 @@ from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
 from ndm.model import NDM
-from ndm.serialize import write_json
+from ndm.serialize import write_atomically, write_json
 from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
 from ndm.train.settings import TrainSettings
-from ndm.viz import write_samples, write_transform
+from ndm.viz import is_image, write_samples, write_transform
 
 CHECKPOINT, METRICS = Path("checkpoints/last.ckpt"), Path("metrics.json")
-BASELINE_EXAMPLES = 10_000
+BASELINE_VALUES = 8_000_000
 
 
 def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
@@ -43,9 +46,13 @@ def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
         UserError: they do not.
     """
     description = data.describe()
-    discrete = isinstance(model.decoder, DiscretizedGaussian)
-    if description.levels is None and discrete:
+    if description.levels is None and model.decoder.discrete:
         raise UserError(f"{description.name} is continuous but the decoder is discrete; use model.decoder=ndm.GaussianDecoder")
+    if description.levels is not None and not model.decoder.discrete:
+        raise UserError(
+            f"{description.name} is discrete but the decoder is continuous, and its bound would be a density; use "
+            f"model.decoder=ndm.DiscretizedGaussian with levels={description.levels}, or read the data without levels"
+        )
     if description.levels is not None and isinstance(model.decoder, DiscretizedGaussian):
         have = len(model.decoder.values)
         if have != description.levels:
@@ -82,6 +89,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: Lightning's own way copies from /tmp when that is another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
 def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
     """Lightning's trainer for a run in the folder ``out``."""
     callbacks: list[Callback] = [
@@ -108,13 +122,14 @@ def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
         accumulate_grad_batches=settings.accumulate,
         callbacks=callbacks,
         logger=[csv, TensorBoardLogger(out, name="logs", version=csv.version)],
-        log_every_n_steps=min(settings.log_every, settings.steps) * settings.accumulate,
+        log_every_n_steps=min(settings.log_every, settings.steps),
         val_check_interval=settings.validate_every * settings.accumulate if settings.validate_every else None,
         limit_val_batches=None if validate else 0,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=out,
+        plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints()],
     )
 
 
@@ -130,7 +145,13 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
     """
     quiet_lightning()
     checkpoint, first_step = out / CHECKPOINT, 0
-    trainer = make_trainer(settings, out)
+    try:
+        trainer = make_trainer(settings, out)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"this machine cannot train with these settings: {reason}; see train.accelerator, train.devices, train.strategy"
+        ) from error
     if checkpoint.exists():
         first_step = read_checkpoint(checkpoint)["global_step"]
         if trainer.is_global_zero:
@@ -181,9 +202,10 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
     metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
     shape = data.describe().event_shape
-    samples = model.sample((64 if len(shape) == 3 else 4096, *shape), seed=seed, progress=True)
-    write_samples(out / "samples.png", samples, None if len(shape) == 3 else test.__getitems__(range(min(len(test), 4096))))
-    shown = [0, len(test) // 2] if len(shape) == 3 else range(min(len(test), 2000))
+    images = is_image(shape)
+    samples = model.sample((64 if images else 4096, *shape), seed=seed, progress=True)
+    write_samples(out / "samples.png", samples, None if images else test.__getitems__(range(min(len(test), 4096))))
+    shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
     write_transform(out / "transform.png", model, test.__getitems__(shown), seed=seed)
     write_json(out / METRICS, metrics)
     return metrics
@@ -195,6 +217,6 @@ def baselines(data: DataSource, split: str) -> dict[str, float]:
     if levels is None:
         return {}
     train, test = (data.split(name) for name in ("train", split))
-    known = data.integers(train.__getitems__(range(min(len(train), BASELINE_EXAMPLES))))
-    held_out = data.integers(test.__getitems__(range(min(len(test), BASELINE_EXAMPLES))))
+    most = max(1, BASELINE_VALUES // math.prod(data.describe().event_shape))
+    known, held_out = (data.integers(part.__getitems__(range(min(len(part), most)))) for part in (train, test))
     return {"histogram_bpd": histogram_bpd(known, held_out, levels), "xz_bpd": xz_bpd(held_out, levels)}

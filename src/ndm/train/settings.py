@@ -75,6 +75,8 @@ class TrainSettings:
         for name in ("threads", "validate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1, or null")
+        if self.validate_every is not None and self.validate_every > self.steps:
+            raise UserError(f"train.validate_every={self.validate_every} is more than train.steps={self.steps}; give fewer steps, or null")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(f"train.learning_rate={self.learning_rate}: give a positive number, for example 1e-3")
         if "fsdp" in self.strategy and (self.ema or self.gradient_clip):
