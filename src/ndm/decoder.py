@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.ops import sum_event
+from ndm.ops import standard_normal, sum_event
 from ndm.schedule import NoiseLevel
 
 
@@ -55,8 +55,7 @@ class GaussianDecoder(Decoder):
 
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
         at = level.expand(z)
-        noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-        return z / at.alpha + at.sigma / at.alpha * noise
+        return z / at.alpha + at.sigma / at.alpha * standard_normal(z, generator)
 
 
 class DiscretizedGaussian(Decoder):

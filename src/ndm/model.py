@@ -15,6 +15,7 @@ from ndm.decoder import Decoder
 from ndm.elbo import Bound, diffusion_term, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
+from ndm.ops import standard_normal
 from ndm.predictor import Predictor
 from ndm.sample import Method, ReverseProcess, Sampler, make_sampler
 from ndm.schedule import Schedule
@@ -79,7 +80,7 @@ class NDM(nn.Module):
 
     def noised(self, x: Tensor, t: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
         """z_t drawn from q(z_t|x), ``(B, *event)``."""
-        return self.process.marginal(x, self.process.level(t, x)).sample(_normal(x, generator))
+        return self.process.marginal(x, self.process.level(t, x)).sample(standard_normal(x, generator))
 
     def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
         """x̂(z, t), ``(B, *event)``."""
@@ -123,11 +124,11 @@ class NDM(nn.Module):
             else:
                 u = (index + torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device)) / draws
                 draw = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
-            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, _normal(x, generator), horizon, self.eta)
+            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, standard_normal(x, generator), horizon, self.eta)
             if draws is None and self.training:
                 self.times.update(draw, integrand)
             diffusion.append(estimate)
-            reconstruction.append(reconstruction_term(self.process, self.decoder, x, _normal(x, generator)))
+            reconstruction.append(reconstruction_term(self.process, self.decoder, x, standard_normal(x, generator)))
         return Bound(prior_term(self.process, x), torch.stack(diffusion).mean(0), torch.stack(reconstruction).mean(0))
 
     def forward(self, x: Tensor) -> Bound:
@@ -174,7 +175,7 @@ class NDM(nn.Module):
             generator.seed()
         else:
             generator.manual_seed(seed)
-        z = _normal(torch.empty(shape, dtype=like.dtype, device=like.device), generator)
+        z = standard_normal(torch.empty(shape, dtype=like.dtype, device=like.device), generator)
         training = self.training
         self.eval()  # dropout is for training
         try:
@@ -208,7 +209,3 @@ class NDM(nn.Module):
             raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         model.info = info
         return model.eval()
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ndm.errors import MissingExtraError, UserError
 from ndm.forward import ForwardProcess, Gaussian
-from ndm.ops import expand
+from ndm.ops import expand, standard_normal
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
 
@@ -126,7 +126,7 @@ class GridSampler(Sampler):
         level = reverse.process.level(1.0, z)
         for index in tqdm(range(self.steps, 0, -1), desc="sampling", unit="step", disable=not progress, delay=1, leave=False):
             following = reverse.process.level((index - 1) / self.steps, z)
-            noise = _normal(z, generator) if self.step.eta else z
+            noise = standard_normal(z, generator) if self.step.eta else z
             z = self.step(reverse, z, level, following, noise)
             level = following
         return z
@@ -251,7 +251,3 @@ def make_sampler(
     name = solver or known[0]
     rate = noise if method == "sde" else 0.0
     return GridSampler(Heun(rate) if name == "heun" else Euler(rate), steps)
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
