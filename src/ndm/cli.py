@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ndm.errors import MissingExtraError, UserError
+from ndm.errors import UserError, require
 
 COMMANDS = {
     "train": "train a model on your data, or go on with an interrupted run",
@@ -63,11 +63,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(f"{words[0]!r} is not a command; choose one of {', '.join(COMMANDS)}, or see ndm --help")
-    try:
-        import jsonargparse  # noqa: F401
-        import lightning  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(error.name or "lightning", "train") from error
+    for package in ("jsonargparse", "lightning"):
+        require(package, package, "train")
     from ndm.commands import run_command  # here, since Lightning takes seconds to import
 
     run_command(words[0], words[1:])

@@ -13,8 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 import ndm
 from ndm.data import DataDescription, DataSource
-from ndm.data.splits import check_whole
-from ndm.errors import UserError
+from ndm.errors import UserError, check_whole
 from ndm.evaluate import bound_table, evaluate_bound, pick_device
 from ndm.model import NDM
 from ndm.sample import Method

@@ -35,7 +35,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Log p(x|z_0), nats, ``(B,)``, for ``x`` and ``z`` ``(B, *event)`` and the level at t = 0."""
+        """log p(x|z_0), nats, ``(B,)``, for ``x`` and ``z`` ``(B, *event)`` and the level at t = 0."""
 
     @abstractmethod
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:

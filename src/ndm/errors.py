@@ -4,6 +4,8 @@ Every message says what is wrong, where, which values are allowed, and how to me
 message alone and ends with exit code 2; anything that is not a :class:`UserError` is a bug of ours and keeps its traceback.
 """
 
+import importlib
+
 
 class UserError(ValueError):
     """A wrong value, file or combination that the user can mend; the message is one line."""
@@ -29,3 +31,30 @@ def describe_value(value: object) -> str:
     """Return a one-line ``repr`` of a value, shortened to 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Check that an argument is a whole number of at least ``least``.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}={describe_value(value)}: give a whole number of at least {least}")
+
+
+def require(module: str, package: str, extra: str) -> None:
+    """Check that an optional package can be imported.
+
+    Args:
+        module: the module to import.
+        package: the package that holds it.
+        extra: the extra of ``ndm`` that brings the package.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(package, extra) from error

@@ -35,7 +35,7 @@ class Gaussian:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Mean + std noise."""
+        """mean + std noise."""
         return self.mean + self.std * noise
 
 

@@ -19,7 +19,7 @@ import torchdiffeq
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.errors import MissingExtraError, UserError
+from ndm.errors import UserError, require
 from ndm.forward import ForwardProcess, Gaussian
 from ndm.ops import expand, standard_normal
 from ndm.predictor import Predictor
@@ -82,7 +82,7 @@ class Euler(Step):
 
     def __call__(self, reverse: ReverseProcess, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
         moved = z + expand(s.t - t.t, z) * reverse.drift(z, t, self.eta)
-        return moved if self.eta == 0 else moved + expand(_noise_scale(t, self.eta) * (t.t - s.t).sqrt(), z) * noise
+        return moved if self.eta == 0 else moved + expand(ForwardProcess.diffusion(t, self.eta) * (t.t - s.t).sqrt(), z) * noise
 
 
 class Heun(Step):
@@ -92,13 +92,9 @@ class Heun(Step):
         span = expand(s.t - t.t, z)
         first = reverse.drift(z, t, self.eta)
         if self.eta:
-            mean_square = 0.5 * (_noise_scale(t, self.eta) ** 2 + _noise_scale(s, self.eta) ** 2)
+            mean_square = 0.5 * (ForwardProcess.diffusion(t, self.eta) ** 2 + ForwardProcess.diffusion(s, self.eta) ** 2)
             z = z + expand((mean_square * (t.t - s.t)).sqrt(), z) * noise
         return z + 0.5 * span * (first + reverse.drift(z + span * first, s, self.eta))
-
-
-def _noise_scale(level: NoiseLevel, eta: float) -> Tensor:
-    return ForwardProcess.diffusion(level, eta)
 
 
 class Sampler(ABC):
@@ -179,10 +175,9 @@ class TorchSDE(Sampler):
     """
 
     def __init__(self, steps: int, solver: str = "srk", eta: float = 1.0):
-        try:
-            import torchsde
-        except ImportError as error:
-            raise MissingExtraError("torchsde", "sde") from error
+        require("torchsde", "torchsde", "sde")
+        import torchsde
+
         if steps < 1 or not eta > 0:
             raise UserError(f"steps={steps}, eta={eta}: torchsde needs at least one step and eta > 0")
         self.torchsde, self.steps, self.solver, self.eta = torchsde, steps, solver, eta
@@ -200,7 +195,7 @@ class TorchSDE(Sampler):
                 return -reverse.drift(state, reverse.process.level((1 - tau).clamp(0, 1), state), eta).flatten(1)
 
             def g(self, tau: Tensor, y: Tensor) -> Tensor:
-                return _noise_scale(reverse.process.level((1 - tau).clamp(0, 1), y), eta)[:, None].expand_as(y)
+                return ForwardProcess.diffusion(reverse.process.level((1 - tau).clamp(0, 1), y), eta)[:, None].expand_as(y)
 
         flat = z.flatten(1)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=z.device))

@@ -41,12 +41,12 @@ class NoiseLevel:
 
     @property
     def omega(self) -> Tensor:
-        """Alpha sigma' - alpha' sigma = alpha sigma gamma'/2, positive."""
+        """omega = alpha sigma' - alpha' sigma = alpha sigma gamma'/2, positive."""
         return self.alpha * self.dsigma - self.dalpha * self.sigma
 
     @property
     def dgamma(self) -> Tensor:
-        """Gamma' = d gamma/dt (infinite where alpha is 0)."""
+        """gamma' = d gamma/dt (infinite where alpha is 0)."""
         return 2 * self.omega / (self.alpha * self.sigma)
 
     @property
@@ -233,7 +233,7 @@ class LearnedSchedule(VariancePreserving):
         self.center = nn.Parameter(torch.linspace(0.0, 1.0, units))
 
     def ends(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Gamma at t = 0 and at t = 1, scalars; of the given dtype, or that of the parameters."""
+        """gamma at t = 0 and at t = 1, scalars; of the given dtype, or that of the parameters."""
         dtype = dtype or self.log_slope.dtype
         if self.start_and_log_range is None:
             start, end = torch.tensor([self.gamma_0, self.gamma_1], dtype=dtype, device=self.log_slope.device)

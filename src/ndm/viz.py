@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm.errors import MissingExtraError, UserError
+from ndm.errors import UserError, require
 from ndm.model import NDM
 from ndm.serialize import write_atomically
 
@@ -27,10 +27,9 @@ TIMES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
 def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval") from error
+    require("matplotlib.figure", "matplotlib", "eval")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
@@ -77,6 +76,7 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
         reference: data to show beside samples of vectors.
     """
     if is_image(x.shape[1:]):
+        require("PIL", "pillow", "data")
         from PIL import Image
 
         image = Image.fromarray(image_grid(x))

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ndm.data.arrays import discrete
-from ndm.data.extras import require
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_split_arguments, draw_split, split_words
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, describe_value, require
 
 
 class Digits(DataSource):
@@ -35,7 +34,7 @@ class Digits(DataSource):
         self.classes = classes
 
     def load(self) -> Loaded:
-        require("sklearn", "scikit-learn")
+        require("sklearn", "scikit-learn", "data")
         from sklearn.datasets import load_digits
 
         images, digits = (np.asarray(values) for values in load_digits(return_X_y=True))

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from ndm.data.arrays import check_values, continuous
-from ndm.data.extras import require
 from ndm.data.images import EncodedImages, check_image_arguments, encoded, size_words
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_classes
 from ndm.data.table import arrow_columns
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, describe_value, require
 
 
 class ColumnImages(EncodedImages):

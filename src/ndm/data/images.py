@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.data.extras import require
 from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded, to_grid
-from ndm.data.splits import check_whole
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, check_whole, describe_value, require
 
 LEVELS = 256
 _MODES = {1: "L", 3: "RGB"}
@@ -129,7 +127,7 @@ def encoded(name: str, version: str, splits: Mapping[str, EncodedImages], classe
     Raises:
         UserError: an image cannot be read, or sizes differ and no ``size`` is given.
     """
-    require("PIL", "pillow")
+    require("PIL", "pillow", "data")
     content = ContentHash()
     first: tuple[str, tuple[int, int]] | None = None
     channels, size = next((images.channels, images.size) for images in splits.values())

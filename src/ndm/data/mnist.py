@@ -17,8 +17,8 @@ import numpy as np
 
 from ndm.data.arrays import discrete
 from ndm.data.source import DataSource, Loaded
-from ndm.data.splits import check_classes, check_whole
-from ndm.errors import UserError, describe_value
+from ndm.data.splits import check_classes
+from ndm.errors import UserError, check_whole, describe_value
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),

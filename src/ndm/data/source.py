@@ -139,7 +139,8 @@ class Loaded:
 class DataSource(ABC):
     """A data set: where it comes from, its splits, value range and bit depth.
 
-    A kind of source implements :meth:`load`; everything else is the same for all. Sources can be pickled; the data do not travel along but are read again where they are needed.
+    A kind of source implements :meth:`load`; everything else is the same for all. Sources can be pickled; the data do not travel along
+    but are read again where they are needed.
     """
 
     _loaded: Loaded | None = None

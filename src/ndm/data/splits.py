@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, check_whole, describe_value
 
 
 def split_by_class(labels: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,16 +87,6 @@ def check_split_arguments(test_fraction: float, seed: int) -> None:
     if not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
         raise UserError(f"test_fraction={describe_value(test_fraction)}: give a number between 0 and 1, for example 0.2")
     check_whole("seed", seed, 0)
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Check that an argument is a whole number of at least ``least``.
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={describe_value(value)}: give a whole number of at least {least}")
 
 
 def split_words(test_fraction: float, seed: int) -> str:

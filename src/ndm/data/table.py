@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ndm.data.arrays import check_values, continuous, discrete
-from ndm.data.extras import require
 from ndm.data.source import DataSource, Loaded
-from ndm.data.splits import check_split_arguments, check_whole, draw_split, split_words
-from ndm.errors import UserError, describe_value
+from ndm.data.splits import check_split_arguments, draw_split, split_words
+from ndm.errors import UserError, check_whole, describe_value, require
 
 if TYPE_CHECKING:
     import pyarrow
@@ -201,7 +200,7 @@ def arrow_columns(table: "pyarrow.Table", columns: Sequence[str | int] | None, w
 
 
 def _read_parquet(file: Path, columns: Sequence[str | int] | None) -> tuple[np.ndarray, list[str]]:
-    require("pyarrow", "pyarrow")
+    require("pyarrow", "pyarrow", "data")
     import pyarrow
     import pyarrow.parquet
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from ndm.data.arrays import continuous
 from ndm.data.source import DataSource, Loaded
-from ndm.data.splits import check_whole
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, check_whole, describe_value
 
 _GRID_POINTS, _ROWS_AT_ONCE = 2**24, 4096
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ndm.data import EventDataset, keep_batch
@@ -91,11 +92,17 @@ class TrainingModule(LightningModule):
         self._log_terms("train", bound, batch)
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop before a gradient that is not finite reaches the weights, and so the checkpoint (16-mixed skips such steps itself)."""
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm of the gradient, and stop before one that is not finite reaches the weights and so the checkpoint.
+
+        16-mixed skips such steps itself.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         if self.settings.precision != "16-mixed":
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self._check_finite("gradient", bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()))
+            self._check_finite("gradient", bool(norm.isfinite()))
 
     def _check_finite(self, what: str, finite: bool) -> None:
         if not finite:
@@ -193,14 +200,8 @@ class FinalCheckpoint(Callback):
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar over the steps of the run, which is one long epoch."""
 
-    def init_train_tqdm(self):  # type: ignore[no-untyped-def]
-        """Name the bar after what it shows."""
-        bar = super().init_train_tqdm()
-        bar.set_description("training")
-        return bar
-
     def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
-        """Keep the name: the run has one epoch."""
+        """Name the bar after what it shows: the run has one epoch."""
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("training")
 
