@@ -8,16 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
-from ndm.elbo import Bound, bits_per_dim, continuous_diffusion, diffusion_term, discrete_diffusion, prior_term, reconstruction_term
+from ndm.elbo import (
+    Bound,
+    bits_per_dim,
+    continuous_diffusion,
+    diffusion_term,
+    discrete_diffusion,
+    path_log_weight,
+    prior_term,
+    reconstruction_term,
+)
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import Predictor
+from ndm.sample import Ancestral
 from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
-from ndm.times import ImportanceTimes, LowDiscrepancyTimes, TimeDraw, UniformTimes
+from ndm.times import ImportanceTimes, LowDiscrepancyTimes, StepFunction, TimeDraw, UniformTimes
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
-from oracles import F64, SHEAR, GaussianProblem, LinearTransform, constant, joint_bound, randomised, slope
+from oracles import F64, SHEAR, GaussianProblem, LinearTransform, affine_map, constant, joint_bound, randomised, slope
 
 
 def learned() -> Schedule:
@@ -286,3 +296,45 @@ def test_a_bound_that_is_infinite_or_empty_is_refused(steps: int | None, eta: fl
 def test_the_model_refuses_no_draws_and_no_steps(draws: int, steps: int | None) -> None:
     with pytest.raises(UserError, match=r"draws|steps"):
         toy_model().bound(torch.zeros(2, 2, dtype=F64), draws=draws, steps=steps)
+
+
+def chain_log_prob(problem: GaussianProblem, x: Tensor, steps: int, eta: float, scale: StepFunction | None) -> Tensor:
+    """log p(x) of the T-step model with the exact predictor: N(0, I) pushed through its affine steps and the Gaussian decoder."""
+    mean, covariance = torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64)
+    for i in range(steps, 0, -1):
+        t, s = (problem.process.level(j / steps, torch.zeros(1, 2, dtype=F64)) for j in (i, i - 1))
+        a, b, c = affine_map(Ancestral(eta, scale), problem, t, s)
+        mean, covariance = a + b @ mean, b @ covariance @ b.T + c @ c.T
+    level = problem.process.schedule(torch.zeros(1, dtype=F64))
+    covariance = covariance / level.alpha**2 + torch.exp(level.gamma) * torch.eye(2, dtype=F64)
+    return torch.distributions.MultivariateNormal(mean / level.alpha, covariance).log_prob(x)
+
+
+@pytest.mark.parametrize("scale", [None, StepFunction(torch.tensor([1.3, 1.1, 1.8, 1.2], dtype=F64))], ids=["v", "wide"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_importance_weighted_paths_rise_to_the_exact_likelihood_of_the_chain(transform: str, scale: StepFunction | None) -> None:
+    round_one = torch.tensor([[0.6, 0.2], [0.2, 0.5]], dtype=F64)  # a thin Gaussian would need too many paths
+    problem = GaussianProblem(LinearLogSNR(-1.0, 2.0), TRANSFORMS[transform](), covariance=round_one)
+    steps, eta, rows = 4, 0.9, 80_000
+    x = problem.draw(2, torch.Generator().manual_seed(0))
+    exact = chain_log_prob(problem, x, steps, eta, scale)
+    generator = torch.Generator().manual_seed(1)
+    many = x.repeat_interleave(rows, 0)
+    with torch.no_grad():
+        weights = path_log_weight(problem.process, problem, GaussianDecoder(), many, steps, generator, eta, scale).reshape(2, rows)  # type: ignore[arg-type]
+    ratio = (weights - exact[:, None]).exp()
+    assert bool(((ratio.mean(1) - 1).abs() < 4 * ratio.std(1) / math.sqrt(rows)).all()), "the weights must be unbiased for p(x)"
+    assert float((ratio.std(1) / math.sqrt(rows)).max()) < 0.05
+    bounds = [float((torch.logsumexp(weights.reshape(2, -1, k), 2) - math.log(k)).mean()) for k in (1, 5, 50)]
+    assert bounds[0] + 0.05 < bounds[1] < bounds[2] < float(exact.mean()) + 0.02
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.8])
+def test_one_path_estimates_the_discrete_bound(eta: float) -> None:
+    problem, steps = GaussianProblem(LinearLogSNR(-3.0, 4.0)), 3
+    x = problem.draw(40_000, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weights = path_log_weight(problem.process, problem, GaussianDecoder(), x, steps, torch.Generator().manual_seed(1), eta)  # type: ignore[arg-type]
+    expected = joint_bound(problem, steps, eta).detach()
+    assert abs(float(-weights.mean() - expected)) < 4 * float(weights.std()) / 200
+    assert float(weights.std()) / 200 < 0.05

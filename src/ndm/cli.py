@@ -14,7 +14,7 @@ from ndm.errors import UserError, require
 COMMANDS = {
     "train": "train a model on your data, or go on with an interrupted run",
     "sample": "draw samples from a trained run",
-    "evaluate": "measure the bound of a trained run on a split of its data",
+    "evaluate": "measure bounds and likelihoods of a trained run on a split of its data",
 }
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.ops import standard_normal, sum_event
+from ndm.noise import standard_normal
+from ndm.ops import sum_event
 from ndm.schedule import NoiseLevel
 
 
@@ -88,7 +89,7 @@ class DiscretizedGaussian(Decoder):
             UserError: a value lies off the grid by more than a hundredth of the gap to its neighbour.
         """
         grid = self.grid(x)
-        index = torch.bucketize(x, (grid[1:] + grid[:-1]) / 2)
+        index = torch.bucketize(x.contiguous(), (grid[1:] + grid[:-1]) / 2)
         away = (x - grid[index]).abs()
         if not bool((away <= 0.01 * grid.diff().min()).all()):
             worst = int(away.nan_to_num(nan=math.inf).argmax())
@@ -97,6 +98,16 @@ class DiscretizedGaussian(Decoder):
                 f"{float(grid[-1]):g}; scale the data to the grid, or give the decoder the levels of the data"
             )
         return index
+
+    def bins(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower edge and width of the bin of each value of ``x``, each in the shape of x.
+
+        A bin reaches half-way to the neighbouring values; the first and the last are symmetric about their values.
+        """
+        middle = (self.values[1:] + self.values[:-1]) / 2
+        edges = torch.cat([2 * self.values[:1] - middle[:1], middle, 2 * self.values[-1:] - middle[-1:]])
+        index = self.index(x)
+        return edges[:-1].to(x)[index], edges.diff().to(x)[index]
 
     def logits(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """Log-probabilities of every level; ``(B, *event, L)``, nats."""

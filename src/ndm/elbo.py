@@ -18,6 +18,18 @@ Continuous time (NDM, section 3.3; any eta, ours):
 
 The sign between the two is minus: at eta = 1 the target of the reverse process is F - dF/dgamma. With F = x this is VDM's loss. All three
 terms carry gradients for phi: leaving the prior or the reconstruction out, or reweighting the diffusion term, lets F collapse.
+
+A reverse process in discrete time may have another variance, r v instead of v (Analytic-DPM, Bao et al. 2022). Its step costs
+
+.. math::
+    KL(q(z_s|z_t,x)\,\|\,N(\hat\mu, r v I)) = \frac{\|\Delta\mu\|^2}{2 r v} + \frac D2 \bigl(\log r + \tfrac1r - 1\bigr),
+
+and with K whole paths z of q(.|x) the discrete-time model has a bound that tightens with K (Burda et al. 2016):
+
+.. math::
+    -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad w_k = p(x, z^{(k)}) / q(z^{(k)}|x) .
+
+:mod:`ndm.calibrate` finds the best r and the best eta after training.
 """
 
 import math
@@ -28,10 +40,12 @@ from torch import Tensor
 
 from ndm.decoder import Decoder
 from ndm.errors import UserError
-from ndm.forward import ForwardProcess, posterior_coefficients
+from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
+from ndm.noise import Noise, standard_normal
 from ndm.ops import event_size, expand, sum_event
 from ndm.predictor import Predictor
-from ndm.times import TimeDraw
+from ndm.schedule import NoiseLevel
+from ndm.times import StepFunction, TimeDraw
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,41 @@ def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, no
     return -decoder.log_prob(x, process.marginal_of(transformed, level).sample(noise), level)
 
 
+Eta = float | StepFunction
+"""Stochasticity of the reverse process: a number, or a function of time."""
+
+
+def _eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
+    """Eta at times ``t`` ``(B,)``, such that it broadcasts against ``like``."""
+    return expand(eta(t), like) if isinstance(eta, StepFunction) else eta
+
+
+def discrete_errors(
+    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, steps: int, eta: Eta = 1.0
+) -> tuple[Tensor, Tensor]:
+    """||Δmu||²/v of the step that contains u, ``(B,)``, and the middle of that step, ``(B,)``; arguments as :func:`discrete_diffusion`."""
+    step = torch.floor(u * steps).clamp(max=steps - 1)
+    middle = (step + 0.5) / steps
+    s, t = process.schedule(step / steps), process.schedule((step + 1) / steps)
+    true_s, true_t = process.transform.at_both(x, s, t)
+    guess = predictor(process.marginal_of(true_t, t).sample(noise), t)
+    guess_s, guess_t = process.transform.at_both(guess, s, t)
+    difference_s, difference_t = true_s - guess_s, true_t - guess_t
+    at_s = s.expand(x)
+    coefficients = posterior_coefficients(at_s, t.expand(x), _eta_at(eta, middle, x))
+    mean = coefficients.target_weight * difference_t + at_s.alpha * (difference_s - difference_t)
+    return sum_event(mean**2 / coefficients.variance), middle
+
+
 def discrete_diffusion(
-    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, steps: int, eta: float = 1.0
+    process: ForwardProcess,
+    predictor: Predictor,
+    x: Tensor,
+    u: Tensor,
+    noise: Tensor,
+    steps: int,
+    eta: Eta = 1.0,
+    scale: StepFunction | None = None,
 ) -> Tensor:
     """T ||Δmu||²/(2v) at the step that contains u, ``(B,)``, nats: unbiased for the sum over steps when u is uniform.
 
@@ -86,28 +133,32 @@ def discrete_diffusion(
         noise: standard normal ``(B, *event)``.
         steps: T.
         eta: of the posterior; positive, since the bound of DDIM (eta = 0) is infinite.
+        scale: r, by which the reverse variance exceeds v; None is r = 1.
     """
-    step = torch.floor(u * steps).clamp(max=steps - 1)
-    s, t = process.schedule(step / steps), process.schedule((step + 1) / steps)
-    true_s, true_t = process.transform.at_both(x, s, t)
-    guess = predictor(process.marginal_of(true_t, t).sample(noise), t)
-    guess_s, guess_t = process.transform.at_both(guess, s, t)
-    difference_s, difference_t = true_s - guess_s, true_t - guess_t
-    at_s = s.expand(x)
-    coefficients = posterior_coefficients(at_s, t.expand(x), eta)
-    mean = coefficients.target_weight * difference_t + at_s.alpha * (difference_s - difference_t)
-    return steps * sum_event(mean**2 / (2 * coefficients.variance))
+    square, middle = discrete_errors(process, predictor, x, u, noise, steps, eta)
+    if scale is None:
+        return steps * square / 2
+    ratio = scale(middle)
+    return steps * 0.5 * (square / ratio + event_size(x) * (torch.log(ratio) + 1 / ratio - 1))
 
 
-def continuous_diffusion(process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: float = 1.0) -> Tensor:
-    """The integrand of the continuous-time diffusion term at t = u, ``(B,)``, nats; arguments as :func:`discrete_diffusion`."""
+def continuous_errors(
+    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor
+) -> tuple[NoiseLevel, Tensor, Tensor]:
+    """The level at t = u, ΔF, and Δ(∂_t F)/gamma', the last two ``(B, *event)``."""
     level = process.schedule(u)
     value, derivative = process.transform.with_derivative(x, level)
     guess = predictor(process.marginal_of(value, level).sample(noise), level)
     guess_value, guess_derivative = process.transform.with_derivative(guess, level)
-    at = level.expand(x)
-    error = (derivative - guess_derivative) * at.inverse_dgamma - 0.5 * (1 + eta**2) * (value - guess_value)
-    return 0.5 / eta**2 * level.snr_decay * sum_event(error**2)
+    return level, value - guess_value, (derivative - guess_derivative) * expand(level.inverse_dgamma, x)
+
+
+def continuous_diffusion(process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: Eta = 1.0) -> Tensor:
+    """The integrand of the continuous-time diffusion term at t = u, ``(B,)``, nats; arguments as :func:`discrete_diffusion`."""
+    level, difference, slope = continuous_errors(process, predictor, x, u, noise)
+    square = _eta_at(eta, u, x) ** 2
+    error = slope - 0.5 * (1 + square) * difference
+    return 0.5 * level.snr_decay * sum_event(error**2 / square)
 
 
 def diffusion_term(
@@ -117,7 +168,8 @@ def diffusion_term(
     draw: TimeDraw,
     noise: Tensor,
     steps: int | None = None,
-    eta: float = 1.0,
+    eta: Eta = 1.0,
+    scale: StepFunction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The diffusion term in discrete (``steps`` = T) or continuous time (``steps`` = None).
 
@@ -125,14 +177,67 @@ def diffusion_term(
         The unbiased estimate l(u)/p(u) and the bare integrand l(u), each ``(B,)``, nats.
 
     Raises:
-        UserError: eta is not positive, or steps is not.
+        UserError: eta is not positive, steps is not, or a reverse variance was given for continuous time.
     """
-    if not eta > 0:
-        raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
-    if steps is not None and steps < 1:
-        raise UserError(f"steps={steps}: discrete time needs at least one step; None stands for continuous time")
+    _check_reverse(steps, eta)
+    if steps is None and scale is not None:
+        raise UserError(
+            "in continuous time only the reverse variance of the forward process gives a finite bound; leave scale out, or give steps"
+        )
     if steps is None:
         integrand = continuous_diffusion(process, predictor, x, draw.u, noise, eta)
     else:
-        integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta)
+        integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta, scale)
     return draw.weight * integrand, integrand
+
+
+def _check_reverse(steps: int | None, eta: Eta) -> None:
+    if not isinstance(eta, StepFunction) and not eta > 0:
+        raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
+    if steps is not None and steps < 1:
+        raise UserError(f"steps={steps}: discrete time needs at least one step; None stands for continuous time")
+
+
+def path_log_weight(
+    process: ForwardProcess,
+    predictor: Predictor,
+    decoder: Decoder,
+    x: Tensor,
+    steps: int,
+    source: Noise = None,
+    eta: Eta = 1.0,
+    scale: StepFunction | None = None,
+) -> Tensor:
+    """log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process; its mean is minus the NELBO.
+
+    Args:
+        process: the forward process.
+        predictor: x̂.
+        decoder: p(x|z_0).
+        x: data ``(B, *event)``.
+        steps: T; the predictor is evaluated T times.
+        source: source of randomness.
+        eta: of the posterior.
+        scale: r, by which the reverse variance exceeds v.
+
+    Returns:
+        ``(B,)``, nats.
+    """
+    _check_reverse(steps, eta)
+    t = process.level(1.0, x)
+    true_t = process.transform(x, t)
+    q = process.marginal_of(true_t, t)
+    z = q.sample(standard_normal(x, source))
+    log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
+    for index in range(steps, 0, -1):
+        s = process.level((index - 1) / steps, x)
+        middle = torch.full_like(t.t, (index - 0.5) / steps)
+        eta_at = _eta_at(eta, middle, x)
+        true_s = process.transform(x, s)
+        q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
+        p = process.posterior(z, predictor(z, t), s, t, eta_at)
+        widened = p.std if scale is None else p.std * expand(scale(middle), x).sqrt()
+        z = q.sample(standard_normal(x, source))
+        log_weight = log_weight + Gaussian(p.mean, widened).log_prob(z) - q.log_prob(z)
+        t, true_t = s, true_s
+    return log_weight + decoder.log_prob(x, z, t)

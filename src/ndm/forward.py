@@ -16,13 +16,14 @@ eta = 1 DDPM and eta = 0 DDIM. With d = gamma_s - gamma_t, what the bound needs 
 Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A; eta as in DDIM (Song et al. 2021).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.ops import expand
+from ndm.ops import expand, sum_event
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.transform import Transform
 
@@ -37,6 +38,12 @@ class Gaussian:
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std noise."""
         return self.mean + self.std * noise
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of ``value`` ``(B, *event)``, nats, ``(B,)``."""
+        standardised = (value - self.mean) / self.std
+        log_scale = torch.log(self.std) + 0.5 * math.log(2 * math.pi)
+        return -sum_event(0.5 * standardised**2 + log_scale)
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,16 @@ class ForwardProcess(nn.Module):
         """q(z_t|x) given F(x, t)."""
         return Gaussian(expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed))
 
-    def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float = 1.0) -> Gaussian:
+    def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0) -> Gaussian:
         """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B, *event)``."""
+        return self.posterior_of(z, self.transform.at_both(x, s, t), s, t, eta)
+
+    def posterior_of(
+        self, z: Tensor, transformed: tuple[Tensor, Tensor], s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0
+    ) -> Gaussian:
+        """q(z_s|z_t,x) given F(x, s) and F(x, t)."""
         coefficients = posterior_coefficients(s.expand(z), t.expand(z), eta)
-        return self._posterior(z, x, s, t, coefficients.k, coefficients.variance)
+        return self._posterior(z, transformed, s, t, coefficients.k, coefficients.variance)
 
     def posterior_with_variance(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, variance: Tensor) -> Gaussian:
         """q(z_s|z_t,x) with any variance v ``(B,)``, 0 <= v <= sigma_s².
@@ -118,10 +131,11 @@ class ForwardProcess(nn.Module):
         if bool((variance < 0).any()) or bool((variance > s.sigma**2 * (1 + 1e-6)).any()):
             raise UserError("the posterior variance must lie between 0 and sigma_s²")
         k = (s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma
-        return self._posterior(z, x, s, t, expand(k, z), expand(variance, z))
+        return self._posterior(z, self.transform.at_both(x, s, t), s, t, expand(k, z), expand(variance, z))
 
-    def _posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, k: Tensor, variance: Tensor) -> Gaussian:
-        at_s, at_t = self.transform.at_both(x, s, t)
+    @staticmethod
+    def _posterior(z: Tensor, transformed: tuple[Tensor, Tensor], s: NoiseLevel, t: NoiseLevel, k: Tensor, variance: Tensor) -> Gaussian:
+        at_s, at_t = transformed
         mean = expand(s.alpha, z) * at_s + k * (z - expand(t.alpha, z) * at_t)
         return Gaussian(mean, variance.sqrt())
 

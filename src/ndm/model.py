@@ -5,22 +5,23 @@ r"""A Neural Diffusion Model: the parts wired together, saved and loaded; nothin
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ndm.decoder import Decoder
-from ndm.elbo import Bound, diffusion_term, prior_term, reconstruction_term
+from ndm.elbo import Bound, Eta, diffusion_term, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
-from ndm.ops import standard_normal
+from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, log_likelihood
+from ndm.noise import ExampleNoise, Noise, standard_normal, uniform
 from ndm.predictor import Predictor
 from ndm.sample import Method, ReverseProcess, Sampler, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
-from ndm.times import LowDiscrepancyTimes, TimeDraw, TimeSampler
+from ndm.times import LowDiscrepancyTimes, StepFunction, TimeDraw, TimeSampler
 from ndm.transform import Transform
 
 
@@ -70,6 +71,11 @@ class NDM(nn.Module):
         return self.process.transform
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
     def reverse(self) -> ReverseProcess:
         """The reverse process, with what samplers need: posterior and drift."""
         return ReverseProcess(self.process, self.predictor)
@@ -78,7 +84,7 @@ class NDM(nn.Module):
         """F(x, t), ``(B, *event)``, at times ``t`` (a number or ``(B,)``)."""
         return self.transform(x, self.process.level(t, x))
 
-    def noised(self, x: Tensor, t: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+    def noised(self, x: Tensor, t: Tensor | float, generator: Noise = None) -> Tensor:
         """z_t drawn from q(z_t|x), ``(B, *event)``."""
         return self.process.marginal(x, self.process.level(t, x)).sample(standard_normal(x, generator))
 
@@ -92,7 +98,10 @@ class NDM(nn.Module):
         *,
         steps: int | Literal["trained"] | None = "trained",
         draws: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
+        positions: Tensor | None = None,
+        eta: Eta | None = None,
+        scale: StepFunction | None = None,
     ) -> Bound:
         """The variational bound of each example, an unbiased estimate of every term (NDM, Algorithm 1).
 
@@ -102,7 +111,11 @@ class NDM(nn.Module):
             draws: None draws one time an example by the model's time sampler, for training. A number K averages K times an
                 example, one in each of K equal strata, independently across examples: then total.std()/sqrt(B) is the standard
                 error of total.mean().
-            generator: source of randomness.
+            generator: source of randomness; with :class:`ndm.noise.ExampleNoise`, give draws.
+            positions: where in its stratum each example's times lie, ``(B,)`` in [0, 1); at random by default. Even positions over a
+                whole data set lower the variance, see :mod:`ndm.evaluate`.
+            eta: another eta than the model's own, or a function of time.
+            scale: r(t), another reverse variance r v in discrete time, see :func:`ndm.elbo.discrete_diffusion`.
 
         Returns:
             Per-example terms ``(B,)``, nats.
@@ -117,14 +130,18 @@ class NDM(nn.Module):
         horizon = self.steps if steps == "trained" else steps
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
+        eta = self.eta if eta is None else eta
         diffusion, reconstruction = [], []
         for index in range(draws or 1):
             if draws is None:
+                if isinstance(generator, ExampleNoise):
+                    raise UserError("times of one batch are drawn together unless draws is given: give draws=1, or a torch.Generator")
                 draw = self.times(x.shape[0], x, generator)
             else:
-                u = (index + torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device)) / draws
+                u = (index + (uniform(x.reshape(x.shape[0], -1)[:, 0], generator) if positions is None else positions)) / draws
                 draw = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
-            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, standard_normal(x, generator), horizon, self.eta)
+            noise = standard_normal(x, generator)
+            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, noise, horizon, eta, scale)
             if draws is None and self.training:
                 self.times.update(draw, integrand)
             diffusion.append(estimate)
@@ -183,6 +200,48 @@ class NDM(nn.Module):
         finally:
             self.train(training)
         return self.decoder.sample(z, self.process.level(0.0, z), generator)
+
+    def log_likelihood(
+        self,
+        x: Tensor,
+        *,
+        samples: int = 1,
+        dequantization: Dequantization = "variational",
+        settings: OdeSettings | None = None,
+        seed: int = 0,
+        examples: Sequence[int] | None = None,
+        progress: bool = False,
+    ) -> LogLikelihood:
+        """Log-likelihood of each example by the generative ODE (NDM, section 3.3); see :mod:`ndm.likelihood` for what is estimated.
+
+        Args:
+            x: data ``(B, *event)``; on the decoder's grid if the decoder is discrete. Its dtype must be that of the model.
+            samples: K samples of z_0 for each example; the bound on log p(x) tightens with K.
+            dequantization: from z_0 to x: ``variational``, ``uniform`` or ``none``.
+            settings: solver, tolerance and probes.
+            seed: the same seed gives the same numbers.
+            examples: numbers of the examples in their data set, which decide on their random numbers; 0 ... B-1 by default.
+            progress: show progress bars.
+
+        Returns:
+            ``log_p`` ``(B,)``, nats, with the log-weights of the samples and the number of evaluations.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return log_likelihood(
+                self.reverse,
+                self.decoder,
+                x,
+                samples=samples,
+                dequantization=dequantization,
+                settings=settings,
+                seed=seed,
+                examples=examples,
+                progress=progress,
+            )
+        finally:
+            self.train(training)
 
     def save_pretrained(self, path: str | os.PathLike[str], info: Mapping[str, object] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into the folder ``path``, whole or not at all.

@@ -4,7 +4,6 @@ r"""Event-shape helpers: a batch is ``(B, *event)``, a time is ``(B,)``, and not
     \text{expand}: (B,) \to (B, 1, \dots, 1), \qquad \text{sum\_event}: (B, *event) \to (B,) .
 """
 
-import torch
 from torch import Tensor
 
 
@@ -21,8 +20,3 @@ def sum_event(value: Tensor) -> Tensor:
 def event_size(x: Tensor) -> int:
     """Number of dimensions D of one event of the batch ``x`` ``(B, *event)``."""
     return x[0].numel() if x.shape[0] else x.flatten(1).shape[1]
-
-
-def standard_normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal numbers in the shape and dtype and on the device of ``like``."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

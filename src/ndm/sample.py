@@ -21,13 +21,20 @@ from tqdm import tqdm
 
 from ndm.errors import UserError, require
 from ndm.forward import ForwardProcess, Gaussian
-from ndm.ops import expand, standard_normal
+from ndm.noise import standard_normal
+from ndm.ops import expand
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
+from ndm.times import StepFunction
 
 Method = Literal["ancestral", "ddim", "sde", "ode"]
 SDE_SOLVERS = ("euler", "heun", "torchsde-euler", "torchsde-srk")
 ODE_SOLVERS = ("heun", "euler", "dopri5")
+FIXED_STEP_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+"""Solvers of torchdiffeq that take the steps they are given, of order 1, 2, 2, 3 and 4."""
+ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "dopri8", "adaptive_heun")
+"""Solvers of torchdiffeq that choose their steps by a tolerance."""
+_MOST_STEPS = 20_000  # between two of the times asked for; a solver that needs more would seem to hang
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,18 @@ class Ancestral(Step):
 
     Args:
         eta: 1 is DDPM, 0 is DDIM.
+        scale: r(t), for a reverse variance of r v instead of v: :func:`ndm.calibrate.best_scale` of this number of steps.
     """
 
-    def __init__(self, eta: float = 1.0):
+    def __init__(self, eta: float = 1.0, scale: StepFunction | None = None):
         super().__init__(eta)
+        self.scale = scale
 
     def __call__(self, reverse: ReverseProcess, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
-        return reverse.posterior(z, s, t, self.eta).sample(noise)
+        step = reverse.posterior(z, s, t, self.eta)
+        if self.scale is not None:
+            noise = noise * expand(self.scale((s.t + t.t) / 2), z).sqrt()
+        return step.sample(noise)
 
 
 class Euler(Step):
@@ -129,10 +141,7 @@ class GridSampler(Sampler):
 
 
 class AdaptiveODE(Sampler):
-    """torchdiffeq's solvers with an adaptive step on the generative ODE.
-
-    The error of a step is the root mean square over the whole batch, so a batch shares its steps and one sample's values depend, within the
-    tolerance, on the samples solved beside it.
+    """torchdiffeq's solvers with an adaptive step on the generative ODE, see :func:`solve_ode`.
 
     Args:
         solver: a method of ``torchdiffeq.odeint``.
@@ -141,25 +150,83 @@ class AdaptiveODE(Sampler):
     """
 
     def __init__(self, solver: str = "dopri5", rtol: float = 1e-4, atol: float = 1e-4):
-        if not (rtol > 0 and atol > 0):
-            raise UserError(f"rtol={rtol}, atol={atol}: tolerances must be positive")
+        check_tolerances(rtol, atol)
         self.solver, self.rtol, self.atol = solver, rtol, atol
 
     def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
-        shown = 0
-        with tqdm(total=100, desc="solving the ODE", unit="%", disable=not progress, delay=1, leave=False) as bar:
-
-            def field(t: Tensor, state: Tensor) -> Tensor:
-                nonlocal shown
-                done = int(100 * (1 - float(t)))
-                if done > shown:
-                    bar.update(done - shown)
-                    shown = done
-                return reverse.drift(state, reverse.process.level(t.clamp(0, 1), state), 0.0)
-
-            grid = torch.tensor([1.0, 0.0], dtype=z.dtype, device=z.device)
-            path = torchdiffeq.odeint(field, z, grid, method=self.solver, rtol=self.rtol, atol=self.atol)
+        path, _ = solve_ode(reverse, z, torch.tensor([1.0, 0.0]), self.solver, self.rtol, self.atol, progress)
         return path[-1]
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise :class:`UserError` unless both tolerances are positive."""
+    if not (rtol > 0 and atol > 0):
+        raise UserError(f"rtol={rtol}, atol={atol}: tolerances must be positive")
+
+
+def solve_ode(
+    reverse: ReverseProcess,
+    z: Tensor,
+    times: Tensor,
+    solver: str = "dopri5",
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    progress: bool = False,
+) -> tuple[Tensor, int]:
+    """Solve the generative ODE dz = f(z, t, x̂) dt with torchdiffeq.
+
+    A batch shares its steps. The error of a step is the root mean square over the event of one example, and the example with the
+    largest error decides, so that the tolerance holds for every example by itself, whatever is solved beside it. Its values depend on
+    its neighbours only within the tolerance.
+
+    Args:
+        reverse: the reverse process.
+        z: where to start, ``(B, *event)``.
+        times: ``(N,)``, from the time of z to the last, in either direction; a solver with fixed steps takes one from each to the next.
+        solver: a method of ``torchdiffeq.odeint``.
+        rtol: relative tolerance of a solver with adaptive steps.
+        atol: absolute tolerance of the same.
+        progress: show a progress bar.
+
+    Returns:
+        z at each of the times, ``(N, B, *event)``, and the number of evaluations of f.
+
+    Raises:
+        UserError: the tolerances cannot be reached.
+    """
+    evaluations, shown = 0, 0
+    first, span = float(times[0]), float(times[-1] - times[0])
+    adaptive, finest = solver not in FIXED_STEP_SOLVERS, torch.finfo(z.dtype).eps / 8
+    if adaptive and max(rtol, atol) < finest:
+        name = str(z.dtype).removeprefix("torch.")
+        raise UserError(f"rtol={rtol:g}, atol={atol:g} are beyond the precision of {name}; give at least {finest:.0e}, or use float64")
+    options = {"norm": _worst_example, "max_num_steps": _MOST_STEPS} if adaptive else None
+    with tqdm(total=100, desc="solving the ODE", unit="%", disable=not progress, delay=1, leave=False) as bar:
+
+        def field(t: Tensor, state: Tensor) -> Tensor:
+            nonlocal evaluations, shown
+            evaluations += 1
+            assert math.isfinite(float(t)), "the state is not finite"
+            done = int(100 * (float(t) - first) / span)
+            if done > shown:
+                bar.update(done - shown)
+                shown = done
+            return reverse.drift(state, reverse.process.level(t.clamp(0, 1).to(state.dtype), state), 0.0)
+
+        grid = times.to(device=z.device, dtype=torch.float64)
+        try:
+            path = torchdiffeq.odeint(field, z, grid, method=solver, rtol=rtol, atol=atol, options=options)
+        except AssertionError as error:  # how torchdiffeq says that its step became too small, or the state infinite
+            reason = " ".join(str(error).split())[:80]
+            raise UserError(
+                f"the ODE cannot be solved by {solver} with rtol={rtol:g}, atol={atol:g} in {str(z.dtype).removeprefix('torch.')} ({reason}); "
+                "raise the tolerances, use float64, or a solver with fixed steps"
+            ) from error
+    return path, evaluations
+
+
+def _worst_example(error: Tensor) -> Tensor:
+    return error.flatten(1).square().mean(1).amax().sqrt()
 
 
 class TorchSDE(Sampler):

@@ -24,6 +24,24 @@ class TimeDraw:
     weight: Tensor
 
 
+class StepFunction:
+    """A function of time that is constant on n equal parts of [0, 1], such as an eta or a reverse variance fitted in each part.
+
+    Args:
+        values: its n values, ``(n,)``, from t = 0 to t = 1.
+    """
+
+    def __init__(self, values: Tensor):
+        if values.dim() != 1 or not len(values) or not bool((values.isfinite() & (values > 0)).all()):
+            raise UserError("a step function needs a vector of at least one positive finite value")
+        self.values = values
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The value at times ``t`` ``(B,)`` in [0, 1], in the dtype and on the device of t."""
+        part = (t * len(self.values)).long().clamp(0, len(self.values) - 1)
+        return self.values.to(t)[part]
+
+
 class TimeSampler(nn.Module, ABC):
     """Draws times with their importance weights."""
 

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from ndm.train.batches import RunBatches, part_seed
+from ndm.noise import part_seed
+from ndm.train.batches import RunBatches
 
 
 def plan(**changes: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from ndm.data.digits import Digits
 from ndm.data.folder import ImageFolder
 from ndm.data.huggingface import HuggingFace
 from ndm.data.mnist import MNIST
-from ndm.data.source import DataDescription, DataSource, EventDataset, Loaded, keep_batch
+from ndm.data.source import DataDescription, DataSource, EventDataset, Loaded, keep_batch, spread
 from ndm.data.table import Table
 from ndm.data.toy import Checkerboard, Mixture, Pinwheel, ToySource, TwoMoons
 
@@ -39,4 +39,5 @@ __all__ = [
     "ToySource",
     "TwoMoons",
     "keep_batch",
+    "spread",
 ]

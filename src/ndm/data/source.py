@@ -128,6 +128,12 @@ def keep_batch(batch: Any) -> Any:
     return batch
 
 
+def spread(count: int, limit: int | None = None) -> list[int]:
+    """Numbers of all of ``count`` examples, or of ``limit`` of them evenly spread from the first on."""
+    most = count if limit is None else min(limit, count)
+    return [index * count // most for index in range(most)]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a source has after reading its data."""

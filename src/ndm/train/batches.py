@@ -14,11 +14,6 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-def part_seed(seed: int, part: int) -> int:
-    """Seed of the random numbers of one part."""
-    return int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 class RunBatches(Sampler[list[int]]):
     """The batches of indices that one process sees, from a given step to the end of the run.
 

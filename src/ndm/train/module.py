@@ -18,8 +18,9 @@ from ndm.data import EventDataset, keep_batch
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.model import NDM
+from ndm.noise import part_seed
 from ndm.ops import event_size
-from ndm.train.batches import RunBatches, part_seed
+from ndm.train.batches import RunBatches
 from ndm.train.settings import TrainSettings
 
 VALIDATION_SEED = 1

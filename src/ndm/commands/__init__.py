@@ -1,0 +1,16 @@
+"""What each command of ``ndm`` does, a file each; :mod:`ndm.commands.parsing` turns words into arguments."""
+
+from collections.abc import Sequence
+
+
+def run_command(name: str, words: Sequence[str]) -> None:
+    """Parse the words after ``ndm NAME`` and run the command.
+
+    Raises:
+        UserError: a word is wrong, or the command met bad input.
+    """
+    from ndm.commands.evaluate import run_evaluate
+    from ndm.commands.sample import run_sample
+    from ndm.commands.train import run_train
+
+    {"train": run_train, "sample": run_sample, "evaluate": run_evaluate}[name](words)

@@ -1,0 +1,212 @@
+"""``ndm evaluate``: bounds and likelihoods of a trained run, each with its error and its protocol, checked against one another."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ActionYesNo
+
+from ndm.commands.parsing import load_data, load_run, parse, run_parser
+from ndm.data import DataDescription, DataSource
+from ndm.errors import UserError, check_whole
+from ndm.evaluate import Evaluation, pick_device
+from ndm.likelihood import Dequantization, OdeSettings, Solver
+from ndm.parallel import Processes, processes
+from ndm.report import Measurement, check_relations, flat_record, markdown_table, text_table
+from ndm.serialize import write_atomically, write_json
+
+FLAGS = {
+    "nelbo": "measure the NELBO in the time, discrete or continuous, that the model was trained in; the default when nothing else is asked for",
+    "nll": "measure the negative log-likelihood by the generative ODE",
+    "calibrate": "measure the NELBOs once more with the best reverse variance of each step, or the best eta, fitted on the train split",
+}
+
+
+@dataclass
+class EvaluateSettings:
+    """What to measure, and how."""
+
+    run: str
+    """Folder of the run."""
+    split: str = "test"
+    """The split of the data."""
+    nelbo: bool = False
+    """Measure the NELBO."""
+    nll: bool = False
+    """Measure the negative log-likelihood."""
+    calibrate: bool = False
+    """Measure the NELBOs with a fitted reverse process, too."""
+    steps: str = ""
+    """Discrete-time NELBOs: numbers of steps T, separated by commas, such as 10,50,100,1000."""
+    iw: int = 1
+    """K: importance samples for the likelihood, and for an importance-weighted bound at every T of --steps up to --iw_steps."""
+    iw_steps: int = 100
+    """Largest T for the importance-weighted bound, which takes T K evaluations of the predictor for each example."""
+    draws: int = 16
+    """Times drawn for each example in a NELBO."""
+    dequantization: Dequantization = "variational"
+    """From z_0 to x in the likelihood: variational (through q(z_0|x)), uniform (discrete data) or none (continuous data)."""
+    solver: Solver = "dopri5"
+    """ODE solver: dopri5, bosh3, dopri8, adaptive_heun, or with fixed steps rk4, heun3, heun2, midpoint, euler."""
+    rtol: float = 1e-4
+    """Relative tolerance of a solver with adaptive steps, kept for each example."""
+    atol: float = 1e-4
+    """Absolute tolerance of the same."""
+    nodes: int = 32
+    """The trace is taken at this many times plus one; a solver with fixed steps makes this many steps."""
+    probes: int | Literal["exact", "auto"] = "auto"
+    """Hutchinson probes at each of these times, or exact; auto is exact up to 16 dimensions and otherwise 4."""
+    probe: Literal["rademacher", "gaussian"] = "rademacher"
+    """Distribution of the probes."""
+    limit: int | None = None
+    """Measure only this many examples, evenly spread over the split; by default all."""
+    batch_size: int | None = None
+    """Examples at once; by default 256, fewer for large images."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of all computations."""
+    seed: int = 0
+    """Seed of times, noise, latents and probes; the same seed gives the same numbers, whatever the batch size."""
+    device: str = "auto"
+    """Device: auto, cpu or cuda."""
+    json: str | None = None
+    """File to write all numbers and protocols to, as JSON."""
+    markdown: str | None = None
+    """File to write a Markdown table to, a row for each number."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        for name, least in (("seed", 0), ("iw", 1), ("iw_steps", 1), ("draws", 1)):
+            check_whole(name, getattr(self, name), least)
+        self.horizons()
+        self.ode()
+        if self.iw > 1 and not (self.nll or self.horizons()):
+            raise UserError(f"iw={self.iw} goes with --nll, or with --steps for the bound in discrete time; give one of them")
+        if not (self.nll or self.steps):
+            self.nelbo = True
+
+    def horizons(self) -> list[int]:
+        """The numbers of steps T, increasing.
+
+        Raises:
+            UserError: they are not whole numbers.
+        """
+        words = [word.strip() for word in self.steps.split(",")] if self.steps.strip() else []
+        if not all(word.isascii() and word.isdigit() and int(word) >= 1 for word in words):
+            raise UserError(f"steps={self.steps!r}: give whole numbers of at least 1, separated by commas, such as 10,50,100,1000")
+        return sorted({int(word) for word in words})
+
+    def ode(self) -> OdeSettings:
+        """The part that concerns the ODE."""
+        return OdeSettings(self.solver, self.rtol, self.atol, self.nodes, self.probes, self.probe)
+
+
+def run_evaluate(words: Sequence[str]) -> None:
+    """``ndm evaluate``: parse and measure."""
+    parser = run_parser("evaluate", "Measure bounds and likelihoods of a trained run on a split of its data.")
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", action=ActionYesNo, help=text)
+    parser.add_class_arguments(EvaluateSettings, as_positional=False, skip={"run", *FLAGS})
+    settings = EvaluateSettings(**vars(parse(parser, words)))
+    with processes() as group:
+        evaluate(settings, group)
+
+
+def evaluate(settings: EvaluateSettings, group: Processes) -> None:
+    """Measure what the settings ask for, print it, and write it where they say.
+
+    Raises:
+        UserError: the run, the split or the device is not there, or a bound is not finite.
+    """
+    folder = Path(settings.run)
+    model = load_run(folder).to(device=pick_device(settings.device), dtype=getattr(torch, settings.dtype))
+    data = load_data(folder)
+    description = data.describe()
+    if group.first:
+        warn_of_changed_data(model.info.get("data"), description)
+    evaluation = Evaluation(
+        model,
+        data.split(settings.split),
+        seed=settings.seed,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        processes=group,
+        progress=True,
+        about={"run": str(folder), "data": description.name, "split": settings.split, "data_sha256": description.sha256},
+    )
+    measurements = measure(evaluation, settings, data)
+    if group.first:
+        report(measurements, settings, description)
+
+
+def warn_of_changed_data(stored: object, now: DataDescription) -> None:
+    """Say so if the data are not those that the model was trained on."""
+    trained = DataDescription.from_dict(stored)
+    if trained.sha256 != now.sha256:
+        _warn(f"the data changed since training (sha256 {trained.sha256[:12]} then, {now.sha256[:12]} now)")
+
+
+def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource) -> list[Measurement]:
+    """All the numbers that the settings ask for."""
+    measurements = []
+    fits = [None, data.split("train")] if settings.calibrate else [None]
+    for fit in fits:
+        if settings.nelbo:
+            measurements.append(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))
+        others = [steps for steps in settings.horizons() if not (settings.nelbo and steps == evaluation.model.steps)]
+        measurements += [evaluation.nelbo(steps, settings.draws, fit) for steps in others]
+        if settings.iw > 1:
+            small = [steps for steps in settings.horizons() if steps <= settings.iw_steps]
+            measurements += [evaluation.nelbo_iw(steps, settings.iw, fit) for steps in small]
+    if settings.nll:
+        measurements.append(evaluation.nll(settings.iw, settings.dequantization, settings.ode()))
+    return measurements
+
+
+def report(measurements: Sequence[Measurement], settings: EvaluateSettings, description: DataDescription) -> None:
+    """Print the numbers and the relations between them, and write the files."""
+    first = measurements[0].protocol
+    print(text_table(measurements))
+    part = f" of {first['split_size']} (--limit)" if first["num_examples"] < first["split_size"] else ""
+    print(f"{first['num_examples']}{part} examples of {description.name}/{settings.split}, seed {settings.seed}, {first['dtype']}")
+    record = {
+        "run": first["run"],
+        "data": description.name,
+        "split": settings.split,
+        **flat_record(measurements),
+        "data_sha256": description.sha256,
+        "torch_version": first["versions"]["torch"],
+        "ndm_version": first["versions"]["ndm"],
+        "seconds": round(sum(one.protocol["seconds"] for one in measurements), 3),
+    }
+    if description.levels is None:
+        for one in measurements:
+            nats = one.nats + description.log_scale
+            print(f"density in the units of the data, {one.label}: {nats:.4f} ± {one.stderr:.4f} nats an example")
+        record["log_scale_nats"] = description.log_scale
+        record |= {
+            f"{one.name}_nats_source_units": one.nats + description.log_scale for one in measurements if one.name in ("nelbo", "nll")
+        }
+    checks = check_relations(measurements)
+    for check in checks:
+        print(f"check: {check.text}")
+        if not check.holds:
+            _warn(f"a relation that should hold does not: {check.text}")
+    record["checks"] = [{"text": check.text, "holds": check.holds} for check in checks]
+    record["measurements"] = [one.to_dict() for one in measurements]
+    if settings.json is not None:
+        write_json(Path(settings.json), record)
+        print(f"wrote {settings.json}")
+    if settings.markdown is not None:
+        write_atomically(Path(settings.markdown), lambda path: path.write_text(markdown_table(measurements), encoding="utf-8"))
+        print(f"wrote {settings.markdown}")
+
+
+def _warn(text: str) -> None:
+    print(f"ndm: warning: {text}", file=sys.stderr)

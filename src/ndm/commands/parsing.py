@@ -1,0 +1,88 @@
+"""Words, YAML files and the folders of runs, turned into arguments and objects (jsonargparse: class paths, overrides)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from ndm.data import DataSource
+from ndm.errors import UserError
+from ndm.model import NDM
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+CONFIG = "config.yaml"
+
+
+def run_parser(name: str, description: str) -> ArgumentParser:
+    """The parser of a command whose first word is the folder of a run."""
+    parser = ArgumentParser(prog=f"ndm {name}", description=description, exit_on_error=False)
+    parser.add_argument("run", metavar="RUN", help="folder of the run, made by ndm train")
+    return parser
+
+
+def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Parse, turning the parser's complaints into a :class:`UserError`."""
+    try:
+        return parser.parse_args(list(words))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise UserError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+
+
+def build(parser: ArgumentParser, arguments: Namespace) -> Namespace:
+    """Build the objects that parsed arguments describe, turning complaints of constructors into a :class:`UserError`."""
+    try:
+        return parser.instantiate(arguments)
+    except (TypeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(f"the configuration cannot be built: {cause or error}") from error
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{run / CONFIG} does not exist; {run} is not a run of ndm train") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{run / CONFIG} cannot be read; it is damaged: choose another --out") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{run / CONFIG} holds no configuration; it is damaged: choose another --out")
+    return config
+
+
+def load_run(run: Path) -> NDM:
+    """The trained model of a run.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    if not run.is_dir():
+        raise UserError(f"there is no run {run}; make one with: ndm train --config configs/digits.yaml --out {run}")
+    if not (run / "model").is_dir():
+        raise UserError(f"{run} holds no trained model yet; go on with: ndm train --out {run}")
+    return NDM.from_pretrained(run / "model")
+
+
+def load_data(run: Path) -> DataSource:
+    """The data source of a run, from its configuration.
+
+    Raises:
+        UserError: the configuration is missing or damaged.
+    """
+    parser = ArgumentParser(prog="ndm", exit_on_error=False)
+    parser.add_subclass_arguments(DataSource, "data", required=True)
+    config = read_config(run)
+    try:
+        arguments = parser.parse_object({"data": config.get("data")})
+    except ArgumentError as error:
+        raise UserError(f"{run / CONFIG}: {' '.join(str(error).split())}") from error
+    return build(parser, arguments).data

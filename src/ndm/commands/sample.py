@@ -1,0 +1,81 @@
+"""``ndm sample``: draw samples from a trained run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ndm.commands.parsing import load_run, parse, run_parser
+from ndm.data import DataDescription
+from ndm.errors import UserError, check_whole
+from ndm.evaluate import pick_device
+from ndm.noise import part_seed
+from ndm.sample import Method
+from ndm.serialize import write_atomically
+from ndm.viz import write_samples
+
+
+def run_sample(words: Sequence[str]) -> None:
+    """``ndm sample``: parse and draw."""
+    parser = run_parser("sample", "Draw samples from a trained run.")
+    parser.add_function_arguments(sample, as_positional=False, skip={"run"})
+    sample(**vars(parse(parser, words)))
+
+
+def sample(
+    run: str,
+    out: str,
+    n: int = 64,
+    method: Method = "ancestral",
+    steps: int | None = None,
+    seed: int = 0,
+    eta: float | None = None,
+    solver: str | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    batch_size: int = 256,
+    device: str = "auto",
+) -> None:
+    """Draw samples from a trained run.
+
+    Args:
+        run: folder of the run.
+        out: file to write: .png for a picture, .npy for the values in the units of the data.
+        n: number of samples.
+        method: ancestral (DDPM), ddim, sde or ode.
+        steps: steps of the time grid; by default the model's own number, or 100.
+        seed: the same seed and batch size give the same samples.
+        eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 deterministic.
+        solver: for sde euler, heun, torchsde-euler or torchsde-srk; for ode heun, euler or dopri5.
+        rtol: relative tolerance of dopri5.
+        atol: absolute tolerance of dopri5.
+        batch_size: samples drawn at once.
+        device: auto, cpu or cuda.
+    """
+    target = Path(out)
+    if target.suffix.lower() not in (".png", ".npy"):
+        raise UserError(f"--out {out}: the file must end in .png or .npy")
+    check_whole("seed", seed, 0)
+    if n < 1 or batch_size < 1:
+        raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
+    model = load_run(Path(run)).to(pick_device(device))
+    description = DataDescription.from_dict(model.info.get("data"))
+    parts = []
+    for index, start in enumerate(range(0, n, batch_size)):
+        shape = (min(batch_size, n - start), *description.event_shape)
+        options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
+        parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index), progress=True))
+    samples = torch.cat(parts).cpu()
+    if target.suffix.lower() == ".png":
+        write_samples(target, samples)
+    else:
+        values = description.to_source_units(samples)
+        write_atomically(target, lambda path: _write_array(path, values.numpy()))
+    print(f"wrote {n} samples to {target}")
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save would append .npy to a name that ends in .NPY
+        np.save(file, values)
