@@ -53,8 +53,9 @@ def density(problem: MixtureProblem, z: Tensor, t: float = 0.0) -> Tensor:
 @pytest.mark.parametrize("kind", [GaussianProblem, mixture])
 def test_exact_predictor_gives_the_exact_density(kind: Callable[..., MixtureProblem], schedule: str, transform: str) -> None:
     problem = kind(SCHEDULES[schedule](), TRANSFORMS[transform]())
-    z, _ = latent(problem.process, GaussianDecoder(), problem.draw(40, torch.Generator().manual_seed(0)), "variational")
-    settings = OdeSettings(rtol=1e-7, atol=1e-7, nodes=96, probes="exact")
+    x = problem.draw(40, torch.Generator().manual_seed(0))
+    z, _ = latent(problem.process, GaussianDecoder(), x, "variational", ExampleNoise(0, range(40)))
+    settings = OdeSettings(rtol=1e-7, atol=1e-7, nodes=128, probes="exact")
     found = ode_log_prob(problem.reverse, z.detach(), settings)
     prior = torch.distributions.Normal(0.0, 1.0).log_prob(found.z_1).sum(1)
     assert float((found.log_p - prior).abs().mean()) > 0.5, "the divergence must matter"
@@ -242,6 +243,18 @@ def test_for_an_identity_at_zero_the_decoder_only_rescales() -> None:
     torch.testing.assert_close(plain, level.alpha[:, None] * x)
     torch.testing.assert_close(same, ratio)
     assert not torch.allclose(z, plain)
+
+
+def test_the_variational_latent_is_that_of_the_forward_process() -> None:
+    process = ForwardProcess(LinearLogSNR(-1.0, 4.0), LinearTransform(start=SHEAR))
+    x = MEAN.expand(4000, 2)
+    z, ratio = latent(process, GaussianDecoder(), x, "variational", ExampleNoise(0, range(4000)))
+    level = process.schedule(torch.zeros(1, dtype=F64))
+    q = torch.distributions.Normal(level.alpha * (SHEAR @ MEAN), level.sigma)
+    assert bool(((z.mean(0) - q.mean).abs() < 4 * q.stddev / math.sqrt(4000)).all())
+    torch.testing.assert_close(z.std(0), q.stddev.expand(2), rtol=0.05, atol=0)
+    p = torch.distributions.Normal(z / level.alpha, torch.exp(level.gamma / 2))
+    torch.testing.assert_close(ratio, (p.log_prob(x) - q.log_prob(z)).sum(1))
 
 
 def test_uniform_noise_fills_the_bins_and_counts_their_widths() -> None:
