@@ -1,4 +1,4 @@
-"""The command line: ``ndm train``, ``ndm sample``, ``ndm evaluate``.
+"""The command line: ``ndm COMMAND ...``.
 
 Each command is a typed function in :mod:`ndm.commands`; its arguments and their help come from its signature. Bad input ends in one line
 on standard error and exit code 2, an interruption in exit code 130. Anything else is a bug and keeps its traceback.
@@ -15,6 +15,9 @@ COMMANDS = {
     "train": "train a model on your data, or go on with an interrupted run",
     "sample": "draw samples from a trained run",
     "evaluate": "measure bounds and likelihoods of a trained run on a split of its data",
+    "compress": "compress images or arrays losslessly with a trained model",
+    "decompress": "restore what ndm compress made an archive of",
+    "inspect": "show what an archive holds",
 }
 
 
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="ndm",
         description="Neural Diffusion Models: train, sample and evaluate diffusion models that learn their forward process.",

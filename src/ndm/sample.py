@@ -207,7 +207,7 @@ def solve_ode(
             nonlocal evaluations, shown
             evaluations += 1
             assert math.isfinite(float(t)), "the state is not finite"
-            done = int(100 * (float(t) - first) / span)
+            done = min(100, int(100 * (float(t) - first) / span))  # the last step may look beyond the end
             if done > shown:
                 bar.update(done - shown)
                 shown = done

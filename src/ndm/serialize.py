@@ -5,6 +5,7 @@ Every part of a model keeps each argument of its constructor as an attribute of 
 Only classes of this library are ever imported from a file; a network of the user's own is passed in by the user.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -138,6 +140,16 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[st
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
     write_json(folder / CONFIG_NAME, {**(extra or {}), "format": FORMAT, "model": to_config(model)})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's description and weights, 64 hexadecimal digits: the same for a saved and loaded copy, on any device."""
+    digest = hashlib.sha256(json.dumps(to_config(model), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | None = None) -> tuple[nn.Module, dict[str, object]]:

@@ -9,8 +9,17 @@ def run_command(name: str, words: Sequence[str]) -> None:
     Raises:
         UserError: a word is wrong, or the command met bad input.
     """
+    from ndm.commands.compress import run_compress, run_decompress, run_inspect
     from ndm.commands.evaluate import run_evaluate
     from ndm.commands.sample import run_sample
     from ndm.commands.train import run_train
 
-    {"train": run_train, "sample": run_sample, "evaluate": run_evaluate}[name](words)
+    commands = {
+        "train": run_train,
+        "sample": run_sample,
+        "evaluate": run_evaluate,
+        "compress": run_compress,
+        "decompress": run_decompress,
+        "inspect": run_inspect,
+    }
+    commands[name](words)

@@ -1,0 +1,163 @@
+"""The file of ``ndm compress``, described in docs/format.md: read with every size checked before it is believed.
+
+=========  ===================================================================================
+bytes      content
+=========  ===================================================================================
+8          magic ``89 4E 44 4D 0D 0A 1A 0A``
+4          version, little-endian like all numbers
+4 x 4      sizes: bytes of header, images, exceptions, words
+...        header: JSON in UTF-8
+8 each     checksum of each image
+8 each     exceptions: call and place of a rounding, 4 bytes each
+4 each     words of the stack
+32         SHA-256 of everything before it
+=========  ===================================================================================
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ndm.apps.compress.chain import Plan
+from ndm.apps.compress.coder import Coded
+from ndm.apps.compress.items import Item
+from ndm.errors import UserError
+from ndm.serialize import write_atomically
+
+MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 1
+_START = struct.Struct("<8sIIIII")
+_LARGEST_HEADER = 2**26
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What an archive holds."""
+
+    fingerprint: str
+    """Which model decodes it: SHA-256 of its description and weights."""
+    event_shape: tuple[int, ...]
+    """Shape of an image."""
+    levels: int
+    """Number of values of a pixel."""
+    low: int
+    """Least value of a pixel."""
+    plan: Plan
+    """The numbers on which encoder and decoder agree."""
+    items: tuple[Item, ...]
+    """Files and arrays, without their levels."""
+    checksums: np.ndarray
+    """Of each image, ``(N,)``, uint64."""
+    coded: Coded
+    """The bits."""
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.checksums)
+
+
+def image_checksums(index: np.ndarray) -> np.ndarray:
+    """Checksums of images given by levels ``(N, D)``: the first 8 bytes of the SHA-256 of the levels as 2-byte numbers; uint64."""
+    rows = index.astype("<u2")
+    digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
+    return np.frombuffer(b"".join(digests), dtype="<u8").copy()
+
+
+def pack(archive: Archive) -> bytes:
+    """The bytes of an archive."""
+    header = {
+        "model": archive.fingerprint,
+        "event_shape": list(archive.event_shape),
+        "levels": archive.levels,
+        "low": archive.low,
+        "initial": archive.coded.initial,
+        "plan": archive.plan.to_dict(),
+        "items": [item.to_dict() for item in archive.items],
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    exceptions, words = archive.coded.exceptions.astype("<u4"), archive.coded.words.astype("<u4")
+    start = _START.pack(MAGIC, VERSION, len(text), archive.count, len(exceptions), len(words))
+    body = b"".join([start, text, archive.checksums.astype("<u8").tobytes(), exceptions.tobytes(), words.tobytes()])
+    return body + hashlib.sha256(body).digest()
+
+
+def write_archive(path: Path, archive: Archive) -> None:
+    """Write an archive, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(pack(archive)))
+
+
+def read_archive(path: Path) -> Archive:
+    """Read an archive; no memory beyond a few times the size of the file is used.
+
+    Raises:
+        UserError: it is missing, no archive, damaged, or from a later version.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        return unpack(data)
+    except _LaterVersionError as error:
+        raise UserError(f"{path} has version {error}, this version of ndm reads version {VERSION}; update ndm") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is truncated, damaged, or no archive of ndm compress ({' '.join(str(error).split())[:80]})") from error
+
+
+class _LaterVersionError(Exception):
+    pass
+
+
+def unpack(data: bytes) -> Archive:
+    """The archive of some bytes.
+
+    Raises:
+        ValueError: they are none; KeyError, TypeError likewise.
+    """
+    if len(data) < _START.size + 32 or not data.startswith(MAGIC):
+        raise ValueError("it does not begin as one")
+    _, version, header_size, images, exceptions, words = _START.unpack_from(data)
+    if version > VERSION:
+        raise _LaterVersionError(version)
+    sizes = (header_size, 8 * images, 8 * exceptions, 4 * words)
+    if header_size > _LARGEST_HEADER or _START.size + sum(sizes) + 32 != len(data):
+        raise ValueError("its size is not what it says")
+    if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
+        raise ValueError("its checksum is wrong")
+    edges = np.cumsum([_START.size, *sizes]).tolist()
+    text, checksums, places, bits = (data[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    header: dict[str, Any] = json.loads(text.decode())
+    shape = tuple(_whole(size, 1, 2**24) for size in header["event_shape"])
+    items = tuple(Item.from_dict(item) for item in header["items"])
+    if sum(item.count for item in items) != images or not items or not images:
+        raise ValueError("its items do not add up")
+    if len({item.name for item in items}) != len(items):
+        raise ValueError("a name occurs twice")
+    if not isinstance(header["model"], str) or len(header["model"]) != 64:
+        raise ValueError("it names no model")
+    coded = Coded(
+        words=np.frombuffer(bits, dtype="<u4").astype(np.uint32),
+        initial=_whole(header["initial"], 0, 2**32),
+        exceptions=np.frombuffer(places, dtype="<u4").astype(np.int64).reshape(-1, 2),
+    )
+    return Archive(
+        fingerprint=header["model"],
+        event_shape=shape,
+        levels=_whole(header["levels"], 2, 2**16),
+        low=_whole(header["low"], -(2**31), 2**31),
+        plan=Plan.from_dict(header["plan"]),
+        items=items,
+        checksums=np.frombuffer(checksums, dtype="<u8").copy(),
+        coded=coded,
+    )
+
+
+def _whole(value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError("a number is out of range")
+    return value

@@ -1,0 +1,249 @@
+r"""The T-step model in whole numbers, so that two computers agree on every distribution to the last bit.
+
+Latents live on grids, :math:`z_i = n_i \delta_i` with whole :math:`n_i`, whose width follows the scale of the step that makes them,
+
+.. math::
+    \delta_{i-1} = w \sqrt{v_i}, \qquad \delta_T = w \sigma_1 .
+
+In units of that grid the forward posterior and the reverse step are Gaussians, integrated over the cells of the grid,
+
+.. math::
+    q(n_{i-1} | n_i, x) &= N\bigl(\tfrac{1}{32} a_i(x) + g_i n_i,\; 1/w\bigr), \qquad
+    p(n_{i-1} | n_i) = N\bigl(\tfrac{1}{32} a_i(\hat x(z_i)) + g_i n_i,\; \sqrt{r_i}/w\bigr), \\
+    a_i(x) &= \mathrm{round}\, \tfrac{32}{\delta_{i-1}} \bigl(\alpha_s F(x, s) - k \alpha_t F(x, t)\bigr), \qquad
+    g_i = k \delta_i / \delta_{i-1} .
+
+Only a_i comes out of a network. Everything after it is sums and products of doubles by NumPy, which every machine rounds alike, of numbers
+that stand in the archive (g_i, r_i, w). And a_i is a whole number: networks run in double precision, where different machines, thread
+counts and batch sizes differ by about 1e-13, so that their roundings differ only where a value lies within 1e-7 of the boundary between two
+whole numbers. The encoder writes down which way it went at each such place (:class:`Rounding`), and the decoder follows.
+
+The decoder p(x|z_0) is a softmax of :math:`-d^2/2`; its exponents are rounded to sixteenths and looked up in a table of whole numbers.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ndm.decoder import DiscretizedGaussian
+from ndm.errors import UserError
+from ndm.forward import posterior_coefficients
+from ndm.model import NDM
+from ndm.schedule import NoiseLevel
+
+FINE = 32
+"""a_i counts in 32nds of a cell."""
+MARGIN = 2e-7
+"""How near to a boundary, in units of a_i, a value is written down; numerical noise must stay below half of it."""
+_TABLE = np.round(np.exp(-np.arange(16 * 21) / 16) * 2**30) / 2**30
+_SMALLEST, _LARGEST = 1e-12, 1e12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All numbers besides the weights on which encoder and decoder must agree; they stand in the archive."""
+
+    steps: int
+    """T."""
+    batch: int
+    """Images that are coded side by side: the initial bits are paid for so many."""
+    width: float
+    """w: width of a cell of the grid, in standard deviations of the step."""
+    delta: tuple[float, ...]
+    """Width of the cells of z_0, z_1/T, ... z_1; T + 1 numbers."""
+    gain: tuple[float, ...]
+    """g_i of the T steps."""
+    spread: tuple[float, ...]
+    """Standard deviation of p in cells, sqrt(r_i)/w, of the T steps."""
+    alpha_0: float
+    """Signal at t = 0."""
+    sharpness: float
+    """alpha_0/sigma_0: inverse standard deviation of the decoder."""
+
+    def __post_init__(self) -> None:
+        """Check every number: they may come from a damaged file.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.steps, self.batch))
+        if not whole or not 1 <= self.steps <= 10_000 or not 1 <= self.batch <= 4096:
+            raise ValueError("steps or batch out of range")
+        if [len(values) for values in (self.delta, self.gain, self.spread)] != [self.steps + 1, self.steps, self.steps]:
+            raise ValueError("a list has the wrong length")
+        for value in (self.width, *self.delta, *self.spread, self.alpha_0, self.sharpness):
+            if not isinstance(value, float) or not _SMALLEST < value < _LARGEST:
+                raise ValueError("a scale is out of range")
+        if not all(isinstance(value, float) and 0 <= value < _LARGEST for value in self.gain):
+            raise ValueError("a gain is out of range")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready; doubles survive JSON exactly."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Plan":
+        """The plan that :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except (TypeError, AttributeError) as error:
+            raise ValueError("not a plan") from error
+
+
+def make_plan(model: NDM, steps: int, batch: int, scale: Tensor | None = None, width: float = 0.5) -> Plan:
+    """The plan of a model.
+
+    Args:
+        model: the model.
+        steps: T.
+        batch: images that are coded side by side.
+        scale: r of each of n equal parts of [0, 1] (:func:`ndm.calibrate.best_scale`); 1 by default.
+        width: w.
+    """
+    schedule = copy.deepcopy(model.schedule).double().cpu()
+    with torch.no_grad():
+        level = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
+        s, t = _part(level, slice(None, -1)), _part(level, slice(1, None))
+        step = posterior_coefficients(s, t, model.eta)
+    delta = width * torch.cat([step.variance.sqrt(), level.sigma[-1:]])
+    ratio = torch.ones(1) if scale is None else scale.cpu()
+    middle = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    chosen = ratio.double()[(middle * len(ratio)).long()]
+    return Plan(
+        steps=steps,
+        batch=batch,
+        width=float(width),
+        delta=tuple(delta.tolist()),
+        gain=tuple((step.k * delta[1:] / delta[:-1]).tolist()),
+        spread=tuple((chosen.sqrt() / width).tolist()),
+        alpha_0=float(level.alpha[0]),
+        sharpness=float(level.alpha[0] / level.sigma[0]),
+    )
+
+
+def _part(level: NoiseLevel, part: slice) -> NoiseLevel:
+    return NoiseLevel(**{name: value[part] for name, value in vars(level).items()})
+
+
+class Rounding:
+    """Rounds to whole numbers, and writes down or follows the way it went near a boundary.
+
+    Args:
+        exceptions: what an encoder wrote down, ``(n, 2)`` of call and place; None to write.
+    """
+
+    def __init__(self, exceptions: np.ndarray | None = None):
+        self.writing = exceptions is None
+        self._written: list[np.ndarray] = []
+        self._known: dict[int, np.ndarray] = {}
+        if exceptions is not None and len(exceptions):
+            ordered = exceptions[np.argsort(exceptions[:, 0], kind="stable")]
+            calls, starts = np.unique(ordered[:, 0], return_index=True)
+            self._known = dict(zip(calls.tolist(), np.split(ordered[:, 1], starts[1:]), strict=True))
+
+    def __call__(self, values: np.ndarray, call: int) -> np.ndarray:
+        """Whole numbers, float64, for values ``(n,)`` of the call of this number.
+
+        Raises:
+            UserError: a value is not finite.
+            ValueError: the exceptions do not fit.
+        """
+        if not np.isfinite(values).all():
+            raise UserError("the model's output is not finite on these data; it cannot code them")
+        floor = np.floor(values)
+        up = values - floor >= 0.5
+        if self.writing:
+            near = np.flatnonzero(np.abs(values - floor - 0.5) < MARGIN)
+            if len(near):
+                self._written.append(np.stack([np.full(len(near), call), 2 * near + up[near]], axis=1))
+        elif call in self._known:
+            place, way = self._known[call] // 2, self._known[call] % 2
+            if place.max() >= len(values):
+                raise ValueError("an exception lies outside of its call")
+            up[place] = way.astype(bool)
+        return floor + up
+
+    def exceptions(self) -> np.ndarray:
+        """What was written down, ``(n, 2)``, int64."""
+        return np.concatenate(self._written).astype(np.int64) if self._written else np.zeros((0, 2), dtype=np.int64)
+
+
+class Chain:
+    """A model and a plan: means of all distributions, in cells of the grids.
+
+    Args:
+        model: the model, with a discrete decoder; a copy in double precision is made.
+        plan: the plan.
+        event_shape: shape of an image.
+        rows: images that a network sees at once; does not change the result.
+        device: where the networks run.
+    """
+
+    def __init__(self, model: NDM, plan: Plan, event_shape: tuple[int, ...], rows: int = 64, device: torch.device | None = None):
+        if not isinstance(model.decoder, DiscretizedGaussian):
+            raise UserError("the model is one of continuous data; lossless compression needs a model of values on a grid")
+        self.plan, self.event_shape, self.rows = plan, tuple(event_shape), rows
+        self.device = device or torch.device("cpu")
+        self.model = copy.deepcopy(model).to(device=self.device, dtype=torch.float64).eval()
+        self.values = model.decoder.values.numpy()
+        self.dims = math.prod(event_shape)
+        self.calls = 2 * plan.steps + 1
+        """Rounded outputs of networks in a batch."""
+
+    @torch.no_grad()
+    def transformed(self, index: np.ndarray) -> list[Tensor]:
+        """F(x, t) at t = 0, 1/T, ... 1 for levels ``index`` ``(B D,)``."""
+        x = torch.from_numpy(self.values[index]).reshape(-1, *self.event_shape).to(self.device)
+        parts = []
+        for part in x.split(self.rows):
+            parts.append([self.model.transform(part, self._level(i, part)) for i in range(self.plan.steps + 1)])
+        return [torch.cat(of_time) for of_time in zip(*parts, strict=True)]
+
+    def first(self, transformed: list[Tensor]) -> np.ndarray:
+        """Mean of q(z_1|x) in 32nds of a cell, not rounded yet, ``(B D,)``."""
+        level = self._level(self.plan.steps, transformed[-1])
+        mean = transformed[-1] * level.alpha[0]
+        return self._units(mean, self.plan.steps)
+
+    def pull(self, at_s: Tensor, at_t: Tensor, step: int) -> np.ndarray:
+        """a_i from F(x, s) and F(x, t), not rounded yet, ``(B D,)``."""
+        s, t = self._level(step - 1, at_s[:1]), self._level(step, at_s[:1])
+        weight = posterior_coefficients(s, t, self.model.eta).target_weight[0]
+        return self._units(weight * at_t + s.alpha[0] * (at_s - at_t), step - 1)
+
+    @torch.no_grad()
+    def predicted(self, latent: np.ndarray, step: int) -> np.ndarray:
+        """a_i at the prediction x̂(z_i), not rounded yet, from n_i ``(B D,)``."""
+        z = torch.from_numpy(latent * self.plan.delta[step]).reshape(-1, *self.event_shape).to(self.device)
+        parts = []
+        for part in z.split(self.rows):
+            s, t = self._level(step - 1, part), self._level(step, part)
+            at_s, at_t = self.model.transform.at_both(self.model.predictor(part, t), s, t)
+            parts.append(self.pull(at_s, at_t, step))
+        return np.concatenate(parts)
+
+    def mean(self, rounded: np.ndarray, latent: np.ndarray, step: int) -> np.ndarray:
+        """Mean of n_{i-1} in cells from the rounded a_i and n_i."""
+        return rounded / FINE + self.plan.gain[step - 1] * latent
+
+    def probabilities(self, latent: np.ndarray) -> np.ndarray:
+        """p(x|z_0) up to a factor, ``(n, L)``, from n_0 ``(n,)``."""
+        distance = ((latent * self.plan.delta[0] / self.plan.alpha_0)[:, None] - self.values) * self.plan.sharpness
+        exponent = 8 * np.square(distance)  # sixteenths of d²/2
+        exponent = exponent - exponent.min(axis=1, keepdims=True)
+        return _TABLE[np.minimum(np.rint(exponent), len(_TABLE) - 1).astype(np.int64)]
+
+    def _level(self, index: int, like: Tensor) -> NoiseLevel:
+        return self.model.process.level(index / self.plan.steps, like)
+
+    def _units(self, mean: Tensor, of: int) -> np.ndarray:
+        return (mean * (FINE / self.plan.delta[of])).flatten().cpu().numpy()

@@ -1,0 +1,225 @@
+"""Files to levels and back: images, folders of images, ``.npy`` and ``.npz`` arrays."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ndm.data.folder import SUFFIXES
+from ndm.errors import UserError, describe_value
+
+KINDS = ("image", "npy", "npz")
+_DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_LONGEST_NAME = 1000
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file, or an array of an ``.npz`` file."""
+
+    name: str
+    """Where it goes below the output folder, with ``/`` between folders."""
+    kind: str
+    """``image``, ``npy`` or ``npz``."""
+    count: int
+    """How many images it holds."""
+    dtype: str = "uint8"
+    """Type of the array."""
+    shape: tuple[int, ...] = ()
+    """Shape of the array."""
+    key: str = ""
+    """Name of the array within an ``.npz`` file."""
+    mode: str = ""
+    """``L`` or ``RGB`` of an image."""
+    levels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Levels 0 ... L-1, ``(count, D)``; not part of the description."""
+
+    @property
+    def place(self) -> str:
+        """The file that it goes to."""
+        return self.name if self.kind != "npz" else self.name.removesuffix(f"/{self.key}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description, JSON-ready."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name != "levels"}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Item":
+        """The description that :meth:`to_dict` wrote, checked.
+
+        Raises:
+            ValueError: it is not one; TypeError likewise.
+        """
+        item = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name != "levels"})
+        strings = (item.name, item.kind, item.dtype, item.key, item.mode)
+        if not all(isinstance(text, str) for text in strings) or item.kind not in KINDS or item.dtype not in _DTYPES:
+            raise ValueError("an item is damaged")
+        numbers = (item.count, *item.shape)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in numbers) or not item.count:
+            raise ValueError("a size is out of range")
+        if item.kind == "npz" and not (item.key and item.name.endswith(f"/{item.key}")):
+            raise ValueError("an array has no name")
+        path = PurePosixPath(item.place)
+        bad = any(part in ("", ".", "..") for part in item.place.split("/")) or path.is_absolute() or len(item.name) > _LONGEST_NAME
+        if bad or any(ord(letter) < 32 or letter in '\\:"' for letter in item.name):
+            raise ValueError("a name leads outside of the folder")
+        return item
+
+
+def read_items(paths: Sequence[str], event_shape: tuple[int, ...], levels: int, low: int) -> list[Item]:
+    """Read files and folders of files.
+
+    Args:
+        paths: images, folders of images, ``.npy``, ``.npz``.
+        event_shape: shape of one image as the model sees it.
+        levels: number of values of a pixel.
+        low: the least of them.
+
+    Raises:
+        UserError: a file is missing, cannot be read, or does not fit the model.
+    """
+    items: list[Item] = []
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in (*SUFFIXES, ".npy", ".npz"))
+            if not found:
+                raise UserError(f"the folder {path} holds no images or arrays ({', '.join((*SUFFIXES, '.npy', '.npz'))})")
+            for file in found:
+                items += _read_file(file, file.relative_to(path).as_posix(), event_shape, levels, low)
+        else:
+            items += _read_file(path, path.name, event_shape, levels, low)
+    names = [item.name for item in items]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"{twice[0]} would be written twice; give files of different names, or a folder that holds them")
+    return items
+
+
+def _read_file(path: Path, name: str, event_shape: tuple[int, ...], levels: int, low: int) -> list[Item]:
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            return [_array_item(path, name, "npy", "", array, event_shape, levels, low)]
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                if not file.files or {"file", "allow_pickle"} & set(file.files):
+                    raise UserError(f"{path} holds no arrays, or one with a name that NumPy cannot write")
+                return [_array_item(path, f"{name}/{key}", "npz", key, file[key], event_shape, levels, low) for key in file.files]
+        return [_image_item(path, name, event_shape, levels)]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]})") from error
+
+
+def _image_item(path: Path, name: str, event_shape: tuple[int, ...], levels: int) -> Item:
+    if levels != 256:
+        raise UserError(f"{path}: image files have 256 levels but the model {levels}; give whole numbers in a .npy file")
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"{path} has several frames; only single images can be compressed")
+        if image.mode not in ("L", "RGB"):
+            raise UserError(f"{path} has mode {image.mode}; only grey (L) and RGB images of 8 bits keep their pixels here, convert it first")
+        pixels, mode = np.asarray(image), image.mode
+    events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+    if events.shape != event_shape:
+        raise UserError(f"{path} is an image of shape {events.shape} (channels, height, width), the model takes {event_shape}")
+    place = PurePosixPath(name)
+    kept = name if place.suffix.lower() == ".png" else f"{name}.png"  # a photo.jpg comes back as photo.jpg.png
+    return Item(kept, "image", 1, mode=mode, levels=events.reshape(1, -1).astype(np.int64))
+
+
+def _array_item(
+    path: Path, name: str, kind: str, key: str, array: np.ndarray, event_shape: tuple[int, ...], levels: int, low: int
+) -> Item:
+    if array.dtype.name not in _DTYPES:
+        raise UserError(f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to {low + levels - 1}")
+    plain = event_shape[1:] if len(event_shape) == 3 and event_shape[0] == 1 else event_shape
+    fits = any(array.shape == shape or array.shape[1:] == shape for shape in {event_shape, plain}) and array.size
+    if not fits:
+        raise UserError(f"{path}: the array has shape {array.shape}; the model takes (N, {', '.join(map(str, event_shape))})")
+    rows = array.reshape(-1, int(np.prod(event_shape)))
+    outside = rows[(rows < low) | (rows > low + levels - 1)] if array.dtype != bool or low > 0 or levels < 2 else rows[:0]
+    if outside.size:
+        raise UserError(f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + levels - 1}")
+    return Item(name, kind, len(rows), array.dtype.name, array.shape, key, levels=rows.astype(np.int64) - low)
+
+
+def write_items(items: Sequence[Item], index: np.ndarray, event_shape: tuple[int, ...], low: int, folder: Path) -> list[Path]:
+    """Write files into a folder: all of them, or none.
+
+    Args:
+        items: descriptions in the order of the images.
+        index: levels of all images, ``(N, D)``.
+        event_shape: shape of one image.
+        low: the least value of a pixel.
+        folder: where to, made if need be.
+
+    Raises:
+        UserError: a file is there already, or cannot be written.
+        ValueError: the descriptions do not fit the images.
+    """
+    places = list(dict.fromkeys(item.place for item in items))
+    for place in places:
+        if (folder / place).exists():
+            raise UserError(f"{folder / place} exists already; choose another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+            temporary, start = Path(name), 0
+            archives: dict[str, dict[str, np.ndarray]] = {}
+            for item in items:
+                rows = index[start : start + item.count]
+                start += item.count
+                (temporary / item.place).parent.mkdir(parents=True, exist_ok=True)
+                if item.kind == "image":
+                    _write_image(temporary / item.place, rows, event_shape, item.mode)
+                    continue
+                array = (rows + low).reshape(item.shape).astype(item.dtype)
+                if item.kind == "npy":
+                    _save(temporary / item.place, array)
+                else:
+                    archives.setdefault(item.place, {})[item.key] = array
+            for place, arrays in archives.items():
+                with (temporary / place).open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            _move(temporary, folder, places)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
+    return [folder / place for place in places]
+
+
+def _move(source: Path, target: Path, places: Sequence[str]) -> None:
+    """Rename files from one folder into another; if one cannot be, take back those that were."""
+    moved: list[Path] = []
+    try:
+        for place in places:
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / place, target / place)
+            moved.append(target / place)
+    except OSError:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _write_image(path: Path, rows: np.ndarray, event_shape: tuple[int, ...], mode: str) -> None:
+    pixels = rows.reshape(event_shape).astype(np.uint8)
+    channels = {"L": 1, "RGB": 3}.get(mode)
+    if pixels.ndim != 3 or pixels.shape[0] != channels:
+        raise ValueError("an image does not have the shape of its mode")
+    Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0)).save(path, format="PNG", optimize=True)

@@ -1,0 +1,207 @@
+"""``ndm compress``, ``ndm decompress`` and ``ndm inspect``: lossless archives by a model."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archive, write_archive
+from ndm.apps.compress.chain import Chain
+from ndm.apps.compress.choose import Forecast, choose_plan
+from ndm.apps.compress.coder import Coded, decode, encode
+from ndm.apps.compress.items import read_items, write_items
+from ndm.commands.parsing import parse
+from ndm.data import DataDescription
+from ndm.decoder import DiscretizedGaussian
+from ndm.errors import UserError, check_whole, require
+from ndm.evaluate import pick_device
+from ndm.model import NDM
+from ndm.serialize import fingerprint
+
+
+def run_compress(words: Sequence[str]) -> None:
+    """``ndm compress``: parse and compress."""
+    parser = ArgumentParser(prog="ndm compress", description="Compress images or arrays losslessly with a trained model.", exit_on_error=False)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of images, .npy or .npz files")
+    parser.add_argument("--verify", action=ActionYesNo, default=True, help="decode the archive before it is moved into place")
+    parser.add_function_arguments(compress, as_positional=False, skip={"inputs", "verify"})
+    parser.add_argument("-o", dest="out", help="the same as --out")
+    compress(**vars(parse(parser, words)))
+
+
+def run_decompress(words: Sequence[str]) -> None:
+    """``ndm decompress``: parse and decompress."""
+    parser = ArgumentParser(prog="ndm decompress", description="Restore what ndm compress made an archive of.", exit_on_error=False)
+    parser.add_argument("archive", metavar="FILE", help="the archive")
+    parser.add_function_arguments(decompress, as_positional=False, skip={"archive"})
+    parser.add_argument("-o", dest="out", help="the same as --out")
+    decompress(**vars(parse(parser, words)))
+
+
+def run_inspect(words: Sequence[str]) -> None:
+    """``ndm inspect``: parse and print."""
+    parser = ArgumentParser(prog="ndm inspect", description="Show what an archive of ndm compress holds; no model is needed.", exit_on_error=False)
+    parser.add_argument("archive", metavar="FILE", help="the archive")
+    inspect(**vars(parse(parser, words)))
+
+
+def load_codec_model(path: str) -> tuple[NDM, DataDescription]:
+    """A model of values on a grid, and what its data are.
+
+    Raises:
+        UserError: there is no such model, or it is one of continuous data.
+    """
+    require("constriction", "constriction", "compress")
+    folder = Path(path)
+    if not (folder / "config.json").exists() and (folder / "model").is_dir():
+        folder = folder / "model"  # the run itself was given
+    model = NDM.from_pretrained(folder)
+    description = DataDescription.from_dict(model.info.get("data"))
+    if not isinstance(model.decoder, DiscretizedGaussian) or description.levels is None:
+        raise UserError(f"{folder} is a model of continuous data; lossless compression needs one of values on a grid (DiscretizedGaussian)")
+    return model, description
+
+
+def _device(name: str) -> torch.device:
+    device = pick_device(name)
+    return torch.device("cpu") if device.type == "mps" else device  # which has no double precision
+
+
+def compress(
+    inputs: list[str],
+    model: str,
+    out: str | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    rows: int = 64,
+    verify: bool = True,
+    device: str = "auto",
+) -> None:
+    """Compress images or arrays losslessly with a trained model.
+
+    Args:
+        inputs: images, folders of images, .npy or .npz files.
+        model: folder of the model, RUN/model.
+        out: the archive to write.
+        steps: T, latents for each pixel; by default the fewest whose archive is within 1% of the smallest.
+        batch_size: images coded side by side: more are faster and take more initial bits; by default as many as keep these within 2%.
+        rows: images that a network sees at once; does not change the archive.
+        verify: decode the archive before it is moved into place.
+        device: auto, cpu or cuda.
+    """
+    if out is None:
+        raise UserError("give the archive to write: -o FILE.ndm")
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("rows", rows)):
+        if value is not None:
+            check_whole(name, value, 1)
+    if (steps or 0) > 10_000 or (batch_size or 0) > 4096:
+        raise UserError(f"steps={steps}, batch_size={batch_size}: at most 10000 steps and 4096 images side by side")
+    network, description = load_codec_model(model)
+    low, levels = int(description.low or 0), description.levels or 0
+    items = read_items(inputs, description.event_shape, levels, low)
+    index = np.concatenate([item.levels for item in items if item.levels is not None])
+    place = _device(device)
+    network.to(place)
+
+    def tell(forecast: Forecast) -> None:
+        print(f"T = {forecast.steps:<4} {forecast.rate:7.3f} bits/dim, with initial bits {forecast.bits / index.size:7.3f}", flush=True)
+
+    plan, _ = choose_plan(network, index, description.event_shape, steps, batch_size, tell=None if steps else tell)
+    chain = Chain(network, plan, description.event_shape, rows, place)
+    coded = encode(chain, index, progress=True)
+    archive = Archive(
+        fingerprint=fingerprint(network),
+        event_shape=description.event_shape,
+        levels=levels,
+        low=low,
+        plan=plan,
+        items=tuple(replace(item, levels=None) for item in items),
+        checksums=image_checksums(index),
+        coded=coded,
+    )
+    if verify:
+        again = Coded(coded.words, coded.initial, coded.exceptions)
+        try:
+            same = np.array_equal(decode(chain, again, len(index), progress=True), index)
+        except ValueError:
+            same = False
+        if not same:
+            raise UserError("the archive does not decode on this machine, and was not written; please report this with the model")
+    write_archive(Path(out), archive)
+    _print_rates(archive, len(pack(archive)))
+    total = coded.clock.network + coded.clock.coder
+    print(f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode, {coded.clock.network / total:.0%} of it in the networks")
+
+
+def decompress(archive: str, model: str, out: str | None = None, rows: int = 64, batch_size: int | None = None, device: str = "auto") -> None:
+    """Restore what ndm compress made an archive of.
+
+    Args:
+        archive: the archive.
+        model: folder of the very model that it was made with, RUN/model.
+        out: folder to write into, made if need be.
+        rows: images that a network sees at once; does not change the result.
+        batch_size: the same as rows; how many images were coded side by side stands in the archive.
+        device: auto, cpu or cuda.
+    """
+    if out is None:
+        raise UserError("give the folder to write into: -o DIR")
+    rows = batch_size if batch_size is not None else rows
+    check_whole("rows", rows, 1)
+    found = read_archive(Path(archive))
+    network, description = load_codec_model(model)
+    if fingerprint(network) != found.fingerprint:
+        raise UserError(f"{archive} was made with another model (fingerprint {found.fingerprint[:12]}), not with {model}; give that one")
+    fits = (found.event_shape, found.levels, found.low) == (description.event_shape, description.levels, int(description.low or 0))
+    if not fits:
+        raise UserError(f"{archive} is damaged: it does not have the shape or the levels of its model")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder")
+    place = _device(device)
+    chain = Chain(network.to(place), found.plan, found.event_shape, rows, place)
+    try:
+        index = decode(chain, found.coded, found.count, progress=True)
+        if not np.array_equal(image_checksums(index), found.checksums):
+            raise ValueError("images differ from their checksums")
+        paths = write_items(found.items, index, found.event_shape, found.low, folder)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{archive} could not be decoded ({error}); it is damaged, or this machine computes the networks too differently; nothing was written"
+        ) from error
+    print(f"wrote {found.count} images, {len(paths)} files, to {folder}; every checksum is right")
+
+
+def inspect(archive: str) -> None:
+    """Show what an archive holds; no model is needed.
+
+    Args:
+        archive: the archive.
+    """
+    found = read_archive(Path(archive))
+    shape = " x ".join(map(str, found.event_shape))
+    print(f"{archive}: {found.count} images of {shape}, {found.levels} levels from {found.low}")
+    print(f"made with the model {found.fingerprint}")
+    print(f"T = {found.plan.steps}, {found.plan.batch} images side by side, cells of {found.plan.width:g} standard deviations")
+    _print_rates(found, Path(archive).stat().st_size)
+    width = shutil.get_terminal_size().columns - 30
+    for item in found.items[:20]:
+        print(f"  {item.count:>8} in {item.name[:width]}{f' {item.dtype} {item.shape}' if item.kind != 'image' else ''}")
+    if len(found.items) > 20:
+        print(f"  and {len(found.items) - 20} more")
+
+
+def _print_rates(archive: Archive, size: int) -> None:
+    values = archive.count * int(np.prod(archive.event_shape))
+    words, initial = len(archive.coded.words), archive.coded.initial
+    rest = size - 4 * words
+    print(f"{size:,} bytes, {8 * size / values:.4f} bits/dim:")
+    print(f"  {4 * (words - initial):>12,} bytes of images, {32 * (words - initial) / values:.4f} bits/dim")
+    print(f"  {4 * initial:>12,} bytes of initial bits, {32 * initial / values:.4f} bits/dim, once an archive")
+    print(f"  {rest:>12,} bytes of names, checksums and settings, {len(archive.coded.exceptions)} roundings among them")
