@@ -46,7 +46,8 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     elif command == "":
         assert all(f"  {name}" in text for name in COMMANDS)
     else:
-        assert "folder of the run" in text
+        words = {"inspect": "the archive", "decompress": "folder to write into", "compress": "images, folders of images, .npy or .npz"}
+        assert words.get(command, "folder of the run") in " ".join(text.split())
 
 
 def test_evaluate_keeps_its_contract(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +89,15 @@ def test_samples_are_digits_levels_and_follow_the_seed(options: list[str], digit
     assert set(np.unique(first)) <= set(range(17))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
+
+
+def test_options_may_be_written_with_dashes(digits_run: Path, tmp_path: Path) -> None:
+    words = [["--batch-size", "3"], ["--batch-size=3"], ["--batch_size", "3"]]
+    for index, option in enumerate(words):
+        assert main(["sample", str(digits_run), "--n", "5", "--steps", "2", "--out", str(tmp_path / f"{index}.npy"), *option]) == 0
+    first, *others = (np.load(tmp_path / f"{index}.npy") for index in range(3))
+    for other in others:
+        np.testing.assert_array_equal(first, other)
 
 
 def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:

@@ -22,4 +22,12 @@ def run_command(name: str, words: Sequence[str]) -> None:
         "decompress": run_decompress,
         "inspect": run_inspect,
     }
-    commands[name](words)
+    commands[name]([_underscored(word) for word in words])
+
+
+def _underscored(word: str) -> str:
+    """An option may be written with dashes: ``--batch-size=4`` is ``--batch_size=4``."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"

@@ -25,11 +25,13 @@ from ndm.serialize import fingerprint
 
 def run_compress(words: Sequence[str]) -> None:
     """``ndm compress``: parse and compress."""
-    parser = ArgumentParser(prog="ndm compress", description="Compress images or arrays losslessly with a trained model.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="ndm compress", description="Compress images or arrays losslessly with a trained model.", exit_on_error=False
+    )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of images, .npy or .npz files")
     parser.add_argument("--verify", action=ActionYesNo, default=True, help="decode the archive before it is moved into place")
-    parser.add_function_arguments(compress, as_positional=False, skip={"inputs", "verify"})
-    parser.add_argument("-o", dest="out", help="the same as --out")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE.ndm", help="the archive to write")
+    parser.add_function_arguments(compress, as_positional=False, skip={"inputs", "verify", "out"})
     compress(**vars(parse(parser, words)))
 
 
@@ -37,14 +39,16 @@ def run_decompress(words: Sequence[str]) -> None:
     """``ndm decompress``: parse and decompress."""
     parser = ArgumentParser(prog="ndm decompress", description="Restore what ndm compress made an archive of.", exit_on_error=False)
     parser.add_argument("archive", metavar="FILE", help="the archive")
-    parser.add_function_arguments(decompress, as_positional=False, skip={"archive"})
-    parser.add_argument("-o", dest="out", help="the same as --out")
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write into, made if need be")
+    parser.add_function_arguments(decompress, as_positional=False, skip={"archive", "out"})
     decompress(**vars(parse(parser, words)))
 
 
 def run_inspect(words: Sequence[str]) -> None:
     """``ndm inspect``: parse and print."""
-    parser = ArgumentParser(prog="ndm inspect", description="Show what an archive of ndm compress holds; no model is needed.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="ndm inspect", description="Show what an archive of ndm compress holds; no model is needed.", exit_on_error=False
+    )
     parser.add_argument("archive", metavar="FILE", help="the archive")
     inspect(**vars(parse(parser, words)))
 
@@ -74,7 +78,7 @@ def _device(name: str) -> torch.device:
 def compress(
     inputs: list[str],
     model: str,
-    out: str | None = None,
+    out: str,
     steps: int | None = None,
     batch_size: int | None = None,
     rows: int = 64,
@@ -93,8 +97,6 @@ def compress(
         verify: decode the archive before it is moved into place.
         device: auto, cpu or cuda.
     """
-    if out is None:
-        raise UserError("give the archive to write: -o FILE.ndm")
     for name, value in (("steps", steps), ("batch_size", batch_size), ("rows", rows)):
         if value is not None:
             check_whole(name, value, 1)
@@ -137,7 +139,9 @@ def compress(
     print(f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode, {coded.clock.network / total:.0%} of it in the networks")
 
 
-def decompress(archive: str, model: str, out: str | None = None, rows: int = 64, batch_size: int | None = None, device: str = "auto") -> None:
+def decompress(
+    archive: str, model: str, out: str | None = None, rows: int = 64, batch_size: int | None = None, device: str = "auto"
+) -> None:
     """Restore what ndm compress made an archive of.
 
     Args:
@@ -148,8 +152,6 @@ def decompress(archive: str, model: str, out: str | None = None, rows: int = 64,
         batch_size: the same as rows; how many images were coded side by side stands in the archive.
         device: auto, cpu or cuda.
     """
-    if out is None:
-        raise UserError("give the folder to write into: -o DIR")
     rows = batch_size if batch_size is not None else rows
     check_whole("rows", rows, 1)
     found = read_archive(Path(archive))
@@ -166,8 +168,9 @@ def decompress(archive: str, model: str, out: str | None = None, rows: int = 64,
     chain = Chain(network.to(place), found.plan, found.event_shape, rows, place)
     try:
         index = decode(chain, found.coded, found.count, progress=True)
-        if not np.array_equal(image_checksums(index), found.checksums):
-            raise ValueError("images differ from their checksums")
+        wrong = np.flatnonzero(image_checksums(index) != found.checksums)
+        if len(wrong):
+            raise ValueError(f"image {wrong[0]} differs from its checksum")
         paths = write_items(found.items, index, found.event_shape, found.low, folder)
     except ValueError as error:
         if isinstance(error, UserError):

@@ -5,9 +5,10 @@ bytes      content
 =========  ===================================================================================
 8          magic ``89 4E 44 4D 0D 0A 1A 0A``
 4          version, little-endian like all numbers
-4 x 4      sizes: bytes of header, images, exceptions, words
-...        header: JSON in UTF-8
-8 each     checksum of each image
+5 x 4      sizes: bytes of header, steps T, images, exceptions, words
+...        header: JSON in UTF-8, compressed by zlib
+12 T + 24  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
+1 each     checksum of each image
 8 each     exceptions: call and place of a rounding, 4 bytes each
 4 each     words of the stack
 32         SHA-256 of everything before it
@@ -15,8 +16,10 @@ bytes      content
 """
 
 import hashlib
+import itertools
 import json
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from ndm.errors import UserError
 from ndm.serialize import write_atomically
 
 MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 1
-_START = struct.Struct("<8sIIIII")
+_START = struct.Struct("<8sIIIIII")
 _LARGEST_HEADER = 2**26
 
 
@@ -51,7 +54,7 @@ class Archive:
     items: tuple[Item, ...]
     """Files and arrays, without their levels."""
     checksums: np.ndarray
-    """Of each image, ``(N,)``, uint64."""
+    """Of each image, ``(N,)``, uint8."""
     coded: Coded
     """The bits."""
 
@@ -62,10 +65,11 @@ class Archive:
 
 
 def image_checksums(index: np.ndarray) -> np.ndarray:
-    """Checksums of images given by levels ``(N, D)``: the first 8 bytes of the SHA-256 of the levels as 2-byte numbers; uint64."""
-    rows = index.astype("<u2")
-    digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
-    return np.frombuffer(b"".join(digests), dtype="<u8").copy()
+    """Checksums of images given by levels ``(N, D)``: the first byte of the SHA-256 of the levels as 2-byte numbers; uint8.
+
+    A byte each names the image that went wrong; that all are right is what the decoder's end on the initial bits shows.
+    """
+    return np.array([hashlib.sha256(row.tobytes()).digest()[0] for row in index.astype("<u2")], dtype=np.uint8)
 
 
 def pack(archive: Archive) -> bytes:
@@ -76,13 +80,13 @@ def pack(archive: Archive) -> bytes:
         "levels": archive.levels,
         "low": archive.low,
         "initial": archive.coded.initial,
-        "plan": archive.plan.to_dict(),
         "items": [item.to_dict() for item in archive.items],
     }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     exceptions, words = archive.coded.exceptions.astype("<u4"), archive.coded.words.astype("<u4")
-    start = _START.pack(MAGIC, VERSION, len(text), archive.count, len(exceptions), len(words))
-    body = b"".join([start, text, archive.checksums.astype("<u8").tobytes(), exceptions.tobytes(), words.tobytes()])
+    start = _START.pack(MAGIC, VERSION, len(text), archive.plan.steps, archive.count, len(exceptions), len(words))
+    parts = [start, text, archive.plan.pack(), archive.checksums.tobytes(), exceptions.tobytes(), words.tobytes()]
+    body = b"".join(parts)
     return body + hashlib.sha256(body).digest()
 
 
@@ -105,7 +109,7 @@ def read_archive(path: Path) -> Archive:
         return unpack(data)
     except _LaterVersionError as error:
         raise UserError(f"{path} has version {error}, this version of ndm reads version {VERSION}; update ndm") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} is truncated, damaged, or no archive of ndm compress ({' '.join(str(error).split())[:80]})") from error
 
 
@@ -121,17 +125,17 @@ def unpack(data: bytes) -> Archive:
     """
     if len(data) < _START.size + 32 or not data.startswith(MAGIC):
         raise ValueError("it does not begin as one")
-    _, version, header_size, images, exceptions, words = _START.unpack_from(data)
+    _, version, header_size, steps, images, exceptions, words = _START.unpack_from(data)
     if version > VERSION:
         raise _LaterVersionError(version)
-    sizes = (header_size, 8 * images, 8 * exceptions, 4 * words)
-    if header_size > _LARGEST_HEADER or _START.size + sum(sizes) + 32 != len(data):
+    sizes = (header_size, 12 * steps + 24, images, 8 * exceptions, 4 * words)
+    if _START.size + sum(sizes) + 32 != len(data):
         raise ValueError("its size is not what it says")
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         raise ValueError("its checksum is wrong")
     edges = np.cumsum([_START.size, *sizes]).tolist()
-    text, checksums, places, bits = (data[a:b] for a, b in zip(edges, edges[1:], strict=False))
-    header: dict[str, Any] = json.loads(text.decode())
+    text, plan, checksums, places, bits = (data[a:b] for a, b in itertools.pairwise(edges))
+    header: dict[str, Any] = json.loads(_inflate(text).decode())
     shape = tuple(_whole(size, 1, 2**24) for size in header["event_shape"])
     items = tuple(Item.from_dict(item) for item in header["items"])
     if sum(item.count for item in items) != images or not items or not images:
@@ -150,11 +154,20 @@ def unpack(data: bytes) -> Archive:
         event_shape=shape,
         levels=_whole(header["levels"], 2, 2**16),
         low=_whole(header["low"], -(2**31), 2**31),
-        plan=Plan.from_dict(header["plan"]),
+        plan=Plan.unpack(plan),
         items=items,
-        checksums=np.frombuffer(checksums, dtype="<u8").copy(),
+        checksums=np.frombuffer(checksums, dtype=np.uint8).copy(),
         coded=coded,
     )
+
+
+def _inflate(data: bytes) -> bytes:
+    """The header, unless it is one that grows without end."""
+    stream = zlib.decompressobj()
+    text = stream.decompress(data, _LARGEST_HEADER)
+    if not stream.eof:
+        raise ValueError("its header is too long")
+    return text
 
 
 def _whole(value: object, least: int, most: int) -> int:

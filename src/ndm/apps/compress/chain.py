@@ -23,8 +23,8 @@ The decoder p(x|z_0) is a softmax of :math:`-d^2/2`; its exponents are rounded t
 
 import copy
 import math
+import struct
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,12 +41,11 @@ FINE = 32
 MARGIN = 2e-7
 """How near to a boundary, in units of a_i, a value is written down; numerical noise must stay below half of it."""
 _TABLE = np.round(np.exp(-np.arange(16 * 21) / 16) * 2**30) / 2**30
-_SMALLEST, _LARGEST = 1e-12, 1e12
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All numbers besides the weights on which encoder and decoder must agree; they stand in the archive."""
+    """All numbers besides the weights on which encoder and decoder must agree; they stand in the archive in single precision."""
 
     steps: int
     """T."""
@@ -76,27 +75,38 @@ class Plan:
             raise ValueError("steps or batch out of range")
         if [len(values) for values in (self.delta, self.gain, self.spread)] != [self.steps + 1, self.steps, self.steps]:
             raise ValueError("a list has the wrong length")
-        for value in (self.width, *self.delta, *self.spread, self.alpha_0, self.sharpness):
-            if not isinstance(value, float) or not _SMALLEST < value < _LARGEST:
-                raise ValueError("a scale is out of range")
-        if not all(isinstance(value, float) and 0 <= value < _LARGEST for value in self.gain):
-            raise ValueError("a gain is out of range")
+        ranges = {
+            "width": ((self.width,), 1 / 64, 4.0),
+            "delta": (self.delta, 1e-9, 1e3),
+            "gain": (self.gain, 0.0, 1e6),
+            "spread": (self.spread, 1e-3, 1e6),
+            "alpha_0": ((self.alpha_0,), 1e-6, 1e3),
+            "sharpness": ((self.sharpness,), 1e-6, 1e9),
+        }
+        for name, (values, least, most) in ranges.items():
+            if not all(least <= value <= most for value in values):
+                raise ValueError(f"{name} is out of range")
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready; doubles survive JSON exactly."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+    def pack(self) -> bytes:
+        """The plan in ``12 T + 24`` bytes, little-endian: T and B as whole numbers, all else as single-precision floats."""
+        numbers = [self.width, self.alpha_0, self.sharpness, *self.delta, *self.gain, *self.spread]
+        return struct.pack("<II", self.steps, self.batch) + np.array(numbers, dtype="<f4").tobytes()
 
     @classmethod
-    def from_dict(cls, values: Any) -> "Plan":
-        """The plan that :meth:`to_dict` wrote.
+    def unpack(cls, data: bytes) -> "Plan":
+        """The plan that :meth:`pack` wrote.
 
         Raises:
             ValueError: it is not one.
         """
-        try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-        except (TypeError, AttributeError) as error:
-            raise ValueError("not a plan") from error
+        if len(data) < 8:
+            raise ValueError("it holds no plan")
+        steps, batch = struct.unpack_from("<II", data)
+        if len(data) != 12 * steps + 24:
+            raise ValueError("its plan has the wrong size")
+        numbers = tuple(np.frombuffer(data, dtype="<f4", offset=8).astype(np.float64).tolist())
+        lists = (numbers[3 : steps + 4], numbers[steps + 4 : 2 * steps + 4], numbers[2 * steps + 4 :])
+        return cls(steps, batch, numbers[0], *lists, alpha_0=numbers[1], sharpness=numbers[2])
 
 
 def make_plan(model: NDM, steps: int, batch: int, scale: Tensor | None = None, width: float = 0.5) -> Plan:
@@ -121,13 +131,18 @@ def make_plan(model: NDM, steps: int, batch: int, scale: Tensor | None = None, w
     return Plan(
         steps=steps,
         batch=batch,
-        width=float(width),
-        delta=tuple(delta.tolist()),
-        gain=tuple((step.k * delta[1:] / delta[:-1]).tolist()),
-        spread=tuple((chosen.sqrt() / width).tolist()),
-        alpha_0=float(level.alpha[0]),
-        sharpness=float(level.alpha[0] / level.sigma[0]),
+        width=_single(width),
+        delta=tuple(map(_single, delta.tolist())),
+        gain=tuple(map(_single, (step.k * delta[1:] / delta[:-1]).tolist())),
+        spread=tuple(map(_single, (chosen.sqrt() / width).tolist())),
+        alpha_0=_single(float(level.alpha[0])),
+        sharpness=_single(float(level.alpha[0] / level.sigma[0])),
     )
+
+
+def _single(value: float) -> float:
+    """The nearest single-precision number: half the size in the archive, and any agreed number will do."""
+    return float(np.float32(value))
 
 
 def _part(level: NoiseLevel, part: slice) -> NoiseLevel:
@@ -193,7 +208,7 @@ class Chain:
             raise UserError("the model is one of continuous data; lossless compression needs a model of values on a grid")
         self.plan, self.event_shape, self.rows = plan, tuple(event_shape), rows
         self.device = device or torch.device("cpu")
-        self.model = copy.deepcopy(model).to(device=self.device, dtype=torch.float64).eval()
+        self.model = copy.deepcopy(model).to(device=self.device, dtype=torch.float64).eval().requires_grad_(False)
         self.values = model.decoder.values.numpy()
         self.dims = math.prod(event_shape)
         self.calls = 2 * plan.steps + 1
@@ -203,9 +218,8 @@ class Chain:
     def transformed(self, index: np.ndarray) -> list[Tensor]:
         """F(x, t) at t = 0, 1/T, ... 1 for levels ``index`` ``(B D,)``."""
         x = torch.from_numpy(self.values[index]).reshape(-1, *self.event_shape).to(self.device)
-        parts = []
-        for part in x.split(self.rows):
-            parts.append([self.model.transform(part, self._level(i, part)) for i in range(self.plan.steps + 1)])
+        times = range(self.plan.steps + 1)
+        parts = [[self.model.transform(part, self._level(i, part)) for i in times] for part in x.split(self.rows)]
         return [torch.cat(of_time) for of_time in zip(*parts, strict=True)]
 
     def first(self, transformed: list[Tensor]) -> np.ndarray:

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ndm.apps.compress.chain import FINE, Chain, Rounding
-from ndm.errors import UserError, require
+from ndm.errors import require
 
 NEAR, FAR = 7.0, 64.0
 """Reach of q and of p, in standard deviations of q."""
@@ -90,14 +90,14 @@ class Stack:
 
     def pop(self, mean: np.ndarray, std: float, reach: int) -> np.ndarray:
         """Whole numbers, float64, by Gaussians in cells; all ``(n,)``."""
-        center = np.floor(mean + 0.5)
+        center = _center(mean)
         symbols = self._coder.decode(self._families[reach], mean - center, np.full(len(mean), std))
         self._note()
         return symbols + center
 
     def push(self, values: np.ndarray, mean: np.ndarray, std: float, reach: int) -> None:
         """The inverse of :meth:`pop`."""
-        center = np.floor(mean + 0.5)
+        center = _center(mean)
         symbols = (values - center).astype(np.int32)
         self._coder.encode_reverse(symbols, self._families[reach], mean - center, np.full(len(mean), std))
 
@@ -127,6 +127,17 @@ class Stack:
         self.lowest = min(self.lowest, len(self))
         if self.lowest < _SPARE:
             raise OutOfBits
+
+
+def _center(mean: np.ndarray) -> np.ndarray:
+    """The nearest cell.
+
+    Raises:
+        ValueError: there is none; a damaged archive may lead there.
+    """
+    if not (np.abs(mean) < 2.0**50).all():
+        raise ValueError("a latent is out of range")
+    return np.floor(mean + 0.5)
 
 
 def initial_words(count: int) -> np.ndarray:
@@ -170,27 +181,30 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
 def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np.ndarray:
     """Decode what :func:`encode` made.
 
+    Memory grows with what the bits really decode to, not with the count that an archive claims.
+
     Returns:
-        Levels ``(N, D)``, int64.
+        Levels ``(N, D)``, uint16.
 
     Raises:
         ValueError: the words do not decode to where an encoder started; the archive is damaged, or the model or machine differs.
     """
     stack, rounding = Stack(coded.words, chain.plan.width), Rounding(coded.exceptions)
-    levels = np.zeros((count, chain.dims), dtype=np.int64)
-    parts = list(enumerate(batches(count, chain.plan.batch)))
+    levels: list[np.ndarray] = []
+    size, first = chain.plan.batch, count % chain.plan.batch
+    numbers = range(count // size + bool(first))
     try:
         with tqdm(total=count, desc="decompressing", unit="image", disable=not progress, delay=1, leave=False) as bar:
-            for number, part in reversed(parts):
-                size = part.stop - part.start
-                found = _decode_batch(chain, stack, size * chain.dims, rounding, number * chain.calls, coded.clock)
-                levels[part] = found.reshape(size, chain.dims)
-                bar.update(size)
+            for number in reversed(numbers):
+                images = first if first and number == 0 else size
+                found = _decode_batch(chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock)
+                levels.append(found.reshape(images, chain.dims).astype(np.uint16))
+                bar.update(images)
     except OutOfBits as error:
         raise ValueError("it holds too few bits") from error
     if len(stack) != coded.initial or not np.array_equal(stack.words(), initial_words(coded.initial)):
         raise ValueError("its bits do not end where the encoder began")
-    return levels
+    return np.concatenate(levels[::-1])
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

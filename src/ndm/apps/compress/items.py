@@ -1,6 +1,5 @@
 """Files to levels and back: images, folders of images, ``.npy`` and ``.npz`` arrays."""
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,7 +54,8 @@ class Item:
         Raises:
             ValueError: it is not one; TypeError likewise.
         """
-        item = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name != "levels"})
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "levels"}
+        item = cls(**known)
         strings = (item.name, item.kind, item.dtype, item.key, item.mode)
         if not all(isinstance(text, str) for text in strings) or item.kind not in KINDS or item.dtype not in _DTYPES:
             raise ValueError("an item is damaged")
@@ -128,7 +128,9 @@ def _image_item(path: Path, name: str, event_shape: tuple[int, ...], levels: int
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path} has several frames; only single images can be compressed")
         if image.mode not in ("L", "RGB"):
-            raise UserError(f"{path} has mode {image.mode}; only grey (L) and RGB images of 8 bits keep their pixels here, convert it first")
+            raise UserError(
+                f"{path} has mode {image.mode}; only grey (L) and RGB images of 8 bits keep their pixels here, convert it first"
+            )
         pixels, mode = np.asarray(image), image.mode
     events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
     if events.shape != event_shape:
@@ -138,9 +140,7 @@ def _image_item(path: Path, name: str, event_shape: tuple[int, ...], levels: int
     return Item(kept, "image", 1, mode=mode, levels=events.reshape(1, -1).astype(np.int64))
 
 
-def _array_item(
-    path: Path, name: str, kind: str, key: str, array: np.ndarray, event_shape: tuple[int, ...], levels: int, low: int
-) -> Item:
+def _array_item(path: Path, name: str, kind: str, key: str, array: np.ndarray, event_shape: tuple[int, ...], levels: int, low: int) -> Item:
     if array.dtype.name not in _DTYPES:
         raise UserError(f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to {low + levels - 1}")
     plain = event_shape[1:] if len(event_shape) == 3 and event_shape[0] == 1 else event_shape
@@ -150,7 +150,9 @@ def _array_item(
     rows = array.reshape(-1, int(np.prod(event_shape)))
     outside = rows[(rows < low) | (rows > low + levels - 1)] if array.dtype != bool or low > 0 or levels < 2 else rows[:0]
     if outside.size:
-        raise UserError(f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + levels - 1}")
+        raise UserError(
+            f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + levels - 1}"
+        )
     return Item(name, kind, len(rows), array.dtype.name, array.shape, key, levels=rows.astype(np.int64) - low)
 
 
@@ -184,14 +186,14 @@ def write_items(items: Sequence[Item], index: np.ndarray, event_shape: tuple[int
                 if item.kind == "image":
                     _write_image(temporary / item.place, rows, event_shape, item.mode)
                     continue
-                array = (rows + low).reshape(item.shape).astype(item.dtype)
+                array = (rows.astype(np.int64) + low).reshape(item.shape).astype(item.dtype)
                 if item.kind == "npy":
                     _save(temporary / item.place, array)
                 else:
                     archives.setdefault(item.place, {})[item.key] = array
             for place, arrays in archives.items():
                 with (temporary / place).open("wb") as file:
-                    np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+                    np.savez_compressed(file, allow_pickle=False, **arrays)
             _move(temporary, folder, places)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
@@ -204,7 +206,7 @@ def _move(source: Path, target: Path, places: Sequence[str]) -> None:
     try:
         for place in places:
             (target / place).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source / place, target / place)
+            (source / place).replace(target / place)
             moved.append(target / place)
     except OSError:
         for path in moved:

@@ -1,0 +1,175 @@
+"""Rate and speed of ndm compress beside PNG, WebP, JPEG XL, zstd and xz on the same images in one run.
+
+pip install -c constraints.txt -e '.[bench]'
+python bench/compress.py [RUN] [--images 1000] [--steps T] [--batch-size B] [--json FILE]
+
+RUN is a trained run of ndm train on images, runs/digits by default (made by make demo); the images are those of its test split. Picture formats
+code each image by itself and, to spare them their headers, all images side by side in one sheet; zstd and xz take the raw pixels as
+one stream. "images" of ndm is the archive without initial bits, names, checksums and settings, "archive" is the file.
+"""
+
+import argparse
+import io
+import json
+import lzma
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pillow_jxl  # noqa: F401 (registers JPEG XL with Pillow)
+import torch
+import zstandard
+from constriction import stream
+from PIL import Image
+
+from ndm.apps.compress.archive import Archive, image_checksums, pack
+from ndm.apps.compress.chain import Chain
+from ndm.apps.compress.choose import choose_plan
+from ndm.apps.compress.coder import FAR, NEAR, Clock, Coded, decode, encode
+from ndm.apps.compress.items import Item
+from ndm.commands.parsing import load_data, load_run
+from ndm.data import spread
+from ndm.evaluate import Evaluation
+from ndm.noise import ExampleNoise
+from ndm.serialize import fingerprint
+from ndm.times import StepFunction
+
+FORMATS: dict[str, dict[str, object]] = {
+    "PNG": {"format": "PNG", "optimize": True},
+    "WebP": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
+    "JPEG XL": {"format": "JXL", "lossless": True, "effort": 9},
+}
+
+
+def sheet(images: np.ndarray) -> np.ndarray:
+    """All images ``(N, C, H, W)`` in one, about square."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    page = np.zeros((rows * columns, channels, height, width), dtype=images.dtype)
+    page[:count] = images
+    return page.reshape(rows, columns, channels, height, width).transpose(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
+
+
+def picture_bytes(pixels: np.ndarray, options: dict[str, object]) -> int:
+    """Size of one image ``(C, H, W)`` in a format, checked to be lossless."""
+    array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, **options)  # type: ignore[arg-type]
+    back = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("L" if len(pixels) == 1 else "RGB"))
+    if not np.array_equal(back, array):
+        raise SystemExit(f"{options['format']} is not lossless here")
+    return len(file.getvalue())
+
+
+def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
+    """Name -> bytes for all images ``(N, C, H, W)``, uint8."""
+    raw, page = images.tobytes(), sheet(images)
+    entries: dict[str, Callable[[], int]] = {}
+    for name, options in FORMATS.items():
+        entries[f"{name}, each image"] = lambda options=options: sum(picture_bytes(image, options) for image in images)
+        entries[f"{name}, one sheet"] = lambda options=options: picture_bytes(page, options)
+    entries["zstd -22"] = lambda: len(zstandard.ZstdCompressor(level=22).compress(raw))
+    entries["xz -9e"] = lambda: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
+    return entries
+
+
+def bare_coder_seconds(symbols: int, calls: int, levels: int, width: float) -> float:
+    """constriction's own loop on as many symbols: for each latent a pop and a push, for each pixel a push."""
+    generator = np.random.default_rng(0)
+    coder = stream.stack.AnsCoder(generator.integers(1, 2**32, 4 * symbols * calls // 32 + 10_000, dtype=np.uint32))
+    near, far = (stream.model.QuantizedGaussian(-math.ceil(reach / width), math.ceil(reach / width)) for reach in (NEAR, FAR))
+    categorical, weights = stream.model.Categorical(perfect=False), generator.random((symbols, levels))
+    mean, std = generator.uniform(-0.5, 0.5, symbols), np.full(symbols, 1 / width)
+    started = time.perf_counter()
+    for _ in range(calls):
+        coder.encode_reverse(coder.decode(near, mean, std), far, mean, std)
+    coder.encode_reverse(np.zeros(symbols, dtype=np.int32), categorical, weights)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="T; by default as ndm compress chooses")
+    parser.add_argument("--batch-size", type=int, help="images side by side; by default as ndm compress chooses")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    model, data = load_run(arguments.run), load_data(arguments.run)
+    split = data.split("test")
+    numbers = spread(len(split), arguments.images)
+    levels = data.integers(split.__getitems__(numbers)).numpy()
+    shape, count, values = levels.shape[1:], len(levels), levels.size
+    index = levels.reshape(count, -1)
+    print(f"{count} test images of {data.describe().name}, {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads")
+
+    plan, forecast = choose_plan(model, index, shape, arguments.steps, arguments.batch_size)
+    chain = Chain(model, plan, shape)
+    started = time.perf_counter()
+    coded = encode(chain, index, progress=True)
+    encoding = time.perf_counter() - started
+    again = Coded(coded.words, coded.initial, coded.exceptions, Clock())
+    started = time.perf_counter()
+    if not np.array_equal(decode(chain, again, count, progress=True), index):
+        raise SystemExit("not lossless")
+    decoding = time.perf_counter() - started
+    item = Item("x.npy", "npy", count, "uint8", tuple(levels.shape))
+    size = len(pack(Archive(fingerprint(model), tuple(shape), 256, 0, plan, (item,), image_checksums(index), coded)))
+
+    rows = Evaluation(model, split, limit=arguments.images)
+    plain = rows.nelbo(plan.steps, 16)
+    bound = model_bound(rows, plan.steps, forecast.scale)
+    net = 32 * (len(coded.words) - coded.initial) / values
+    bare = sum(
+        bare_coder_seconds(min(plan.batch, count - start) * index.shape[1], plan.steps + 1, len(chain.values), plan.width)
+        for start in range(0, count, plan.batch)
+    )
+    record = {
+        "steps": plan.steps,
+        "batch": plan.batch,
+        "images_bpd": net,
+        "initial_bpd": 32 * coded.initial / values,
+        "archive_bpd": 8 * size / values,
+        "nelbo_same_steps_bpd": bound,
+        "nelbo_same_steps_plain_variance_bpd": plain.bpd,
+        "rate_over_nelbo": net / bound,
+        "encode_images_per_second": count / encoding,
+        "decode_images_per_second": count / decoding,
+        "share_of_network": coded.clock.network / encoding,
+        "share_of_coder": coded.clock.coder / encoding,
+        "coder_over_bare_constriction": coded.clock.coder / bare,
+    }
+    print(f"ndm: T = {plan.steps}, {plan.batch} side by side")
+    for name, value in record.items():
+        print(f"  {name:<40}{value:10.4f}")
+    images = levels.astype(np.uint8)
+    print(f"{'':<28}{'bits/dim':>9}{'seconds':>9}")
+    print(f"{'ndm, images':<28}{net:9.4f}{encoding:9.2f}")
+    print(f"{'ndm, archive':<28}{8 * size / values:9.4f}{encoding:9.2f}")
+    for name, compress in rivals(images).items():
+        started = time.perf_counter()
+        rate = 8 * compress() / values
+        print(f"{name:<28}{rate:9.4f}{time.perf_counter() - started:9.2f}", flush=True)
+        record[name] = rate
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def model_bound(rows: Evaluation, steps: int, scale: torch.Tensor) -> float:
+    """The bound of the very model that the archive uses, bits/dim: its T and its reverse variance; every step once for each image."""
+    total, draws = 0.0, max(steps, math.ceil(16 / steps) * steps)
+    with torch.no_grad():
+        for start in range(0, len(rows.numbers), 64):
+            part = rows.numbers[start : start + 64]
+            x = rows.data.__getitems__(part)
+            bound = rows.model.bound(x, steps=steps, draws=draws, generator=ExampleNoise(2, part), scale=StepFunction(scale))
+            total += float(bound.total.sum())
+    return total / len(rows.numbers) / rows.dims / math.log(2)
+
+
+if __name__ == "__main__":
+    main()
