@@ -64,7 +64,7 @@ Dequantization = Literal["variational", "uniform", "none"]
 Solver = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun", "rk4", "heun3", "heun2", "midpoint", "euler"]
 EXACT_UP_TO = 16
 """``probes="auto"`` takes the exact trace for events of at most this many dimensions."""
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE, _VALUES_AT_ONCE = 256, 2**15  # small events are taken together at several times, large ones fill a graph by themselves
 _PROBES, _LATENTS = 1, 2  # streams of noise
 
 
@@ -199,7 +199,8 @@ def ode_log_prob(
     probes = settings.probes_for(event_size(z))
     with _frozen(reverse):
         path, evaluations = solve_ode(reverse, z, times, settings.solver, settings.rtol, settings.atol, progress)
-        traces, together = [], max(1, _ROWS_AT_ONCE // max(1, len(z)))
+        rows = min(_ROWS_AT_ONCE, _VALUES_AT_ONCE // event_size(z))
+        traces, together = [], max(1, rows // max(1, len(z)))
         bar = tqdm(total=len(times), desc="traces", unit="node", disable=not progress, delay=1, leave=False)
         for states, at in zip(path.split(together), times.to(z).split(together), strict=True):
             # Drawn time by time: how many times are taken together depends on the batch, the probes must not.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ndm.apps.compress.archive import _START, Archive, image_checksums, pack, read_archive, unpack, write_archive
-from ndm.apps.compress.chain import MARGIN, Chain, Plan, Rounding, make_plan
+from ndm.apps.compress.chain import FINE, MARGIN, Chain, Plan, Rounding, make_plan
 from ndm.apps.compress.choose import Rows, choose_plan
 from ndm.apps.compress.coder import Coded, Stack, decode, encode, initial_words
 from ndm.apps.compress.items import Item
@@ -151,6 +151,31 @@ def test_the_rate_is_the_bound(steps: int, width: float) -> None:
     rate = 32 * (len(coded.words) - coded.initial) / index.size
     assert rate == pytest.approx(bound.bpd, rel=0.01)
     assert coded.initial > 0
+
+
+def test_the_means_are_those_of_the_process() -> None:
+    shape, steps = (5,), 4
+    model = make_model(shape, 16, 1).double()
+    plan = make_plan(model, steps, 1)
+    chain, index = Chain(model, plan, shape), np.random.default_rng(0).integers(0, 16, 15)
+    x = torch.from_numpy(chain.values[index]).reshape(3, 5)
+    transformed = chain.transformed(index)
+    last = model.process.level(1.0, x)
+    with torch.no_grad():
+        expected = model.process.marginal(x, last).mean.flatten().numpy()
+        np.testing.assert_allclose(chain.first(transformed) / FINE * plan.delta[-1], expected, rtol=1e-6)
+        latent = np.random.default_rng(1).integers(-20, 20, 15).astype(float)
+        for step in range(1, steps + 1):
+            s, t = (model.process.level(i / steps, x) for i in (step - 1, step))
+            z = torch.from_numpy(latent * plan.delta[step]).reshape(3, 5)
+            for values, source in (
+                (chain.pull(transformed[step - 1], transformed[step], step), x),
+                (chain.predicted(latent, step), model.predictor(z, t)),
+            ):
+                posterior = model.process.posterior(z, source, s, t, model.eta)
+                mean = chain.mean(values, latent, step) * plan.delta[step - 1]
+                np.testing.assert_allclose(mean, posterior.mean.flatten().numpy(), rtol=1e-5, atol=1e-6)
+            assert float(posterior.std.flatten()[0]) == pytest.approx(plan.delta[step - 1] / plan.width, rel=1e-6)
 
 
 def test_initial_bits_are_those_of_one_batch() -> None:
