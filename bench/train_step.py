@@ -29,6 +29,9 @@ def variants(dims: int) -> dict[str, tuple[Transform, int | None]]:
         "tied_mlp": (ndm.NetworkTransform(ndm.nn.MLP(dims, hidden=128, blocks=2)), None),
         "tied_unet_half_width": (ndm.NetworkTransform(ndm.nn.UNet(channels=12, multiples=(1, 2))), None),
         "tied_unet_same_width": (ndm.NetworkTransform(ndm.nn.UNet(channels=24, multiples=(1, 2))), None),
+        "tied_separable_mlp": (ndm.SeparableTransform(ndm.nn.MLP(dims, hidden=128, blocks=2, outputs=4)), None),
+        "tied_separable_unet_half_width": (ndm.SeparableTransform(ndm.nn.UNet(channels=12, multiples=(1, 2), outputs=4)), None),
+        "tied_separable_unet_same_width": (ndm.SeparableTransform(ndm.nn.UNet(channels=24, multiples=(1, 2), outputs=4)), None),
         "tied_unet_same_width_discrete": (ndm.NetworkTransform(ndm.nn.UNet(channels=24, multiples=(1, 2))), 1000),
     }
 

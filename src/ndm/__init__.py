@@ -10,7 +10,7 @@ from ndm.model import NDM
 from ndm.predictor import Predictor
 from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR
 from ndm.times import ImportanceTimes, LowDiscrepancyTimes, UniformTimes
-from ndm.transform import GatedTransform, Identity, NetworkTransform
+from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform
 
 try:
     __version__ = version("ndm")
@@ -33,6 +33,7 @@ __all__ = [
     "LowDiscrepancyTimes",
     "NetworkTransform",
     "Predictor",
+    "SeparableTransform",
     "UniformTimes",
     "UserError",
     "__version__",

@@ -46,6 +46,7 @@ from ndm.ops import event_size, expand, sum_event
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
 from ndm.times import StepFunction, TimeDraw
+from ndm.transform import Curve
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,20 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
     return nats / (dims * math.log(2))
 
 
-def prior_term(process: ForwardProcess, x: Tensor) -> Tensor:
-    """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats."""
+def prior_term(process: ForwardProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
+    """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     level = process.level(1.0, x)
-    signal = sum_event((expand(level.alpha, x) * process.transform(x, level)) ** 2)
+    curve = curve or process.transform.curve(x)
+    signal = sum_event((expand(level.alpha, x) * curve.at(level)) ** 2)
     # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
     log_variance = 2 * torch.log(level.sigma)
     return 0.5 * (signal + event_size(x) * (torch.expm1(log_variance) - log_variance))
 
 
-def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor) -> Tensor:
-    """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats."""
+def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
+    """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     level = process.level(0.0, x)
-    transformed = x if process.transform.data_at_zero else process.transform(x, level)
+    transformed = x if process.transform.data_at_zero else (curve or process.transform.curve(x)).at(level)
     return -decoder.log_prob(x, process.marginal_of(transformed, level).sample(noise), level)
 
 
@@ -97,13 +99,20 @@ def _eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
 
 
 def discrete_errors(
-    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, steps: int, eta: Eta = 1.0
+    process: ForwardProcess,
+    predictor: Predictor,
+    x: Tensor,
+    u: Tensor,
+    noise: Tensor,
+    steps: int,
+    eta: Eta = 1.0,
+    curve: Curve | None = None,
 ) -> tuple[Tensor, Tensor]:
     """||Δmu||²/v of the step that contains u, ``(B,)``, and the middle of that step, ``(B,)``; arguments as :func:`discrete_diffusion`."""
     step = torch.floor(u * steps).clamp(max=steps - 1)
     middle = (step + 0.5) / steps
     s, t = process.schedule(step / steps), process.schedule((step + 1) / steps)
-    true_s, true_t = process.transform.at_both(x, s, t)
+    true_s, true_t = (curve or process.transform.curve(x)).at_both(s, t)
     guess = predictor(process.marginal_of(true_t, t).sample(noise), t)
     guess_s, guess_t = process.transform.at_both(guess, s, t)
     difference_s, difference_t = true_s - guess_s, true_t - guess_t
@@ -122,6 +131,7 @@ def discrete_diffusion(
     steps: int,
     eta: Eta = 1.0,
     scale: StepFunction | None = None,
+    curve: Curve | None = None,
 ) -> Tensor:
     """T ||Δmu||²/(2v) at the step that contains u, ``(B,)``, nats: unbiased for the sum over steps when u is uniform.
 
@@ -134,8 +144,9 @@ def discrete_diffusion(
         steps: T.
         eta: of the posterior; positive, since the bound of DDIM (eta = 0) is infinite.
         scale: r, by which the reverse variance exceeds v; None is r = 1.
+        curve: t -> F(x, t), where it is at hand.
     """
-    square, middle = discrete_errors(process, predictor, x, u, noise, steps, eta)
+    square, middle = discrete_errors(process, predictor, x, u, noise, steps, eta, curve)
     if scale is None:
         return steps * square / 2
     ratio = scale(middle)
@@ -143,19 +154,21 @@ def discrete_diffusion(
 
 
 def continuous_errors(
-    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor
+    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, curve: Curve | None = None
 ) -> tuple[NoiseLevel, Tensor, Tensor]:
     """The level at t = u, ΔF, and Δ(∂_t F)/gamma', the last two ``(B, *event)``."""
     level = process.schedule(u)
-    value, derivative = process.transform.with_derivative(x, level)
+    value, derivative = (curve or process.transform.curve(x)).with_derivative(level)
     guess = predictor(process.marginal_of(value, level).sample(noise), level)
     guess_value, guess_derivative = process.transform.with_derivative(guess, level)
     return level, value - guess_value, (derivative - guess_derivative) * expand(level.inverse_dgamma, x)
 
 
-def continuous_diffusion(process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: Eta = 1.0) -> Tensor:
+def continuous_diffusion(
+    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: Eta = 1.0, curve: Curve | None = None
+) -> Tensor:
     """The integrand of the continuous-time diffusion term at t = u, ``(B,)``, nats; arguments as :func:`discrete_diffusion`."""
-    level, difference, slope = continuous_errors(process, predictor, x, u, noise)
+    level, difference, slope = continuous_errors(process, predictor, x, u, noise, curve)
     square = _eta_at(eta, u, x) ** 2
     error = slope - 0.5 * (1 + square) * difference
     return 0.5 * level.snr_decay * sum_event(error**2 / square)
@@ -170,6 +183,7 @@ def diffusion_term(
     steps: int | None = None,
     eta: Eta = 1.0,
     scale: StepFunction | None = None,
+    curve: Curve | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The diffusion term in discrete (``steps`` = T) or continuous time (``steps`` = None).
 
@@ -185,9 +199,9 @@ def diffusion_term(
             "in continuous time only the reverse variance of the forward process gives a finite bound; leave scale out, or give steps"
         )
     if steps is None:
-        integrand = continuous_diffusion(process, predictor, x, draw.u, noise, eta)
+        integrand = continuous_diffusion(process, predictor, x, draw.u, noise, eta, curve)
     else:
-        integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta, scale)
+        integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta, scale, curve)
     return draw.weight * integrand, integrand
 
 
@@ -224,8 +238,8 @@ def path_log_weight(
         ``(B,)``, nats.
     """
     _check_reverse(steps, eta)
-    t = process.level(1.0, x)
-    true_t = process.transform(x, t)
+    t, curve = process.level(1.0, x), process.transform.curve(x)
+    true_t = curve.at(t)
     q = process.marginal_of(true_t, t)
     z = q.sample(standard_normal(x, source))
     log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
@@ -233,7 +247,7 @@ def path_log_weight(
         s = process.level((index - 1) / steps, x)
         middle = torch.full_like(t.t, (index - 0.5) / steps)
         eta_at = _eta_at(eta, middle, x)
-        true_s = process.transform(x, s)
+        true_s = curve.at(s)
         q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
         p = process.posterior(z, predictor(z, t), s, t, eta_at)
         widened = p.std if scale is None else p.std * expand(scale(middle), x).sqrt()

@@ -130,7 +130,7 @@ class NDM(nn.Module):
         horizon = self.steps if steps == "trained" else steps
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
-        eta = self.eta if eta is None else eta
+        eta, curve = self.eta if eta is None else eta, self.transform.curve(x)
         diffusion, reconstruction = [], []
         for index in range(draws or 1):
             if draws is None:
@@ -141,12 +141,12 @@ class NDM(nn.Module):
                 u = (index + (uniform(x.reshape(x.shape[0], -1)[:, 0], generator) if positions is None else positions)) / draws
                 draw = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
             noise = standard_normal(x, generator)
-            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, noise, horizon, eta, scale)
+            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, noise, horizon, eta, scale, curve)
             if draws is None and self.training:
                 self.times.update(draw, integrand)
             diffusion.append(estimate)
-            reconstruction.append(reconstruction_term(self.process, self.decoder, x, standard_normal(x, generator)))
-        return Bound(prior_term(self.process, x), torch.stack(diffusion).mean(0), torch.stack(reconstruction).mean(0))
+            reconstruction.append(reconstruction_term(self.process, self.decoder, x, standard_normal(x, generator), curve))
+        return Bound(prior_term(self.process, x, curve), torch.stack(diffusion).mean(0), torch.stack(reconstruction).mean(0))
 
     def forward(self, x: Tensor) -> Bound:
         """The training bound of ``x``: :meth:`bound` with one time an example."""

@@ -3,18 +3,24 @@ r"""Transformations F(x, t) of the data, with their time derivative dF at fixed 
 .. math::
     q(z_t | x) = N(\alpha_t F_\phi(x, t), \sigma_t^2 I)
 
-=========================  ================================  =============================================
-:class:`Identity`          F = x                             DDPM, DDIM, VDM, flow matching
-:class:`NetworkTransform`  F = (1-t) x + t g(x, t), g = x+f  the paper (NDM, section 4), i.e. F = x + t f(x, t)
-:class:`GatedTransform`    F = x + sigma_t² f(x, t)          log-SNR gated (DiffEnc, Nielsen et al. 2024)
-=========================  ================================  =============================================
+===========================  ================================  =============================================
+:class:`Identity`            F = x                             DDPM, DDIM, VDM, flow matching
+:class:`NetworkTransform`    F = (1-t) x + t g(x, t), g = x+f  the paper (NDM, section 4), i.e. F = x + t f(x, t)
+:class:`GatedTransform`      F = x + sigma_t² f(x, t)          log-SNR gated (DiffEnc, Nielsen et al. 2024)
+:class:`SeparableTransform`  F = x + w(t) sum_k B_k(t) c_k(x)  time-separable, B_k(t) = cos(pi k t) (ours)
+===========================  ================================  =============================================
+
+The last needs one evaluation of its network for F(x, s), F(x, t), F(x, 1) and every time derivative of the same x: c_k(x) are channels of
+ONE network output that does not know t, and w and B_k are differentiated by hand. A :class:`Curve` is such a t -> F(x, t) at fixed x.
 
 Every transformation starts training at the identity: networks of this library zero their last layer, any other network is multiplied
 by a learned scalar that starts at zero. Networks here always run in the precision of x, never under autocast: the bound multiplies
 F(x, t) - F(x̂, t) by exp(-gamma/2), up to 800, and half precision would drown it.
 """
 
+import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +49,34 @@ class Transform(nn.Module, ABC):
         value_s, value_t = self(torch.cat([x, x]), s.cat(t)).chunk(2)
         return value_s, value_t
 
+    def curve(self, x: Tensor) -> "Curve":
+        """t -> F(x, t) at these x, for several times."""
+        return Curve(self, x)
+
+
+class Curve:
+    """t -> F(x, t) at fixed x ``(B, *event)``, evaluated anew at each time.
+
+    Args:
+        transform: F.
+        x: the data.
+    """
+
+    def __init__(self, transform: Transform, x: Tensor):
+        self._transform, self._x = transform, x
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        """F(x, t)."""
+        return self._transform(self._x, level)
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """F(x, t) and dF(x, t)."""
+        return self._transform.with_derivative(self._x, level)
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """F(x, s) and F(x, t)."""
+        return self._transform.at_both(self._x, s, t)
+
 
 class Identity(Transform):
     """F(x, t) = x: the conventional diffusion model."""
@@ -57,19 +91,23 @@ class Identity(Transform):
         return x, x
 
 
+def _started_at_zero(network: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
+    """The network, and for a foreign one a learned scalar that starts at zero; networks of this library start at zero themselves."""
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network is a {type(network).__name__}: a transformation needs an nn.Module called as network(x, t)")
+    zero_output = getattr(network, "zero_output", None)
+    if zero_output is None:
+        return network, nn.Parameter(torch.zeros(()))
+    zero_output()
+    return network, None
+
+
 class _Residual(Transform, ABC):
     """F = x + gate(t) f(x, t), with a network f."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise UserError(f"network is a {type(network).__name__}: a transformation needs an nn.Module called as network(x, t)")
-        self.network = network
-        # Networks of this library start at zero themselves; a foreign one is started at zero by a learned scalar.
-        zero_output = getattr(network, "zero_output", None)
-        self.gain = None if zero_output is not None else nn.Parameter(torch.zeros(()))
-        if zero_output is not None:
-            zero_output()
+        self.network, self.gain = _started_at_zero(network)
 
     @abstractmethod
     def gate(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -118,3 +156,75 @@ class GatedTransform(_Residual):
 
     def gate(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return level.sigma**2, 2 * level.sigma * level.dsigma
+
+
+class SeparableTransform(Transform):
+    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one x.
+
+    Args:
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or any
+            other ``nn.Module``. It needs no derivative in t.
+        gate: w(t): ``noise`` is sigma_t², as in :class:`GatedTransform`; ``time`` is t, as in the paper's form.
+    """
+
+    def __init__(self, network: nn.Module, gate: Literal["noise", "time"] = "noise"):
+        super().__init__()
+        if gate not in ("noise", "time"):
+            raise UserError(f"gate={gate!r} is not known: choose noise or time")
+        self.gate, self.data_at_zero = gate, gate == "time"
+        self.network, self.gain = _started_at_zero(network)
+
+    def channels(self, x: Tensor) -> Tensor:
+        """c_k(x), ``(B, K, *event)``."""
+        with torch.autocast(x.device.type, enabled=False):
+            channels = self.network(x, torch.zeros_like(x.reshape(x.shape[0], -1)[:, 0]))
+        if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
+            raise UserError(
+                f"the network of the time-separable transformation maps {tuple(x.shape)} to {tuple(channels.shape)}; it must return "
+                "(B, K, *event): give a network of this library outputs=K"
+            )
+        return channels if self.gain is None else self.gain * channels
+
+    def curve(self, x: Tensor) -> "Curve":
+        return _SeparableCurve(self, x)
+
+    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        return self.curve(x).at(level)
+
+    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.curve(x).with_derivative(level)
+
+    def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.curve(x).at_both(s, t)
+
+
+class _SeparableCurve(Curve):
+    """Sums over the channels of one network output."""
+
+    def __init__(self, transform: SeparableTransform, x: Tensor):
+        self._x, self._channels, self._gate = x, transform.channels(x), transform.gate
+
+    def _window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        if self._gate == "time":
+            return level.t, torch.ones_like(level.t)
+        return level.sigma**2, 2 * level.sigma * level.dsigma
+
+    def _weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """w B_k and its derivative in t, ``(B, K)``."""
+        window, slope = (value[:, None] for value in self._window(level))
+        order = math.pi * torch.arange(self._channels.shape[1], dtype=level.t.dtype, device=level.t.device)
+        angle = order * level.t[:, None]
+        return window * angle.cos(), slope * angle.cos() - window * order * angle.sin()
+
+    def _sum(self, weights: Tensor) -> Tensor:
+        return torch.einsum("bk,bk...->b...", weights, self._channels)
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self._x + self._sum(self._weights(level)[0])
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        weights, slopes = self._weights(level)
+        return self._x + self._sum(weights), self._sum(slopes)
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.at(s), self.at(t)

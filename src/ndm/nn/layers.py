@@ -54,3 +54,9 @@ def check_dropout(dropout: float) -> float:
     if not 0 <= dropout < 1:
         raise UserError(f"dropout={dropout}: give a probability in [0, 1)")
     return dropout
+
+
+def check_outputs(outputs: int | None) -> None:
+    """Raise :class:`UserError` unless ``outputs`` is None or at least 1."""
+    if outputs is not None and outputs < 1:
+        raise UserError(f"outputs={outputs}: give the number of outputs in the shape of x, at least 1, or leave it out")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import check_dropout, zeroed
+from ndm.nn.layers import check_dropout, check_outputs, zeroed
 
 
 class _Block(nn.Module):
@@ -39,6 +39,7 @@ class MLP(nn.Module):
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
+        outputs: K outputs in the shape of x, ``(B, K, *event)``, for :class:`ndm.SeparableTransform`; None for one without that axis.
     """
 
     def __init__(
@@ -49,18 +50,20 @@ class MLP(nn.Module):
         fourier: Sequence[int] = (),
         max_frequency: float = 32.0,
         dropout: float = 0.0,
+        outputs: int | None = None,
     ):
         super().__init__()
+        check_outputs(outputs)
         if dims < 1 or hidden < 1 or blocks < 0:
             raise UserError(f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and blocks >= 0")
         self.dims, self.hidden, self.blocks, self.max_frequency, self.dropout = dims, hidden, blocks, max_frequency, check_dropout(dropout)
-        self.fourier = list(fourier)
+        self.fourier, self.outputs = list(fourier), outputs
         self.features = FourierFeatures(fourier)
         self.time = TimeEmbedding(hidden, max_frequency=max_frequency)
         self.first = nn.Linear(dims * self.features.multiple(), hidden)
         self.layers = nn.ModuleList(_Block(hidden, hidden, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(hidden)
-        self.last = nn.Linear(hidden, dims)
+        self.last = nn.Linear(hidden, dims * (outputs or 1))
 
     def zero_output(self) -> None:
         """Set the last layer to zero, so that the network starts at f = 0."""
@@ -77,4 +80,5 @@ class MLP(nn.Module):
         h = self.first(self.features(flat))
         for block in self.layers:
             h = block(h, time)
-        return self.last(self.norm(h)).reshape(x.shape)
+        out = self.last(self.norm(h))
+        return out.reshape(x.shape) if self.outputs is None else out.reshape(x.shape[0], self.outputs, *x.shape[1:])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import Attention, check_dropout, group_norm, zeroed
+from ndm.nn.layers import Attention, check_dropout, check_outputs, group_norm, zeroed
 
 
 class _Block(nn.Module):
@@ -48,6 +48,7 @@ class UNet(nn.Module):
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
+        outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for :class:`ndm.SeparableTransform`; None for one without that axis.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class UNet(nn.Module):
         fourier: Sequence[int] = (),
         max_frequency: float = 32.0,
         dropout: float = 0.0,
+        outputs: int | None = None,
     ):
         super().__init__()
-        levels = len(multiples)
+        check_outputs(outputs)
+        self.outputs, levels = outputs, len(multiples)
         self.attention = attention if isinstance(attention, bool) else list(attention)
         attend = [attention] * levels if isinstance(attention, bool) else list(attention)
         if image_channels < 1 or channels < 1 or blocks < 1 or levels < 1 or min(multiples) < 1 or len(attend) != levels:
@@ -97,7 +100,7 @@ class UNet(nn.Module):
                 width = channels * multiple
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm, self.last = group_norm(width), nn.Conv2d(width, image_channels, 3, padding=1)
+        self.norm, self.last = group_norm(width), nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def zero_output(self) -> None:
@@ -124,4 +127,5 @@ class UNet(nn.Module):
                 h = module(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = module(nnf.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
-        return self.last(nnf.silu(self.norm(h)))
+        out = self.last(nnf.silu(self.norm(h)))
+        return out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))

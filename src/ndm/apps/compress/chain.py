@@ -35,6 +35,7 @@ from ndm.errors import UserError
 from ndm.forward import posterior_coefficients
 from ndm.model import NDM
 from ndm.schedule import NoiseLevel
+from ndm.transform import Curve
 
 FINE = 32
 """a_i counts in 32nds of a cell."""
@@ -218,9 +219,11 @@ class Chain:
     def transformed(self, index: np.ndarray) -> list[Tensor]:
         """F(x, t) at t = 0, 1/T, ... 1 for levels ``index`` ``(B D,)``."""
         x = torch.from_numpy(self.values[index]).reshape(-1, *self.event_shape).to(self.device)
-        times = range(self.plan.steps + 1)
-        parts = [[self.model.transform(part, self._level(i, part)) for i in times] for part in x.split(self.rows)]
+        parts = [self._along(self.model.transform.curve(part), part) for part in x.split(self.rows)]
         return [torch.cat(of_time) for of_time in zip(*parts, strict=True)]
+
+    def _along(self, curve: Curve, like: Tensor) -> list[Tensor]:
+        return [curve.at(self._level(i, like)) for i in range(self.plan.steps + 1)]
 
     def first(self, transformed: list[Tensor]) -> np.ndarray:
         """Mean of q(z_1|x) in 32nds of a cell, not rounded yet, ``(B D,)``."""
