@@ -178,6 +178,31 @@ def test_the_means_are_those_of_the_process() -> None:
             assert float(posterior.std.flatten()[0]) == pytest.approx(plan.delta[step - 1] / plan.width, rel=1e-6)
 
 
+@pytest.mark.parametrize("schedule", [LinearLogSNR(-4.0, 4.0), FlowMatching(0.1, 0.0)], ids=["linear", "flow"])
+def test_the_decoder_is_that_of_the_model(schedule: Schedule) -> None:
+    model = make_model((1,), 17, 0, schedule).double()
+    chain = Chain(model, make_plan(model, 2, 1, width=0.25), (1,))
+    latent = np.arange(-60, 60, 7).astype(float)
+    z = torch.from_numpy(latent * chain.plan.delta[0])[:, None]
+    assert isinstance(model.decoder, DiscretizedGaussian)
+    expected = model.decoder.logits(z, model.process.level(0.0, z))[:, 0].exp().numpy()
+    found = chain.probabilities(latent)
+    np.testing.assert_allclose(found / found.sum(1, keepdims=True), expected, atol=0.02)
+
+
+def test_damaged_bits_do_not_end_where_the_encoder_began() -> None:
+    model = make_model((4,), 16, 1)
+    chain, index = Chain(model, make_plan(model, 3, 2), (4,)), np.random.default_rng(0).integers(0, 16, (6, 4))
+    coded = encode(chain, index)
+    for place in range(len(coded.words) - 1):
+        words = coded.words.copy()
+        words[place] ^= 1 << 7
+        with pytest.raises(ValueError, match=r"do not end|too few bits"):
+            decode(chain, Coded(words, coded.initial, coded.exceptions), 6)
+    with pytest.raises(ValueError, match="do not end"):
+        decode(chain, Coded(coded.words, coded.initial + 1, coded.exceptions), 6)
+
+
 def test_initial_bits_are_those_of_one_batch() -> None:
     model = make_model((8,), 16, 1)
     index = np.random.default_rng(0).integers(0, 16, (64, 8))

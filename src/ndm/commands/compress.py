@@ -139,9 +139,7 @@ def compress(
     print(f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode, {coded.clock.network / total:.0%} of it in the networks")
 
 
-def decompress(
-    archive: str, model: str, out: str | None = None, rows: int = 64, batch_size: int | None = None, device: str = "auto"
-) -> None:
+def decompress(archive: str, model: str, out: str, rows: int = 64, batch_size: int | None = None, device: str = "auto") -> None:
     """Restore what ndm compress made an archive of.
 
     Args:
