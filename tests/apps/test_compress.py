@@ -197,7 +197,7 @@ def test_damaged_bits_do_not_end_where_the_encoder_began() -> None:
     for place in range(len(coded.words) - 1):
         words = coded.words.copy()
         words[place] ^= 1 << 7
-        with pytest.raises(ValueError, match=r"do not end|too few bits"):
+        with pytest.raises(ValueError, match=r"do not end|too few bits|out of reach"):
             decode(chain, Coded(words, coded.initial, coded.exceptions), 6)
     with pytest.raises(ValueError, match="do not end"):
         decode(chain, Coded(coded.words, coded.initial + 1, coded.exceptions), 6)
@@ -305,8 +305,8 @@ def mutate(data: bytes, generator: np.random.Generator, other: bytes) -> bytes:
     return resealed(bytes(body)) if generator.integers(2) or kind > 2 else bytes(body) + data[-32:]
 
 
-def test_ten_thousand_damaged_archives_are_refused_or_decode_to_the_same() -> None:
-    shape = (4,)
+def test_ten_thousand_damaged_archives_are_refused_or_decode_to_the_same(tmp_path: Path) -> None:
+    shape, path = (4,), tmp_path / "x.ndm"
     model = make_model(shape, 16, 1)
     generator = np.random.default_rng(0)
     index = generator.integers(0, 16, (6, 4))
@@ -315,8 +315,9 @@ def test_ten_thousand_damaged_archives_are_refused_or_decode_to_the_same() -> No
     with np.errstate(all="ignore"):
         for _ in range(10_000):
             damaged = mutate(data, generator, other)
+            path.write_bytes(damaged)
             try:
-                found = unpack(damaged)
+                found = read_archive(path)
                 if found.event_shape != shape or found.count > 1000:
                     raise ValueError("not the model's")
                 rows = decode(Chain(model, found.plan, shape), found.coded, found.count)
@@ -324,10 +325,9 @@ def test_ten_thousand_damaged_archives_are_refused_or_decode_to_the_same() -> No
                     raise ValueError("checksum")
                 outcomes["same"] += 1
                 assert np.array_equal(rows, index) or damaged[:-32] == other[:-32]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error, UserError):
+            except UserError:  # everything that is wrong with a file, and an output that is not finite
                 outcomes["refused"] += 1
-            except Exception as error:
-                assert type(error).__name__ == "_LaterVersionError", error
+            except ValueError:  # everything that is wrong with its bits
                 outcomes["refused"] += 1
     assert outcomes["refused"] > 9000, outcomes
 

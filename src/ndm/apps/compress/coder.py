@@ -96,8 +96,14 @@ class Stack:
         return symbols + center
 
     def push(self, values: np.ndarray, mean: np.ndarray, std: float, reach: int) -> None:
-        """The inverse of :meth:`pop`."""
+        """The inverse of :meth:`pop`.
+
+        Raises:
+            ValueError: a value is out of reach; only a damaged archive leads there.
+        """
         center = _center(mean)
+        if not (np.abs(values - center) <= reach).all():
+            raise ValueError("a latent is out of reach")
         symbols = (values - center).astype(np.int32)
         self._coder.encode_reverse(symbols, self._families[reach], mean - center, np.full(len(mean), std))
 
@@ -194,7 +200,8 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
     size, first = chain.plan.batch, count % chain.plan.batch
     numbers = range(count // size + bool(first))
     try:
-        with tqdm(total=count, desc="decompressing", unit="image", disable=not progress, delay=1, leave=False) as bar:
+        bar = tqdm(total=count, desc="decompressing", unit="image", disable=not progress, delay=1, leave=False)
+        with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may lead anywhere
             for number in reversed(numbers):
                 images = first if first and number == 0 else size
                 found = _decode_batch(chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock)
