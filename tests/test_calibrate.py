@@ -47,7 +47,7 @@ class Doubles(EventDataset):
 
 def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reverse: object) -> Tensor:
     """The mean diffusion term in each part of time, with the very noise of the fit."""
-    source, terms = ExampleNoise(0, range(len(data))), []
+    source, terms = ExampleNoise(0, range(len(data)), 20), []  # the stream of fits
     x = data.__getitems__(range(len(data)))
     for part in range(parts):
         u = (part + uniform(x[:, 0], source)) / parts
@@ -135,8 +135,9 @@ def test_bad_arguments_are_refused() -> None:
         ndm.bound(data.x, draws=1, scale=StepFunction(torch.ones(1)))
     with pytest.raises(UserError, match="positive"):
         StepFunction(torch.tensor([1.0, 0.0]))
-    with pytest.raises(UserError, match="steps"):
-        best_scale(ndm, data, 0)
+    for options in ({"steps": 0}, {"steps": 2, "examples": 0}, {"steps": 2, "batch_size": 0}):
+        with pytest.raises(UserError, match=list(options)[-1]):
+            best_scale(ndm, data, **options)
     with pytest.raises(UserError, match="draws"):
         ndm.bound(data.x, generator=ExampleNoise(0, range(10)))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
@@ -17,13 +17,14 @@ from ndm.likelihood import (
     ode_log_prob,
     quadrature,
     round_trip_error,
+    trace_times,
 )
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.noise import ExampleNoise
 from ndm.predictor import Predictor
 from ndm.sample import ReverseProcess, solve_ode
-from ndm.schedule import FlowMatching, LinearLogSNR, Schedule
+from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import COVARIANCE, F64, MEAN, SHEAR, GaussianProblem, LinearTransform, MixtureProblem, randomised
 
@@ -160,6 +161,40 @@ def test_quadrature_is_exact_for_polynomials_and_nested() -> None:
     times, weights = quadrature(32)
     assert float((weights * torch.exp(3 * times)).sum()) == pytest.approx(math.expm1(3) / 3, rel=1e-13)
     assert bool((weights > 0).all())
+
+
+class GridPredictor(nn.Module):
+    """E[x|z_t] of independent uniform values on the grid of a decoder, F = x: as sharp as data on a grid make it."""
+
+    def __init__(self, decoder: DiscretizedGaussian):
+        super().__init__()
+        self.values = decoder.values
+
+    def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        alpha, sigma = level.alpha[:, None, None], level.sigma[:, None, None]
+        exponent = -0.5 * ((z[..., None] - alpha * self.values) / sigma) ** 2
+        return (torch.softmax(exponent, -1) * self.values).sum(-1)
+
+
+@pytest.mark.parametrize("schedule", [DDPMLinear(), Cosine(), FlowMatching(), LinearLogSNR()], ids=["ddpm", "cosine", "flow", "linear"])
+def test_the_default_settings_resolve_steep_schedules(schedule: Schedule) -> None:
+    decoder = DiscretizedGaussian(17)
+    x = decoder.values[torch.randint(17, (40, 1), generator=torch.Generator().manual_seed(0))]
+    reverse = ReverseProcess(ForwardProcess(schedule, Identity()), GridPredictor(decoder))  # type: ignore[arg-type]
+    found = log_likelihood(reverse, decoder, x, samples=2, settings=OdeSettings(rtol=1e-5, atol=1e-6))
+    assert float(found.log_p.mean()) == pytest.approx(-math.log(17), abs=0.01)
+    assert float((found.log_p - found.coarse_log_weights.logsumexp(1) + math.log(2)).mean()) == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), FlowMatching(), LinearLogSNR(-6.0, 25.0)], ids=["cosine", "flow", "linear"])
+def test_the_times_of_the_trace_integrate_over_t_and_are_nested(schedule: Schedule) -> None:
+    process = ForwardProcess(schedule, Identity())
+    times, weights = trace_times(process, 64)
+    assert (float(times[0]), float(times[-1])) == (0.0, 1.0)
+    assert bool((times.diff() > 0).all())
+    for power in (0, 1, 3):
+        assert float((weights * times**power).sum()) == pytest.approx(1 / (power + 1), abs=2e-3)
+    torch.testing.assert_close(times[::2], trace_times(process, 32)[0], rtol=0, atol=1e-12)
 
 
 def test_the_tolerance_holds_for_a_hard_example_among_many_easy_ones() -> None:
@@ -331,10 +366,12 @@ def test_ways_that_do_not_fit_the_data_are_refused() -> None:
         latent(process, GaussianDecoder(), x, "magic")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="samples"):
         log_likelihood(network_process(2), GaussianDecoder(), x, samples=0)
+    with pytest.raises(UserError, match="none"):
+        log_likelihood(network_process(2), GaussianDecoder(), x, samples=2, dequantization="none")
 
 
 def test_few_dimensions_take_the_exact_trace_and_many_take_probes() -> None:
     assert OdeSettings().probes_for(16) is None
-    assert OdeSettings().probes_for(17) == 4
+    assert OdeSettings().probes_for(17) == 2
     assert OdeSettings(probes="exact").probes_for(1000) is None
     assert OdeSettings(probes=2).probes_for(3) == 2

@@ -44,4 +44,6 @@ def test_a_batch_of_another_size_is_refused() -> None:
 
 
 def test_seeds_of_several_numbers_differ() -> None:
+    assert part_seed(3, 10) != part_seed(3, 10, 0) != part_seed(3, 10, 0, 0)
+    assert part_seed(10 * 2**32 + 5, 1, 1) != part_seed(5, 10, 1)
     assert len({part_seed(0), part_seed(0, 1), part_seed(0, 1, 2), part_seed(0, 2, 1), part_seed(1, 2), part_seed(2, 1)}) == 6

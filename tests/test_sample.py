@@ -17,6 +17,7 @@ from ndm.decoder import GaussianDecoder
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
+from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, ReverseProcess, Sampler, Step, TorchSDE, make_sampler
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, Schedule
@@ -262,3 +263,17 @@ def test_an_event_without_dimensions_is_sampled_too() -> None:
     wide = z[:, None]
     scalar = GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), z)
     torch.testing.assert_close(scalar, GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), wide)[:, 0])
+
+
+def test_the_model_samples_the_reverse_process_whose_bound_it_trains() -> None:
+    torch.manual_seed(0)
+    parts = LinearLogSNR(-5.0, 3.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder()
+    model = NDM(*parts, steps=4, eta=0.5)
+    assert torch.equal(model.sample((3, 2), seed=0), model.sample((3, 2), seed=0, eta=0.5, steps=4))
+    assert not torch.equal(model.sample((3, 2), seed=0), model.sample((3, 2), seed=0, eta=1.0))
+
+
+@pytest.mark.parametrize("solver", ["rk4", "foo"])
+def test_only_adaptive_solvers_choose_their_steps(solver: str) -> None:
+    with pytest.raises(UserError, match="adaptive"):
+        AdaptiveODE(solver)

@@ -27,6 +27,8 @@ from ndm.noise import ExampleNoise, standard_normal, uniform
 from ndm.ops import event_size, sum_event
 from ndm.times import StepFunction
 
+_FIT = 20  # stream of noise
+
 
 @torch.no_grad()
 def best_scale(
@@ -90,19 +92,22 @@ def _means(model: NDM, data: EventDataset, errors, bins, examples, batch_size, s
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")
     check_whole("bins", bins, 1)
-    chosen, device = spread(len(data), examples), model.device
-    training = model.training
+    for name, value in (("examples", examples), ("batch_size", batch_size)):
+        check_whole(name, value, 1)
+    chosen, training = spread(len(data), examples), model.training
     model.eval()
     sums: list[list[Tensor]] = [[] for _ in range(bins)]
     bar = tqdm(total=len(chosen), desc="fitting the reverse process", unit="example", disable=not progress, delay=1, leave=False)
-    for start in range(0, len(chosen), batch_size):
-        batch = chosen[start : start + batch_size]
-        x, source = data.__getitems__(batch).to(device), ExampleNoise(seed, batch)
-        for part in range(bins):
-            u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
-            values = torch.stack(errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(x, source)))
-            sums[part].append(values.double().sum(1).cpu())
-        bar.update(len(batch))
-    bar.close()
-    model.train(training)
+    try:
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
+            x, source = data.__getitems__(batch).to(model.like), ExampleNoise(seed, batch, _FIT)
+            for part in range(bins):
+                u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
+                values = torch.stack(errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(x, source)))
+                sums[part].append(values.cpu().double().sum(1))
+            bar.update(len(batch))
+    finally:
+        bar.close()
+        model.train(training)
     return list(torch.stack([torch.stack(part).sum(0) for part in sums], dim=1) / len(chosen))

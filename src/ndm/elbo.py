@@ -89,6 +89,8 @@ def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, no
     return -decoder.log_prob(x, process.marginal_of(transformed, level).sample(noise), level)
 
 
+MOST_STEPS = 10**7
+"""Largest T: beyond it a step is lost in the rounding of single precision."""
 Eta = float | StepFunction
 """Stochasticity of the reverse process: a number, or a function of time."""
 
@@ -208,8 +210,10 @@ def diffusion_term(
 def _check_reverse(steps: int | None, eta: Eta) -> None:
     if not isinstance(eta, StepFunction) and not eta > 0:
         raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
-    if steps is not None and steps < 1:
-        raise UserError(f"steps={steps}: discrete time needs at least one step; None stands for continuous time")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS):
+        raise UserError(
+            f"steps={steps}: discrete time needs a whole number of steps from 1 to {MOST_STEPS}; None stands for continuous time"
+        )
 
 
 def path_log_weight(

@@ -16,10 +16,12 @@ result by rounding only, and by the tolerance of an adaptive solver. Bits per di
 they are on the scale of the original integers. For continuous data the bound is a density: nats are given too.
 """
 
+import contextlib
 import math
+import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -47,15 +49,20 @@ _BOUND, _POSITIONS, _PATHS = 10, 11, 12  # streams of noise
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a name; ``auto`` is the accelerator of this machine, or the CPU.
 
+    Of several accelerators each process that torchrun started takes its own.
+
     Raises:
         UserError: there is no such device.
     """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = torch.device("cuda" if name == "gpu" else name)
+        if name == "auto":
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        else:
+            device = torch.device("cuda" if name == "gpu" else name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the device {name!r} is not available here; choose auto, cpu or cuda") from error
     return device
 
@@ -97,6 +104,7 @@ class Evaluation:
         self.dims = self.data[0].numel()
         self.size = self.batch_size or default_batch_size(self.model, self.dims)
         self.progress = self.progress and self.processes.first
+        self._fits: dict[tuple[int | None, int, int], dict[str, Any]] = {}
 
     def nelbo(
         self,
@@ -115,17 +123,20 @@ class Evaluation:
         """
         check_whole("draws", draws, 1)
         horizon = self.model.steps if steps == "trained" else steps
+        if horizon is not None:
+            check_whole("steps", horizon, 1)
         assert horizon is None or isinstance(horizon, int)
         if horizon is not None and horizon < draws:
             draws = math.ceil(draws / horizon) * horizon
-        fitted, started = self._calibrate(horizon, calibrate_on, calibration_examples), time.perf_counter()
+        started = time.perf_counter()
+        fitted = self._calibrate(horizon, calibrate_on, calibration_examples)
         order = np.random.default_rng(part_seed(self.seed, _POSITIONS)).permutation(len(self.numbers))
         place = dict(zip(self.numbers, order.tolist(), strict=True))
 
         def terms(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-            jitter = uniform(x.reshape(len(x), -1)[:, 0].double(), ExampleNoise(self.seed, numbers, _POSITIONS))
-            ranks = torch.tensor([place[number] for number in numbers], device=x.device)
-            positions = ((ranks + jitter) / len(self.numbers)).to(x.dtype)
+            ranks = torch.tensor([place[number] for number in numbers], dtype=torch.float64)
+            jitter = uniform(ranks, ExampleNoise(self.seed, numbers, _POSITIONS))
+            positions = ((ranks + jitter) / len(self.numbers)).to(x)
             source = ExampleNoise(self.seed, numbers, _BOUND)
             bound = self.model.bound(x, steps=horizon, draws=draws, generator=source, positions=positions, **fitted)
             # In double precision before they are added up, so that the terms in the record add up to the bound.
@@ -151,7 +162,8 @@ class Evaluation:
         """
         check_whole("steps", steps, 1)
         check_whole("samples", samples, 1)
-        fitted, started = self._calibrate(steps, calibrate_on, calibration_examples), time.perf_counter()
+        started = time.perf_counter()
+        fitted = self._calibrate(steps, calibrate_on, calibration_examples)
         model = self.model
         options = {"eta": model.eta, **fitted}
 
@@ -159,7 +171,9 @@ class Evaluation:
             paths = [
                 path_log_weight(
                     model.process, model.predictor, model.decoder, x, steps, ExampleNoise(self.seed, numbers, _PATHS, k), **options
-                ).double()
+                )
+                .cpu()
+                .double()
                 for k in range(samples)
             ]
             return {"nelbo": math.log(samples) - torch.logsumexp(torch.stack(paths), 0)}
@@ -185,7 +199,9 @@ class Evaluation:
             reverse_check: solve this many examples there and back, and report how far they come back from where they started.
         """
         settings, started = settings or OdeSettings(), time.perf_counter()
+        check_whole("reverse_check", reverse_check, 0)
         model = self.model
+        reversibility = self._reversibility(dequantization, settings, reverse_check)  # first: it is short, and fails where the rest would
 
         def values_of(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             options: dict[str, Any] = {"settings": settings, "seed": self.seed, "examples": numbers, "progress": self.progress}
@@ -198,6 +214,10 @@ class Evaluation:
         probes = settings.probes_for(self.dims)
         adaptive = {"rtol": settings.rtol, "atol": settings.atol} if settings.solver in ndm.sample.ADAPTIVE_SOLVERS else {}
         single = values["single"]
+        if len(single) > 1:
+            shift_error = float(bits_per_dim(standard_error(values["shift"]), self.dims))
+        else:
+            shift_error = 0.0
         protocol = {
             "dequantization": dequantization,
             "importance_samples": samples,
@@ -210,47 +230,52 @@ class Evaluation:
             "one_sample_bpd": float(bits_per_dim(single.mean(), self.dims)),
             "one_sample_bpd_stderr": float(bits_per_dim(standard_error(single), self.dims)) if len(single) > 1 else None,
             "half_the_nodes_shift_bpd": float(bits_per_dim(values["shift"].mean(), self.dims)),
-            "reversibility": self._reversibility(dequantization, settings, reverse_check),
+            "half_the_nodes_shift_bpd_stderr": shift_error,
+            "reversibility": reversibility,
         }
         return self._result("nll", values["nll"], standard_error(values["nll"]), protocol, started)
 
-    def _reversibility(self, dequantization: Dequantization, settings: OdeSettings, count: int) -> dict[str, Any]:
+    def _reversibility(self, dequantization: Dequantization, settings: OdeSettings, count: int) -> dict[str, Any] | None:
+        if count == 0 or not self.processes.first:
+            return None
         chosen = self.numbers[: min(count, self.size)]
         x = self._batch(chosen)
         z, _ = latent(self.model.process, self.model.decoder, x, dequantization, ExampleNoise(self.seed, chosen, _POSITIONS))
-        error = round_trip_error(self.model.reverse, z, settings)
+        with _evaluating(self.model):
+            error = round_trip_error(self.model.reverse, z, settings)
         return {"examples": len(chosen), "rms_error": float(error.square().mean().sqrt()), "largest_rms_error": float(error.max())}
 
     def _calibrate(self, horizon: int | None, data: EventDataset | None, examples: int) -> dict[str, Any]:
         if data is None:
             return {}
-        options: dict[str, Any] = {"examples": examples, "batch_size": self.size, "seed": self.seed, "progress": self.progress}
-        if horizon is None:
-            return {"eta": best_eta(self.model, data, **options)}
-        return {"scale": best_scale(self.model, data, horizon, **options)}
+        key = (horizon, id(data), examples)
+        if key not in self._fits:
+            options: dict[str, Any] = {"examples": examples, "batch_size": self.size, "seed": self.seed, "progress": self.progress}
+            if horizon is None:
+                self._fits[key] = {"eta": best_eta(self.model, data, **options)}
+            else:
+                self._fits[key] = {"scale": best_scale(self.model, data, horizon, **options)}
+        return self._fits[key]
 
     def _reverse_words(self, horizon: int | None, data: EventDataset | None, examples: int) -> dict[str, Any]:
         words = f"fitted on {min(examples, len(data))} training examples" if data is not None else None
         return {"eta": words if words and horizon is None else self.model.eta, "reverse_variance": words if words and horizon else "v"}
 
     def _batch(self, numbers: list[int]) -> Tensor:
-        like = next((p for p in self.model.parameters()), torch.zeros(()))
-        return self.data.__getitems__(numbers).to(device=like.device, dtype=like.dtype)
+        return self.data.__getitems__(numbers).to(self.model.like)
 
     @torch.no_grad()
     def _measure(self, function: Callable[[Tensor, list[int]], dict[str, Tensor]], what: str) -> dict[str, Tensor]:
         """Values of all examples, ``(N,)`` each, float64, in the order of the data, from all processes."""
-        training = self.model.training
-        self.model.eval()
         starts = range(0, len(self.numbers), self.size)
         mine = self.processes.share(len(starts))
         numbers: list[int] = []
         parts: list[dict[str, Tensor]] = []
-        for index in tqdm(mine, desc=what, unit="batch", disable=not self.progress, delay=1, leave=False):
-            batch = self.numbers[starts[index] : starts[index] + self.size]
-            parts.append({name: value.double().cpu() for name, value in function(self._batch(batch), batch).items()})
-            numbers += batch
-        self.model.train(training)
+        with _evaluating(self.model):
+            for index in tqdm(mine, desc=what, unit="batch", disable=not self.progress, delay=1, leave=False):
+                batch = self.numbers[starts[index] : starts[index] + self.size]
+                parts.append({name: value.cpu().double() for name, value in function(self._batch(batch), batch).items()})
+                numbers += batch
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
         numbers, values = self.processes.gather(numbers, values)
         order = torch.tensor(np.argsort(numbers))
@@ -271,7 +296,7 @@ class Evaluation:
         terms: dict[str, float] | None = None,
         fitted: dict[str, Any] | None = None,
     ) -> Measurement:
-        like = next((p for p in self.model.parameters()), torch.zeros(()))
+        like = self.model.like
         levels = len(self.model.decoder.values) if isinstance(self.model.decoder, DiscretizedGaussian) else None
         packages = ("torch", "torchdiffeq", "numpy")
         shared = {
@@ -294,6 +319,17 @@ class Evaluation:
             },
         }
         return Measurement(name + ("_calibrated" if fitted else ""), values, stderr, self.dims, {**protocol, **shared}, terms or {})
+
+
+@contextlib.contextmanager
+def _evaluating(model: NDM) -> Iterator[None]:
+    """Evaluation mode, and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def evaluate_bound(

@@ -7,10 +7,13 @@ divergence of f (Chen et al. 2018; Song et al. 2021, appendix D; NDM section 3.3
     \log p(z_0) = \log N(z_1; 0, I) + \int_0^1 \mathrm{tr}\, \frac{\partial f}{\partial z}(z_t, t)\, dt .
 
 The trajectory does not depend on the trace. So it is solved first, by itself, and the trace is then taken at N + 1 fixed times on it and
-integrated by Clenshaw-Curtis quadrature, which is exact for polynomials of degree N:
+integrated by Clenshaw-Curtis quadrature, which is exact for polynomials of degree N, in a time y that runs evenly in t and in the noise level,
 
 .. math::
-    t_j = \tfrac12 (1 - \cos(\pi j / N)), \qquad \int_0^1 \mathrm{tr}\, dt \approx \sum_j w_j\, \mathrm{tr}_j .
+    y(t) = \tfrac12 t + \tfrac12 \frac{\ell(t) - \ell(0)}{\ell(1) - \ell(0)}, \quad \ell = \log \frac{\sigma}{\alpha + 0.01}, \qquad
+    y_j = \tfrac12 (1 - \cos(\pi j / N)), \qquad \int_0^1 \mathrm{tr}\, dt \approx \sum_j \frac{w_j}{y'(t_j)}\, \mathrm{tr}_j .
+
+In t itself a schedule whose noise rises steeply from t = 0 (cosine, flow matching) would need hundreds of times.
 
 The step of an adaptive solver is thus chosen by z alone, the trace costs N + 1 evaluations however many steps the solver takes, and
 the times of the half N, which are among those of N, show the error of the quadrature. The trace is exact (one vector-Jacobian product a
@@ -42,6 +45,7 @@ densities of x as the model sees it; :attr:`ndm.data.DataDescription.log_scale` 
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +69,7 @@ Solver = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun", "rk4", "heun3", "
 EXACT_UP_TO = 16
 """``probes="auto"`` takes the exact trace for events of at most this many dimensions."""
 _ROWS_AT_ONCE, _VALUES_AT_ONCE = 256, 2**15  # small events are taken together at several times, large ones fill a graph by themselves
+_ALPHA = 0.01  # keeps the noise level finite where no signal is left
 _PROBES, _LATENTS = 1, 2  # streams of noise
 
 
@@ -78,10 +83,10 @@ class OdeSettings:
     """Relative tolerance of an adaptive solver, kept for each example by itself."""
     atol: float = 1e-4
     """Absolute tolerance of the same."""
-    nodes: int = 32
-    """N: the trace is taken at N + 1 times; a solver with fixed steps makes N steps. Even."""
+    nodes: int = 64
+    """N: the trace is taken at N + 1 times; a solver with fixed steps makes N steps between them. Even."""
     probes: int | Literal["exact", "auto"] = "auto"
-    """Hutchinson probes at each of those times, or exact; auto is exact up to 16 dimensions and otherwise 4."""
+    """Hutchinson probes at each of those times, or exact; auto is exact up to 16 dimensions and otherwise 2."""
     probe: Literal["rademacher", "gaussian"] = "rademacher"
     """Distribution of the probes. Rademacher has the smaller variance."""
 
@@ -108,7 +113,7 @@ class OdeSettings:
         """Number of probes for events of D dimensions; None is the exact trace."""
         if isinstance(self.probes, int):
             return self.probes
-        return None if self.probes == "exact" or dims <= EXACT_UP_TO else 4
+        return None if self.probes == "exact" or dims <= EXACT_UP_TO else 2
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,25 @@ def quadrature(nodes: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((cosines + 1) / 2), torch.from_numpy(weights / 2)
 
 
+def trace_times(process: ForwardProcess, nodes: int) -> tuple[Tensor, Tensor]:
+    """The times ``(N + 1,)`` at which the trace is taken, from 0 to 1, and their weights, float64 on the CPU."""
+    schedule = copy.deepcopy(process.schedule).double().cpu()
+    even, weights = quadrature(nodes)
+
+    def noise(t: Tensor) -> tuple[Tensor, Tensor]:
+        level = schedule(t)
+        return torch.log(level.sigma / (level.alpha + _ALPHA)), level.dsigma / level.sigma - level.dalpha / (level.alpha + _ALPHA)
+
+    ends, _ = noise(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    low, high = torch.zeros_like(even), torch.ones_like(even)
+    for _ in range(60):  # y increases with t: halve the interval around each y_j
+        middle = (low + high) / 2
+        below = 0.5 * middle + 0.5 * (noise(middle)[0] - ends[0]) / (ends[1] - ends[0]) < even
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    times = ((low + high) / 2).where(even > 0, 0.0).where(even < 1, 1.0)
+    return times, weights / (0.5 + 0.5 * noise(times)[1] / (ends[1] - ends[0]))
+
+
 def trace(reverse: ReverseProcess, z: Tensor, t: Tensor, probes: Sequence[Tensor] | None) -> Tensor:
     """Trace of the Jacobian of f(z, t, x̂(z, t)) in z, ``(B,)``, by one evaluation of f and a vector-Jacobian product for each probe.
 
@@ -195,7 +219,7 @@ def ode_log_prob(
         UserError: the tolerances cannot be reached.
     """
     settings = settings or OdeSettings()
-    times, weights = quadrature(settings.nodes)
+    times, weights = trace_times(reverse.process, settings.nodes)
     probes = settings.probes_for(event_size(z))
     with _frozen(reverse):
         path, evaluations = solve_ode(reverse, z, times, settings.solver, settings.rtol, settings.atol, progress)
@@ -207,12 +231,12 @@ def ode_log_prob(
             drawn = None if probes is None else [[_probe(settings, z, source) for _ in range(probes)] for _ in at]
             vectors = None if drawn is None else [torch.cat(of_times) for of_times in zip(*drawn, strict=True)]
             values = trace(reverse, states.flatten(0, 1), at.repeat_interleave(len(z)), vectors)
-            traces.append(values.reshape(len(at), len(z)).double().cpu())
+            traces.append(values.reshape(len(at), len(z)).cpu().double())
             bar.update(len(at))
         bar.close()
-    end, along = path[-1].double().cpu(), torch.cat(traces)
+    end, along = path[-1].cpu().double(), torch.cat(traces)
     prior = Gaussian(torch.zeros_like(end), torch.ones_like(end)).log_prob(end)
-    half = quadrature(settings.nodes // 2)[1] @ along[::2]
+    half = trace_times(reverse.process, settings.nodes // 2)[1] @ along[::2]
     return OdeLogProb(log_p=prior + weights @ along, coarse=prior + half, z_1=path[-1], nfe=evaluations + len(times))
 
 
@@ -240,7 +264,7 @@ def _frozen(reverse: ReverseProcess) -> Iterator[None]:
 def round_trip_error(reverse: ReverseProcess, z: Tensor, settings: OdeSettings | None = None) -> Tensor:
     """Root mean square of z_0 less what comes back from z_0 -> z_1 -> z_0, ``(B,)``: how reversible the solved ODE is."""
     settings = settings or OdeSettings()
-    times, _ = quadrature(settings.nodes)
+    times, _ = trace_times(reverse.process, settings.nodes)
     there, _ = solve_ode(reverse, z, times, settings.solver, settings.rtol, settings.atol)
     back, _ = solve_ode(reverse, there[-1], times.flip(0), settings.solver, settings.rtol, settings.atol)
     return (back[-1] - z).flatten(1).square().mean(1).sqrt()
@@ -304,12 +328,14 @@ def log_likelihood(
         UserError: the tolerances cannot be reached, or an argument does not fit the data.
     """
     check_whole("samples", samples, 1)
+    if samples > 1 and dequantization == "none":
+        raise UserError(f"samples={samples} does not go with dequantization=none, which draws nothing: give one sample")
     examples = range(len(x)) if examples is None else examples
     weights, coarse, evaluations = [], [], 0
     for sample in range(samples):
         z, log_ratio = latent(reverse.process, decoder, x, dequantization, ExampleNoise(seed, examples, _LATENTS, sample))
         solved = ode_log_prob(reverse, z, settings, ExampleNoise(seed, examples, _PROBES), progress)
         evaluations += solved.nfe
-        weights.append(solved.log_p + log_ratio.double().cpu())
-        coarse.append(solved.coarse + log_ratio.double().cpu())
+        weights.append(solved.log_p + log_ratio.cpu().double())
+        coarse.append(solved.coarse + log_ratio.cpu().double())
     return LogLikelihood(torch.stack(weights, 1), torch.stack(coarse, 1), evaluations / samples)

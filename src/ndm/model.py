@@ -71,9 +71,10 @@ class NDM(nn.Module):
         return self.process.transform
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+    def like(self) -> Tensor:
+        """An empty tensor of the dtype and on the device of the parameters, to move data with ``x.to(model.like)``."""
+        first = next(self.parameters(), None)
+        return torch.empty(0) if first is None else torch.empty(0, dtype=first.dtype, device=first.device)
 
     @property
     def reverse(self) -> ReverseProcess:
@@ -123,10 +124,7 @@ class NDM(nn.Module):
         Raises:
             UserError: a value of x is off the decoder's grid, or an argument is out of range.
         """
-        if not x.is_floating_point():
-            raise UserError(
-                f"x has dtype {x.dtype}; the model takes floats: put integers k on the decoder's grid, decoder.values[k].float()"
-            )
+        _check_floats(x)
         horizon = self.steps if steps == "trained" else steps
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
@@ -172,7 +170,7 @@ class NDM(nn.Module):
             shape: ``(B, *event)``.
             method: ``ancestral``, ``ddim``, ``sde`` or ``ode``, or a sampler.
             steps: steps of the time grid; by default the model's T, or 100 in continuous time.
-            eta: noise of the reverse process for ``ancestral`` and ``sde``; default 1.
+            eta: noise of the reverse process for ``ancestral`` and ``sde``; by default the model's, whose bound is trained.
             solver: see :func:`ndm.sample.make_sampler`.
             rtol: relative tolerance of an adaptive solver.
             atol: absolute tolerance of an adaptive solver.
@@ -185,8 +183,9 @@ class NDM(nn.Module):
         if isinstance(method, Sampler):
             sampler = method
         else:
-            sampler = make_sampler(method, steps if steps is not None else self.steps or 100, eta, solver, rtol, atol)
-        like = next((p for p in self.parameters()), torch.zeros(()))
+            noise = self.eta if eta is None and method in ("ancestral", "sde") else eta
+            sampler = make_sampler(method, steps if steps is not None else self.steps or 100, noise, solver, rtol, atol)
+        like = self.like
         generator = torch.Generator(like.device)
         if seed is None:
             generator.seed()
@@ -226,6 +225,7 @@ class NDM(nn.Module):
         Returns:
             ``log_p`` ``(B,)``, nats, with the log-weights of the samples and the number of evaluations.
         """
+        _check_floats(x)
         training = self.training
         self.eval()
         try:
@@ -268,3 +268,8 @@ class NDM(nn.Module):
             raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         model.info = info
         return model.eval()
+
+
+def _check_floats(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise UserError(f"x has dtype {x.dtype}; the model takes floats: put integers k on the decoder's grid, decoder.values[k].float()")

@@ -18,7 +18,10 @@ from torch import Tensor
 
 def part_seed(seed: int, *part: int) -> int:
     """Seed of the random numbers of one part of a run: a hash of the seed and of the numbers that name the part."""
-    return int(np.random.SeedSequence([seed, *part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    words = [seed, *part]
+    if len(part) > 1:  # each number in two words, and how many there are: SeedSequence itself takes [1] and [1, 0] for the same
+        words = [0xFFFFFFFF, len(part), *(half for number in words for half in (number & 0xFFFFFFFF, number >> 32))]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class ExampleNoise:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ class Processes:
     """Number of this process."""
     size: int = 1
     """How many there are."""
+    group: Any = None
+    """The group of torch.distributed in which they meet."""
 
     @property
     def first(self) -> bool:
@@ -44,7 +47,10 @@ class Processes:
         if self.size == 1:
             return numbers, values
         parts: list[tuple[list[int], dict[str, Tensor]] | None] = [None] * self.size
-        dist.all_gather_object(parts, (numbers, values))
+        try:
+            dist.all_gather_object(parts, (numbers, values), group=self.group)
+        except RuntimeError as error:
+            raise UserError("another process of this evaluation ended early; its message says why") from error
         present = [part for part in parts if part is not None and part[0]]
         names = present[0][1] if present else {}
         return [n for part in present for n in part[0]], {name: torch.cat([part[1][name] for part in present]) for name in names}
@@ -57,18 +63,19 @@ def processes() -> Iterator[Processes]:
     Raises:
         UserError: the environment of torchrun is there but the processes do not find one another.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Processes()
         return
     try:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=5))
         # Values are gathered on the CPU. They may come hours apart, so the wait for a slow process is long.
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        group = dist.new_group(timeout=timedelta(days=7))
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"WORLD_SIZE is set but the processes cannot be joined ({reason}); start them with torchrun, or unset it"
         ) from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield Processes(dist.get_rank(), dist.get_world_size(), group)
     finally:
         dist.destroy_process_group()

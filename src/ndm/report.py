@@ -4,9 +4,10 @@ r"""What is known of a number: the number, its error, its protocol; tables of su
     \text{NLL} \le \text{NELBO}, \qquad \text{NELBO}_T \ge \text{NELBO}_\infty, \qquad
     \text{NELBO}_T - \text{NELBO}_\infty = O(1/T), \qquad \text{NELBO}_{T, K} \le \text{NELBO}_T .
 
-Each is checked on the differences of single examples, which vary much less than the examples do. The first holds for a perfect predictor;
-the ODE and the SDE of an imperfect one are different models, so a violation says how far apart they are. The next two hold where the
-predictor is good at the times of the grid. A violated relation is a reason to look, not a proof of an error.
+Each is checked on the differences of single examples, which vary much less than the examples do. The first holds for a perfect predictor
+and an F that is affine in x; the ODE and the SDE of any other model are different models, so a violation says how far apart they are. It is
+checked where both go through q(z_0|x). The next two hold where the predictor is good at the times of the grid. A violated relation is
+a reason to look, not a proof of an error. The quadrature of the likelihood is checked by what half of its nodes would have given.
 """
 
 import math
@@ -96,15 +97,21 @@ class Check:
 
 
 def flat_record(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """The numbers by short names: ``nelbo_bpd``, ``nll_bpd``, ``nelbo_discrete_bpd: {T: value}`` and so on, and all records in full."""
+    """The numbers by short names: ``nelbo_bpd``, ``nll_bpd``, ``nelbo_discrete_bpd: {T: value}`` and so on.
+
+    A bound of a model trained with T steps stands in both.
+    """
     record: dict[str, Any] = {}
     shared = ("num_examples", "split_size", "limit", "seed", "batch_size", "parameters", "dtype")
     for one in measurements:
+        by_steps = one.name.startswith(("nelbo_discrete", "nelbo_iw"))
+        trained = one.name in ("nelbo", "nelbo_calibrated")
         for key, value in one.numbers().items():
-            if one.name.startswith(("nelbo_discrete", "nelbo_iw")):
-                record.setdefault(f"{one.name}_{key}", {})[str(one.steps)] = value
-            else:
+            if not by_steps:
                 record[f"{one.name}_{key}"] = value
+            if by_steps or (trained and one.steps):
+                name = one.name.replace("nelbo", "nelbo_discrete") if trained else one.name
+                record.setdefault(f"{name}_{key}", {})[str(one.steps)] = value
         if one.name == "nelbo":
             record |= {f"{name}_bpd": float(bits_per_dim(value, one.dims)) for name, value in one.terms.items()}
             record |= {key: one.protocol[key] for key in ("time_samples_per_example", "steps", "eta")}
@@ -125,15 +132,30 @@ def check_relations(measurements: Sequence[Measurement], errors: float = 3.0) ->
     bound = bounds[0] if bounds else None
     discrete = sorted(by_name.get("nelbo_discrete", []), key=lambda one: one.steps or 0)
     checks = []
-    if "nll" in by_name and bound is not None:
-        checks.append(_at_most(by_name["nll"][0], bound, errors))
+    for one in by_name.get("nll", []):
+        if bound is not None and one.protocol["dequantization"] == "variational":
+            checks.append(_at_most(one, bound, errors))
+        checks.append(_quadrature(one, errors))
     if limit is not None:
         checks += [_at_most(limit, one, errors) for one in discrete]
         if len(discrete) > 1:
             checks.append(_tends_to(discrete[0], discrete[-1], limit, errors))
-    for one in by_name.get("nelbo_iw", []):
-        checks += [_at_most(one, plain, errors) for plain in discrete if plain.steps == one.steps]
+    for kind in ("", "_calibrated"):
+        plain = [one for name in ("nelbo", "nelbo_discrete") for one in by_name.get(name + kind, [])]
+        weighted = by_name.get(f"nelbo_iw{kind}", [])
+        checks += [_at_most(one, other, errors) for one in weighted for other in plain if other.steps == one.steps]
     return checks
+
+
+def _quadrature(one: Measurement, errors: float) -> Check:
+    """Half of the nodes give the same, up to noise and a hundredth of a bit."""
+    shift, error = one.protocol["half_the_nodes_shift_bpd"], one.protocol["half_the_nodes_shift_bpd_stderr"]
+    holds = abs(shift) <= max(errors * error, 0.01)
+    mend = "" if holds else "; raise --nodes"
+    return Check(
+        f"{one.label}: quadrature {'fine' if holds else 'NOT fine'} enough, half of its nodes shift it by {shift:+.4f} ± {error:.4f}{mend}",
+        holds,
+    )
 
 
 def _difference(a: Measurement, b: Measurement) -> tuple[float, float]:
@@ -207,7 +229,10 @@ def markdown_table(measurements: Sequence[Measurement]) -> str:
     rows = [["number", "bits/dim", "nats", *COLUMNS.values()]]
     rows.append(["---"] * len(rows[0]))
     for one in measurements:
-        row = [one.label, f"{one.bpd:.4f} ± {one.bpd_stderr:.4f}", f"{one.nats:.3f} ± {one.stderr:.3f}"]
+        known = math.isfinite(one.stderr)
+        row = [one.label, f"{one.bpd:.4f}", f"{one.nats:.3f}"]
+        if known:
+            row[1:] = [f"{row[1]} ± {one.bpd_stderr:.4f}", f"{row[2]} ± {one.stderr:.3f}"]
         rows.append(row + [_cell(one.protocol.get(key)) for key in COLUMNS])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

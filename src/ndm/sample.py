@@ -151,6 +151,8 @@ class AdaptiveODE(Sampler):
 
     def __init__(self, solver: str = "dopri5", rtol: float = 1e-4, atol: float = 1e-4):
         check_tolerances(rtol, atol)
+        if solver not in ADAPTIVE_SOLVERS:
+            raise UserError(f"solver={solver!r} has no adaptive step: choose one of {', '.join(ADAPTIVE_SOLVERS)}")
         self.solver, self.rtol, self.atol = solver, rtol, atol
 
     def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
@@ -196,11 +198,12 @@ def solve_ode(
     """
     evaluations, shown = 0, 0
     first, span = float(times[0]), float(times[-1] - times[0])
+    grid = times.to(torch.float32 if z.device.type == "mps" else torch.float64).to(z.device)  # MPS has no double precision
     adaptive, finest = solver not in FIXED_STEP_SOLVERS, torch.finfo(z.dtype).eps / 8
     if adaptive and max(rtol, atol) < finest:
         name = str(z.dtype).removeprefix("torch.")
         raise UserError(f"rtol={rtol:g}, atol={atol:g} are beyond the precision of {name}; give at least {finest:.0e}, or use float64")
-    options = {"norm": _worst_example, "max_num_steps": _MOST_STEPS} if adaptive else None
+    options = {"norm": _worst_example, "max_num_steps": _MOST_STEPS, "dtype": grid.dtype} if adaptive else None
     with tqdm(total=100, desc="solving the ODE", unit="%", disable=not progress, delay=1, leave=False) as bar:
 
         def field(t: Tensor, state: Tensor) -> Tensor:
@@ -213,7 +216,6 @@ def solve_ode(
                 shown = done
             return reverse.drift(state, reverse.process.level(t.clamp(0, 1).to(state.dtype), state), 0.0)
 
-        grid = times.to(device=z.device, dtype=torch.float64)
         try:
             path = torchdiffeq.odeint(field, z, grid, method=solver, rtol=rtol, atol=atol, options=options)
         except AssertionError as error:  # how torchdiffeq says that its step became too small, or the state infinite

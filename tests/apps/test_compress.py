@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ndm.apps.compress.archive import _START, Archive, image_checksums, pack, read_archive, unpack, write_archive
+from ndm.apps.compress.archive import _START, Archive, image_checksums, pack, read_archive, unpack
 from ndm.apps.compress.chain import FINE, MARGIN, Chain, Plan, Rounding, make_plan
 from ndm.apps.compress.choose import Rows, choose_plan
 from ndm.apps.compress.coder import Coded, Stack, decode, encode, initial_words
@@ -257,7 +257,7 @@ def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
     model = make_model((5,), 16, 1)
     index = np.random.default_rng(0).integers(0, 16, (9, 5))
     archive = make_archive(model, index, (5,))
-    write_archive(tmp_path / "x.ndm", archive)
+    (tmp_path / "x.ndm").write_bytes(pack(archive))
     found = read_archive(tmp_path / "x.ndm")
     for name in ("fingerprint", "event_shape", "levels", "low", "plan", "items"):
         assert getattr(found, name) == getattr(archive, name)

@@ -155,6 +155,21 @@ def test_what_does_not_fit_is_one_clear_line(model: Path, tmp_path: Path, capsys
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_names_are_checked_before_and_not_after(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / '2024-01-01 12:00:00 "x".npy', tmp_path / "c:x.npy"
+    for path in (good, bad):
+        np.save(path, np.zeros((2, *SHAPE), dtype=np.uint8))
+    words = ["--model", str(model), "--steps", "2", "-o", str(tmp_path / "x.ndm")]
+    assert main(["compress", str(good), *words]) == 0
+    assert main(["decompress", str(tmp_path / "x.ndm"), "--model", str(model), "-o", str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back" / good.name).exists()
+    refused(capsys, ["compress", str(bad), "--model", str(model), "-o", str(tmp_path / "y.ndm")], "c:x.npy", "rename")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    refused(capsys, ["compress", str(tmp_path / "broken.npz"), "--model", str(model), "-o", str(tmp_path / "y.ndm")], "broken.npz")
+    refused(capsys, ["compress", str(good), "--model", str(model), "-o", str(tmp_path)], "is a folder")
+    assert not (tmp_path / "y.ndm").exists()
+
+
 def test_a_model_of_continuous_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = NDM(LinearLogSNR(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder())
     model.save_pretrained(tmp_path / "model", description((2,), None, None))

@@ -92,6 +92,8 @@ def test_density_of_continuous_data_in_nats_and_in_the_units_of_the_source(
     assert record["dtype"] == "float64"
     assert record["measurements"][1]["probes"] == "exact"
     assert "density in the units of the data" in capsys.readouterr().out
+    fitted = evaluate(table_run, tmp_path / "g.json", "--steps", " ", "--nelbo", "--calibrate", "--dtype", "float64", "--draws", "1")
+    assert "nelbo_calibrated_bpd" in fitted
     single = evaluate(table_run, tmp_path / "f.json", "--nll", "--dequantization", "none")
     assert single["nll_nats"] == pytest.approx(record["nll_nats"], abs=1e-3)
     assert "nelbo_bpd" not in single

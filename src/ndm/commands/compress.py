@@ -1,5 +1,6 @@
 """``ndm compress``, ``ndm decompress`` and ``ndm inspect``: lossless archives by a model."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archive, write_archive
+from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archive, unpack
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
-from ndm.apps.compress.coder import Coded, decode, encode
+from ndm.apps.compress.coder import decode, encode
 from ndm.apps.compress.items import read_items, write_items
 from ndm.commands.parsing import parse
 from ndm.data import DataDescription
@@ -20,7 +21,7 @@ from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError, check_whole, require
 from ndm.evaluate import pick_device
 from ndm.model import NDM
-from ndm.serialize import fingerprint
+from ndm.serialize import fingerprint, write_atomically
 
 
 def run_compress(words: Sequence[str]) -> None:
@@ -104,6 +105,8 @@ def compress(
         raise UserError(f"steps={steps}, batch_size={batch_size}: at most 10000 steps and 4096 images side by side")
     network, description = load_codec_model(model)
     low, levels = int(description.low or 0), description.levels or 0
+    if Path(out).is_dir():
+        raise UserError(f"{out} is a folder; give the archive to write")
     items = read_items(inputs, description.event_shape, levels, low)
     index = np.concatenate([item.levels for item in items if item.levels is not None])
     place = _device(device)
@@ -125,16 +128,18 @@ def compress(
         checksums=image_checksums(index),
         coded=coded,
     )
+    data = pack(archive)
     if verify:
-        again = Coded(coded.words, coded.initial, coded.exceptions)
         try:
-            same = np.array_equal(decode(chain, again, len(index), progress=True), index)
+            again = unpack(data)
+            other = Chain(network, again.plan, again.event_shape, rows, place)
+            same = again.items == archive.items and np.array_equal(decode(other, again.coded, again.count, progress=True), index)
         except ValueError:
             same = False
         if not same:
             raise UserError("the archive does not decode on this machine, and was not written; please report this with the model")
-    write_archive(Path(out), archive)
-    _print_rates(archive, len(pack(archive)))
+    write_atomically(Path(out), lambda temporary: temporary.write_bytes(data))
+    _print_rates(archive, len(data))
     total = coded.clock.network + coded.clock.coder
     print(f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode, {coded.clock.network / total:.0%} of it in the networks")
 
@@ -199,7 +204,7 @@ def inspect(archive: str) -> None:
 
 
 def _print_rates(archive: Archive, size: int) -> None:
-    values = archive.count * int(np.prod(archive.event_shape))
+    values = archive.count * math.prod(archive.event_shape)
     words, initial = len(archive.coded.words), archive.coded.initial
     rest = size - 4 * words
     print(f"{size:,} bytes, {8 * size / values:.4f} bits/dim:")

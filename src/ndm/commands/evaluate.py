@@ -11,6 +11,7 @@ from jsonargparse import ActionYesNo
 
 from ndm.commands.parsing import load_data, load_run, parse, run_parser
 from ndm.data import DataDescription, DataSource
+from ndm.elbo import MOST_STEPS
 from ndm.errors import UserError, check_whole
 from ndm.evaluate import Evaluation, pick_device
 from ndm.likelihood import Dequantization, OdeSettings, Solver
@@ -55,10 +56,10 @@ class EvaluateSettings:
     """Relative tolerance of a solver with adaptive steps, kept for each example."""
     atol: float = 1e-4
     """Absolute tolerance of the same."""
-    nodes: int = 32
+    nodes: int = 64
     """The trace is taken at this many times plus one; a solver with fixed steps makes this many steps."""
     probes: int | Literal["exact", "auto"] = "auto"
-    """Hutchinson probes at each of these times, or exact; auto is exact up to 16 dimensions and otherwise 4."""
+    """Hutchinson probes at each of these times, or exact; auto is exact up to 16 dimensions and otherwise 2."""
     probe: Literal["rademacher", "gaussian"] = "rademacher"
     """Distribution of the probes."""
     limit: int | None = None
@@ -88,7 +89,9 @@ class EvaluateSettings:
         self.ode()
         if self.iw > 1 and not (self.nll or self.horizons()):
             raise UserError(f"iw={self.iw} goes with --nll, or with --steps for the bound in discrete time; give one of them")
-        if not (self.nll or self.steps):
+        if self.iw > 1 and self.nll and self.dequantization == "none":
+            raise UserError(f"iw={self.iw} does not go with dequantization=none, which draws nothing")
+        if not (self.nll or self.horizons()):
             self.nelbo = True
 
     def horizons(self) -> list[int]:
@@ -98,8 +101,8 @@ class EvaluateSettings:
             UserError: they are not whole numbers.
         """
         words = [word.strip() for word in self.steps.split(",")] if self.steps.strip() else []
-        if not all(word.isascii() and word.isdigit() and int(word) >= 1 for word in words):
-            raise UserError(f"steps={self.steps!r}: give whole numbers of at least 1, separated by commas, such as 10,50,100,1000")
+        if not all(word.isascii() and word.isdigit() and len(word) < 9 and 1 <= int(word) <= MOST_STEPS for word in words):
+            raise UserError(f"steps={self.steps!r}: give whole numbers from 1 to {MOST_STEPS}, separated by commas, such as 10,50,100,1000")
         return sorted({int(word) for word in words})
 
     def ode(self) -> OdeSettings:
@@ -124,6 +127,10 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
     Raises:
         UserError: the run, the split or the device is not there, or a bound is not finite.
     """
+    for name in ("json", "markdown"):
+        target = getattr(settings, name)
+        if target is not None and Path(target).is_dir():
+            raise UserError(f"--{name} {target} is a folder; give a file")
     folder = Path(settings.run)
     model = load_run(folder).to(device=pick_device(settings.device), dtype=getattr(torch, settings.dtype))
     data = load_data(folder)
@@ -153,19 +160,27 @@ def warn_of_changed_data(stored: object, now: DataDescription) -> None:
 
 
 def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource) -> list[Measurement]:
-    """All the numbers that the settings ask for."""
-    measurements = []
+    """All the numbers that the settings ask for, each told on standard error as soon as it is there."""
+    measurements: list[Measurement] = []
+
+    def add(measurement: Measurement) -> None:
+        measurements.append(measurement)
+        if evaluation.processes.first:
+            print(f"{measurement.label}: {measurement.bpd:.4f} bits/dim", file=sys.stderr, flush=True)
+
     fits = [None, data.split("train")] if settings.calibrate else [None]
     for fit in fits:
         if settings.nelbo:
-            measurements.append(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))
-        others = [steps for steps in settings.horizons() if not (settings.nelbo and steps == evaluation.model.steps)]
-        measurements += [evaluation.nelbo(steps, settings.draws, fit) for steps in others]
+            add(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))
+        for steps in settings.horizons():
+            if not (settings.nelbo and steps == evaluation.model.steps):
+                add(evaluation.nelbo(steps, settings.draws, fit))
         if settings.iw > 1:
-            small = [steps for steps in settings.horizons() if steps <= settings.iw_steps]
-            measurements += [evaluation.nelbo_iw(steps, settings.iw, fit) for steps in small]
+            for steps in settings.horizons():
+                if steps <= settings.iw_steps:
+                    add(evaluation.nelbo_iw(steps, settings.iw, fit))
     if settings.nll:
-        measurements.append(evaluation.nll(settings.iw, settings.dequantization, settings.ode()))
+        add(evaluation.nll(settings.iw, settings.dequantization, settings.ode()))
     return measurements
 
 
@@ -188,7 +203,8 @@ def report(measurements: Sequence[Measurement], settings: EvaluateSettings, desc
     if description.levels is None:
         for one in measurements:
             nats = one.nats + description.log_scale
-            print(f"density in the units of the data, {one.label}: {nats:.4f} ± {one.stderr:.4f} nats an example")
+            error = f" ± {one.stderr:.4f}" if len(one.values) > 1 else ""
+            print(f"density in the units of the data, {one.label}: {nats:.4f}{error} nats an example")
         record["log_scale_nats"] = description.log_scale
         record |= {
             f"{one.name}_nats_source_units": one.nats + description.log_scale for one in measurements if one.name in ("nelbo", "nll")

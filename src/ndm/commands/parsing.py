@@ -53,9 +53,9 @@ def read_config(run: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{run / CONFIG} does not exist; {run} is not a run of ndm train") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{run / CONFIG} cannot be read; it is damaged: choose another --out") from error
+        raise UserError(f"{run / CONFIG} cannot be read; it is damaged: restore it, or train into another folder") from error
     if not isinstance(config, dict):
-        raise UserError(f"{run / CONFIG} holds no configuration; it is damaged: choose another --out")
+        raise UserError(f"{run / CONFIG} holds no configuration; it is damaged: restore it, or train into another folder")
     return config
 
 

@@ -30,7 +30,6 @@ from ndm.apps.compress.chain import Plan
 from ndm.apps.compress.coder import Coded
 from ndm.apps.compress.items import Item
 from ndm.errors import UserError
-from ndm.serialize import write_atomically
 
 MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 1
 _START = struct.Struct("<8sIIIIII")
@@ -88,11 +87,6 @@ def pack(archive: Archive) -> bytes:
     parts = [start, text, archive.plan.pack(), archive.checksums.tobytes(), exceptions.tobytes(), words.tobytes()]
     body = b"".join(parts)
     return body + hashlib.sha256(body).digest()
-
-
-def write_archive(path: Path, archive: Archive) -> None:
-    """Write an archive, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(pack(archive)))
 
 
 def read_archive(path: Path) -> Archive:

@@ -129,16 +129,21 @@ def make_plan(model: NDM, steps: int, batch: int, scale: Tensor | None = None, w
     ratio = torch.ones(1) if scale is None else scale.cpu()
     middle = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     chosen = ratio.double()[(middle * len(ratio)).long()]
-    return Plan(
-        steps=steps,
-        batch=batch,
-        width=_single(width),
-        delta=tuple(map(_single, delta.tolist())),
-        gain=tuple(map(_single, (step.k * delta[1:] / delta[:-1]).tolist())),
-        spread=tuple(map(_single, (chosen.sqrt() / width).tolist())),
-        alpha_0=_single(float(level.alpha[0])),
-        sharpness=_single(float(level.alpha[0] / level.sigma[0])),
-    )
+    try:
+        return Plan(
+            steps=steps,
+            batch=batch,
+            width=_single(width),
+            delta=tuple(map(_single, delta.tolist())),
+            gain=tuple(map(_single, (step.k * delta[1:] / delta[:-1]).tolist())),
+            spread=tuple(map(_single, (chosen.sqrt() / width).tolist())),
+            alpha_0=_single(float(level.alpha[0])),
+            sharpness=_single(float(level.alpha[0] / level.sigma[0])),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"the model cannot code with steps={steps} ({error}); take other steps, or a schedule with a larger gamma_0"
+        ) from error
 
 
 def _single(value: float) -> float:

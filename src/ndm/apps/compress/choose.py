@@ -28,6 +28,7 @@ WIDTH = 0.5
 _SLACK = 0.01  # of the size, for the sake of fewer steps
 _SHARE = 0.02  # of the size, which the initial bits may take for the sake of a larger batch
 _EXAMPLES, _BINS, _ROWS = 64, 32, 64
+_NUMBERS = 2**25  # probabilities of a batch, all levels of all its pixels, in double precision
 
 
 class Rows(EventDataset):
@@ -82,7 +83,12 @@ def choose_plan(
     assert isinstance(model.decoder, DiscretizedGaussian)
     rows, forecasts = Rows(index, model.decoder.values, event_shape), []
     for candidate in (steps,) if steps is not None else CANDIDATES:
-        forecasts.append(_forecast(model, rows, candidate, batch, width))
+        try:
+            forecasts.append(_forecast(model, rows, candidate, batch, width))
+        except UserError:  # eta may be too large for so few steps
+            if steps is not None or candidate == CANDIDATES[-1]:
+                raise
+            continue
         if tell is not None:
             tell(forecasts[-1])
         if len(forecasts) > 1 and forecasts[-1].bits > 1.5 * min(one.bits for one in forecasts):
@@ -96,18 +102,19 @@ def _forecast(model: NDM, rows: Rows, steps: int, batch: int | None, width: floa
     count, dims = rows.index.shape
     scale = best_scale(model, rows, steps, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS)
     numbers = spread(count, _EXAMPLES)
-    draws = math.ceil(min(4, steps) / steps) * steps if steps < 4 else 4
+    draws = min(4, steps)
     with torch.no_grad():
         bounds = []
         for start in range(0, len(numbers), _ROWS):
             part = numbers[start : start + _ROWS]
-            x = rows.__getitems__(part).to(model.device)
+            x = rows.__getitems__(part).to(model.like)
             bounds.append(model.bound(x, steps=steps, draws=draws, generator=ExampleNoise(1, part), scale=scale).total.cpu())
     rate = float(torch.cat(bounds).mean()) / math.log(2) / dims
     if not math.isfinite(rate):
         raise UserError("the model's bound on these data is not finite; it cannot code them")
     each = dims * (steps + 1) * math.log2(math.sqrt(2 * math.pi * math.e) / width)
     if batch is None:
-        batch = max([size for size in (1, 2, 4, 8, 16, 32, 64) if size <= count and size * each <= _SHARE * count * dims * rate], default=1)
+        most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
+        batch = max([size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most and size * each <= _SHARE * count * dims * rate], default=1)
     initial = min(batch, count) * each
     return Forecast(steps, batch, rate, initial, count * dims * rate + initial, scale.values)

@@ -1,9 +1,11 @@
 """Files to levels and back: images, folders of images, ``.npy`` and ``.npz`` arrays."""
 
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -64,11 +66,19 @@ class Item:
             raise ValueError("a size is out of range")
         if item.kind == "npz" and not (item.key and item.name.endswith(f"/{item.key}")):
             raise ValueError("an array has no name")
-        path = PurePosixPath(item.place)
-        bad = any(part in ("", ".", "..") for part in item.place.split("/")) or path.is_absolute() or len(item.name) > _LONGEST_NAME
-        if bad or any(ord(letter) < 32 or letter in '\\:"' for letter in item.name):
-            raise ValueError("a name leads outside of the folder")
+        item.check_name()
         return item
+
+    def check_name(self) -> None:
+        """Check that the name stays inside of the output folder, on every system.
+
+        Raises:
+            ValueError: it does not.
+        """
+        parts, windows = self.place.split("/"), PureWindowsPath(self.place)
+        inside = not any(part in ("", ".", "..") for part in parts) and not windows.drive and not windows.root
+        if not inside or "\\" in self.place or len(self.name) > _LONGEST_NAME or any(ord(letter) < 32 for letter in self.name):
+            raise ValueError("a name leads outside of the folder, or holds characters that no file should")
 
 
 def read_items(paths: Sequence[str], event_shape: tuple[int, ...], levels: int, low: int) -> list[Item]:
@@ -94,6 +104,11 @@ def read_items(paths: Sequence[str], event_shape: tuple[int, ...], levels: int, 
                 items += _read_file(file, file.relative_to(path).as_posix(), event_shape, levels, low)
         else:
             items += _read_file(path, path.name, event_shape, levels, low)
+    for item in items:
+        try:
+            item.check_name()
+        except ValueError as error:
+            raise UserError(f"{describe_value(item.name)}: {error}; rename it") from error
     names = [item.name for item in items]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
@@ -108,7 +123,7 @@ def _read_file(path: Path, name: str, event_shape: tuple[int, ...], levels: int,
             array = np.load(path, allow_pickle=False)
             return [_array_item(path, name, "npy", "", array, event_shape, levels, low)]
         if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 if not file.files or {"file", "allow_pickle"} & set(file.files):
                     raise UserError(f"{path} holds no arrays, or one with a name that NumPy cannot write")
                 return [_array_item(path, f"{name}/{key}", "npz", key, file[key], event_shape, levels, low) for key in file.files]
@@ -117,7 +132,17 @@ def _read_file(path: Path, name: str, event_shape: tuple[int, ...], levels: int,
         raise UserError(f"{path} does not exist") from error
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        UnidentifiedImageError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]})") from error
 
 
@@ -148,7 +173,7 @@ def _array_item(path: Path, name: str, kind: str, key: str, array: np.ndarray, e
     if not fits:
         raise UserError(f"{path}: the array has shape {array.shape}; the model takes (N, {', '.join(map(str, event_shape))})")
     rows = array.reshape(-1, int(np.prod(event_shape)))
-    outside = rows[(rows < low) | (rows > low + levels - 1)] if array.dtype != bool or low > 0 or levels < 2 else rows[:0]
+    outside = rows[(rows < low) | (rows > low + levels - 1)]
     if outside.size:
         raise UserError(
             f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + levels - 1}"
