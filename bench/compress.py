@@ -1,9 +1,9 @@
 """Rate and speed of ndm compress beside PNG, WebP, JPEG XL, zstd and xz on the same images in one run.
 
 pip install -c constraints.txt -e '.[bench]'
-python bench/compress.py [RUN] [--images 1000] [--steps T] [--batch-size B] [--json FILE]
+python bench/compress.py [RUN] [--images 1000] [--split test] [--steps T] [--batch-size B] [--json FILE]
 
-RUN is a trained run of ndm train on images, runs/digits by default (made by make demo); the images are those of its test split. Picture formats
+RUN is a trained run of ndm train on images, runs/digits by default (made by make demo); the images are those of one of its splits. Picture formats
 code each image by itself and, to spare them their headers, all images side by side in one sheet; zstd and xz take the raw pixels as
 one stream. "images" of ndm is the archive without initial bits, names, checksums and settings, "archive" is the file.
 """
@@ -94,18 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run")
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--split", default="test")
     parser.add_argument("--steps", type=int, help="T; by default as ndm compress chooses")
     parser.add_argument("--batch-size", type=int, help="images side by side; by default as ndm compress chooses")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     model, data = load_run(arguments.run), load_data(arguments.run)
-    split = data.split("test")
+    split = data.split(arguments.split)
     numbers = spread(len(split), arguments.images)
     levels = data.integers(split.__getitems__(numbers)).numpy()
     shape, count, values = levels.shape[1:], len(levels), levels.size
     index = levels.reshape(count, -1)
-    print(f"{count} test images of {data.describe().name}, {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads")
+    print(f"{count} {arguments.split} images of {data.describe().name}, {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads")
 
     plan, forecast = choose_plan(model, index, shape, arguments.steps, arguments.batch_size)
     chain = Chain(model, plan, shape)
