@@ -94,9 +94,10 @@ def scipy_rk45(model: NDM, z: Tensor, tolerance: float) -> Method:
 
 def methods(model: NDM, z: Tensor) -> dict[str, Method]:
     return {
-        "ndm, dopri5 1e-4, exact": ours(model, z, probes="exact"),
-        "ndm, dopri5 1e-4, 1 probe": ours(model, z, probes=1),
-        "ndm, dopri5 1e-4, 4 probes": ours(model, z, probes=4),
+        "ndm, the default settings": ours(model, z),
+        "ndm, dopri5 1e-4, 32 nodes, exact": ours(model, z, nodes=32, probes="exact"),
+        "ndm, dopri5 1e-4, 32 nodes, 1 probe": ours(model, z, nodes=32, probes=1),
+        "ndm, dopri5 1e-4, 32 nodes, 4 probes": ours(model, z, nodes=32, probes=4),
         "ndm, rk4 16 steps, exact": ours(model, z, solver="rk4", nodes=16, probes="exact"),
         "ndm, rk4 16 steps, 1 probe": ours(model, z, solver="rk4", nodes=16, probes=1),
         "ndm, rk4 16 steps, 4 probes": ours(model, z, solver="rk4", nodes=16, probes=4),

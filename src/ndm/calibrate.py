@@ -15,6 +15,8 @@ Both are bounds of the model with that reverse process, whatever data the fit us
 test split stays a fair one. Source of the first: Analytic-DPM (Bao et al. 2022); of the second: ours.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -87,7 +89,16 @@ def best_eta(
     return StepFunction((2 * (rest.clamp(min=tiny) / square.clamp(min=tiny)).sqrt()).sqrt())
 
 
-def _means(model: NDM, data: EventDataset, errors, bins, examples, batch_size, seed, progress) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _means(
+    model: NDM,
+    data: EventDataset,
+    errors: Callable[[Tensor, Tensor, Tensor], list[Tensor]],
+    bins: int,
+    examples: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> list[Tensor]:
     """Means over the data of each result of ``errors(x, u, noise)``, at a random time in each part of [0, 1]; each ``(bins,)``, float64."""
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")

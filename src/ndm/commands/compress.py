@@ -129,19 +129,22 @@ def compress(
         coded=coded,
     )
     data = pack(archive)
-    if verify:
-        try:
-            again = unpack(data)
-            other = Chain(network, again.plan, again.event_shape, rows, place)
-            same = again.items == archive.items and np.array_equal(decode(other, again.coded, again.count, progress=True), index)
-        except ValueError:
-            same = False
-        if not same:
-            raise UserError("the archive does not decode on this machine, and was not written; please report this with the model")
+    if verify and not _decodes(data, network, index, rows, place):
+        raise UserError("the archive does not decode on this machine, and was not written; please report this with the model")
     write_atomically(Path(out), lambda temporary: temporary.write_bytes(data))
     _print_rates(archive, len(data))
     total = coded.clock.network + coded.clock.coder
     print(f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode, {coded.clock.network / total:.0%} of it in the networks")
+
+
+def _decodes(data: bytes, model: NDM, index: np.ndarray, rows: int, device: torch.device) -> bool:
+    """Whether the bytes of an archive decode to the levels ``(N, D)``."""
+    try:
+        archive = unpack(data)
+        chain = Chain(model, archive.plan, archive.event_shape, rows, device)
+        return np.array_equal(decode(chain, archive.coded, archive.count, progress=True), index)
+    except ValueError:
+        return False
 
 
 def decompress(archive: str, model: str, out: str, rows: int = 64, batch_size: int | None = None, device: str = "auto") -> None:

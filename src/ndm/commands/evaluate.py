@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from ndm.data import DataDescription, DataSource
 from ndm.elbo import MOST_STEPS
 from ndm.errors import UserError, check_whole
 from ndm.evaluate import Evaluation, pick_device
-from ndm.likelihood import Dequantization, OdeSettings, Solver
+from ndm.likelihood import Dequantization, OdeSettings
 from ndm.parallel import Processes, processes
 from ndm.report import Measurement, check_relations, flat_record, markdown_table, text_table
 from ndm.serialize import write_atomically, write_json
@@ -50,18 +50,6 @@ class EvaluateSettings:
     """Times drawn for each example in a NELBO."""
     dequantization: Dequantization = "variational"
     """From z_0 to x in the likelihood: variational (through q(z_0|x)), uniform (discrete data) or none (continuous data)."""
-    solver: Solver = "dopri5"
-    """ODE solver: dopri5, bosh3, dopri8, adaptive_heun, or with fixed steps rk4, heun3, heun2, midpoint, euler."""
-    rtol: float = 1e-4
-    """Relative tolerance of a solver with adaptive steps, kept for each example."""
-    atol: float = 1e-4
-    """Absolute tolerance of the same."""
-    nodes: int = 64
-    """The trace is taken at this many times plus one; a solver with fixed steps makes this many steps."""
-    probes: int | Literal["exact", "auto"] = "auto"
-    """Hutchinson probes at each of these times, or exact; auto is exact up to 16 dimensions and otherwise 2."""
-    probe: Literal["rademacher", "gaussian"] = "rademacher"
-    """Distribution of the probes."""
     limit: int | None = None
     """Measure only this many examples, evenly spread over the split; by default all."""
     batch_size: int | None = None
@@ -76,6 +64,8 @@ class EvaluateSettings:
     """File to write all numbers and protocols to, as JSON."""
     markdown: str | None = None
     """File to write a Markdown table to, a row for each number."""
+    ode: OdeSettings = field(default_factory=OdeSettings)
+    """How the generative ODE and its trace are computed."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -86,7 +76,6 @@ class EvaluateSettings:
         for name, least in (("seed", 0), ("iw", 1), ("iw_steps", 1), ("draws", 1)):
             check_whole(name, getattr(self, name), least)
         self.horizons()
-        self.ode()
         if self.iw > 1 and not (self.nll or self.horizons()):
             raise UserError(f"iw={self.iw} goes with --nll, or with --steps for the bound in discrete time; give one of them")
         if self.iw > 1 and self.nll and self.dequantization == "none":
@@ -105,18 +94,17 @@ class EvaluateSettings:
             raise UserError(f"steps={self.steps!r}: give whole numbers from 1 to {MOST_STEPS}, separated by commas, such as 10,50,100,1000")
         return sorted({int(word) for word in words})
 
-    def ode(self) -> OdeSettings:
-        """The part that concerns the ODE."""
-        return OdeSettings(self.solver, self.rtol, self.atol, self.nodes, self.probes, self.probe)
-
 
 def run_evaluate(words: Sequence[str]) -> None:
     """``ndm evaluate``: parse and measure."""
     parser = run_parser("evaluate", "Measure bounds and likelihoods of a trained run on a split of its data.")
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", action=ActionYesNo, help=text)
-    parser.add_class_arguments(EvaluateSettings, as_positional=False, skip={"run", *FLAGS})
-    settings = EvaluateSettings(**vars(parse(parser, words)))
+    parser.add_class_arguments(EvaluateSettings, as_positional=False, skip={"run", "ode", *FLAGS})
+    parser.add_class_arguments(OdeSettings, as_positional=False)
+    values = vars(parse(parser, words))
+    ode = OdeSettings(**{part.name: values.pop(part.name) for part in fields(OdeSettings)})
+    settings = EvaluateSettings(**values, ode=ode)
     with processes() as group:
         evaluate(settings, group)
 
@@ -180,7 +168,7 @@ def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource
                 if steps <= settings.iw_steps:
                     add(evaluation.nelbo_iw(steps, settings.iw, fit))
     if settings.nll:
-        add(evaluation.nll(settings.iw, settings.dequantization, settings.ode()))
+        add(evaluation.nll(settings.iw, settings.dequantization, settings.ode))
     return measurements
 
 
