@@ -85,8 +85,7 @@ def prior_term(process: ForwardProcess, x: Tensor, curve: Curve | None = None) -
 def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
     """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     level = process.level(0.0, x)
-    transformed = x if process.transform.data_at_zero else (curve or process.transform.curve(x)).at(level)
-    return -decoder.log_prob(x, process.marginal_of(transformed, level).sample(noise), level)
+    return -decoder.log_prob(x, process.first_marginal(x, level, curve).sample(noise), level)
 
 
 MOST_STEPS = 10**7

@@ -213,11 +213,7 @@ class Evaluation:
         values = self._measure(values_of, "likelihood")
         probes = settings.probes_for(self.dims)
         adaptive = {"rtol": settings.rtol, "atol": settings.atol} if settings.solver in ndm.sample.ADAPTIVE_SOLVERS else {}
-        single = values["single"]
-        if len(single) > 1:
-            shift_error = float(bits_per_dim(standard_error(values["shift"]), self.dims))
-        else:
-            shift_error = 0.0
+        single, several = values["single"], len(self.numbers) > 1
         protocol = {
             "dequantization": dequantization,
             "importance_samples": samples,
@@ -228,9 +224,9 @@ class Evaluation:
             "probe": None if probes is None else settings.probe,
             "nfe_mean": float(values["nfe"].mean()),
             "one_sample_bpd": float(bits_per_dim(single.mean(), self.dims)),
-            "one_sample_bpd_stderr": float(bits_per_dim(standard_error(single), self.dims)) if len(single) > 1 else None,
+            "one_sample_bpd_stderr": float(bits_per_dim(standard_error(single), self.dims)) if several else None,
             "half_the_nodes_shift_bpd": float(bits_per_dim(values["shift"].mean(), self.dims)),
-            "half_the_nodes_shift_bpd_stderr": shift_error,
+            "half_the_nodes_shift_bpd_stderr": float(bits_per_dim(standard_error(values["shift"]), self.dims)) if several else 0.0,
             "reversibility": reversibility,
         }
         return self._result("nll", values["nll"], standard_error(values["nll"]), protocol, started)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ndm.errors import UserError
 from ndm.ops import expand, sum_event
 from ndm.schedule import NoiseLevel, Schedule
-from ndm.transform import Transform
+from ndm.transform import Curve, Transform
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,11 @@ class ForwardProcess(nn.Module):
     def marginal_of(self, transformed: Tensor, level: NoiseLevel) -> Gaussian:
         """q(z_t|x) given F(x, t)."""
         return Gaussian(expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed))
+
+    def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
+        """q(z_0|x), without an evaluation of F where F(x, 0) = x; ``curve`` is t -> F(x, t) where it is at hand."""
+        transformed = x if self.transform.data_at_zero else (curve or self.transform.curve(x)).at(level)
+        return self.marginal_of(transformed, level)
 
     def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0) -> Gaussian:
         """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B, *event)``."""

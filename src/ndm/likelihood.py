@@ -278,8 +278,7 @@ def latent(process: ForwardProcess, decoder: Decoder, x: Tensor, how: Dequantiza
     """
     level = process.level(0.0, x)
     if how == "variational":
-        transformed = x if process.transform.data_at_zero else process.transform(x, level)
-        q = process.marginal_of(transformed, level)
+        q = process.first_marginal(x, level)
         z = q.sample(standard_normal(x, source))
         return z, decoder.log_prob(x, z, level) - q.log_prob(z)
     scale = event_size(x) * torch.log(level.alpha)

@@ -170,12 +170,11 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
         stack, rounding, clock = Stack(initial_words(room), plan.width), Rounding(), Clock()
         try:
             with tqdm(total=len(index), desc="compressing", unit="image", disable=not progress, delay=1, leave=False) as bar:
-                done = 0
-                for number, part in enumerate(batches(len(index), plan.batch)):
+                for number in batch_numbers(len(index), plan.batch):
+                    part = batch(number, len(index), plan.batch)
                     _encode_batch(chain, stack, index[part].reshape(-1), rounding, number * chain.calls, clock)
-                    done += part.stop - part.start
                     bar.update(part.stop - part.start)
-                    bar.set_postfix_str(f"{32 * (len(stack) - room) / (done * chain.dims):.3f} bits/dim")
+                    bar.set_postfix_str(f"{32 * (len(stack) - room) / (part.stop * chain.dims):.3f} bits/dim")
             break
         except OutOfBits:
             room *= 2
@@ -197,13 +196,12 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
     """
     stack, rounding = Stack(coded.words, chain.plan.width), Rounding(coded.exceptions)
     levels: list[np.ndarray] = []
-    size, first = chain.plan.batch, count % chain.plan.batch
-    numbers = range(count // size + bool(first))
     try:
         bar = tqdm(total=count, desc="decompressing", unit="image", disable=not progress, delay=1, leave=False)
         with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may lead anywhere
-            for number in reversed(numbers):
-                images = first if first and number == 0 else size
+            for number in reversed(batch_numbers(count, chain.plan.batch)):
+                part = batch(number, count, chain.plan.batch)
+                images = part.stop - part.start
                 found = _decode_batch(chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock)
                 levels.append(found.reshape(images, chain.dims).astype(np.uint16))
                 bar.update(images)
@@ -214,11 +212,15 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
     return np.concatenate(levels[::-1])
 
 
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Parts of ``count`` images, the incomplete one first: it pops the fewest of the initial bits."""
-    first = count % size
-    starts = [0] * bool(first) + list(range(first, count, size))
-    return (slice(start, first if start < first else start + size) for start in starts)
+def batch_numbers(count: int, size: int) -> range:
+    """Numbers of the batches of ``count`` images."""
+    return range(-(-count // size))
+
+
+def batch(number: int, count: int, size: int) -> slice:
+    """Images of a batch; the incomplete one is the first, which pops the fewest of the initial bits."""
+    stop = count - (len(batch_numbers(count, size)) - 1 - number) * size
+    return slice(max(0, stop - size), stop)
 
 
 def _encode_batch(chain: Chain, stack: Stack, index: np.ndarray, rounding: Rounding, call: int, clock: Clock) -> None:
