@@ -41,7 +41,7 @@ def log_normal(z: Tensor) -> Tensor:
 
 def ours(model: NDM, z: Tensor, **settings: object) -> Method:
     def run(seed: int) -> tuple[Tensor, float]:
-        found = ode_log_prob(model.reverse, z, OdeSettings(**settings), ExampleNoise(seed, range(len(z))))  # type: ignore[arg-type]
+        found = ode_log_prob(model.reverse_process, z, OdeSettings(**settings), ExampleNoise(seed, range(len(z))))  # type: ignore[arg-type]
         return found.log_p, found.nfe
 
     return run
@@ -57,7 +57,7 @@ def flow_matching(model: NDM, z: Tensor, method: str, steps: int | None = None, 
             nonlocal count
             count += 1
             state = x.reshape(z.shape)
-            return -model.reverse.drift(state, model.process.level((1 - t).clamp(0, 1).to(z), state), 0.0).reshape(x.shape)
+            return -model.reverse_process.drift(state, model.process.level((1 - t).clamp(0, 1).to(z), state), 0.0).reshape(x.shape)
 
         torch.manual_seed(seed)
         options = {"step_size": None if steps is None else 1 / steps, "method": method, "rtol": tolerance, "atol": tolerance}
@@ -80,7 +80,7 @@ def scipy_rk45(model: NDM, z: Tensor, tolerance: float) -> Method:
             count += 1
             state = torch.from_numpy(y[:size].reshape(z.shape)).to(z).requires_grad_()
             with torch.enable_grad():
-                f = model.reverse.drift(state, model.process.level(t, state), 0.0)
+                f = model.reverse_process.drift(state, model.process.level(t, state), 0.0)
                 product = torch.autograd.grad(f, state, probe)[0]
             divergence = sum_event(product * probe)
             return np.concatenate([f.detach().flatten().double().numpy(), divergence.double().numpy()])

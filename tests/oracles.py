@@ -17,13 +17,15 @@ joint Gaussians, without any formula of the bound.
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ndm.elbo import Draw, diffusion_integrand
 from ndm.forward import ForwardProcess
-from ndm.sample import ReverseProcess, Step
+from ndm.reverse import ReverseProcess
+from ndm.sample import Step
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.transform import Transform
 
@@ -191,6 +193,21 @@ class GaussianProblem(MixtureProblem):
         x = self.means[0] + points[:, : self.dims] @ torch.linalg.cholesky(self.covariances[0]).T
         noise, count = points[:, self.dims :], len(times)
         return x.repeat(count, 1), noise.repeat(count, 1), times.repeat_interleave(len(points)), lambda v: v.reshape(count, -1).mean(1)
+
+
+def diffusion(
+    process: ForwardProcess,
+    predictor: nn.Module,
+    x: Tensor,
+    u: Tensor,
+    noise: Tensor,
+    steps: int | None = None,
+    eta: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """The diffusion term of the bound with the tied reverse at u and noise, ``(B,)``."""
+    reverse = ReverseProcess(process, predictor)  # type: ignore[arg-type]
+    return diffusion_integrand(reverse, process.transform.curve(x), Draw(u, noise), steps, eta, **options).bound
 
 
 def gaussian_kl(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The fitted reverse process: at its optimum, and the terms that it changes against torch.distributions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,18 +10,18 @@ from torch.distributions import Normal, kl_divergence
 from ndm.calibrate import best_eta, best_scale
 from ndm.data import EventDataset
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import diffusion_term, discrete_diffusion
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.noise import ExampleNoise, standard_normal, uniform
 from ndm.predictor import Predictor
-from ndm.sample import Ancestral, GridSampler, ReverseProcess
+from ndm.reverse import ReverseProcess
+from ndm.sample import Ancestral, GridSampler
 from ndm.schedule import LinearLogSNR
-from ndm.times import StepFunction, TimeDraw
+from ndm.times import StepFunction
 from ndm.transform import Identity, NetworkTransform, Transform
-from oracles import F64, randomised
+from oracles import F64, diffusion, randomised
 
 
 def network(seed: int) -> MLP:
@@ -45,7 +47,7 @@ class Doubles(EventDataset):
         return self.x[list(indices)]  # type: ignore[call-overload]
 
 
-def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reverse: object) -> Tensor:
+def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reverse: Any) -> Tensor:
     """The mean diffusion term in each part of time, with the very noise of the fit."""
     source, terms = ExampleNoise(0, range(len(data)), 20), []  # the stream of fits
     x = data.__getitems__(range(len(data)))
@@ -53,8 +55,7 @@ def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reve
         u = (part + uniform(x[:, 0], source)) / parts
         noise = standard_normal(x, source)
         with torch.no_grad():
-            draw = TimeDraw(u, torch.ones_like(u))
-            terms.append(diffusion_term(ndm.process, ndm.predictor, x, draw, noise, steps, **reverse)[0].mean())  # type: ignore[arg-type]
+            terms.append(diffusion(ndm.process, ndm.predictor, x, u, noise, steps, **reverse).mean())
     return torch.stack(terms)
 
 
@@ -92,7 +93,7 @@ def test_the_widened_step_costs_the_divergence_of_two_gaussians() -> None:
     x, noise = torch.randn(2, 30, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     u = (torch.arange(30, dtype=F64) + 0.5) / 30
     scale = StepFunction(torch.tensor([1.5, 0.7, 2.0, 1.0, 3.0], dtype=F64))
-    found = discrete_diffusion(ndm.process, ndm.predictor, x, u, noise, steps, 0.8, scale)
+    found = diffusion(ndm.process, ndm.predictor, x, u, noise, steps, 0.8, scale=scale)
     step = torch.floor(u * steps)
     s, t = ndm.schedule(step / steps), ndm.schedule((step + 1) / steps)
     z = ndm.process.marginal(x, t).sample(noise)

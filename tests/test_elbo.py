@@ -11,9 +11,6 @@ from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import (
     Bound,
     bits_per_dim,
-    continuous_diffusion,
-    diffusion_term,
-    discrete_diffusion,
     path_log_weight,
     prior_term,
     reconstruction_term,
@@ -25,9 +22,9 @@ from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.sample import Ancestral
 from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
-from ndm.times import ImportanceTimes, LowDiscrepancyTimes, StepFunction, TimeDraw, UniformTimes
+from ndm.times import ImportanceTimes, LowDiscrepancyTimes, StepFunction, UniformTimes
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
-from oracles import F64, SHEAR, GaussianProblem, LinearTransform, affine_map, constant, joint_bound, randomised, slope
+from oracles import F64, SHEAR, GaussianProblem, LinearTransform, affine_map, constant, diffusion, joint_bound, randomised, slope
 
 
 def learned() -> Schedule:
@@ -55,7 +52,7 @@ def expected_discrete(problem: GaussianProblem, steps: int, eta: float) -> Tenso
     """E[discrete NELBO], exactly: every step once, quadratic in (x, noise)."""
     x, noise, u, mean = problem.cubature((torch.arange(steps, dtype=F64) + 0.5) / steps)
     with torch.no_grad():
-        return expected_ends(problem) + mean(discrete_diffusion(problem.process, problem, x, u, noise, steps, eta)).mean()  # type: ignore[arg-type]
+        return expected_ends(problem) + mean(diffusion(problem.process, problem, x, u, noise, steps, eta)).mean()  # type: ignore[arg-type]
 
 
 def expected_continuous(problem: GaussianProblem, eta: float, panels: int = 100) -> Tensor:
@@ -63,7 +60,7 @@ def expected_continuous(problem: GaussianProblem, eta: float, panels: int = 100)
     edge = torch.arange(panels, dtype=F64)[:, None] + 0.5 + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)
     x, noise, u, mean = problem.cubature(edge.flatten() / panels)
     with torch.no_grad():
-        return expected_ends(problem) + mean(continuous_diffusion(problem.process, problem, x, u, noise, eta)).mean()  # type: ignore[arg-type]
+        return expected_ends(problem) + mean(diffusion(problem.process, problem, x, u, noise, None, eta)).mean()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -120,7 +117,7 @@ def test_a_worse_predictor_has_a_worse_bound() -> None:
     problem.means = problem.means + 0.1
     x, noise, u, mean = GaussianProblem(LinearLogSNR(-6.0, 3.0)).cubature((torch.arange(200, dtype=F64) + 0.5) / 200)
     with torch.no_grad():
-        worse = mean(continuous_diffusion(problem.process, problem, x, u, noise, 1.0)).mean() + expected_ends(  # type: ignore[arg-type]
+        worse = mean(diffusion(problem.process, problem, x, u, noise)).mean() + expected_ends(  # type: ignore[arg-type]
             GaussianProblem(LinearLogSNR(-6.0, 3.0))
         )
     assert worse > best + 1e-3
@@ -154,12 +151,12 @@ def test_identity_is_the_loss_of_variational_diffusion_models(schedule: Schedule
         return ((noise - guess) ** 2).sum(1), gamma, slope_t
 
     error, _, gamma_slope = noise_error(u)
-    torch.testing.assert_close(continuous_diffusion(process, predictor, x, u, noise), 0.5 * gamma_slope * error, rtol=1e-7, atol=0)
+    torch.testing.assert_close(diffusion(process, predictor, x, u, noise), 0.5 * gamma_slope * error, rtol=1e-7, atol=0)
     steps = 17
     t = (torch.floor(u * steps) + 1) / steps
     error, gamma_t, _ = noise_error(t)
     expected = 0.5 * steps * torch.expm1(gamma_t - schedule(t - 1 / steps).gamma) * error
-    torch.testing.assert_close(discrete_diffusion(process, predictor, x, u, noise, steps), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(diffusion(process, predictor, x, u, noise, steps), expected, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", [NetworkTransform, GatedTransform])
@@ -170,8 +167,8 @@ def test_fine_steps_agree_with_the_continuous_integrand_for_networks(kind: type[
     randomised(process.transform, 0.1, 3)
     predictor, steps = Predictor(network(seed=4)), 100_000
     u = (torch.floor(u * steps) + 0.5) / steps
-    fine = discrete_diffusion(process, predictor, x, u, noise, steps, eta)
-    torch.testing.assert_close(fine, continuous_diffusion(process, predictor, x, u, noise, eta), rtol=1e-3, atol=0)
+    fine = diffusion(process, predictor, x, u, noise, steps, eta)
+    torch.testing.assert_close(fine, diffusion(process, predictor, x, u, noise, None, eta), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("schedule", [LinearLogSNR(-6.0, 0.5), FlowMatching(0.05, 0.1)], ids=["linear", "flow"])
@@ -208,7 +205,7 @@ def test_every_term_trains_what_it_depends_on(steps: int | None) -> None:
     ends, inside = process.schedule.start_and_log_range, process.schedule.log_height
     terms = {
         "prior": prior_term(process, x),
-        "diffusion": diffusion_term(process, predictor, x, TimeDraw(u, torch.ones_like(u)), noise, steps)[0],
+        "diffusion": diffusion(process, predictor, x, u, noise, steps),
         "reconstruction": reconstruction_term(process, GaussianDecoder(), x, noise),
     }
     groups = {"ends": [ends], "inside": [inside], "transform": [*process.transform.parameters()], "predictor": [*predictor.parameters()]}
@@ -288,7 +285,7 @@ def test_a_bound_that_is_infinite_or_empty_is_refused(steps: int | None, eta: fl
     x, noise, u = fixed_batch()
     process = ForwardProcess(LinearLogSNR(), Identity())
     with pytest.raises(UserError, match=r"eta|steps") as caught:
-        diffusion_term(process, Predictor(network()), x, TimeDraw(u, torch.ones_like(u)), noise, steps, eta)
+        diffusion(process, Predictor(network()), x, u, noise, steps, eta)
     assert "\n" not in str(caught.value)
 
 
@@ -321,7 +318,7 @@ def test_importance_weighted_paths_rise_to_the_exact_likelihood_of_the_chain(tra
     generator = torch.Generator().manual_seed(1)
     many = x.repeat_interleave(rows, 0)
     with torch.no_grad():
-        weights = path_log_weight(problem.process, problem, GaussianDecoder(), many, steps, generator, eta, scale).reshape(2, rows)  # type: ignore[arg-type]
+        weights = path_log_weight(problem.reverse, GaussianDecoder(), many, steps, generator, eta, scale).reshape(2, rows)  # type: ignore[arg-type]
     ratio = (weights - exact[:, None]).exp()
     assert bool(((ratio.mean(1) - 1).abs() < 4 * ratio.std(1) / math.sqrt(rows)).all()), "the weights must be unbiased for p(x)"
     assert float((ratio.std(1) / math.sqrt(rows)).max()) < 0.05
@@ -334,7 +331,7 @@ def test_one_path_estimates_the_discrete_bound(eta: float) -> None:
     problem, steps = GaussianProblem(LinearLogSNR(-3.0, 4.0)), 3
     x = problem.draw(40_000, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        weights = path_log_weight(problem.process, problem, GaussianDecoder(), x, steps, torch.Generator().manual_seed(1), eta)  # type: ignore[arg-type]
+        weights = path_log_weight(problem.reverse, GaussianDecoder(), x, steps, torch.Generator().manual_seed(1), eta)  # type: ignore[arg-type]
     expected = joint_bound(problem, steps, eta).detach()
     assert abs(float(-weights.mean() - expected)) < 4 * float(weights.std()) / 200
     assert float(weights.std()) / 200 < 0.05

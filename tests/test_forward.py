@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
 from ndm.predictor import Predictor
-from ndm.sample import Ancestral, ReverseProcess
+from ndm.reverse import ReverseProcess
+from ndm.sample import Ancestral
 from ndm.schedule import DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, NoiseLevel, Schedule
 from ndm.transform import Identity
 from oracles import F64, SHEAR, LinearTransform

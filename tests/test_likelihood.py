@@ -23,7 +23,8 @@ from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.noise import ExampleNoise
 from ndm.predictor import Predictor
-from ndm.sample import ReverseProcess, solve_ode
+from ndm.reverse import ReverseProcess
+from ndm.sample import solve_ode
 from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import COVARIANCE, F64, MEAN, SHEAR, GaussianProblem, LinearTransform, MixtureProblem, randomised

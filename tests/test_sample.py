@@ -19,7 +19,8 @@ from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import Predictor
-from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, ReverseProcess, Sampler, Step, TorchSDE, make_sampler
+from ndm.reverse import ReverseProcess
+from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, Sampler, Step, TorchSDE, make_sampler
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, Schedule
 from ndm.transform import GatedTransform, Identity
 from oracles import F64, GaussianProblem, LinearTransform, MixtureProblem, affine_map, constant, sliced_w2, slope

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.data import EventDataset, spread
-from ndm.elbo import continuous_errors, discrete_errors
+from ndm.elbo import Draw, continuous_errors, discrete_errors
 from ndm.errors import UserError, check_whole
 from ndm.model import NDM
 from ndm.noise import ExampleNoise, standard_normal, uniform
@@ -62,8 +62,8 @@ def best_scale(
     check_whole("steps", steps, 1)
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        square, _ = discrete_errors(model.process, model.predictor, x, u, noise, steps, model.eta)
-        return [square / event_size(x)]
+        square, _, _ = discrete_errors(model.reverse_process, model.transform.curve(x), Draw(u, noise), steps, model.eta)
+        return [square / event_size(noise)]
 
     (excess,) = _means(model, data, errors, min(steps, bins), examples, batch_size, seed, progress)
     return StepFunction(1 + excess)
@@ -80,9 +80,12 @@ def best_eta(
     """
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        level, difference, slope = continuous_errors(model.process, model.predictor, x, u, noise)
+        # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF.
+        reverse, curve, draw = model.reverse_process, model.transform.curve(x), Draw(u, noise)
+        level, rest, _ = continuous_errors(reverse, curve, draw, 0.0)
+        difference = 2 * (rest - continuous_errors(reverse, curve, draw, 1.0)[1])
         weight = level.snr_decay  # it changes within a part, and belongs to both means
-        return [weight * sum_event((slope - 0.5 * difference) ** 2), weight * sum_event(difference**2)]
+        return [weight * sum_event(rest**2), weight * sum_event(difference**2)]
 
     rest, square = _means(model, data, errors, bins, examples, batch_size, seed, progress)
     tiny = torch.finfo(torch.float32).tiny
@@ -115,7 +118,9 @@ def _means(
             x, source = data.__getitems__(batch).to(model.like), ExampleNoise(seed, batch, _FIT)
             for part in range(bins):
                 u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
-                values = torch.stack(errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(x, source)))
+                values = torch.stack(
+                    errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(model.transform.curve(x).like, source))
+                )
                 sums[part].append(values.cpu().double().sum(1))
             bar.update(len(batch))
     finally:

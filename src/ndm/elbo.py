@@ -43,9 +43,9 @@ from ndm.errors import UserError
 from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
 from ndm.noise import Noise, standard_normal
 from ndm.ops import event_size, expand, sum_event
-from ndm.predictor import Predictor
+from ndm.reverse import ReverseProcess
 from ndm.schedule import NoiseLevel
-from ndm.times import StepFunction, TimeDraw
+from ndm.times import StepFunction
 from ndm.transform import Curve
 
 
@@ -56,6 +56,13 @@ class Bound:
     prior: Tensor
     diffusion: Tensor
     reconstruction: Tensor
+    regression: Tensor | None = None
+    """What the second head of a direct reverse process learns from, with gradients alone; no part of the bound."""
+
+    @property
+    def loss(self) -> Tensor:
+        """What training minimises: the bound, and the regression of a second head if there is one; ``(B,)``, nats."""
+        return self.total if self.regression is None else self.total + self.regression
 
     @property
     def total(self) -> Tensor:
@@ -75,11 +82,11 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
 def prior_term(process: ForwardProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
     """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     level = process.level(1.0, x)
-    curve = curve or process.transform.curve(x)
-    signal = sum_event((expand(level.alpha, x) * curve.at(level)) ** 2)
+    end = (curve or process.transform.curve(x)).at(level)
+    signal = sum_event((expand(level.alpha, end) * end) ** 2)
     # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
     log_variance = 2 * torch.log(level.sigma)
-    return 0.5 * (signal + event_size(x) * (torch.expm1(log_variance) - log_variance))
+    return 0.5 * (signal + event_size(end) * (torch.expm1(log_variance) - log_variance))
 
 
 def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
@@ -99,111 +106,102 @@ def _eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
     return expand(eta(t), like) if isinstance(eta, StepFunction) else eta
 
 
-def discrete_errors(
-    process: ForwardProcess,
-    predictor: Predictor,
-    x: Tensor,
-    u: Tensor,
-    noise: Tensor,
-    steps: int,
-    eta: Eta = 1.0,
-    curve: Curve | None = None,
-) -> tuple[Tensor, Tensor]:
-    """||Δmu||²/v of the step that contains u, ``(B,)``, and the middle of that step, ``(B,)``; arguments as :func:`discrete_diffusion`."""
-    step = torch.floor(u * steps).clamp(max=steps - 1)
+@dataclass(frozen=True)
+class Draw:
+    """One draw for each example: where in time, and what noise."""
+
+    u: Tensor
+    """Uniform numbers in [0, 1), ``(B,)``: the time t in continuous time, in discrete time the step floor(uT) + 1."""
+    noise: Tensor
+    """Standard normal, in the shape of F(x, t)."""
+    source: Noise = None
+    """Where a direct reverse process with two heads takes a random bit from."""
+
+
+@dataclass(frozen=True)
+class Integrand:
+    """The diffusion term at one time for each example, ``(B,)``, nats."""
+
+    bound: Tensor
+    """What the diffusion term is the mean of."""
+    regression: Tensor | None = None
+    """What the second head of a direct reverse process learns from; no part of the bound."""
+
+
+def discrete_errors(reverse: ReverseProcess, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """||Δmu||²/v of the step that contains u and the middle of that step, each ``(B,)``, and the loss of a second head."""
+    step = torch.floor(draw.u * steps).clamp(max=steps - 1)
     middle = (step + 0.5) / steps
-    s, t = process.schedule(step / steps), process.schedule((step + 1) / steps)
-    true_s, true_t = (curve or process.transform.curve(x)).at_both(s, t)
-    guess = predictor(process.marginal_of(true_t, t).sample(noise), t)
-    guess_s, guess_t = process.transform.at_both(guess, s, t)
+    s, t = reverse.process.schedule(step / steps), reverse.process.schedule((step + 1) / steps)
+    true_s, true_t = curve.at_both(s, t)
+    eta_at = _eta_at(eta, middle, true_t)
+    guess, regression = reverse.learning_curve(true_t, draw.noise, t, eta_at, draw.source)
+    guess_s, guess_t = guess.at_both(s, t)
     difference_s, difference_t = true_s - guess_s, true_t - guess_t
-    at_s = s.expand(x)
-    coefficients = posterior_coefficients(at_s, t.expand(x), _eta_at(eta, middle, x))
+    at_s = s.expand(true_t)
+    coefficients = posterior_coefficients(at_s, t.expand(true_t), eta_at)
     mean = coefficients.target_weight * difference_t + at_s.alpha * (difference_s - difference_t)
-    return sum_event(mean**2 / coefficients.variance), middle
+    return sum_event(mean**2 / coefficients.variance), middle, regression
 
 
 def discrete_diffusion(
-    process: ForwardProcess,
-    predictor: Predictor,
-    x: Tensor,
-    u: Tensor,
-    noise: Tensor,
-    steps: int,
-    eta: Eta = 1.0,
-    scale: StepFunction | None = None,
-    curve: Curve | None = None,
-) -> Tensor:
-    """T ||Δmu||²/(2v) at the step that contains u, ``(B,)``, nats: unbiased for the sum over steps when u is uniform.
+    reverse: ReverseProcess, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0, scale: StepFunction | None = None
+) -> Integrand:
+    """T ||Δmu||²/(2v) at the step that contains u: unbiased for the sum over steps when u is uniform.
 
     Args:
-        process: the forward process.
-        predictor: x̂.
-        x: data ``(B, *event)``.
-        u: uniform numbers in [0, 1), ``(B,)``; the step is floor(uT) + 1.
-        noise: standard normal ``(B, *event)``.
+        reverse: the reverse process.
+        curve: t -> F(x, t) at the data.
+        draw: u and noise.
         steps: T.
         eta: of the posterior; positive, since the bound of DDIM (eta = 0) is infinite.
         scale: r, by which the reverse variance exceeds v; None is r = 1.
-        curve: t -> F(x, t), where it is at hand.
     """
-    square, middle = discrete_errors(process, predictor, x, u, noise, steps, eta, curve)
+    square, middle, regression = discrete_errors(reverse, curve, draw, steps, eta)
     if scale is None:
-        return steps * square / 2
+        return Integrand(steps * square / 2, regression)
     ratio = scale(middle)
-    return steps * 0.5 * (square / ratio + event_size(x) * (torch.log(ratio) + 1 / ratio - 1))
+    return Integrand(steps * 0.5 * (square / ratio + event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)), regression)
 
 
 def continuous_errors(
-    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, curve: Curve | None = None
-) -> tuple[NoiseLevel, Tensor, Tensor]:
-    """The level at t = u, ΔF, and Δ(∂_t F)/gamma', the last two ``(B, *event)``."""
-    level = process.schedule(u)
-    value, derivative = (curve or process.transform.curve(x)).with_derivative(level)
-    guess = predictor(process.marginal_of(value, level).sample(noise), level)
-    guess_value, guess_derivative = process.transform.with_derivative(guess, level)
-    return level, value - guess_value, (derivative - guess_derivative) * expand(level.inverse_dgamma, x)
+    reverse: ReverseProcess, curve: Curve, draw: Draw, eta: float | Tensor = 1.0
+) -> tuple[NoiseLevel, Tensor, Tensor | None]:
+    """The level at t = u, Δ(∂_t F)/gamma' - ½(1 + eta²) ΔF ``(B, *event)``, and the loss of a second head."""
+    level = reverse.process.schedule(draw.u)
+    value, derivative = curve.with_derivative(level)
+    guess, regression = reverse.learning_curve(value, draw.noise, level, eta, draw.source)
+    guess_value, guess_derivative = guess.with_derivative(level)
+    slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
+    return level, slope - 0.5 * (1 + eta**2) * (value - guess_value), regression
 
 
-def continuous_diffusion(
-    process: ForwardProcess, predictor: Predictor, x: Tensor, u: Tensor, noise: Tensor, eta: Eta = 1.0, curve: Curve | None = None
-) -> Tensor:
-    """The integrand of the continuous-time diffusion term at t = u, ``(B,)``, nats; arguments as :func:`discrete_diffusion`."""
-    level, difference, slope = continuous_errors(process, predictor, x, u, noise, curve)
-    square = _eta_at(eta, u, x) ** 2
-    error = slope - 0.5 * (1 + square) * difference
-    return 0.5 * level.snr_decay * sum_event(error**2 / square)
+def continuous_diffusion(reverse: ReverseProcess, curve: Curve, draw: Draw, eta: Eta = 1.0) -> Integrand:
+    """The integrand of the continuous-time diffusion term at t = u; arguments as :func:`discrete_diffusion`."""
+    eta_at = _eta_at(eta, draw.u, draw.noise)
+    level, error, regression = continuous_errors(reverse, curve, draw, eta_at)
+    return Integrand(0.5 * level.snr_decay * sum_event(error**2 / eta_at**2), regression)
 
 
-def diffusion_term(
-    process: ForwardProcess,
-    predictor: Predictor,
-    x: Tensor,
-    draw: TimeDraw,
-    noise: Tensor,
+def diffusion_integrand(
+    reverse: ReverseProcess,
+    curve: Curve,
+    draw: Draw,
     steps: int | None = None,
     eta: Eta = 1.0,
     scale: StepFunction | None = None,
-    curve: Curve | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The diffusion term in discrete (``steps`` = T) or continuous time (``steps`` = None).
-
-    Returns:
-        The unbiased estimate l(u)/p(u) and the bare integrand l(u), each ``(B,)``, nats.
+) -> Integrand:
+    """The diffusion term at one time an example, in discrete (``steps`` = T) or continuous time (``steps`` = None).
 
     Raises:
-        UserError: eta is not positive, steps is not, or a reverse variance was given for continuous time.
+        UserError: eta or steps is out of range.
     """
     _check_reverse(steps, eta)
     if steps is None and scale is not None:
         raise UserError(
             "in continuous time only the reverse variance of the forward process gives a finite bound; leave scale out, or give steps"
         )
-    if steps is None:
-        integrand = continuous_diffusion(process, predictor, x, draw.u, noise, eta, curve)
-    else:
-        integrand = discrete_diffusion(process, predictor, x, draw.u, noise, steps, eta, scale, curve)
-    return draw.weight * integrand, integrand
+    return continuous_diffusion(reverse, curve, draw, eta) if steps is None else discrete_diffusion(reverse, curve, draw, steps, eta, scale)
 
 
 def _check_reverse(steps: int | None, eta: Eta) -> None:
@@ -216,8 +214,7 @@ def _check_reverse(steps: int | None, eta: Eta) -> None:
 
 
 def path_log_weight(
-    process: ForwardProcess,
-    predictor: Predictor,
+    reverse: ReverseProcess,
     decoder: Decoder,
     x: Tensor,
     steps: int,
@@ -228,8 +225,7 @@ def path_log_weight(
     """log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process; its mean is minus the NELBO.
 
     Args:
-        process: the forward process.
-        predictor: x̂.
+        reverse: the reverse process.
         decoder: p(x|z_0).
         x: data ``(B, *event)``.
         steps: T; the predictor is evaluated T times.
@@ -241,20 +237,21 @@ def path_log_weight(
         ``(B,)``, nats.
     """
     _check_reverse(steps, eta)
+    process = reverse.process
     t, curve = process.level(1.0, x), process.transform.curve(x)
     true_t = curve.at(t)
     q = process.marginal_of(true_t, t)
-    z = q.sample(standard_normal(x, source))
+    z = q.sample(standard_normal(true_t, source))
     log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
     for index in range(steps, 0, -1):
         s = process.level((index - 1) / steps, x)
         middle = torch.full_like(t.t, (index - 0.5) / steps)
-        eta_at = _eta_at(eta, middle, x)
+        eta_at = _eta_at(eta, middle, z)
         true_s = curve.at(s)
         q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
-        p = process.posterior(z, predictor(z, t), s, t, eta_at)
-        widened = p.std if scale is None else p.std * expand(scale(middle), x).sqrt()
-        z = q.sample(standard_normal(x, source))
+        p = reverse.posterior(z, s, t, eta_at)
+        widened = p.std if scale is None else p.std * expand(scale(middle), z).sqrt()
+        z = q.sample(standard_normal(z, source))
         log_weight = log_weight + Gaussian(p.mean, widened).log_prob(z) - q.log_prob(z)
         t, true_t = s, true_s
     return log_weight + decoder.log_prob(x, z, t)

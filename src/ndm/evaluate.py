@@ -169,9 +169,7 @@ class Evaluation:
 
         def weights(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             paths = [
-                path_log_weight(
-                    model.process, model.predictor, model.decoder, x, steps, ExampleNoise(self.seed, numbers, _PATHS, k), **options
-                )
+                path_log_weight(model.reverse_process, model.decoder, x, steps, ExampleNoise(self.seed, numbers, _PATHS, k), **options)
                 .cpu()
                 .double()
                 for k in range(samples)
@@ -238,7 +236,7 @@ class Evaluation:
         x = self._batch(chosen)
         z, _ = latent(self.model.process, self.model.decoder, x, dequantization, ExampleNoise(self.seed, chosen, _POSITIONS))
         with _evaluating(self.model):
-            error = round_trip_error(self.model.reverse, z, settings)
+            error = round_trip_error(self.model.reverse_process, z, settings)
         return {"examples": len(chosen), "rms_error": float(error.square().mean().sqrt()), "largest_rms_error": float(error.max())}
 
     def _calibrate(self, horizon: int | None, data: EventDataset | None, examples: int) -> dict[str, Any]:

@@ -150,7 +150,12 @@ class ForwardProcess(nn.Module):
         Raises:
             UserError: eta > 0 where alpha = 0, so that g is infinite.
         """
-        value, derivative = self.transform.with_derivative(x, level)
+        return self.drift_of(z, self.transform.with_derivative(x, level), level, eta)
+
+    @staticmethod
+    def drift_of(z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0) -> Tensor:
+        """The drift given F(x, t) and dF(x, t)."""
+        value, derivative = transformed
         at = level.expand(z)
         noise_rate = at.dsigma / at.sigma
         if eta:

@@ -62,7 +62,8 @@ from ndm.forward import ForwardProcess, Gaussian
 from ndm.noise import ExampleNoise, Noise, standard_normal
 from ndm.noise import uniform as uniform_noise
 from ndm.ops import event_size, expand, sum_event
-from ndm.sample import ADAPTIVE_SOLVERS, FIXED_STEP_SOLVERS, ReverseProcess, check_tolerances, solve_ode
+from ndm.reverse import ReverseProcess
+from ndm.sample import ADAPTIVE_SOLVERS, FIXED_STEP_SOLVERS, check_tolerances, solve_ode
 
 Dequantization = Literal["variational", "uniform", "none"]
 Solver = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun", "rk4", "heun3", "heun2", "midpoint", "euler"]
@@ -279,8 +280,10 @@ def latent(process: ForwardProcess, decoder: Decoder, x: Tensor, how: Dequantiza
     level = process.level(0.0, x)
     if how == "variational":
         q = process.first_marginal(x, level)
-        z = q.sample(standard_normal(x, source))
+        z = q.sample(standard_normal(q.mean, source))
         return z, decoder.log_prob(x, z, level) - q.log_prob(z)
+    if not process.transform.keeps_shape:
+        raise UserError(f"dequantization={how} takes z_0 for data, but F is an encoder into a space of its own; use variational")
     scale = event_size(x) * torch.log(level.alpha)
     if how == "none":
         if decoder.discrete:

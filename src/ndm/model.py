@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ndm.decoder import Decoder
-from ndm.elbo import Bound, Eta, diffusion_term, prior_term, reconstruction_term
+from ndm.elbo import Bound, Draw, Eta, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, log_likelihood
 from ndm.noise import ExampleNoise, Noise, standard_normal, uniform
 from ndm.predictor import Predictor
-from ndm.sample import Method, ReverseProcess, Sampler, make_sampler
+from ndm.reverse import Reverse, ReverseProcess
+from ndm.sample import Method, Sampler, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
 from ndm.times import LowDiscrepancyTimes, StepFunction, TimeDraw, TimeSampler
@@ -31,11 +32,15 @@ class NDM(nn.Module):
     Args:
         schedule: noise levels over time.
         transform: F(x, t).
-        predictor: x̂(z, t).
+        predictor: x̂(z, t), or ŷ(z, t) where the reverse process is direct.
         decoder: p(x|z_0).
         times: how times are drawn in training; low-discrepancy by default.
         steps: T of the discrete-time model, None for continuous time: what ``bound`` and ``sample`` use unless told otherwise.
         eta: stochasticity of the reverse process whose bound is trained, positive; 1 is DDPM.
+        reverse: how the reverse process uses the predictor, see :mod:`ndm.reverse`: ``tied`` puts x̂ through F (the paper); ``direct``
+            predicts the target of the reverse process itself, at one evaluation a sampling step, by ancestral or SDE sampling; ``direct-score``
+            adds a second output (``outputs=2`` of the network), for the ODE, its likelihood and DDIM; ``diffenc`` is DiffEnc's. A direct one wants an F that starts
+            like sigma_t², :class:`ndm.GatedTransform` or :class:`ndm.SeparableTransform`.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class NDM(nn.Module):
         times: TimeSampler | None = None,
         steps: int | None = None,
         eta: float = 1.0,
+        reverse: Reverse = "tied",
     ):
         super().__init__()
         if steps is not None and steps < 1:
@@ -56,7 +62,8 @@ class NDM(nn.Module):
         self.process = ForwardProcess(schedule, transform)
         self.predictor, self.decoder = predictor, decoder
         self.times = LowDiscrepancyTimes() if times is None else times
-        self.steps, self.eta = steps, eta
+        self.steps, self.eta, self.reverse = steps, eta, reverse
+        _ = self.reverse_process  # checks the kind
         self.info: dict[str, object] = {}
         """What ``config.json`` held beside the model, such as the description of its data."""
 
@@ -77,9 +84,9 @@ class NDM(nn.Module):
         return torch.empty(0) if first is None else torch.empty(0, dtype=first.dtype, device=first.device)
 
     @property
-    def reverse(self) -> ReverseProcess:
+    def reverse_process(self) -> ReverseProcess:
         """The reverse process, with what samplers need: posterior and drift."""
-        return ReverseProcess(self.process, self.predictor)
+        return ReverseProcess(self.process, self.predictor, self.reverse, self.eta)
 
     def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
         """F(x, t), ``(B, *event)``, at times ``t`` (a number or ``(B,)``)."""
@@ -129,22 +136,29 @@ class NDM(nn.Module):
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
         eta, curve = self.eta if eta is None else eta, self.transform.curve(x)
-        diffusion, reconstruction = [], []
+        diffusion, reconstruction, regression = [], [], []
         for index in range(draws or 1):
             if draws is None:
                 if isinstance(generator, ExampleNoise):
                     raise UserError("times of one batch are drawn together unless draws is given: give draws=1, or a torch.Generator")
-                draw = self.times(x.shape[0], x, generator)
+                times = self.times(x.shape[0], x, generator)
             else:
                 u = (index + (uniform(x.reshape(x.shape[0], -1)[:, 0], generator) if positions is None else positions)) / draws
-                draw = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
-            noise = standard_normal(x, generator)
-            estimate, integrand = diffusion_term(self.process, self.predictor, x, draw, noise, horizon, eta, scale, curve)
+                times = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
+            draw = Draw(times.u, standard_normal(curve.like, generator), generator)
+            integrand = diffusion_integrand(self.reverse_process, curve, draw, horizon, eta, scale)
             if draws is None and self.training:
-                self.times.update(draw, integrand)
-            diffusion.append(estimate)
-            reconstruction.append(reconstruction_term(self.process, self.decoder, x, standard_normal(x, generator), curve))
-        return Bound(prior_term(self.process, x, curve), torch.stack(diffusion).mean(0), torch.stack(reconstruction).mean(0))
+                self.times.update(times, integrand.bound)
+            diffusion.append(times.weight * integrand.bound)
+            if integrand.regression is not None:
+                regression.append(times.weight * integrand.regression)
+            reconstruction.append(reconstruction_term(self.process, self.decoder, x, standard_normal(curve.like, generator), curve))
+        return Bound(
+            prior_term(self.process, x, curve),
+            torch.stack(diffusion).mean(0),
+            torch.stack(reconstruction).mean(0),
+            torch.stack(regression).mean(0) if regression else None,
+        )
 
     def forward(self, x: Tensor) -> Bound:
         """The training bound of ``x``: :meth:`bound` with one time an example."""
@@ -195,7 +209,7 @@ class NDM(nn.Module):
         training = self.training
         self.eval()  # dropout is for training
         try:
-            z = sampler(self.reverse, z, generator, progress)
+            z = sampler(self.reverse_process, z, generator, progress)
         finally:
             self.train(training)
         return self.decoder.sample(z, self.process.level(0.0, z), generator)
@@ -230,7 +244,7 @@ class NDM(nn.Module):
         self.eval()
         try:
             return log_likelihood(
-                self.reverse,
+                self.reverse_process,
                 self.decoder,
                 x,
                 samples=samples,

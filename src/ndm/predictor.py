@@ -8,7 +8,8 @@ With z = alpha F(x, t) + sigma eps, the network's output is read as one of
     x: \; \hat x = \text{network}(z, t).
 
 The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the network are scaled by sigma. The eps-form estimates F(x, t)
-rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1.
+rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1. Where the reverse
+process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
 """
 
 from typing import Literal, get_args
@@ -40,14 +41,27 @@ class Predictor(nn.Module):
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
+        return self._read(self._output(z, level, z.shape), z, level)
+
+    def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Both outputs of a network that returns ``(B, 2, *event)``, each read as the target says; each ``(B, *event)``."""
+        first, second = self._output(z, level, torch.Size((z.shape[0], 2, *z.shape[1:]))).unbind(1)
+        return self._read(first, z, level), self._read(second, z, level)
+
+    def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
         output = self.network(z, level.t)
-        if not isinstance(output, torch.Tensor) or output.shape != z.shape:
+        if not isinstance(output, torch.Tensor) or output.shape != shape:
             found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise UserError(
-                f"the predictor's network maps {tuple(z.shape)} to {found}; it must return a tensor of the shape of z: give it as many "
-                "output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
+            mend = (
+                "give it as many output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
+                if shape == z.shape
+                else "for reverse=direct-score give a network of this library outputs=2"
             )
-        output, at = output.to(z.dtype), level.expand(z)
+            raise UserError(f"the predictor's network maps {tuple(z.shape)} to {found}; it must return {tuple(shape)}: {mend}")
+        return output.to(z.dtype)
+
+    def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        at = level.expand(z)
         if self.target == "v":
             return (at.alpha * z - at.sigma * output) / (at.alpha**2 + at.sigma**2)
         if self.target == "x":

@@ -11,7 +11,6 @@ section 15.1) and of order 2 on the ODE; ancestral steps and Euler are of order 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.errors import UserError, require
-from ndm.forward import ForwardProcess, Gaussian
+from ndm.forward import ForwardProcess
 from ndm.noise import standard_normal
 from ndm.ops import expand
-from ndm.predictor import Predictor
+from ndm.reverse import ReverseProcess
 from ndm.schedule import NoiseLevel
 from ndm.times import StepFunction
 
@@ -35,22 +34,6 @@ FIXED_STEP_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "dopri8", "adaptive_heun")
 """Solvers of torchdiffeq that choose their steps by a tolerance."""
 _MOST_STEPS = 20_000  # between two of the times asked for; a solver that needs more would seem to hang
-
-
-@dataclass(frozen=True)
-class ReverseProcess:
-    """The learned reverse process: the forward process with x replaced by its prediction x̂(z, t)."""
-
-    process: ForwardProcess
-    predictor: Predictor
-
-    def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float) -> Gaussian:
-        """p(z_s|z_t) = q(z_s|z_t, x̂(z_t, t))."""
-        return self.process.posterior(z, self.predictor(z, t), s, t, eta)
-
-    def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
-        """f(z, t, x̂(z, t)), ``(B, *event)``."""
-        return self.process.drift(z, self.predictor(z, level), level, eta)
 
 
 class Step(ABC):

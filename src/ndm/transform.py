@@ -35,6 +35,10 @@ class Transform(nn.Module, ABC):
 
     data_at_zero: bool = True
     """Whether F(x, 0) is x exactly, so that the reconstruction term needs no evaluation."""
+    constant: bool = False
+    """Whether F(x, t) is the same at every t."""
+    keeps_shape: bool = True
+    """Whether latents have the shape of the data; an encoder into another space does not."""
 
     @abstractmethod
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
@@ -65,6 +69,11 @@ class Curve:
     def __init__(self, transform: Transform, x: Tensor):
         self._transform, self._x = transform, x
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor in the shape of F(x, t), which is that of the latents."""
+        return self._x
+
     def at(self, level: NoiseLevel) -> Tensor:
         """F(x, t)."""
         return self._transform(self._x, level)
@@ -80,6 +89,8 @@ class Curve:
 
 class Identity(Transform):
     """F(x, t) = x: the conventional diffusion model."""
+
+    constant = True
 
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
         return x

@@ -156,9 +156,12 @@ def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource
         if evaluation.processes.first:
             print(f"{measurement.label}: {measurement.bpd:.4f} bits/dim", file=sys.stderr, flush=True)
 
+    reverse = evaluation.model.reverse_process
+    if settings.nll:
+        reverse.check_eta(0.0)  # before anything is computed
     fits = [None, data.split("train")] if settings.calibrate else [None]
     for fit in fits:
-        if settings.nelbo:
+        if settings.nelbo and (fit is None or evaluation.model.steps or reverse.serves_every_eta):
             add(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))
         for steps in settings.horizons():
             if not (settings.nelbo and steps == evaluation.model.steps):

@@ -88,7 +88,7 @@ class TrainingModule(LightningModule):
         index = self.trainer.global_step * accumulate + batch_idx % accumulate
         torch.manual_seed(part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank))
         bound = self.model.bound(batch)
-        loss = bound.total.mean() / event_size(batch)
+        loss = bound.loss.mean() / event_size(batch)
         self._check_finite("bound", bool(loss.isfinite()))
         self._log_terms("train", bound, batch)
         return loss

@@ -249,7 +249,7 @@ class Chain:
         parts = []
         for part in z.split(self.rows):
             s, t = self._level(step - 1, part), self._level(step, part)
-            at_s, at_t = self.model.transform.at_both(self.model.predictor(part, t), s, t)
+            at_s, at_t = self.model.reverse_process.curve(part, t, self.model.eta).at_both(s, t)
             parts.append(self.pull(at_s, at_t, step))
         return np.concatenate(parts)
 

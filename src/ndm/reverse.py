@@ -1,0 +1,165 @@
+r"""The reverse process: what takes the place of F(x, .) once x is not known.
+
+.. math::
+    p(z_s|z_t) = q(z_s|z_t, F \to \hat F), \qquad dz = f(z, t, F \to \hat F)\,dt + g\,d\bar w .
+
+Both, and the bound, see F through one combination alone: the posterior mean is :math:`k z_t + (\alpha_s - k\alpha_t)\, y`, and the drift is
+:math:`(\sigma'/\sigma + \tfrac12\eta^2\gamma')\, z - \tfrac12(1 + \eta^2)\,\alpha\gamma'\, y`, with the target
+
+.. math::
+    y = \frac{\alpha_s F(x, s) - k \alpha_t F(x, t)}{\alpha_s - k \alpha_t} \;\longrightarrow\;
+    y_\eta = F - \frac{2}{1 + \eta^2} \frac{\dot F}{\gamma'} \qquad (s \to t), \qquad F = x \text{ gives } y = x .
+
+================  =====================================================  ========================================================
+``tied``          F(x̂(z, t), .), x̂ the predictor                         the paper; SDE, ODE and every eta
+``direct``        a constant, ŷ(z, t), the predictor's output            the generator is a plain diffusion: one network evaluation
+                                                                         a step, the eta of training alone (ours)
+``direct-score``  the same; a second output F̂ estimates E[F|z_t]         every eta, so the ODE and its likelihood, too (ours)
+``diffenc``       F̂ + F(F̂, .) - F(F̂, t), F̂(z, t) the predictor         DiffEnc: right to first order in F - x (Nielsen et al. 2024);
+                                                                         every eta
+================  =====================================================  ========================================================
+
+From both outputs :math:`\dot F/\gamma' = \tfrac12(1+\eta^2)(\hat F - \hat y)`, and for another eta'
+
+.. math::
+    \hat y_{\eta'} = \hat F - \frac{1 + \eta^2}{1 + \eta'^2} (\hat F - \hat y) .
+
+F̂ is no part of the bound. It learns by a regression of its own whose gradient does not reach phi, at no further evaluation: half of the
+examples of a batch carry the gradient of the bound through z_t, twice, and the other half, with z_t held fixed, that of the
+regression, twice. Both gradients stay unbiased.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ndm.errors import UserError
+from ndm.forward import ForwardProcess, Gaussian
+from ndm.noise import Noise, uniform
+from ndm.ops import expand, sum_event
+from ndm.predictor import Predictor
+from ndm.schedule import NoiseLevel
+from ndm.transform import Curve, Identity, Transform
+
+Reverse = Literal["tied", "direct", "direct-score", "diffenc"]
+
+
+@dataclass(frozen=True)
+class ReverseProcess:
+    """The learned reverse process.
+
+    Raises:
+        UserError: the kind is not known.
+    """
+
+    process: ForwardProcess
+    """The forward process."""
+    predictor: Predictor
+    """x̂ of the tied reverse, ŷ of the direct one (and F̂, its second output), F̂ of DiffEnc's."""
+    kind: Reverse = "tied"
+    """``tied``, ``direct``, ``direct-score`` or ``diffenc``."""
+    eta: float = 1.0
+    """The eta that ŷ was trained for; a tied reverse serves all."""
+
+    def __post_init__(self) -> None:
+        """Check the kind."""
+        if self.kind not in get_args(Reverse):
+            raise UserError(f"reverse={self.kind!r} is not known: choose one of {', '.join(get_args(Reverse))}")
+
+    @property
+    def serves_every_eta(self) -> bool:
+        """Whether it can run with another eta than that of training, eta = 0 (the ODE and DDIM) included."""
+        return self.kind != "direct" or self.process.transform.constant
+
+    def check_eta(self, eta: object) -> None:
+        """Check that this reverse process can run with this eta.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if not self.serves_every_eta and not (isinstance(eta, (int, float)) and eta == self.eta):
+            shown = f"eta={eta:g}" if isinstance(eta, (int, float)) else "another eta"
+            raise UserError(
+                f"a direct reverse process knows the noise of its training alone, eta={self.eta:g}, not {shown}: sample by ancestral or sde. "
+                "The ODE, DDIM, the likelihood and fitted eta need its second head: train with reverse=direct-score, or tied"
+            )
+
+    def curve(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Curve:
+        """What stands for F(x, .) at latents ``z`` ``(B, *event)`` and times ``(B,)``, by one evaluation of the predictor.
+
+        Raises:
+            UserError: this reverse process does not know that eta.
+        """
+        if self.kind == "tied":
+            return self.process.transform.curve(self.predictor(z, level))
+        if self.kind == "diffenc":
+            return _Shifted(self.process.transform, self.predictor(z, level), level)
+        self.check_eta(eta)
+        if self.kind == "direct":
+            return Identity().curve(self.predictor(z, level))
+        return Identity().curve(self._target(*self.predictor.two(z, level), eta))
+
+    def _target(self, target: Tensor, transformed: Tensor, eta: float | Tensor) -> Tensor:
+        """ŷ of another eta."""
+        if not isinstance(eta, Tensor) and eta == self.eta:
+            return target
+        return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
+
+    def learning_curve(
+        self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None
+    ) -> tuple[Curve, Tensor | None]:
+        """The curve at z_t drawn from q(z_t|x) by ``noise``, for the bound; with a second head and gradients, its loss as well.
+
+        Args:
+            transformed: F(x, t), ``(B, *event)``.
+            noise: standard normal, ``(B, *event)``.
+            level: the level at t.
+            eta: of the bound.
+            source: decides which half of the batch the second head learns from.
+
+        Returns:
+            The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)``, nats, or None.
+        """
+        z = self.process.marginal_of(transformed, level).sample(noise)
+        if self.kind != "direct-score" or not torch.is_grad_enabled():
+            return self.curve(z, level, eta), None
+        parity = torch.arange(len(z), device=z.device) + (uniform(level.t, source)[0] < 0.5)
+        of_bound = (parity % 2).to(z)
+        fixed = z.detach()
+        z = fixed + 2 * expand(of_bound, z) * (z - fixed)  # the same value, half of the gradients doubled, the other half cut
+        target, second = self.predictor.two(z, level)
+        error = sum_event((transformed.detach() - second) ** 2)
+        regression = (1 - of_bound) * level.snr_decay.detach() * error
+        return Identity().curve(self._target(target, second, eta)), regression
+
+    def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:
+        """p(z_s|z_t)."""
+        return self.process.posterior_of(z, self.curve(z, t, eta).at_both(s, t), s, t, eta)
+
+    def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
+        """f(z, t), ``(B, *event)``."""
+        return self.process.drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
+
+
+class _Shifted(Curve):
+    """F̂ + F(F̂, .) - F(F̂, t): passes through F̂ at t, and has the slope of F at F̂."""
+
+    def __init__(self, transform: Transform, guess: Tensor, level: NoiseLevel):
+        super().__init__(transform, guess)
+        self._inner, self._level = transform.curve(guess), level
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        at, here = self._inner.at_both(level, self._level)
+        return self._x + at - here
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        value, derivative = self._inner.with_derivative(level)
+        here = value if level is self._level else self._inner.at(self._level)
+        return self._x + value - here, derivative
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        at_s, at_t = self._inner.at_both(s, t)
+        here = at_t if t is self._level else self._inner.at(self._level)
+        return self._x + at_s - here, self._x + at_t - here
