@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model on your data, or go on with an interrupted run",
     "sample": "draw samples from a trained run",
     "evaluate": "measure bounds and likelihoods of a trained run on a split of its data",
+    "compare": "train and measure several configurations under one budget",
     "compress": "compress images or arrays losslessly with a trained model",
     "decompress": "restore what ndm compress made an archive of",
     "inspect": "show what an archive holds",

@@ -327,7 +327,14 @@ def _evaluating(model: NDM) -> Iterator[None]:
 
 
 def evaluate_bound(
-    model: NDM, data: EventDataset, *, draws: int = 16, batch_size: int | None = None, seed: int = 0, progress: bool = False
+    model: NDM,
+    data: EventDataset,
+    *,
+    draws: int = 16,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """The bound on every example of a data set, in the time, discrete or continuous, that the model was trained in.
 
@@ -335,6 +342,7 @@ def evaluate_bound(
         model: the model.
         data: the examples.
         draws: K, times an example.
+        limit: evaluate only so many examples, evenly spread over the data set.
         batch_size: examples at once; None takes 256, or fewer where the decoder would need too much memory.
         seed: seed of times and noise.
         progress: show a progress bar.
@@ -345,7 +353,7 @@ def evaluate_bound(
     Raises:
         UserError: the data set is empty, or the bound is not finite.
     """
-    measurement = Evaluation(model, data, seed=seed, batch_size=batch_size, progress=progress).nelbo(draws=draws)
+    measurement = Evaluation(model, data, seed=seed, limit=limit, batch_size=batch_size, progress=progress).nelbo(draws=draws)
     return {**flat_record([measurement]), "seconds": measurement.protocol["seconds"]}
 
 

@@ -97,8 +97,9 @@ class NDM(nn.Module):
         return self.process.marginal(x, self.process.level(t, x)).sample(standard_normal(x, generator))
 
     def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
-        """x̂(z, t), ``(B, *event)``."""
-        return self.predictor(z, self.process.level(t, z))
+        """The predictor's x̂(z, t), ŷ(z, t) where the reverse process is direct; ``(B, *event)``."""
+        level = self.process.level(t, z)
+        return self.predictor.two(z, level)[0] if self.reverse == "direct-score" else self.predictor(z, level)
 
     def bound(
         self,

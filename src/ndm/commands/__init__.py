@@ -9,6 +9,7 @@ def run_command(name: str, words: Sequence[str]) -> None:
     Raises:
         UserError: a word is wrong, or the command met bad input.
     """
+    from ndm.commands.compare import run_compare
     from ndm.commands.compress import run_compress, run_decompress, run_inspect
     from ndm.commands.evaluate import run_evaluate
     from ndm.commands.sample import run_sample
@@ -18,6 +19,7 @@ def run_command(name: str, words: Sequence[str]) -> None:
         "train": run_train,
         "sample": run_sample,
         "evaluate": run_evaluate,
+        "compare": run_compare,
         "compress": run_compress,
         "decompress": run_decompress,
         "inspect": run_inspect,

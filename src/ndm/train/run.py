@@ -198,7 +198,7 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     write_json(out / "data.json", description)
     model.save_pretrained(out / "model", {"data": description})
     test = data.split(settings.evaluation_split)
-    record = evaluate_bound(model, test, draws=settings.evaluation_draws, progress=True)
+    record = evaluate_bound(model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True)
     metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
     metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
     shape = data.describe().event_shape

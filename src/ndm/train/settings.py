@@ -57,6 +57,8 @@ class TrainSettings:
     """The split that ``validate_every`` looks at; nothing is selected by it."""
     evaluation_draws: int = 8
     """Times drawn for each example in the evaluation at the end."""
+    evaluation_limit: int | None = None
+    """Evaluate only so many examples at the end, evenly spread over the split; None for all."""
     evaluation_split: str = "test"
     """The split that is evaluated at the end."""
 
@@ -72,7 +74,7 @@ class TrainSettings:
         for name in ("warmup", "workers", "gradient_clip", "weight_decay", "transform_rate"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"train.{name}={getattr(self, name)}: give a number of at least 0")
-        for name in ("threads", "validate_every"):
+        for name in ("threads", "validate_every", "evaluation_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1, or null")
         if self.validate_every is not None and self.validate_every > self.steps:

@@ -1,0 +1,119 @@
+r"""Tables and a plot of a comparison: means over seeds with standard errors.
+
+.. math::
+    \bar m = \frac1S \sum_s m_s, \qquad \text{stderr}^2 = \frac{1}{S (S - 1)} \sum_s (m_s - \bar m)^2, \qquad
+    \bar d = \frac1S \sum_s (m_s - m^{\text{reference}}_s) .
+
+m_s is the mean over the same test examples for every row and seed, so the error over seeds says how far another training would come out.
+Runs of one seed share data order and noise; d is paired by seed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ndm.errors import require
+from ndm.viz import write_figure
+
+MARKERS = "osD^vPX*<>hp"
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of values over seeds, its standard error (None for a single one), and the values themselves."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    error = float(tensor.std() / math.sqrt(len(values))) if len(values) > 1 else None
+    return {"mean": float(tensor.mean()), "stderr": error, "values": list(values)}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], reference: str | None = None) -> list[dict[str, Any]]:
+    """Statistics over seeds of each row.
+
+    Args:
+        rows: each with ``name``, ``parameters``, ``steps``, ``seconds_per_step`` and ``runs``, a list of ``{measure: value}`` by seed.
+        reference: name of the row from which differences are taken.
+
+    Returns:
+        The rows with ``measures``: ``{measure: {mean, stderr, values}}``, and ``differences`` likewise.
+    """
+    by_name = {row["name"]: row for row in rows}
+    summary = []
+    for row in rows:
+        names = list(row["runs"][0]) if row["runs"] else []
+        measures = {name: mean_and_error([run[name] for run in row["runs"]]) for name in names}
+        differences = {}
+        base = by_name.get(reference or "")
+        if base is not None and base is not row and len(base["runs"]) == len(row["runs"]):
+            for name in names:
+                if name in base["runs"][0]:
+                    pairs = zip(row["runs"], base["runs"], strict=True)
+                    differences[name] = mean_and_error([run[name] - other[name] for run, other in pairs])
+        summary.append({**row, "measures": measures, "differences": differences})
+    return summary
+
+
+def cell(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
+    """A mean and its error for a table; a dash where there is none."""
+    if entry is None:
+        return "—"
+    text = f"{entry['mean']:+.3f}" if sign else f"{entry['mean']:.3f}"
+    return text if entry["stderr"] is None else f"{text} ± {entry['stderr']:.3f}"
+
+
+def markdown(summary: Sequence[Mapping[str, Any]], unit: str, reference: str | None, protocol: Sequence[str]) -> str:
+    """The table of a comparison as Markdown, the best of each column in bold, and its protocol below."""
+    names = list(dict.fromkeys(name for row in summary for name in row["measures"]))
+    best = {name: min(row["measures"][name]["mean"] for row in summary if name in row["measures"]) for name in names}
+    main = names[0] if names else ""
+    head = ["model", "parameters", "steps", "ms a step", "minutes", *names]
+    if reference:
+        head.append(f"{main}, less {reference}")
+    lines = [head, ["---"] * len(head)]
+    for row in summary:
+        cells = [row["name"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{1e3 * row['seconds_per_step']:.1f}"]
+        cells.append(f"{row['steps'] * row['seconds_per_step'] / 60:.1f}")
+        for name in names:
+            entry = row["measures"].get(name)
+            text = cell(entry)
+            cells.append(f"**{text}**" if entry is not None and entry["mean"] == best[name] else text)
+        if reference:
+            cells.append(cell(row["differences"].get(main), sign=True))
+        lines.append(cells)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{table}\n{unit}. " + " ".join(protocol) + "\n"
+
+
+def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
+    """The first measure against training time and against the number of parameters, with standard errors; PNG or PDF."""
+    require("matplotlib.figure", "matplotlib", "eval")
+    from matplotlib.figure import Figure
+
+    shown = [row for row in summary if row["measures"]]
+    if not shown:
+        return
+    name = next(iter(shown[0]["measures"]))
+    figure = Figure(figsize=(8.6, 3.8), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for index, row in enumerate(shown):
+        entry = row["measures"][name]
+        for axis, at in zip(axes, (row["steps"] * row["seconds_per_step"], row["parameters"]), strict=True):
+            axis.errorbar(
+                at,
+                entry["mean"],
+                yerr=entry["stderr"],
+                marker=MARKERS[index % len(MARKERS)],
+                color=f"C{index % 10}",
+                markersize=6,
+                capsize=3,
+                linestyle="none",
+                label=row["name"],
+            )
+    axes[0].set(xlabel="training time (s)", ylabel=f"{name} ({unit})")
+    axes[1].set(xlabel="parameters")
+    axes[1].ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    write_figure(path, figure)
