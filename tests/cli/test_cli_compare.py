@@ -1,0 +1,194 @@
+"""``ndm compare``: rows under one budget, the widened baseline, resuming, and statistics over seeds."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import TINY
+from ndm.cli import main
+from ndm.compare.plan import configuration, make, plan_rows, read_rows, size
+from ndm.compare.report import cell, markdown, mean_and_error, summarise
+
+ROWS: dict[str, Any] = {
+    "Plain": {"model.transform": "ndm.Identity"},
+    "Learned F": {},
+    "Direct": {"model.transform": "ndm.GatedTransform", "model.reverse": "direct"},
+}
+
+
+def comparison(folder: Path, rows: dict[str, Any] | None = None, **extra: Any) -> Path:
+    (folder / "base.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "compare.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "rows": rows or ROWS, **extra}, sort_keys=False))
+    return folder / "compare.yaml"
+
+
+def run(folder: Path, *words: str) -> dict[str, Any]:
+    assert main(["compare", "--config", str(folder / "compare.yaml"), "--out", str(folder / "out"), *words]) == 0
+    record: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text())
+    return record
+
+
+def test_a_plain_diffusion_at_least_as_large_as_the_largest_is_always_a_row(tmp_path: Path) -> None:
+    rows, extra = read_rows(comparison(tmp_path))
+    planned = plan_rows(rows, extra, "steps")
+    assert [row.name for row in planned] == ["Plain", "Plain, widened", "Learned F", "Direct"]
+    largest, wide = max(size(row) for row in rows), planned[1]
+    assert wide.parameters == size(wide) >= largest
+    width = configuration(wide).model.predictor.init_args.network.init_args.hidden
+    narrower = (*wide.words[:-1], str(width - 2))
+    assert size(type(wide)("", narrower)) < largest, "no wider than needed"
+    assert type(make(wide)[0].transform).__name__ == "Identity"
+    matched = plan_rows(rows, extra, "parameters")
+    assert len(matched) == 3 and all(largest <= row.parameters < 1.15 * largest for row in matched)
+
+
+def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison(tmp_path)
+    words = ["--seeds", "2", "--steps", "3,5", "--calibrate", "--nll", "--limit", "20", "--draws", "2"]
+    record = run(tmp_path, *words)
+    summary = {row["name"]: row for row in record["summary"]}
+    assert list(summary) == ["Plain", "Plain, widened", "Learned F", "Direct"]
+    assert list(summary["Plain"]["measures"]) == ["continuous", "T = 3", "T = 5", "T = 3, fitted variance", "T = 5, fitted variance", "NLL"]
+    assert "NLL" not in summary["Direct"]["measures"], "a direct reverse without a score has none"
+    assert {row["steps"] for row in record["summary"]} == {24}
+    values = summary["Learned F"]["measures"]["continuous"]["values"]
+    assert len(values) == 2 and values[0] != values[1]
+    one = json.loads((tmp_path / "out" / "learned-f" / "seed-1" / "measures.json").read_text())
+    assert one["measures"]["continuous"] == values[1] and one["unit"] == "nats an example"
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.count("\n| ") == 5 and "**" in text and "nats an example" in text
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / "out" / f"compare.{suffix}").stat().st_size > 1000
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
+    (tmp_path / "out" / "direct" / "seed-0" / "measures.json").unlink()
+    again = run(tmp_path, *words)
+    assert again["summary"] == record["summary"], "only what is missing is done again, with the same result"
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
+    capsys.readouterr()
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out"), "--train-steps", "9"]) == 2
+    assert "another budget" in capsys.readouterr().err
+
+
+def test_a_budget_of_seconds_gives_slower_rows_fewer_steps(tmp_path: Path) -> None:
+    comparison(tmp_path)
+    record = run(tmp_path, "--seeds", "1", "--steps", "", "--limit", "4", "--draws", "1", "--budget", "seconds", "--seconds", "0.2")
+    for row in record["summary"]:
+        assert row["steps"] == max(1, round(0.2 / row["seconds_per_step"]))
+        assert row["measures"]["continuous"]["stderr"] is None
+    plain, learned = record["summary"][0], record["summary"][2]
+    assert plain["seconds_per_step"] < learned["seconds_per_step"] and plain["steps"] > learned["steps"]
+
+
+def test_two_jobs_at_once_give_the_numbers_of_one(tmp_path: Path) -> None:
+    words = ["--seeds", "1", "--steps", "", "--limit", "8", "--draws", "1", "--rows", "Plain; Direct"]
+    numbers = []
+    for jobs in ("1", "2"):
+        folder = tmp_path / jobs
+        folder.mkdir()
+        comparison(folder)
+        record = run(folder, *words, "--jobs", jobs)
+        numbers.append([row["measures"]["continuous"]["mean"] for row in record["summary"]])
+    assert len(numbers[0]) == 2
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+    assert (tmp_path / "2" / "out" / "plain" / "seed-0" / "log.txt").exists()
+
+
+def test_words_after_two_dashes_go_to_every_run(tmp_path: Path) -> None:
+    comparison(tmp_path)
+    words = [
+        "--seeds",
+        "1",
+        "--steps",
+        "",
+        "--limit",
+        "4",
+        "--draws",
+        "1",
+        "--rows",
+        "Plain",
+        "--",
+        "--train.steps",
+        "5",
+        "--model.steps",
+        "3",
+    ]
+    record = run(tmp_path, *words)
+    assert record["summary"][0]["steps"] == 5
+    config = yaml.safe_load((tmp_path / "out" / "plain" / "seed-0" / "config.yaml").read_text())
+    assert config["model"]["steps"] == 3 and config["train"]["steps"] == 5
+
+
+def test_one_run_that_fails_does_not_take_the_others_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}, "Wild": {"train.learning_rate": 1e30}})
+    words = ["--seeds", "1", "--steps", "", "--limit", "4", "--draws", "1"]
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Wild" in error and "not finite" in error
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())["summary"]
+    assert [bool(row["measures"]) for row in summary if row["name"] in ("Plain", "Wild")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "extra", "message"),
+    [
+        ({"A": {"model.transfrom": "ndm.Identity"}}, {}, "row 'A'"),
+        ({"A": {"steps": 3}}, {}, "data., model. or train."),
+        ({"A": 3}, {}, "overrides such as"),
+        ({"A": {}}, {}, "as large as the largest"),
+        ({"A": {}, "a": {}}, {}, "names that differ"),
+        ({"A": {"model.transform": "ndm.Identity"}, "B": {}}, {"widen": "C"}, "no row 'C'"),
+        ({"A": {"model.transform": "ndm.Identity"}, "B": {}}, {"width": "model.nothing"}, "to widen"),
+        ({"A": {}}, {"rowz": 1}, "'rowz' is not known"),
+        ({"A": {"model.predictor.network.hidden": -4}}, {}, "row 'A'"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Any, extra: dict[str, Any], message: str
+) -> None:
+    comparison(tmp_path, rows, **extra)
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0"], "seeds=0"),
+        (["--budget", "seconds"], "--seconds"),
+        (["--seconds", "3"], "budget=seconds"),
+        (["--budget", "seconds", "--seconds", "-1"], "positive"),
+        (["--steps", "1,x"], "whole numbers"),
+        (["--rows", "Nobody"], "no row 'Nobody'"),
+        (["--budget", "luck"], "budget"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    comparison(tmp_path)
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> None:
+    runs = {"a": [1.0, 2.0, 6.0], "b": [1.5, 2.5, 6.5]}
+    rows = [
+        {"name": name, "parameters": 1, "steps": 1, "seconds_per_step": 1.0, "runs": [{"m": value} for value in values]}
+        for name, values in runs.items()
+    ]
+    first, second = summarise(rows, "a")
+    assert first["measures"]["m"]["mean"] == 3.0
+    assert first["measures"]["m"]["stderr"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+    assert first["differences"] == {}
+    assert second["differences"]["m"]["mean"] == pytest.approx(0.5)
+    assert second["differences"]["m"]["stderr"] == pytest.approx(0.0), "what seeds share drops out"
+    assert mean_and_error([2.0])["stderr"] is None
+    assert cell({"mean": 1.0, "stderr": None}) == "1.000"
+    table = markdown([first, second], "bits/dim", "a", ["p."])
+    assert "**3.000 ± 1.528**" in table and "+0.500 ± 0.000" in table

@@ -1,0 +1,112 @@
+"""A direct model sampled through diffusers, on a Gaussian problem whose exact target and marginals are known."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ndm.decoder import GaussianDecoder
+from ndm.errors import UserError
+from ndm.export import to_diffusers
+from ndm.model import NDM
+from ndm.nn import MLP
+from ndm.predictor import Predictor
+from ndm.reverse import Reverse
+from ndm.sample import Ancestral
+from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
+from ndm.transform import GatedTransform, Identity
+from oracles import F64, GaussianProblem, LinearTransform
+from test_reverse import ExactTarget
+
+diffusers = pytest.importorskip("diffusers")
+
+
+class GatedLinear(LinearTransform):
+    """F(x, t) = x + sigma_t² (M x + c)."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def matrix(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().matrix(self.schedule(t).sigma ** 2)
+
+    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        slope = (2 * level.sigma * level.dsigma)[:, None]
+        return self(x, level), slope * (x @ self.tilt.T + self.offset)
+
+    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        matrix, offset = self.matrix(level.t)
+        return (matrix @ x[..., None])[..., 0] + offset
+
+
+def exact_model(problem: GaussianProblem) -> NDM:
+    return NDM(problem.process.schedule, problem.linear, ExactTarget(problem, 1.0), GaussianDecoder(), reverse="direct")  # type: ignore[arg-type]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), torch.cov(x.T)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [("DDPMScheduler", {}, 500), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 100)],
+)
+def test_diffusers_draws_the_data_of_a_transformed_process(name: str, options: dict[str, str], steps: int) -> None:
+    """F turns and shears in time, so the plain diffusion with E[x|z] in place of the target would not end in the data."""
+    schedule = LinearLogSNR(-7.0, 9.0)
+    problem = GaussianProblem(schedule, GatedLinear(schedule))
+    network, scheduler = to_diffusers(exact_model(problem), getattr(diffusers, name), 1000, **options)
+    assert scheduler.config.prediction_type == "sample"
+
+    def draw(predict: object) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(steps)
+        z = torch.randn(20_000, 2, dtype=F64, generator=generator)
+        with torch.no_grad():
+            for timestep in scheduler.timesteps:
+                z = scheduler.step(predict(z, timestep), timestep, z, generator=generator).prev_sample  # type: ignore[operator]
+        return z
+
+    mean, covariance = moments(draw(lambda z, t: network(z, t).sample))
+    spread = problem.covariance().diagonal().sqrt()
+    assert bool(((mean - problem.mean()).abs() < 0.04 * spread).all())
+    assert bool(((covariance - problem.covariance()).abs() < 0.06 * torch.outer(spread, spread)).all())
+
+    def data_prediction(z: Tensor, timestep: Tensor) -> Tensor:
+        return problem(z, problem.process.level(timestep / 999, z))
+
+    _, wrong = moments(draw(data_prediction))
+    assert bool(((wrong - problem.covariance()).abs() > 0.1 * torch.outer(spread, spread)).any()), "the test must tell y from x"
+
+
+def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
+    problem = GaussianProblem(LinearLogSNR(-5.0, 4.0), LinearTransform())
+    model = exact_model(problem)
+    network, scheduler = to_diffusers(model, diffusers.DDPMScheduler, 100)
+    z = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    for index in (99, 60, 5, 1):
+        found = scheduler.step(network(z, index).sample, index, z, generator=torch.Generator().manual_seed(1)).prev_sample
+        noise = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+        t, s = (model.process.level(i / 99, z) for i in (index, index - 1))
+        expected = Ancestral(1.0)(model.reverse_process, z, t, s, noise)
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)  # diffusers keeps its schedule in single precision
+
+
+def make(reverse: Reverse, **options: object) -> NDM:
+    parts = {"schedule": LinearLogSNR(), "transform": GatedTransform(MLP(2, 8, 1)), "predictor": Predictor(MLP(2, 8, 1)), **options}
+    return NDM(**parts, decoder=GaussianDecoder(), reverse=reverse)  # type: ignore[arg-type]
+
+
+def test_what_is_no_plain_diffusion_is_refused() -> None:
+    for model, word in (
+        (make("tied"), "reverse=direct"),
+        (make("diffenc"), "reverse=direct"),
+        (make("direct", schedule=FlowMatching()), "variance preserving"),
+        (make("direct", eta=0.7), "eta"),
+    ):
+        with pytest.raises(UserError, match=word):
+            to_diffusers(model, diffusers.DDPMScheduler)
+    with pytest.raises(UserError, match="trained_betas"):
+        to_diffusers(make("direct"), diffusers.FlowMatchEulerDiscreteScheduler)
+    to_diffusers(make("tied", transform=Identity()), diffusers.DDPMScheduler)
