@@ -7,6 +7,7 @@ from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.model import NDM
+from ndm.nfdm import NFDM, NetworkScale
 from ndm.predictor import Predictor
 from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR
 from ndm.times import ImportanceTimes, LowDiscrepancyTimes, UniformTimes
@@ -19,6 +20,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "NDM",
+    "NFDM",
     "Bound",
     "Cosine",
     "DDPMLinear",
@@ -31,6 +33,7 @@ __all__ = [
     "LearnedSchedule",
     "LinearLogSNR",
     "LowDiscrepancyTimes",
+    "NetworkScale",
     "NetworkTransform",
     "Predictor",
     "SeparableTransform",

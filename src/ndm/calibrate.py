@@ -62,7 +62,7 @@ def best_scale(
     check_whole("steps", steps, 1)
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        square, _, _ = discrete_errors(model.reverse_process, model.transform.curve(x), Draw(u, noise), steps, model.eta)
+        square, _, _ = discrete_errors(model.reverse_process, model.process.curve(x), Draw(u, noise), steps, model.eta)
         return [square / event_size(noise)]
 
     (excess,) = _means(model, data, errors, min(steps, bins), examples, batch_size, seed, progress)
@@ -81,7 +81,7 @@ def best_eta(
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
         # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF.
-        reverse, curve, draw = model.reverse_process, model.transform.curve(x), Draw(u, noise)
+        reverse, curve, draw = model.reverse_process, model.process.curve(x), Draw(u, noise)
         level, rest, _ = continuous_errors(reverse, curve, draw, 0.0)
         difference = 2 * (rest - continuous_errors(reverse, curve, draw, 1.0)[1])
         weight = level.snr_decay  # it changes within a part, and belongs to both means
@@ -119,7 +119,7 @@ def _means(
             for part in range(bins):
                 u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
                 values = torch.stack(
-                    errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(model.transform.curve(x).like, source))
+                    errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(model.process.curve(x).like, source))
                 )
                 sums[part].append(values.cpu().double().sum(1))
             bar.update(len(batch))

@@ -82,11 +82,10 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
 def prior_term(process: ForwardProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
     """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     level = process.level(1.0, x)
-    end = (curve or process.transform.curve(x)).at(level)
-    signal = sum_event((expand(level.alpha, end) * end) ** 2)
+    q = process.marginal(x, level, curve)
     # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
-    log_variance = 2 * torch.log(level.sigma)
-    return 0.5 * (signal + event_size(end) * (torch.expm1(log_variance) - log_variance))
+    log_variance = 2 * torch.log(q.std)
+    return 0.5 * sum_event(q.mean**2 + (torch.expm1(log_variance) - log_variance))
 
 
 def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
@@ -167,13 +166,10 @@ def discrete_diffusion(
 def continuous_errors(
     reverse: ReverseProcess, curve: Curve, draw: Draw, eta: float | Tensor = 1.0
 ) -> tuple[NoiseLevel, Tensor, Tensor | None]:
-    """The level at t = u, Δ(∂_t F)/gamma' - ½(1 + eta²) ΔF ``(B, *event)``, and the loss of a second head."""
+    """The level at t = u, and there :meth:`ndm.reverse.ReverseProcess.continuous_error`."""
     level = reverse.process.schedule(draw.u)
-    value, derivative = curve.with_derivative(level)
-    guess, regression = reverse.learning_curve(value, draw.noise, level, eta, draw.source)
-    guess_value, guess_derivative = guess.with_derivative(level)
-    slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
-    return level, slope - 0.5 * (1 + eta**2) * (value - guess_value), regression
+    error, regression = reverse.continuous_error(curve, draw.noise, level, eta, draw.source)
+    return level, error, regression
 
 
 def continuous_diffusion(reverse: ReverseProcess, curve: Curve, draw: Draw, eta: Eta = 1.0) -> Integrand:
@@ -196,7 +192,7 @@ def diffusion_integrand(
     Raises:
         UserError: eta or steps is out of range.
     """
-    _check_reverse(steps, eta)
+    _check_reverse(reverse, steps, eta)
     if steps is None and scale is not None:
         raise UserError(
             "in continuous time only the reverse variance of the forward process gives a finite bound; leave scale out, or give steps"
@@ -204,13 +200,15 @@ def diffusion_integrand(
     return continuous_diffusion(reverse, curve, draw, eta) if steps is None else discrete_diffusion(reverse, curve, draw, steps, eta, scale)
 
 
-def _check_reverse(steps: int | None, eta: Eta) -> None:
+def _check_reverse(reverse: ReverseProcess, steps: int | None, eta: Eta) -> None:
     if not isinstance(eta, StepFunction) and not eta > 0:
         raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS):
         raise UserError(
             f"steps={steps}: discrete time needs a whole number of steps from 1 to {MOST_STEPS}; None stands for continuous time"
         )
+    if steps is not None:
+        reverse.process.check_discrete()
 
 
 def path_log_weight(
@@ -236,9 +234,9 @@ def path_log_weight(
     Returns:
         ``(B,)``, nats.
     """
-    _check_reverse(steps, eta)
+    _check_reverse(reverse, steps, eta)
     process = reverse.process
-    t, curve = process.level(1.0, x), process.transform.curve(x)
+    t, curve = process.level(1.0, x), process.curve(x)
     true_t = curve.at(t)
     q = process.marginal_of(true_t, t)
     z = q.sample(standard_normal(true_t, source))

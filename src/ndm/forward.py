@@ -103,9 +103,20 @@ class ForwardProcess(nn.Module):
         t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
         return self.schedule(t.repeat(like.shape[0]) if t.dim() == 0 else t)
 
-    def marginal(self, x: Tensor, level: NoiseLevel) -> Gaussian:
-        """q(z_t|x) for ``x`` ``(B, *event)``."""
-        return self.marginal_of(self.transform(x, level), level)
+    def curve(self, x: Tensor) -> Curve:
+        """What the process needs to know of ``x`` ``(B, *event)`` at several times: t -> F(x, t)."""
+        return self.transform.curve(x)
+
+    def check_discrete(self) -> None:
+        """Check that posteriors q(z_s|z_t,x) of this process are defined, as discrete time needs them.
+
+        Raises:
+            UserError: they are not. Never so here, but a subclass may be a process in continuous time alone.
+        """
+
+    def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
+        """q(z_t|x) for ``x`` ``(B, *event)``; ``curve`` is :meth:`curve` of x where it is at hand."""
+        return self.marginal_of((curve or self.curve(x)).at(level), level)
 
     def marginal_of(self, transformed: Tensor, level: NoiseLevel) -> Gaussian:
         """q(z_t|x) given F(x, t)."""
@@ -113,7 +124,7 @@ class ForwardProcess(nn.Module):
 
     def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
         """q(z_0|x), without an evaluation of F where F(x, 0) = x; ``curve`` is t -> F(x, t) where it is at hand."""
-        transformed = x if self.transform.data_at_zero else (curve or self.transform.curve(x)).at(level)
+        transformed = x if self.transform.data_at_zero else (curve or self.curve(x)).at(level)
         return self.marginal_of(transformed, level)
 
     def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0) -> Gaussian:

@@ -136,7 +136,7 @@ class NDM(nn.Module):
         horizon = self.steps if steps == "trained" else steps
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
-        eta, curve = self.eta if eta is None else eta, self.transform.curve(x)
+        eta, curve = self.eta if eta is None else eta, self.process.curve(x)
         diffusion, reconstruction, regression = [], [], []
         for index in range(draws or 1):
             if draws is None:

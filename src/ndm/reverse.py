@@ -93,7 +93,7 @@ class ReverseProcess:
             UserError: this reverse process does not know that eta.
         """
         if self.kind == "tied":
-            return self.process.transform.curve(self.predictor(z, level))
+            return self.process.curve(self.predictor(z, level))
         if self.kind == "diffenc":
             return _Shifted(self.process.transform, self.predictor(z, level), level)
         self.check_eta(eta)
@@ -133,6 +133,24 @@ class ReverseProcess:
         error = sum_event((transformed.detach() - second) ** 2)
         regression = (1 - of_bound) * level.snr_decay.detach() * error
         return Identity().curve(self._target(target, second, eta)), regression
+
+    def continuous_error(
+        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the bound in continuous time squares, Δ(∂_t F)/gamma' - ½(1 + eta²) ΔF ``(B, *event)``, and the loss of a second head.
+
+        Args:
+            curve: that of the forward process at the data.
+            noise: standard normal, in the shape of F(x, t).
+            level: the level at t.
+            eta: of the bound; a tensor broadcasts against ``noise``.
+            source: see :meth:`learning_curve`.
+        """
+        value, derivative = curve.with_derivative(level)
+        guess, regression = self.learning_curve(value, noise, level, eta, source)
+        guess_value, guess_derivative = guess.with_derivative(level)
+        slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
+        return slope - 0.5 * (1 + eta**2) * (value - guess_value), regression
 
     def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:
         """p(z_s|z_t)."""

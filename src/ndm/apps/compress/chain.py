@@ -119,7 +119,11 @@ def make_plan(model: NDM, steps: int, batch: int, scale: Tensor | None = None, w
         batch: images that are coded side by side.
         scale: r of each of n equal parts of [0, 1] (:func:`ndm.calibrate.best_scale`); 1 by default.
         width: w.
+
+    Raises:
+        UserError: the model is one of continuous time alone.
     """
+    model.process.check_discrete()
     schedule = copy.deepcopy(model.schedule).double().cpu()
     with torch.no_grad():
         level = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
