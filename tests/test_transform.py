@@ -13,10 +13,11 @@ from ndm.errors import ForwardModeError, UserError
 from ndm.forward import ForwardProcess
 from ndm.forward_mode import time_derivative
 from ndm.model import NDM
-from ndm.nn import MLP, FromDiffusers, UNet
+from ndm.nn import MLP, ConvEncoder, Dense, FromDiffusers, UNet
+from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR
-from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
+from ndm.transform import Encoder, GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
 from oracles import F64, SHEAR, LinearTransform, randomised
 
 
@@ -390,3 +391,69 @@ def test_what_a_separable_form_cannot_be_is_refused() -> None:
         SeparableTransform(MLP(3, 8, 1, outputs=2), "maybe")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="outputs=0"):
         MLP(3, 8, 1, outputs=0)
+
+
+OTHERS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
+    "blur": (lambda: Blur(2.0, 0.01), (2, 5, 8)),
+    "blur_plane": (lambda: Blur(3.0, 0.0), (6, 3)),
+    "mask": (lambda: FadingMask(4.0, 0.5), (2, 5, 8)),
+    "downsample": (lambda: Downsample((0.25, 0.6, 1.0)), (1, 8, 16)),
+    "encoder": (lambda: Encoder(Dense([3], [2], 8)), (3,)),
+    "encoder_image": (lambda: Encoder(ConvEncoder(2, 3, 4, 1)), (2, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.05, 0.1)], ids=["cosine", "flow"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_fixed_operators_and_encoders_obey_the_laws(name: str, schedule: Cosine | FlowMatching) -> None:
+    torch.manual_seed(0)
+    make, event = OTHERS[name]
+    transform, x = make().double(), torch.randn(4, *event, dtype=F64)
+    t, zero = torch.tensor([0.07, 0.3, 0.62, 0.95], dtype=F64), torch.zeros(4, dtype=F64)
+    with torch.no_grad():
+        value, derivative = transform.with_derivative(x, schedule(t))
+        expected = (transform(x, schedule(t + 1e-5)) - transform(x, schedule(t - 1e-5))) / 2e-5
+        torch.testing.assert_close(derivative, expected, rtol=1e-6, atol=1e-7)
+        assert transform.constant == bool((derivative == 0).all())
+        torch.testing.assert_close(value, transform(x, schedule(t)))
+        at_s, at_t = transform.at_both(x, schedule(t / 2), schedule(t))
+        torch.testing.assert_close(at_s, transform(x, schedule(t / 2)))
+        torch.testing.assert_close(at_t, value)
+        curve, zeros = transform.curve(x), torch.full_like(x, math.nan)
+        torch.testing.assert_close(curve.at(schedule(t)), value)
+        torch.testing.assert_close(curve.with_derivative(schedule(t)), (value, derivative))
+        torch.testing.assert_close(curve.at_both(schedule(t / 2), schedule(t)), (at_s, at_t))
+        assert transform.data_at_zero == bool(transform(x, schedule(zero)).equal(x))
+        assert transform.latent_shape(zeros) == value.shape == curve.like.shape
+        assert transform.keeps_shape == (value.shape == x.shape)
+        parts = transform(x + 2 * x.flip(0), schedule(t[:1].expand(4)))
+        single = transform(x, schedule(t[:1].expand(4))) + 2 * transform(x.flip(0), schedule(t[:1].expand(4)))
+        assert isinstance(transform, Encoder) or parts.allclose(single)  # linear
+
+
+def test_an_encoder_is_evaluated_once_a_bound_and_what_it_cannot_be_is_refused() -> None:
+    class Once(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    network = Once(3, 2)
+    curve = Encoder(network).curve(torch.randn(5, 3))
+    for level in (SCHEDULE(torch.rand(5)), SCHEDULE(torch.rand(5))):
+        curve.at(level), curve.with_derivative(level), curve.at_both(level, level)
+    assert network.calls == 1
+    with pytest.raises(UserError, match=r"nn.Module"):
+        Encoder(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"\(4, 3\) to \(1, 12\)"):
+        Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))(torch.randn(4, 3), SCHEDULE(torch.rand(4)))
+
+
+def test_an_encoder_keeps_its_precision_under_autocast() -> None:
+    transform, x = Encoder(ConvEncoder(2, 3, 4, 1)), torch.randn(4, 2, 4, 6)
+    level = SCHEDULE(torch.rand(4))
+    with torch.no_grad():
+        plain = transform(x, level)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(transform(x, level), plain, rtol=1e-4, atol=1e-5)
