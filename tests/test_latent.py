@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from ndm.apps.compress.chain import Chain, Plan
 from ndm.data import Digits
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
@@ -20,6 +21,7 @@ from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
 from ndm.transform import Encoder, Identity
+from ndm.viz import write_transform
 from oracles import F64, GaussianProblem, constant, gaussian_kl
 
 SCALE = 0.3
@@ -208,6 +210,7 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
     assert sum(totals[-10:]) / 10 < 0.8 * sum(totals[:5]) / 5 and totals[-1] < 4.2  # a uniform model has log2(17) = 4.09
     for part in (model.transform, model.predictor, model.decoder):
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in part.parameters())
+    write_transform(tmp_path / "transform.png", model, x[:2])  # latents of two channels are no pictures
     model.save_pretrained(tmp_path)
     back = NDM.from_pretrained(tmp_path)
     for method in ("ancestral", "ode"):
@@ -271,6 +274,7 @@ def test_what_does_not_fit_a_latent_is_refused_in_one_line() -> None:
         (lambda: ConvEncoder(1, 2, 8, 2)(torch.zeros(1, 1, 8, 6)), r"multiples of 4.*8, 6"),
         (lambda: ConvDecoder(1, 2, 8, 2)(torch.zeros(1, 1, 2, 2)), "latent_channels"),
         (lambda: ConvEncoder(0), "image_channels=0"),
+        (lambda: Chain(model, Plan(1, 1, 1.0, (1.0, 1.0), (0.0,), (1.0,), 1.0, 1.0), (4,)), "decoder network"),
     ]
     for act, pattern in cases:
         with pytest.raises(UserError, match=pattern) as caught:
