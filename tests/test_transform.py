@@ -450,10 +450,17 @@ def test_an_encoder_is_evaluated_once_a_bound_and_what_it_cannot_be_is_refused()
         Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))(torch.randn(4, 3), SCHEDULE(torch.rand(4)))
 
 
-def test_an_encoder_keeps_its_precision_under_autocast() -> None:
-    transform, x = Encoder(ConvEncoder(2, 3, 4, 1)), torch.randn(4, 2, 4, 6)
-    level = SCHEDULE(torch.rand(4))
+@pytest.mark.parametrize("name", [*OTHERS, "separable"])
+def test_the_others_keep_their_precision_under_autocast(name: str) -> None:
+    if name == "separable":
+        transform, x, t = separable("unet", "noise")
+        transform, x, level = transform.float(), x.float(), SCHEDULE(t.float())
+    else:
+        transform, x, level = OTHERS[name][0](), torch.randn(4, *OTHERS[name][1]), SCHEDULE(torch.rand(4))
     with torch.no_grad():
-        plain = transform(x, level)
+        plain = transform.with_derivative(x, level)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            torch.testing.assert_close(transform(x, level), plain, rtol=1e-4, atol=1e-5)
+            mixed = (*transform.with_derivative(x, level), transform(x, level))
+    for got, expected in zip(mixed, (*plain, plain[0]), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

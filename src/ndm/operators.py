@@ -125,11 +125,11 @@ class Blur(Decay):
 
     def analysis(self, x: Tensor) -> Tensor:
         rows, columns = (cosines(size, x.dtype, x.device) for size in x.shape[-2:])
-        return rows @ x @ columns.mT
+        return _both_sides(rows, x, columns.mT)
 
     def synthesis(self, coefficients: Tensor) -> Tensor:
         rows, columns = (cosines(size, coefficients.dtype, coefficients.device) for size in coefficients.shape[-2:])
-        return rows.mT @ coefficients @ columns
+        return _both_sides(rows.mT, coefficients, columns)
 
 
 class FadingMask(Decay):
@@ -224,6 +224,11 @@ def cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         matrix = math.sqrt(2 / size) * torch.cos(math.pi / size * index[:, None] * (index + 0.5))
         matrix[0] *= math.sqrt(0.5)
         return matrix.to(dtype).to(device)  # in this order: not every device has double precision
+
+
+def _both_sides(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # which would take products of matrices in half precision
+        return left @ x @ right
 
 
 def _check_image(x: Tensor, name: str) -> None:

@@ -241,7 +241,8 @@ class SumCurve(Curve, ABC):
         """w_k(t) and its derivative in t, each ``(B, K)``."""
 
     def _sum(self, weights: Tensor) -> Tensor:
-        return torch.einsum("bk,bk...->b...", weights, self._channels)
+        with torch.autocast(self._x.device.type, enabled=False):  # products of matrices would run in half precision
+            return torch.einsum("bk,bk...->b...", weights, self._channels)
 
     def at(self, level: NoiseLevel) -> Tensor:
         return self._x + self._sum(self.weights(level)[0])
