@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.errors import UserError
 from ndm.model import NDM
-from ndm.nn import MLP, UNet
+from ndm.nn import MLP, Dense, UNet
+from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
 from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
 from ndm.serialize import from_config, read_json, to_config, write_atomically, write_json
@@ -34,11 +35,15 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "identity": Identity,
     "mlp": lambda: NetworkTransform(MLP(16, 8, 1, fourier=[1], max_frequency=3.0)),
     "gated": lambda: GatedTransform(UNet(1, 4, (1,), attention=[True], max_frequency=2.0)),
+    "blur": lambda: Blur(3.0, 0.02),
+    "mask": lambda: FadingMask(7.0, 0.4),
+    "downsample": lambda: Downsample((0.25, 0.75)),
 }
 DECODERS: dict[str, Callable[[], Decoder]] = {
     "gaussian": GaussianDecoder,
     "bytes": lambda: DiscretizedGaussian(8),
     "grid": lambda: DiscretizedGaussian([-0.875, -0.125, 0.375, 0.875]),
+    "network": lambda: NetworkDecoder(Dense([1, 4, 4], [1, 4, 4], 8), DiscretizedGaussian(8), 0.2),
 }
 TIMES: dict[str, Callable[[], TimeSampler]] = {
     "uniform": UniformTimes,

@@ -1,6 +1,5 @@
 """Laws of every transformation F(x, t) with every kind of network."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -8,15 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ndm.decoder import GaussianDecoder
 from ndm.errors import ForwardModeError, UserError
 from ndm.forward import ForwardProcess
 from ndm.forward_mode import time_derivative
-from ndm.model import NDM
 from ndm.nn import MLP, FromDiffusers, UNet
-from ndm.predictor import Predictor
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR
-from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
+from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import F64, SHEAR, LinearTransform, randomised
 
 
@@ -293,100 +289,3 @@ def test_the_oracle_obeys_the_same_laws() -> None:
     torch.testing.assert_close(derivative, expected, rtol=1e-7, atol=1e-8)
     process = ForwardProcess(SCHEDULE, transform)
     assert process.level(0.3, x).t.tolist() == [0.3] * 4
-
-
-class ForeignChannels(nn.Module):
-    """A user's network of four outputs that ignores t."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(3, 12)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(self.last(x)).reshape(-1, 4, 3)
-
-
-SEPARABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (lambda: MLP(3, 16, 1, outputs=5), (3,)),
-    "mlp_image": (lambda: MLP(8, 16, 1, outputs=2), (2, 2, 2)),
-    "unet": (lambda: UNet(2, 8, (1, 2), outputs=4), (2, 9, 9)),
-    "foreign": (ForeignChannels, (3,)),
-}
-
-
-class Counting(nn.Module):
-    """Counts the calls of a network."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.calls = network, 0
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.calls += 1
-        return self.network(x, t)
-
-
-def separable(network: str, gate: str, started: bool = True) -> tuple[SeparableTransform, Tensor, Tensor]:
-    torch.manual_seed(0)
-    make, event = SEPARABLE[network]
-    transform = SeparableTransform(make(), gate).double()  # type: ignore[arg-type]
-    if started:
-        randomised(transform, 0.2)
-    x = torch.randn(4, *event, dtype=F64, generator=torch.Generator().manual_seed(1))
-    return transform, x, torch.tensor([0.07, 0.3, 0.62, 0.95], dtype=F64)
-
-
-@pytest.mark.parametrize("gate", ["noise", "time"])
-@pytest.mark.parametrize("network", SEPARABLE)
-@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.05, 0.1)], ids=["cosine", "flow"])
-def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: Cosine | FlowMatching) -> None:
-    transform, x, t = separable(network, gate)
-    value, derivative = transform.with_derivative(x, schedule(t))
-    step = 1e-5
-    with torch.no_grad():
-        after, before = (transform(x, schedule(t + sign * step)) for sign in (1, -1))
-    torch.testing.assert_close(derivative, (after - before) / (2 * step), rtol=1e-6, atol=1e-7)
-    assert float(derivative.detach().abs().min(0).values.max()) > 0.01
-    both = transform.at_both(x, schedule(t / 2), schedule(t))
-    torch.testing.assert_close(both[1], value)
-    torch.testing.assert_close(both[0], transform(x, schedule(t / 2)))
-    channels, weights = transform.channels(x), (schedule(t).sigma ** 2 if gate == "noise" else t)
-    sizes = [1] * (x.dim() - 1)
-    expected = x + sum(
-        (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes) * channels[:, k] for k in range(channels.shape[1])
-    )  # the definition, term by term
-    torch.testing.assert_close(value, expected)
-    gradients = torch.autograd.grad((derivative**2).sum(), list(transform.parameters()), allow_unused=True)
-    assert any(g is not None and float(g.abs().max()) > 0 for g in gradients)
-
-
-@pytest.mark.parametrize("gate", ["noise", "time"])
-@pytest.mark.parametrize("network", SEPARABLE)
-def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(network: str, gate: str) -> None:
-    transform, x, t = separable(network, gate, started=False)
-    value, derivative = transform.with_derivative(x, SCHEDULE(t))
-    assert torch.equal(value, x)
-    assert torch.equal(derivative, torch.zeros_like(x))
-    randomised(transform, 0.2)
-    at_zero = transform(x, SCHEDULE(torch.zeros(4, dtype=F64)))
-    assert transform.data_at_zero == (gate == "time")
-    assert torch.equal(at_zero, x) == transform.data_at_zero
-
-
-@pytest.mark.parametrize("steps", [None, 7])
-def test_the_bound_evaluates_the_separable_network_once_for_x_and_once_for_the_prediction(steps: int | None) -> None:
-    counting = Counting(MLP(3, 8, 1, outputs=4))
-    model = NDM(LinearLogSNR(-5.0, 4.0), SeparableTransform(counting), Predictor(MLP(3, 8, 1)), GaussianDecoder(), steps=steps)
-    model.bound(torch.randn(5, 3))
-    assert counting.calls == 2
-    model.bound(torch.randn(5, 3), draws=4)
-    assert counting.calls == 2 + 1 + 4
-
-
-def test_what_a_separable_form_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="outputs=K"):
-        SeparableTransform(MLP(3, 8, 1))(torch.randn(2, 3), SCHEDULE(torch.rand(2)))
-    with pytest.raises(UserError, match="gate"):
-        SeparableTransform(MLP(3, 8, 1, outputs=2), "maybe")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="outputs=0"):
-        MLP(3, 8, 1, outputs=0)

@@ -3,15 +3,16 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ndm import nn
-from ndm.decoder import DiscretizedGaussian, GaussianDecoder
+from ndm.decoder import DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.model import NDM
 from ndm.nfdm import NFDM, NetworkScale
+from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
 from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR
 from ndm.times import ImportanceTimes, LowDiscrepancyTimes, UniformTimes
-from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform
+from ndm.transform import Encoder, GatedTransform, Identity, NetworkTransform, SeparableTransform
 
 try:
     __version__ = version("ndm")
@@ -21,10 +22,14 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 __all__ = [
     "NDM",
     "NFDM",
+    "Blur",
     "Bound",
     "Cosine",
     "DDPMLinear",
     "DiscretizedGaussian",
+    "Downsample",
+    "Encoder",
+    "FadingMask",
     "FlowMatching",
     "GatedTransform",
     "GaussianDecoder",
@@ -33,6 +38,7 @@ __all__ = [
     "LearnedSchedule",
     "LinearLogSNR",
     "LowDiscrepancyTimes",
+    "NetworkDecoder",
     "NetworkScale",
     "NetworkTransform",
     "Predictor",

@@ -5,6 +5,8 @@ r"""Decoders p(x|z_0): from the first latent to the data.
     \text{discretised: } p(x = l_i | z_0) = \operatorname{softmax}_i \bigl(-(m - l_i)^2 / (2 e^{\gamma_0})\bigr) \text{ per dimension}, \qquad
     \text{Gaussian: } p(x|z_0) = N(m, e^{\gamma_0} I) .
 
+A network in between gives the mean of either, with a learned scale s: m = network(z_0/alpha_0) and s² in place of exp(gamma_0).
+
 The discretised decoder gives probabilities of values on a grid, so its bound is on the scale of the original integers whatever range
 the grid is stored in: nats/(D ln 2) are bits per dimension with no further constant. The Gaussian decoder gives densities, and they
 change with the scale of x. Source: VDM (Kingma et al. 2021), equation 8 and appendix; NDM section 3.
@@ -33,10 +35,12 @@ class Decoder(nn.Module, ABC):
 
     discrete: bool
     """Whether ``log_prob`` is a probability (discrete data) rather than a density."""
+    values: Tensor | None = None
+    """The grid of values of discrete data, ``(L,)``, float64."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """log p(x|z_0), nats, ``(B,)``, for ``x`` and ``z`` ``(B, *event)`` and the level at t = 0."""
+        """log p(x|z_0), nats, ``(B,)``, for ``x`` ``(B, *event)``, ``z`` in the shape of the latents and the level at t = 0."""
 
     @abstractmethod
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
@@ -68,6 +72,7 @@ class DiscretizedGaussian(Decoder):
     """
 
     discrete = True
+    values: Tensor
 
     def __init__(self, levels: int | Sequence[float] = 256):
         super().__init__()
@@ -124,3 +129,47 @@ class DiscretizedGaussian(Decoder):
         probabilities = self.logits(z, level).exp().flatten(0, -2)
         index = torch.multinomial(probabilities, 1, generator=generator)
         return self.grid(z)[index].reshape(z.shape)
+
+
+class NetworkDecoder(Decoder):
+    """p(x|z_0) = base(x; mean = network(z_0/alpha_0), standard deviation = s), for latents in a space of their own: a VAE's decoder.
+
+    Args:
+        network: any ``nn.Module`` called as ``network(m)`` with ``(B, *latent)``; it returns the mean ``(B, *event)``.
+        base: what stands around the mean: :class:`DiscretizedGaussian` for data on a grid, :class:`GaussianDecoder` for continuous data.
+        scale: where s starts; one number for all dimensions, learned.
+    """
+
+    def __init__(self, network: nn.Module, base: Decoder, scale: float = 0.3):
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise UserError(f"network is a {type(network).__name__}: a decoder needs an nn.Module called as network(m)")
+        if not isinstance(base, (DiscretizedGaussian, GaussianDecoder)):
+            raise UserError(f"base is a {type(base).__name__}: give DiscretizedGaussian(levels) for data on a grid, or GaussianDecoder()")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise UserError(f"scale={scale}: give a positive standard deviation to start from")
+        self.network, self.base, self.scale = network, base, scale
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.discrete, self.values = base.discrete, base.values
+
+    def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The network at z_0/alpha_0, ``(B, *event)``; in the precision of z, never under autocast, since it decides on single levels."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.network(z / level.expand(z).alpha)
+
+    def _around(self, level: NoiseLevel) -> NoiseLevel:
+        """alpha = 1 and sigma = s: the base decoder then takes the mean itself for z_0/alpha_0."""
+        one, log_scale = torch.ones_like(level.t), self.log_scale.to(level.t).expand_as(level.t)
+        return NoiseLevel(t=level.t, gamma=2 * log_scale, alpha=one, sigma=log_scale.exp(), dalpha=0 * one, dsigma=0 * one)
+
+    def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        mean = self.mean(z, level)
+        if mean.shape != x.shape:
+            raise UserError(
+                f"the decoder's network maps {tuple(z.shape)} to {tuple(mean.shape)}; it must return the mean of x {tuple(x.shape)}"
+            )
+        return self.base.log_prob(x, mean, self._around(level))
+
+    def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
+        mean = self.mean(z, level)
+        return self.base.sample(mean, self._around(level), generator)

@@ -34,7 +34,6 @@ from tqdm import tqdm
 import ndm
 from ndm.calibrate import best_eta, best_scale
 from ndm.data import EventDataset, spread
-from ndm.decoder import DiscretizedGaussian
 from ndm.elbo import Bound, bits_per_dim, path_log_weight
 from ndm.errors import UserError, check_whole
 from ndm.likelihood import Dequantization, OdeSettings, latent, round_trip_error
@@ -209,7 +208,7 @@ class Evaluation:
             return {"nll": -found.log_p, "single": -found.single, "nfe": nfe, "shift": -shift}
 
         values = self._measure(values_of, "likelihood")
-        probes = settings.probes_for(self.dims)
+        probes = settings.probes_for(math.prod(model.transform.latent_shape(self._batch(self.numbers[:1]))[1:]))
         adaptive = {"rtol": settings.rtol, "atol": settings.atol} if settings.solver in ndm.sample.ADAPTIVE_SOLVERS else {}
         single, several = values["single"], len(self.numbers) > 1
         protocol = {
@@ -291,7 +290,7 @@ class Evaluation:
         fitted: dict[str, Any] | None = None,
     ) -> Measurement:
         like = self.model.like
-        levels = len(self.model.decoder.values) if isinstance(self.model.decoder, DiscretizedGaussian) else None
+        levels = None if self.model.decoder.values is None else len(self.model.decoder.values)
         packages = ("torch", "torchdiffeq", "numpy")
         shared = {
             **self.about,
@@ -359,7 +358,7 @@ def evaluate_bound(
 
 def default_batch_size(model: NDM, dims: int) -> int:
     """256, or as many examples as keep the decoder's probabilities of all levels within 2**26 numbers."""
-    levels = len(model.decoder.values) if isinstance(model.decoder, DiscretizedGaussian) else 1
+    levels = 1 if model.decoder.values is None else len(model.decoder.values)
     return max(1, min(256, 2**26 // (dims * levels)))
 
 

@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.decoder import Decoder, DiscretizedGaussian
+from ndm.decoder import Decoder, DiscretizedGaussian, NetworkDecoder
 from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess, Gaussian
 from ndm.noise import ExampleNoise, Noise, standard_normal
@@ -282,8 +282,8 @@ def latent(process: ForwardProcess, decoder: Decoder, x: Tensor, how: Dequantiza
         q = process.first_marginal(x, level)
         z = q.sample(standard_normal(q.mean, source))
         return z, decoder.log_prob(x, z, level) - q.log_prob(z)
-    if not process.transform.keeps_shape:
-        raise UserError(f"dequantization={how} takes z_0 for data, but F is an encoder into a space of its own; use variational")
+    if not process.transform.keeps_shape or isinstance(decoder, NetworkDecoder):
+        raise UserError(f"dequantization={how} takes z_0/alpha_0 for data, but here a network leads from z_0 to x; use variational")
     scale = event_size(x) * torch.log(level.alpha)
     if how == "none":
         if decoder.discrete:

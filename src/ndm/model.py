@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ndm.decoder import Decoder
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import Bound, Draw, Eta, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
@@ -40,7 +40,11 @@ class NDM(nn.Module):
         reverse: how the reverse process uses the predictor, see :mod:`ndm.reverse`: ``tied`` puts x̂ through F (the paper); ``direct``
             predicts the target of the reverse process itself, at one evaluation a sampling step, by ancestral or SDE sampling; ``direct-score``
             adds a second output (``outputs=2`` of the network), for the ODE, its likelihood and DDIM; ``diffenc`` is DiffEnc's. A direct one wants an F that starts
-            like sigma_t², :class:`ndm.GatedTransform` or :class:`ndm.SeparableTransform`.
+            like sigma_t², :class:`ndm.GatedTransform` or :class:`ndm.SeparableTransform`. Latents of another shape than the data
+            (:class:`ndm.Encoder`) want ``direct``, which then knows the ODE as well.
+
+    Raises:
+        UserError: an argument is out of range, or parts do not fit one another.
     """
 
     def __init__(
@@ -64,6 +68,11 @@ class NDM(nn.Module):
         self.times = LowDiscrepancyTimes() if times is None else times
         self.steps, self.eta, self.reverse = steps, eta, reverse
         _ = self.reverse_process  # checks the kind
+        if not transform.keeps_shape and isinstance(decoder, (DiscretizedGaussian, GaussianDecoder)):
+            raise UserError(
+                f"{type(transform).__name__} maps data into a space of its own, from which {type(decoder).__name__} does not lead back; use "
+                f"decoder=NetworkDecoder(network, {type(decoder).__name__}(...))"
+            )
         self.info: dict[str, object] = {}
         """What ``config.json`` held beside the model, such as the description of its data."""
 
@@ -89,12 +98,13 @@ class NDM(nn.Module):
         return ReverseProcess(self.process, self.predictor, self.reverse, self.eta)
 
     def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """F(x, t), ``(B, *event)``, at times ``t`` (a number or ``(B,)``)."""
+        """F(x, t), ``(B, *event)`` or the shape of the latents, at times ``t`` (a number or ``(B,)``)."""
         return self.transform(x, self.process.level(t, x))
 
     def noised(self, x: Tensor, t: Tensor | float, generator: Noise = None) -> Tensor:
-        """z_t drawn from q(z_t|x), ``(B, *event)``."""
-        return self.process.marginal(x, self.process.level(t, x)).sample(standard_normal(x, generator))
+        """z_t drawn from q(z_t|x), in the shape of F(x, t)."""
+        marginal = self.process.marginal(x, self.process.level(t, x))
+        return marginal.sample(standard_normal(marginal.mean, generator))
 
     def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
         """The predictor's x̂(z, t), ŷ(z, t) where the reverse process is direct; ``(B, *event)``."""
@@ -182,7 +192,7 @@ class NDM(nn.Module):
         """Draw samples (NDM, Algorithm 2, and the SDE and ODE of section 3.3).
 
         Args:
-            shape: ``(B, *event)``.
+            shape: ``(B, *event)``, of the data.
             method: ``ancestral``, ``ddim``, ``sde`` or ``ode``, or a sampler.
             steps: steps of the time grid; by default the model's T, or 100 in continuous time.
             eta: noise of the reverse process for ``ancestral`` and ``sde``; by default the model's, whose bound is trained.
@@ -206,14 +216,15 @@ class NDM(nn.Module):
             generator.seed()
         else:
             generator.manual_seed(seed)
-        z = standard_normal(torch.empty(shape, dtype=like.dtype, device=like.device), generator)
         training = self.training
         self.eval()  # dropout is for training
         try:
+            z = torch.empty(self.transform.latent_shape(like.new_empty(shape)), dtype=like.dtype, device=like.device)
+            z = standard_normal(z, generator)
             z = sampler(self.reverse_process, z, generator, progress)
+            return self.decoder.sample(z, self.process.level(0.0, z), generator)
         finally:
             self.train(training)
-        return self.decoder.sample(z, self.process.level(0.0, z), generator)
 
     def log_likelihood(
         self,

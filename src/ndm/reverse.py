@@ -51,7 +51,7 @@ class ReverseProcess:
     """The learned reverse process.
 
     Raises:
-        UserError: the kind is not known.
+        UserError: the kind is not known, or does not fit the transformation.
     """
 
     process: ForwardProcess
@@ -67,6 +67,12 @@ class ReverseProcess:
         """Check the kind."""
         if self.kind not in get_args(Reverse):
             raise UserError(f"reverse={self.kind!r} is not known: choose one of {', '.join(get_args(Reverse))}")
+        transform = self.process.transform
+        if self.kind in ("tied", "diffenc") and not transform.keeps_shape:
+            raise UserError(
+                f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__} maps data into a space of its own; use "
+                "reverse=direct, whose predictor predicts the latent itself"
+            )
 
     @property
     def serves_every_eta(self) -> bool:

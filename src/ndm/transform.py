@@ -8,14 +8,18 @@ r"""Transformations F(x, t) of the data, with their time derivative dF at fixed 
 :class:`NetworkTransform`    F = (1-t) x + t g(x, t), g = x+f  the paper (NDM, section 4), i.e. F = x + t f(x, t)
 :class:`GatedTransform`      F = x + sigma_t² f(x, t)          log-SNR gated (DiffEnc, Nielsen et al. 2024)
 :class:`SeparableTransform`  F = x + w(t) sum_k B_k(t) c_k(x)  time-separable, B_k(t) = cos(pi k t) (ours)
+:class:`Encoder`             F = E(x), in a space of its own   latent diffusion (LSGM)
 ===========================  ================================  =============================================
 
-The last needs one evaluation of its network for F(x, s), F(x, t), F(x, 1) and every time derivative of the same x: c_k(x) are channels of
-ONE network output that does not know t, and w and B_k are differentiated by hand. A :class:`Curve` is such a t -> F(x, t) at fixed x.
+Fixed linear ones (blur, masks, down-sampling) are in :mod:`ndm.operators`.
 
-Every transformation starts training at the identity: networks of this library zero their last layer, any other network is multiplied
-by a learned scalar that starts at zero. Networks here always run in the precision of x, never under autocast: the bound multiplies
-F(x, t) - F(x̂, t) by exp(-gamma/2), up to 800, and half precision would drown it.
+The time-separable form needs one evaluation of its network for F(x, s), F(x, t), F(x, 1) and every time derivative of the same x: c_k(x) are
+channels of ONE network output that does not know t, and w and B_k are differentiated by hand. A :class:`Curve` is such a t -> F(x, t) at
+fixed x.
+
+Every learned transformation of the data in its own space starts training at the identity: networks of this library zero their last layer, any
+other network is multiplied by a learned scalar that starts at zero. Networks here always run in the precision of x, never under autocast:
+the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up to 800, and half precision would drown it.
 """
 
 import math
@@ -56,6 +60,27 @@ class Transform(nn.Module, ABC):
     def curve(self, x: Tensor) -> "Curve":
         """t -> F(x, t) at these x, for several times."""
         return Curve(self, x)
+
+    def latent_shape(self, x: Tensor) -> torch.Size:
+        """Shape of F(x, t), which is that of the latents, for a batch in the shape of ``x``; its values are not read."""
+        return x.shape
+
+
+class CurveTransform(Transform, ABC):
+    """A transformation that does its work once for x, in its curve."""
+
+    @abstractmethod
+    def curve(self, x: Tensor) -> "Curve":
+        pass
+
+    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        return self.curve(x).at(level)
+
+    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.curve(x).with_derivative(level)
+
+    def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.curve(x).at_both(s, t)
 
 
 class Curve:
@@ -169,7 +194,7 @@ class GatedTransform(_Residual):
         return level.sigma**2, 2 * level.sigma * level.dsigma
 
 
-class SeparableTransform(Transform):
+class SeparableTransform(CurveTransform):
     """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one x.
 
     Args:
@@ -196,46 +221,106 @@ class SeparableTransform(Transform):
             )
         return channels if self.gain is None else self.gain * channels
 
-    def curve(self, x: Tensor) -> "Curve":
+    def curve(self, x: Tensor) -> Curve:
         return _SeparableCurve(self, x)
 
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return self.curve(x).at(level)
 
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.curve(x).with_derivative(level)
+class SumCurve(Curve, ABC):
+    """x + sum_k w_k(t) c_k with fixed c.
 
-    def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.curve(x).at_both(s, t)
+    Args:
+        x: the data, ``(B, *event)``.
+        channels: c, ``(B, K, *event)``.
+    """
+
+    def __init__(self, x: Tensor, channels: Tensor):
+        self._x, self._channels = x, channels
+
+    @abstractmethod
+    def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """w_k(t) and its derivative in t, each ``(B, K)``."""
+
+    def _sum(self, weights: Tensor) -> Tensor:
+        with torch.autocast(self._x.device.type, enabled=False):  # products of matrices would run in half precision
+            return torch.einsum("bk,bk...->b...", weights, self._channels)
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self._x + self._sum(self.weights(level)[0])
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        weights, slopes = self.weights(level)
+        return self._x + self._sum(weights), self._sum(slopes)
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.at(s), self.at(t)
 
 
-class _SeparableCurve(Curve):
-    """Sums over the channels of one network output."""
+class _SeparableCurve(SumCurve):
+    """w_k = w(t) cos(pi k t), over the channels of one network output."""
 
     def __init__(self, transform: SeparableTransform, x: Tensor):
-        self._x, self._channels, self._gate = x, transform.channels(x), transform.gate
+        super().__init__(x, transform.channels(x))
+        self._gate = transform.gate
 
     def _window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         if self._gate == "time":
             return level.t, torch.ones_like(level.t)
         return level.sigma**2, 2 * level.sigma * level.dsigma
 
-    def _weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """w B_k and its derivative in t, ``(B, K)``."""
+    def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         window, slope = (value[:, None] for value in self._window(level))
         order = math.pi * torch.arange(self._channels.shape[1], dtype=level.t.dtype, device=level.t.device)
         angle = order * level.t[:, None]
         return window * angle.cos(), slope * angle.cos() - window * order * angle.sin()
 
-    def _sum(self, weights: Tensor) -> Tensor:
-        return torch.einsum("bk,bk...->b...", weights, self._channels)
+
+class Encoder(CurveTransform):
+    """F(x, t) = E(x), a learned encoder into a space of its own, the same at every t: latent diffusion (LSGM, Vahdat et al. 2021).
+
+    The latents z_t have the shape of E(x). It goes with :class:`ndm.NetworkDecoder` and ``reverse="direct"``, whose predictor predicts E(x).
+
+    Args:
+        network: E, any ``nn.Module`` called as ``network(x)`` with ``(B, *event)``; it returns ``(B, *latent)``.
+    """
+
+    constant = True
+    data_at_zero = False
+    keeps_shape = False
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise UserError(f"network is a {type(network).__name__}: an encoder needs an nn.Module called as network(x)")
+        self.network = network
+
+    def encode(self, x: Tensor) -> Tensor:
+        """E(x), ``(B, *latent)``."""
+        with torch.autocast(x.device.type, enabled=False):
+            code = self.network(x)
+        if not isinstance(code, Tensor) or code.shape[:1] != x.shape[:1]:
+            found = tuple(code.shape) if isinstance(code, Tensor) else f"a {type(code).__name__}"
+            raise UserError(f"the encoder's network maps {tuple(x.shape)} to {found}; it must return one tensor (B, *latent)")
+        return code
+
+    def curve(self, x: Tensor) -> Curve:
+        return _Constant(self.encode(x))
+
+    @torch.no_grad()
+    def latent_shape(self, x: Tensor) -> torch.Size:
+        return torch.Size((x.shape[0], *self.encode(x.new_zeros((1, *x.shape[1:]))).shape[1:]))
+
+
+class _Constant(Curve):
+    """The same value at every time."""
+
+    def __init__(self, value: Tensor):
+        self._x = value
 
     def at(self, level: NoiseLevel) -> Tensor:
-        return self._x + self._sum(self._weights(level)[0])
+        return self._x
 
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        weights, slopes = self._weights(level)
-        return self._x + self._sum(weights), self._sum(slopes)
+        return self._x, torch.zeros_like(self._x)
 
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.at(s), self.at(t)
+        return self._x, self._x

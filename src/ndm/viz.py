@@ -141,8 +141,8 @@ def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] 
         times: the columns.
         seed: seed of the noise, the same at every time.
     """
-    images = is_image(x.shape[1:])
     states = transform_over_time(model, x, times, seed)
+    images = is_image(states["latent"].shape[2:])  # latents may have another shape than the data
     groups = range(x.shape[0]) if images else range(1)
     figure = _figure(1.25 * len(times) + 0.6, (1.3 if images else 1.6) * 3 * len(groups) + 0.3)
     axes = figure.subplots(3 * len(groups), len(times), squeeze=False)

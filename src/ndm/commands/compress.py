@@ -67,7 +67,9 @@ def load_codec_model(path: str) -> tuple[NDM, DataDescription]:
     model = NDM.from_pretrained(folder)
     description = DataDescription.from_dict(model.info.get("data"))
     if not isinstance(model.decoder, DiscretizedGaussian) or description.levels is None:
-        raise UserError(f"{folder} is a model of continuous data; lossless compression needs one of values on a grid (DiscretizedGaussian)")
+        raise UserError(
+            f"{folder} is a model of continuous data or has a decoder network; lossless compression needs decoder DiscretizedGaussian"
+        )
     return model, description
 
 

@@ -1,9 +1,10 @@
-"""Networks for x̂(z, t) and for f(x, t); any other ``nn.Module`` called as ``network(x, t)`` serves as well."""
+"""Networks for x̂(z, t), for f(x, t) and, without time, for encoders and decoders; any other ``nn.Module`` called alike serves as well."""
 
 from ndm.nn.adapter import FromDiffusers
+from ndm.nn.autoencoder import ConvDecoder, ConvEncoder, Dense
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
 from ndm.nn.layers import Attention
 from ndm.nn.mlp import MLP
 from ndm.nn.unet import UNet
 
-__all__ = ["MLP", "Attention", "FourierFeatures", "FromDiffusers", "TimeEmbedding", "UNet"]
+__all__ = ["MLP", "Attention", "ConvDecoder", "ConvEncoder", "Dense", "FourierFeatures", "FromDiffusers", "TimeEmbedding", "UNet"]

@@ -26,7 +26,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ndm.baselines import histogram_bpd, xz_bpd
 from ndm.data import DataSource
-from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
 from ndm.model import NDM
@@ -53,7 +52,7 @@ def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
             f"{description.name} is discrete but the decoder is continuous, and its bound would be a density; use "
             f"model.decoder=ndm.DiscretizedGaussian with levels={description.levels}, or read the data without levels"
         )
-    if description.levels is not None and isinstance(model.decoder, DiscretizedGaussian):
+    if description.levels is not None and model.decoder.values is not None:
         have = len(model.decoder.values)
         if have != description.levels:
             raise UserError(

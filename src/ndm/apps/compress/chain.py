@@ -215,7 +215,9 @@ class Chain:
 
     def __init__(self, model: NDM, plan: Plan, event_shape: tuple[int, ...], rows: int = 64, device: torch.device | None = None):
         if not isinstance(model.decoder, DiscretizedGaussian):
-            raise UserError("the model is one of continuous data; lossless compression needs a model of values on a grid")
+            raise UserError(
+                "the model is one of continuous data or has a decoder network; lossless compression needs decoder DiscretizedGaussian"
+            )
         self.plan, self.event_shape, self.rows = plan, tuple(event_shape), rows
         self.device = device or torch.device("cpu")
         self.model = copy.deepcopy(model).to(device=self.device, dtype=torch.float64).eval().requires_grad_(False)

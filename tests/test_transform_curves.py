@@ -1,0 +1,190 @@
+"""Laws of the transformations that do their work once for x, in a curve: time-separable, fixed operators, encoders."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ndm.decoder import GaussianDecoder
+from ndm.errors import UserError
+from ndm.model import NDM
+from ndm.nn import MLP, ConvEncoder, Dense, UNet
+from ndm.operators import Blur, Downsample, FadingMask
+from ndm.predictor import Predictor
+from ndm.schedule import Cosine, FlowMatching, LinearLogSNR
+from ndm.transform import Encoder, SeparableTransform, Transform
+from oracles import F64, randomised
+
+SCHEDULE = Cosine(-6.0, 4.0)
+
+
+class ForeignChannels(nn.Module):
+    """A user's network of four outputs that ignores t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 12)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(self.last(x)).reshape(-1, 4, 3)
+
+
+SEPARABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: MLP(3, 16, 1, outputs=5), (3,)),
+    "mlp_image": (lambda: MLP(8, 16, 1, outputs=2), (2, 2, 2)),
+    "unet": (lambda: UNet(2, 8, (1, 2), outputs=4), (2, 9, 9)),
+    "foreign": (ForeignChannels, (3,)),
+}
+
+
+class Counting(nn.Module):
+    """Counts the calls of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.network(x, t)
+
+
+def separable(network: str, gate: str, started: bool = True) -> tuple[SeparableTransform, Tensor, Tensor]:
+    torch.manual_seed(0)
+    make, event = SEPARABLE[network]
+    transform = SeparableTransform(make(), gate).double()  # type: ignore[arg-type]
+    if started:
+        randomised(transform, 0.2)
+    x = torch.randn(4, *event, dtype=F64, generator=torch.Generator().manual_seed(1))
+    return transform, x, torch.tensor([0.07, 0.3, 0.62, 0.95], dtype=F64)
+
+
+@pytest.mark.parametrize("gate", ["noise", "time"])
+@pytest.mark.parametrize("network", SEPARABLE)
+@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.05, 0.1)], ids=["cosine", "flow"])
+def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: Cosine | FlowMatching) -> None:
+    transform, x, t = separable(network, gate)
+    value, derivative = transform.with_derivative(x, schedule(t))
+    step = 1e-5
+    with torch.no_grad():
+        after, before = (transform(x, schedule(t + sign * step)) for sign in (1, -1))
+    torch.testing.assert_close(derivative, (after - before) / (2 * step), rtol=1e-6, atol=1e-7)
+    assert float(derivative.detach().abs().min(0).values.max()) > 0.01
+    both = transform.at_both(x, schedule(t / 2), schedule(t))
+    torch.testing.assert_close(both[1], value)
+    torch.testing.assert_close(both[0], transform(x, schedule(t / 2)))
+    channels, weights = transform.channels(x), (schedule(t).sigma ** 2 if gate == "noise" else t)
+    sizes = [1] * (x.dim() - 1)
+    expected = x + sum(
+        (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes) * channels[:, k] for k in range(channels.shape[1])
+    )  # the definition, term by term
+    torch.testing.assert_close(value, expected)
+    gradients = torch.autograd.grad((derivative**2).sum(), list(transform.parameters()), allow_unused=True)
+    assert any(g is not None and float(g.abs().max()) > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("gate", ["noise", "time"])
+@pytest.mark.parametrize("network", SEPARABLE)
+def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(network: str, gate: str) -> None:
+    transform, x, t = separable(network, gate, started=False)
+    value, derivative = transform.with_derivative(x, SCHEDULE(t))
+    assert torch.equal(value, x)
+    assert torch.equal(derivative, torch.zeros_like(x))
+    randomised(transform, 0.2)
+    at_zero = transform(x, SCHEDULE(torch.zeros(4, dtype=F64)))
+    assert transform.data_at_zero == (gate == "time")
+    assert torch.equal(at_zero, x) == transform.data_at_zero
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_the_bound_evaluates_the_separable_network_once_for_x_and_once_for_the_prediction(steps: int | None) -> None:
+    counting = Counting(MLP(3, 8, 1, outputs=4))
+    model = NDM(LinearLogSNR(-5.0, 4.0), SeparableTransform(counting), Predictor(MLP(3, 8, 1)), GaussianDecoder(), steps=steps)
+    model.bound(torch.randn(5, 3))
+    assert counting.calls == 2
+    model.bound(torch.randn(5, 3), draws=4)
+    assert counting.calls == 2 + 1 + 4
+
+
+def test_what_a_separable_form_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="outputs=K"):
+        SeparableTransform(MLP(3, 8, 1))(torch.randn(2, 3), SCHEDULE(torch.rand(2)))
+    with pytest.raises(UserError, match="gate"):
+        SeparableTransform(MLP(3, 8, 1, outputs=2), "maybe")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="outputs=0"):
+        MLP(3, 8, 1, outputs=0)
+
+
+OTHERS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
+    "blur": (lambda: Blur(2.0, 0.01), (2, 5, 8)),
+    "blur_plane": (lambda: Blur(3.0, 0.0), (6, 3)),
+    "mask": (lambda: FadingMask(4.0, 0.5), (2, 5, 8)),
+    "downsample": (lambda: Downsample((0.25, 0.6, 1.0)), (1, 8, 16)),
+    "encoder": (lambda: Encoder(Dense([3], [2], 8)), (3,)),
+    "encoder_image": (lambda: Encoder(ConvEncoder(2, 3, 4, 1)), (2, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.05, 0.1)], ids=["cosine", "flow"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_fixed_operators_and_encoders_obey_the_laws(name: str, schedule: Cosine | FlowMatching) -> None:
+    torch.manual_seed(0)
+    make, event = OTHERS[name]
+    transform, x = make().double(), torch.randn(4, *event, dtype=F64)
+    t, zero = torch.tensor([0.07, 0.3, 0.62, 0.95], dtype=F64), torch.zeros(4, dtype=F64)
+    with torch.no_grad():
+        value, derivative = transform.with_derivative(x, schedule(t))
+        expected = (transform(x, schedule(t + 1e-5)) - transform(x, schedule(t - 1e-5))) / 2e-5
+        torch.testing.assert_close(derivative, expected, rtol=1e-6, atol=1e-7)
+        assert transform.constant == bool((derivative == 0).all())
+        torch.testing.assert_close(value, transform(x, schedule(t)))
+        at_s, at_t = transform.at_both(x, schedule(t / 2), schedule(t))
+        torch.testing.assert_close(at_s, transform(x, schedule(t / 2)))
+        torch.testing.assert_close(at_t, value)
+        curve, zeros = transform.curve(x), torch.full_like(x, math.nan)
+        torch.testing.assert_close(curve.at(schedule(t)), value)
+        torch.testing.assert_close(curve.with_derivative(schedule(t)), (value, derivative))
+        torch.testing.assert_close(curve.at_both(schedule(t / 2), schedule(t)), (at_s, at_t))
+        assert transform.data_at_zero == bool(transform(x, schedule(zero)).equal(x))
+        assert transform.latent_shape(zeros) == value.shape == curve.like.shape
+        assert transform.keeps_shape == (value.shape == x.shape)
+        parts = transform(x + 2 * x.flip(0), schedule(t[:1].expand(4)))
+        single = transform(x, schedule(t[:1].expand(4))) + 2 * transform(x.flip(0), schedule(t[:1].expand(4)))
+        assert isinstance(transform, Encoder) or parts.allclose(single)  # linear
+
+
+def test_an_encoder_is_evaluated_once_a_bound_and_what_it_cannot_be_is_refused() -> None:
+    class Once(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    network = Once(3, 2)
+    curve = Encoder(network).curve(torch.randn(5, 3))
+    for level in (SCHEDULE(torch.rand(5)), SCHEDULE(torch.rand(5))):
+        curve.at(level), curve.with_derivative(level), curve.at_both(level, level)
+    assert network.calls == 1
+    with pytest.raises(UserError, match=r"nn.Module"):
+        Encoder(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"\(4, 3\) to \(1, 12\)"):
+        Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))(torch.randn(4, 3), SCHEDULE(torch.rand(4)))
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "separable"])
+def test_the_others_keep_their_precision_under_autocast(name: str) -> None:
+    if name == "separable":
+        transform, x, t = separable("unet", "noise")
+        transform, x, level = transform.float(), x.float(), SCHEDULE(t.float())
+    else:
+        transform, x, level = OTHERS[name][0](), torch.randn(4, *OTHERS[name][1]), SCHEDULE(torch.rand(4))
+    with torch.no_grad():
+        plain = transform.with_derivative(x, level)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = (*transform.with_derivative(x, level), transform(x, level))
+    for got, expected in zip(mixed, (*plain, plain[0]), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
