@@ -114,6 +114,7 @@ def test_every_test_that_the_page_names_is_there() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
 def test_every_snippet_of_the_page_runs() -> None:
     torch.manual_seed(0)
     first, *snippets = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)

@@ -47,7 +47,7 @@ from ndm.reverse import ReverseProcess
 from ndm.sample import Method, Sampler
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.times import TimeSampler
-from ndm.transform import Curve, Transform, _started_at_zero
+from ndm.transform import Curve, Transform, started_at_zero
 
 
 class Scale(nn.Module, ABC):
@@ -81,7 +81,7 @@ class NetworkScale(Scale):
         if gate not in ("time", "bridge"):
             raise UserError(f"gate={gate!r} is not known: choose time or bridge")
         self.gate, self.one_at_end = gate, gate == "bridge"
-        self.network, self.gain = _started_at_zero(network)
+        self.network, self.gain = started_at_zero(network)
 
     def _window(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         t = expand(level.t, x)

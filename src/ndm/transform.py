@@ -127,7 +127,7 @@ class Identity(Transform):
         return x, x
 
 
-def _started_at_zero(network: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
+def started_at_zero(network: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
     """The network, and for a foreign one a learned scalar that starts at zero; networks of this library start at zero themselves."""
     if not isinstance(network, nn.Module):
         raise UserError(f"network is a {type(network).__name__}: a transformation needs an nn.Module called as network(x, t)")
@@ -143,7 +143,7 @@ class _Residual(Transform, ABC):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.gain = _started_at_zero(network)
+        self.network, self.gain = started_at_zero(network)
 
     @abstractmethod
     def gate(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ class SeparableTransform(CurveTransform):
         if gate not in ("noise", "time"):
             raise UserError(f"gate={gate!r} is not known: choose noise or time")
         self.gate, self.data_at_zero = gate, gate == "time"
-        self.network, self.gain = _started_at_zero(network)
+        self.network, self.gain = started_at_zero(network)
 
     def channels(self, x: Tensor) -> Tensor:
         """c_k(x), ``(B, K, *event)``."""

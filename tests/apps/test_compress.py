@@ -5,6 +5,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,18 +24,19 @@ from ndm.evaluate import Evaluation
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.predictor import Predictor
+from ndm.reverse import Reverse
 from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
 from ndm.serialize import fingerprint
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import randomised
 
 
-def network(shape: Sequence[int], seed: int) -> nn.Module:
+def network(shape: Sequence[int], seed: int, outputs: int | None = None) -> nn.Module:
     torch.manual_seed(seed)
     if len(shape) == 3:
-        net: nn.Module = UNet(shape[0], 8, (1,), attention=bool(seed % 2), max_frequency=4.0)
+        net: nn.Module = UNet(shape[0], 8, (1,), attention=bool(seed % 2), max_frequency=4.0, outputs=outputs)
     else:
-        net = MLP(math.prod(shape), hidden=16, blocks=1, max_frequency=4.0)
+        net = MLP(math.prod(shape), hidden=16, blocks=1, max_frequency=4.0, outputs=outputs)
     return randomised(net, 0.03, seed).float()
 
 
@@ -42,7 +44,9 @@ def make_model(shape: Sequence[int], levels: int = 16, seed: int = 0, schedule: 
     kinds: list[Transform] = [Identity(), NetworkTransform(network(shape, seed + 1)), GatedTransform(network(shape, seed + 2))]
     transform = randomised(kinds[seed % 3], 0.02, seed).float()
     schedule = schedule or LinearLogSNR(gamma_0, 4.0)
-    return NDM(schedule, transform, Predictor(network(shape, seed + 3)), DiscretizedGaussian(levels)).eval()
+    reverse: Reverse = get_args(Reverse)[seed // 3 % 4] if seed > 9 else "tied"
+    predictor = Predictor(network(shape, seed + 3, 2 if reverse == "direct-score" else None))
+    return NDM(schedule, transform, predictor, DiscretizedGaussian(levels), reverse=reverse).eval()
 
 
 def patterns(generator: np.random.Generator, count: int, dims: int, levels: int) -> np.ndarray:
