@@ -46,7 +46,12 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     elif command == "":
         assert all(f"  {name}" in text for name in COMMANDS)
     else:
-        words = {"inspect": "the archive", "decompress": "folder to write into", "compress": "images, folders of images, .npy or .npz"}
+        words = {
+            "inspect": "the archive",
+            "decompress": "folder to write into",
+            "compress": "images, folders of images, .npy or .npz",
+            "compare": "base, rows and their overrides",
+        }
         assert words.get(command, "folder of the run") in " ".join(text.split())
 
 
