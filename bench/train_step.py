@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import in_fresh_process, in_turn, matmul, over, peak_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from measure import in_fresh_process, in_turn, matmul, over, peak_memory
 from variants import PEERS, Setting, parameters, training
 
 OURS = (
