@@ -228,7 +228,8 @@ class _SeparableCurve(Curve):
         return window * angle.cos(), slope * angle.cos() - window * order * angle.sin()
 
     def _sum(self, weights: Tensor) -> Tensor:
-        return torch.einsum("bk,bk...->b...", weights, self._channels)
+        with torch.autocast(weights.device.type, enabled=False):
+            return torch.einsum("bk,bk...->b...", weights, self._channels)
 
     def at(self, level: NoiseLevel) -> Tensor:
         return self._x + self._sum(self._weights(level)[0])
