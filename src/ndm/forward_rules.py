@@ -130,27 +130,28 @@ def standardised(x: Tensor, groups: int, eps: float) -> Tensor:
     return (centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)).flatten(1, 2)
 
 
-def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+def per_channel(value: Tensor, x: Tensor) -> Tensor:
     """``(C,)`` or ``(B, C)`` such that it broadcasts against ``x`` ``(B, C, ...)``."""
     return value.reshape(*([1] * (2 - value.dim())), *value.shape, *([1] * (x.dim() - 2)))
 
 
-def _dense(value: Tensor, like: Tensor | None = None) -> Tensor:
+def dense(value: Tensor, like: Tensor | None = None) -> Tensor:
     """In a memory format that the fused norm takes: on the CPU that of ``like`` (its own by default), elsewhere contiguous."""
     like = value if like is None else like
     last = like.device.type == "cpu" and like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
     return value.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """What PyTorch's fused norm wants to know beside its tensors: B, C, positions, groups."""
     batch, channels = x.shape[:2]
     return batch, channels, x.numel() // max(1, batch * channels), groups
 
 
-def _jacobian(x: Tensor, mean: Tensor, rstd: Tensor, groups: int, gradient: Tensor, weight: Tensor | None, wanted: list[bool]) -> Any:
+def jacobian(x: Tensor, mean: Tensor, rstd: Tensor, groups: int, gradient: Tensor, weight: Tensor | None, wanted: list[bool]) -> Any:
     """J (w g), and the gradients of weight and bias."""
-    x = _dense(x)
-    return _aten.native_group_norm_backward(_dense(gradient, x), x, mean, rstd, weight, *_sizes(x, groups), wanted)
+    x = dense(x)
+    return _aten.native_group_norm_backward(dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), wanted)
 
 
 class GroupNorm(Function):
@@ -158,7 +159,7 @@ class GroupNorm(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return _aten.native_group_norm(_dense(x), weight, bias, *_sizes(x, groups), eps)
+        return _aten.native_group_norm(dense(x), weight, bias, *sizes(x, groups), eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -178,11 +179,11 @@ class GroupNorm(Function):
 
             def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 normal = standardised(x, ctx.groups, ctx.eps)
-                normal = normal if weight is None else normal * _per_channel(weight, x)
-                return normal if bias is None else normal + _per_channel(bias, x)
+                normal = normal if weight is None else normal * per_channel(weight, x)
+                return normal if bias is None else normal + per_channel(bias, x)
 
             return (*_through(formula, (x, weight, bias), gradient), None, None)
-        return (*_jacobian(x, mean, rstd, ctx.groups, gradient, weight, list(ctx.needs_input_grad[:3])), None, None)
+        return (*jacobian(x, mean, rstd, ctx.groups, gradient, weight, list(ctx.needs_input_grad[:3])), None, None)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> tuple[Tensor, None, None]:
@@ -191,9 +192,9 @@ class GroupNorm(Function):
         if dx is not None:
             terms.append(_GroupNormTangent.apply(x, dx, weight, mean, rstd, ctx.groups, ctx.eps))
         if dweight is not None:
-            terms.append(standardised(x, ctx.groups, ctx.eps) * _per_channel(dweight, x))
+            terms.append(standardised(x, ctx.groups, ctx.eps) * per_channel(dweight, x))
         if dbias is not None:
-            terms.append(_per_channel(dbias, x).expand_as(x))
+            terms.append(per_channel(dbias, x).expand_as(x))
         return sum(terms[1:], terms[0]), None, None
 
 
@@ -202,8 +203,8 @@ class _GroupNormTangent(Function):
 
     @staticmethod
     def forward(x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float) -> Tensor:
-        moved = _jacobian(x, mean, rstd, groups, dx, None, [True, False, False])[0]
-        return moved if weight is None else moved * _per_channel(weight, x)
+        moved = jacobian(x, mean, rstd, groups, dx, None, [True, False, False])[0]
+        return moved if weight is None else moved * per_channel(weight, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -217,7 +218,7 @@ class _GroupNormTangent(Function):
 
             def formula(x: Tensor, dx: Tensor, weight: Tensor | None) -> Tensor:
                 moved = torch.func.vjp(lambda x: standardised(x, ctx.groups, ctx.eps), x)[1](dx)[0]  # J is symmetric
-                return moved if weight is None else moved * _per_channel(weight, x)
+                return moved if weight is None else moved * per_channel(weight, x)
 
             return (*_through(formula, (x, dx, weight), gradient), None, None, None, None)
         return (*_tangent_gradients(x, dx, weight, mean, rstd, ctx.groups, gradient), None, None, None, None)
@@ -227,7 +228,7 @@ def _tangent_gradients(
     x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of <g, w J dx> in x, dx and w: sums over each channel, then linear combinations of g, dx and x̂ by channel."""
-    batch, channels, size, _ = _sizes(x, groups)
+    batch, channels, size, _ = sizes(x, groups)
     dims = list(range(2, x.dim()))
     w = x.new_ones(channels) if weight is None else weight
 
@@ -239,16 +240,16 @@ def _tangent_gradients(
         return (value.unflatten(1, (groups, -1)).mean(2) / size).repeat_interleave(channels // groups, 1)
 
     s, mu = (value.reshape(batch, groups).repeat_interleave(channels // groups, 1) for value in (rstd, mean))
-    normal = torch.addcmul(_per_channel(-s * mu, x), x, _per_channel(s, x))
+    normal = torch.addcmul(per_channel(-s * mu, x), x, per_channel(s, x))
     sum_g, sum_dx, g_dx, g_normal, dx_normal = total(g), total(dx), total(g * dx), total(g * normal), total(dx * normal)
     mean_u, mean_dx, a, b = over_group(w * sum_g), over_group(sum_dx), over_group(w * g_normal), over_group(dx_normal)
     cross = s * (over_group(w * g_dx) - mean_u * mean_dx - a * b)
     dweight = None if weight is None else (s * (g_dx - mean_dx * sum_g - b * g_normal)).sum(0)
 
     def combine(of_g: Tensor, of_dx: Tensor | None, of_normal: Tensor, constant: Tensor) -> Tensor:
-        combined = torch.addcmul(_per_channel(constant, x), normal, _per_channel(of_normal, x))
-        combined.addcmul_(g, _per_channel(of_g, x))
-        return combined if of_dx is None else combined.addcmul_(dx, _per_channel(of_dx, x))
+        combined = torch.addcmul(per_channel(constant, x), normal, per_channel(of_normal, x))
+        combined.addcmul_(g, per_channel(of_g, x))
+        return combined if of_dx is None else combined.addcmul_(dx, per_channel(of_dx, x))
 
     # J u = s (u - m(u) - a x̂) and J dx = s (dx - m(dx) - b x̂).
     to_dx = combine(s * w, None, -s * a, -s * mean_u)
