@@ -1,6 +1,7 @@
 """Time and memory of one training step of NDM variants, of a plain diffusion with the same predictor, and of two other libraries.
 
-pip install -c constraints.txt -e '.[bench]'      (see pyproject.toml for denoising-diffusion-pytorch)
+pip install -c constraints.txt -e '.[bench]'
+pip install -c constraints.txt --no-deps denoising-diffusion-pytorch
 python bench/train_step.py [--size 28] [--batch 64] [--channels 32] [--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
 
 ``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio

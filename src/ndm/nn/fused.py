@@ -17,6 +17,8 @@ from torch.autograd import Function
 from ndm.forward_rules import dense, jacobian, per_channel, sizes
 
 _aten = torch.ops.aten
+SMALLEST = 2**18
+"""Fewer numbers than these are not worth it: the operations' own overhead outweighs what is saved."""
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -27,9 +29,10 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
 
 
 def _simple(x: Tensor) -> bool:
-    """Whether only a plain backward pass may follow: no autocast, compiler, transform of torch.func or forward mode."""
+    """Whether it is large, and only a plain backward pass may follow: no autocast, compiler, transform of torch.func or forward mode."""
     return (
         torch.is_grad_enabled()
+        and x.numel() >= SMALLEST
         and x.dtype in (torch.float32, torch.float64)
         and x.device.type in ("cpu", "cuda")
         and not torch.is_autocast_enabled(x.device.type)
