@@ -1,81 +1,131 @@
-"""Time of one training step of NDM variants over that of a plain diffusion with the same predictor; ratios within one run.
+"""Time and memory of one training step of NDM variants, of a plain diffusion with the same predictor, and of two other libraries.
 
-python bench/train_step.py [--size 8] [--batch 64] [--repeats 15] [--json FILE]
+pip install -c constraints.txt -e '.[bench]'
+pip install -c constraints.txt --no-deps denoising-diffusion-pytorch
+python bench/train_step.py [--size 28] [--batch 64] [--channels 32] [--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
 
-All variants are stepped in turn, round after round, so that a slow spell of the machine hits each alike; medians are compared.
+``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio
+within a round. Memory is the peak of a fresh process for each variant (see ``measure.py``), or the allocator's on a GPU.
+``share_of_matmul_peak`` is the floating-point operations of the plain diffusion's step, forward and backward, over its best time, divided by
+the best rate of a float32 matrix product in the same run with the same threads.
 """
 
 import argparse
 import json
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-import ndm
-from ndm.transform import Transform
+from measure import in_fresh_process, in_turn, matmul_peak, over, peak_memory
+from variants import PEERS, Setting, parameters, training
+
+OURS = (
+    "ddpm",
+    "direct_separable",
+    "tied_separable",
+    "tied",
+    "direct_separable_same_width",
+    "tied_separable_same_width",
+    "tied_same_width",
+    "direct_separable_mlp",
+    "tied_separable_mlp",
+    "tied_mlp",
+    "tied_discrete",
+)
 
 
-def predictor_network() -> nn.Module:
-    return ndm.nn.UNet(channels=24, multiples=(1, 2), attention=True, fourier=(3,), dropout=0.1)
+def make_step(name: str, setting: Setting) -> Callable[[], object]:
+    """One training step of a variant: loss, gradients, AdamW."""
+    module, loss = training(name, setting)
+    x = setting.data()
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with setting.autocast():
+            value = loss(x)
+        value.backward()
+        optimizer.step()
+
+    return step
 
 
-def variants(dims: int) -> dict[str, tuple[Transform, int | None]]:
-    """Name -> transformation and number of steps T (None: continuous time)."""
-    return {
-        "ddpm": (ndm.Identity(), None),
-        "tied_mlp": (ndm.NetworkTransform(ndm.nn.MLP(dims, hidden=128, blocks=2)), None),
-        "tied_unet_half_width": (ndm.NetworkTransform(ndm.nn.UNet(channels=12, multiples=(1, 2))), None),
-        "tied_unet_same_width": (ndm.NetworkTransform(ndm.nn.UNet(channels=24, multiples=(1, 2))), None),
-        "tied_separable_mlp": (ndm.SeparableTransform(ndm.nn.MLP(dims, hidden=128, blocks=2, outputs=4)), None),
-        "tied_separable_unet_half_width": (ndm.SeparableTransform(ndm.nn.UNet(channels=12, multiples=(1, 2), outputs=4)), None),
-        "tied_separable_unet_same_width": (ndm.SeparableTransform(ndm.nn.UNet(channels=24, multiples=(1, 2), outputs=4)), None),
-        "tied_unet_same_width_discrete": (ndm.NetworkTransform(ndm.nn.UNet(channels=24, multiples=(1, 2))), 1000),
-    }
+def operations(setting: Setting) -> int:
+    """Floating-point operations of the plain diffusion's step, forward and backward; attention counted by its matrix products."""
+    model, loss = training("ddpm", setting)
+    x = setting.data()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss(x).backward()
+    del model
+    return counter.get_total_flops()
+
+
+def measure_memory(names: list[str], setting: Setting) -> dict[str, int]:
+    flags = ["--size", str(setting.size), "--batch", str(setting.batch), "--channels", str(setting.channels)] + ["--bf16"] * setting.bf16
+    return {name: in_fresh_process(__file__, ["--memory-of", name, *flags]) for name in names}
+
+
+def report(times: dict[str, list[float]], memory: dict[str, int], setting: Setting) -> dict[str, float]:
+    """Print the table; the ratios by name."""
+    ratios = {}
+    print(f"{'variant':<30}{'ms':>9}{'over ddpm':>11}{'MiB':>8}{'over ddpm':>11}")
+    for name in times:
+        ratio, held = over(times, name, "ddpm"), memory.get(name)
+        line = f"{name:<30}{1e3 * statistics.median(times[name]):9.1f}{ratio:11.2f}"
+        print(line + (f"{held / 2**20:8.0f}{held / memory['ddpm']:11.2f}" if held else ""))
+        key = f"ddpm_over_{name}" if name in PEERS else f"{name}_over_ddpm"
+        if name != "ddpm":
+            ratios[key] = over(times, "ddpm", name) if name in PEERS else ratio
+            if held:
+                ratios[f"{key}_memory"] = memory["ddpm"] / held if name in PEERS else held / memory["ddpm"]
+    for name in ("ddpm", *(name for name in PEERS if name in times)):
+        print(f"parameters of {name}: {parameters(training(name, setting)[0]):,}")
+    return ratios
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=28, help="height and width of the images; a multiple of 4")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--channels", type=int, default=32, help="width of the predictor's first level; a multiple of 16")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="these variants, and ddpm")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="networks under bf16 autocast; for GPUs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", choices=[*OURS, *PEERS], help="print the peak memory of one variant in bytes, nothing else")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=8, help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
+    arguments = parse()
     torch.manual_seed(0)
-    dims = arguments.size**2
-    decoder = ndm.DiscretizedGaussian(17)
-    x = decoder.values[torch.randint(17, (arguments.batch, 1, arguments.size, arguments.size))].float()
-    steps = {}
-    for name, (transform, horizon) in variants(dims).items():
-        model = ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), transform, ndm.Predictor(predictor_network()), decoder, steps=horizon)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-
-        def step(model: ndm.NDM = model, optimizer: torch.optim.Optimizer = optimizer) -> float:
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            model.bound(x).total.mean().backward()
-            optimizer.step()
-            return time.perf_counter() - start
-
-        steps[name] = step
-
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(arguments.repeats + 2):
-        for name, step in steps.items():
-            seconds = step()
-            if round_number >= 2:  # the first rounds warm up
-                times[name].append(seconds)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{arguments.size}x{arguments.size}, batch {arguments.batch}, {torch.get_num_threads()} threads, median of {arguments.repeats}")
-    print(f"{'variant':<32}{'ms':>8}{'over ddpm':>11}")
-    for name, value in median.items():
-        print(f"{name:<32}{1e3 * value:8.1f}{value / median['ddpm']:11.2f}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = Setting(arguments.size, arguments.batch, arguments.channels, device, arguments.bf16)
+    if arguments.memory_of:
+        torch.randn(8, 8, device=device).sum()  # what the device needs by itself is there before the count begins
+        if arguments.memory_of in PEERS:
+            training(arguments.memory_of, Setting(size=8, batch=1, channels=16, device=device))  # imports, too
+        print(peak_memory(device, lambda: make_step(arguments.memory_of, setting)))
+        return
+    names = [name for name in (*OURS, *PEERS) if name == "ddpm" or not arguments.only or name in arguments.only]
+    memory = {} if arguments.no_memory else measure_memory(names, setting)
+    peaks = [matmul_peak(device)]
+    times = in_turn({name: make_step(name, setting) for name in names}, arguments.repeats)
+    peaks.append(matmul_peak(device))
+    share = operations(setting) / min(times["ddpm"]) / max(peaks)
+    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} CPU threads"
+    print(f"{setting.size}x{setting.size}, batch {setting.batch}, width {setting.channels}, {where}, median of {arguments.repeats}")
+    ratios = report(times, memory, setting)
+    print(f"share of the matmul peak ({max(peaks) / 1e9:.0f} GFLOP/s): {share:.2f}")
     if arguments.json:
-        ratios = {f"{name}_over_ddpm": value / median["ddpm"] for name, value in median.items() if name != "ddpm"}
-        arguments.json.write_text(json.dumps({**ratios, "threads": torch.get_num_threads(), "repeats": arguments.repeats}, indent=2) + "\n")
+        context = {"device": where, "threads": threads, "repeats": arguments.repeats, "size": setting.size, "batch": setting.batch}
+        arguments.json.write_text(json.dumps({**ratios, "share_of_matmul_peak": share, **context}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,23 @@ def test_probabilities_are_the_softmax_of_squares_and_sum_to_one(grid: list[floa
     torch.testing.assert_close(torch.stack(each).sum(0), torch.ones(3, dtype=F64), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("gamma", [-13.3, -9.0, -6.5, -3.0])
+@pytest.mark.parametrize("spread", [1.0, 5.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_levels_that_are_left_out_change_neither_value_nor_gradient(gamma: float, spread: float, dtype: torch.dtype) -> None:
+    decoder, level, exact = DiscretizedGaussian(256), start(gamma, 4, dtype), start(gamma, 4)
+    generator = torch.Generator().manual_seed(0)
+    x = decoder.values[torch.randint(256, (4, 200), generator=generator)]
+    z = (x + spread * math.exp(gamma / 2) * torch.randn(4, 200, dtype=F64, generator=generator)).to(dtype).requires_grad_()
+    log_p = decoder.log_prob(x.to(dtype), z, level)
+    all_levels = z.detach().double().requires_grad_()
+    expected = decoder.logits(all_levels, exact).gather(-1, decoder.index(x)[..., None])[..., 0].sum(1)
+    rtol = 1e-3 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(log_p.double(), expected, rtol=rtol, atol=1e-9)
+    (found,), (gradient,) = torch.autograd.grad(log_p.sum(), z), torch.autograd.grad(expected.sum(), all_levels)
+    torch.testing.assert_close(found.double(), gradient, rtol=0, atol=rtol * float(gradient.abs().max()))
+
+
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_without_noise_all_mass_is_on_the_value(levels: int) -> None:
     decoder = DiscretizedGaussian(levels)

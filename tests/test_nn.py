@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ndm.errors import UserError
 from ndm.forward_mode import time_derivative
 from ndm.nn import MLP, Attention, FourierFeatures, FromDiffusers, TimeEmbedding, UNet
+from ndm.nn.fused import norm_silu
 from ndm.nn.layers import group_norm
 from oracles import F64, randomised
 
@@ -144,3 +145,28 @@ def test_wrong_shapes_and_arguments_are_refused_in_one_line() -> None:
         with pytest.raises(UserError, match=pattern) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_norm_and_silu_in_one_are_those_in_turn(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ndm.nn.fused.SMALLEST", 0)
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.GroupNorm(2, 6).double()
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64, generator=generator).to(memory_format=torch.channels_last).requires_grad_()
+    scale, shift = (torch.randn(3, 6, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_(generator=generator)
+    leaves = [x, *norm.parameters(), *((scale, shift) if modulated else ())]
+
+    def fused(*_: torch.Tensor) -> torch.Tensor:
+        return norm_silu(norm, x, *leaves[3:])
+
+    inner = norm(x)
+    plain = nn.functional.silu(inner * (1 + scale[..., None, None]) + shift[..., None, None] if modulated else inner)
+    torch.testing.assert_close(fused(), plain)
+    probe = torch.randn(plain.shape, dtype=torch.float64, generator=generator)
+    expected = torch.autograd.grad((probe * plain).sum(), leaves)
+    for found, value in zip(torch.autograd.grad((probe * fused()).sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(found, value)
+    assert torch.autograd.gradgradcheck(fused, leaves)

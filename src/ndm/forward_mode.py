@@ -8,7 +8,8 @@ One Jacobian-vector product with tangent 1 in t. Both results can be differentia
 PyTorch's fused layer, group and instance norms give a right derivative here but a silently WRONG gradient of that derivative: their saved
 mean and deviation count as constants (pytorch/pytorch#196700, #196699, also measured by ``tests/test_forward_mode.py``). So within
 :func:`time_derivative` these norms run as plain formulas, whichever module calls them, and so does ``glu``, which has no second
-derivative; attention takes its unfused path.
+derivative; attention takes its unfused path. Convolution, group norm and SiLU, of which U-Nets are made, have rules of their own in
+:mod:`ndm.forward_rules`, for speed.
 """
 
 import warnings
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ndm.errors import ForwardModeError
+from ndm.forward_rules import Convolution, GroupNorm, SiLU, standardised
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """Anything that maps ``(x, t)`` of shapes ``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
@@ -61,7 +63,7 @@ def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = N
 
 
 class _PlainFormulas(TorchFunctionMode):
-    """Replaces the operations of ``_PLAIN`` by formulas that can be differentiated any number of times."""
+    """Replaces the operations of ``_PLAIN`` by others that can be differentiated any number of times."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -96,9 +98,9 @@ def _layer_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
 ) -> Tensor:
-    grouped = _full(input).unflatten(1, (num_groups, -1))
-    normal = _standardise(grouped, list(range(2, grouped.dim())), eps).flatten(1, 2)
-    return _affine(normal, weight, bias, [1, -1] + [1] * (input.dim() - 2), input.dtype)
+    if input.dtype in (torch.float32, torch.float64) and input.device.type in ("cpu", "cuda") and input.numel():
+        return GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
+    return _affine(standardised(_full(input), num_groups, eps), weight, bias, [1, -1] + [1] * (input.dim() - 2), input.dtype)
 
 
 def _instance_norm(
@@ -132,6 +134,30 @@ def _batch_norm(
     return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return functional.silu(input, inplace) if inplace else SiLU.apply(input)
+
+
+def _convolution(dims: int, func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def as_list(value: int | Sequence[int]) -> list[int]:
+        return [value] * dims if isinstance(value, int) else list(value)
+
+    def convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if isinstance(padding, str) or input.dim() != dims + 2:
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        return Convolution.apply(input, weight, bias, as_list(stride), as_list(padding), as_list(dilation), groups)
+
+    return convolution
+
+
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     value, gate = input.chunk(2, dim)
     return value * torch.sigmoid(gate)
@@ -145,4 +171,8 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.instance_norm: _instance_norm,
     functional.batch_norm: _batch_norm,
     functional.glu: _glu,
+    functional.silu: _silu,
+    functional.conv1d: _convolution(1, functional.conv1d),
+    functional.conv2d: _convolution(2, functional.conv2d),
+    functional.conv3d: _convolution(3, functional.conv3d),
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
+from ndm.nn.fused import norm_silu
 from ndm.nn.layers import Attention, check_dropout, check_outputs, group_norm, zeroed
 
 
@@ -30,9 +31,9 @@ class _Block(nn.Module):
         self.attention = Attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.modulation(time)[..., None, None].chunk(2, dim=1)
-        h = self.conv_1(nnf.silu(self.norm_1(x)))
-        h = nnf.silu(torch.addcmul(shift, self.norm_2(h), 1 + scale))
+        scale, shift = self.modulation(time).chunk(2, dim=1)
+        h = self.conv_1(norm_silu(self.norm_1, x))
+        h = norm_silu(self.norm_2, h, scale, shift)
         return self.attention(self.skip(x) + self.conv_2(self.dropout(h)))
 
 
@@ -127,5 +128,5 @@ class UNet(nn.Module):
                 h = module(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = module(nnf.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
-        out = self.last(nnf.silu(self.norm(h)))
+        out = self.last(norm_silu(self.norm, h))
         return out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))

@@ -21,6 +21,7 @@ from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.ops import event_size
 from ndm.train.batches import RunBatches
+from ndm.train.compilation import compile_networks, uncompile_networks
 from ndm.train.settings import TrainSettings
 
 VALIDATION_SEED = 1
@@ -123,6 +124,28 @@ class TrainingModule(LightningModule):
         self.log_dict(values, prog_bar=False, batch_size=batch.shape[0])
         self.log(f"{stage}_bpd", values[f"{stage}/nelbo_bpd"], prog_bar=True, logger=False, batch_size=batch.shape[0])
 
+    def _can_fuse(self) -> bool:
+        """Whether one fused operation may step all weights: not with gradients that are scaled (16-mixed) or sharded (fsdp)."""
+        plain = self.settings.precision != "16-mixed" and "fsdp" not in self.settings.strategy
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return plain and all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
+
+    def on_train_start(self) -> None:
+        """Compile the networks, if asked to: here the model is where it will be trained, and its weights are restored."""
+        if not self.settings.compile:
+            return
+        part = self._data.__getitems__([index % len(self._data) for index in range(self.part_size())]).to(self.model.like)
+
+        def trial() -> Tensor:
+            with self.trainer.precision_plugin.train_step_context():
+                return self.model.bound(part, draws=1).loss.mean()
+
+        compile_networks(self.model, None if "fsdp" in self.settings.strategy else trial, self.trainer.is_global_zero)
+
+    def on_train_end(self) -> None:
+        """Leave the networks uncompiled: evaluation has other batch sizes, and each would be compiled anew."""
+        uncompile_networks(self.model)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up, and with a rate of its own for F."""
         settings = self.settings
@@ -142,6 +165,7 @@ class TrainingModule(LightningModule):
                 for (of_transform, decays), parameters in groups.items()
             ],
             betas=(0.9, 0.99),
+            fused=self._can_fuse() or None,
         )
 
         def rate(step: int) -> float:

@@ -158,8 +158,6 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
     if first_step < settings.steps:
         validation = data.split(settings.validation_split) if settings.validate_every else None
         module = TrainingModule(model, settings, seed, data.split("train"), validation)
-        if settings.compile:
-            model.predictor.network.compile()
         try:
             trainer.fit(module, ckpt_path=checkpoint if first_step else None, weights_only=True)
         except SystemExit as error:  # Lightning turns Ctrl-C into an exit

@@ -46,7 +46,7 @@ class TrainSettings:
     workers: int = 0
     """Processes that load data."""
     compile: bool = False
-    """Compile the predictor's network with torch.compile: slow to start, for long runs."""
+    """Compile the networks with torch.compile: slow to start, for long runs. Where that fails, training goes on without."""
     checkpoint_every: int = 250
     """Steps between checkpoints: what an interruption loses at most."""
     log_every: int = 20

@@ -1,0 +1,87 @@
+r"""Group norm, modulation and SiLU as one operation that keeps its input alone for the backward pass.
+
+.. math::
+    y = \mathrm{SiLU}\bigl(\mathrm{norm}(x)(1 + a) + b\bigr), \qquad \text{a and b by example and channel}
+
+Autograd would keep the normalised and the modulated activations as well, half of what a U-Net holds in training. They are an affine map of
+x for each channel, one pass over x to get back.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from ndm.forward_rules import dense, jacobian, per_channel, sizes
+
+_aten = torch.ops.aten
+SMALLEST = 2**18
+"""Fewer numbers than these are not worth it: the operations' own overhead outweighs what is saved."""
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """SiLU(norm(x) (1 + scale) + shift) for ``x`` ``(B, C, H, W)``, with ``scale`` and ``shift`` ``(B, C)``, both or neither."""
+    if _simple(x):
+        return _NormSiLU.apply(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
+    return _formula(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
+
+
+def _simple(x: Tensor) -> bool:
+    """Whether it is large, and only a plain backward pass may follow: no autocast, compiler, transform of torch.func or forward mode."""
+    return (
+        torch.is_grad_enabled()
+        and x.numel() >= SMALLEST
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device.type in ("cpu", "cuda")
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+    normal = nnf.group_norm(x, groups, weight, bias, eps)
+    if scale is None or shift is None:
+        return nnf.silu(normal)
+    return nnf.silu(torch.addcmul(per_channel(shift, x), normal, 1 + per_channel(scale, x)))
+
+
+class _NormSiLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, eps: float) -> Tensor:
+        value, mean, rstd = _aten.native_group_norm(dense(x), weight, bias, *sizes(x, groups), eps)
+        ctx.groups, ctx.eps = groups, eps
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        if scale is not None:
+            value.mul_(per_channel(1 + scale, x)).add_(per_channel(shift, x))
+        return nnf.silu(value, inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            inputs = [x, weight, bias, scale, shift]
+            wanted = {index: value for index, value in enumerate(inputs) if value is not None and value.requires_grad}
+            found = torch.autograd.grad(
+                _formula(x, weight, bias, scale, shift, ctx.groups, ctx.eps), list(wanted.values()), gradient, create_graph=True
+            )
+            by_index = dict(zip(wanted, found, strict=True))
+            return (*(by_index.get(index) for index in range(5)), None, None)
+        repeats = x.shape[1] // ctx.groups
+        mean_c, rstd_c = (value.reshape(-1, ctx.groups).repeat_interleave(repeats, 1) for value in (mean, rstd))
+        slope = rstd_c * weight  # norm(x) = slope x + start
+        start = bias - mean_c * slope
+        whole, add = (slope, start) if scale is None else (slope * (1 + scale), start * (1 + scale) + shift)
+        inner = torch.addcmul(per_channel(add, x), x, per_channel(whole, x))
+        g = _aten.silu_backward(dense(gradient, x), inner)
+        dscale = dshift = None
+        if scale is not None:
+            dims = list(range(2, x.dim()))
+            dshift = g.sum(dims)
+            dscale = slope * torch.mul(g, x, out=inner).sum(dims) + start * dshift
+            g.mul_(per_channel(1 + scale, x))
+        found = jacobian(x, mean, rstd, ctx.groups, g, weight, list(ctx.needs_input_grad[:3]))
+        return (*found, dscale, dshift, None, None)

@@ -1,0 +1,71 @@
+"""Half precision is for networks alone: under autocast the bound of the same prediction is the bound in float32."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ndm
+from ndm.nn import MLP, UNet
+from ndm.reverse import Reverse
+from ndm.transform import Transform
+from oracles import randomised
+
+LEVELS, SHAPE = 256, (4, 1, 8, 8)
+
+
+class Exact(nn.Module):
+    """A network whose output half precision holds exactly: a product of matrices in autocast, with nothing to round."""
+
+    def __init__(self, outputs: int | None = None) -> None:
+        super().__init__()
+        self.outputs, self.linear = outputs, nn.Linear(1, outputs or 1)
+        with torch.no_grad():
+            self.linear.weight.zero_()
+            self.linear.bias.copy_(torch.linspace(0.25, 0.5, outputs or 1))
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        out = self.linear(z.unsqueeze(-1)).movedim(-1, 1)
+        return out if self.outputs else out[:, 0]
+
+
+def transformations() -> dict[str, Transform]:
+    """All kinds of F; those with a U-Net or an MLP have random weights, so that F is far from the identity."""
+    unet, several = UNet(1, 8, (1, 2)), UNet(1, 8, (1, 2), outputs=3)
+    return {
+        "identity": ndm.Identity(),
+        "network": ndm.NetworkTransform(unet),
+        "gated": ndm.GatedTransform(MLP(64, hidden=16)),
+        "separable": ndm.SeparableTransform(several),
+        "blur": ndm.Blur(sigma_max=3.0),
+        "mask": ndm.FadingMask(),
+        "down": ndm.Downsample(ends=[0.3, 0.6]),
+        "separable_time": ndm.SeparableTransform(MLP(64, hidden=16, outputs=3), gate="time"),
+    }
+
+
+@pytest.mark.parametrize("name", transformations())
+@pytest.mark.parametrize(
+    ("reverse", "steps"), [("tied", None), ("tied", 1000), ("diffenc", None), ("direct", None), ("direct-score", 1000)]
+)
+def test_the_bound_under_autocast_is_that_of_float32(name: str, reverse: Reverse, steps: int | None) -> None:
+    torch.manual_seed(0)
+    predictor, decoder = ndm.Predictor(Exact(2 if reverse == "direct-score" else None)), ndm.DiscretizedGaussian(LEVELS)
+    transform = randomised(transformations()[name]).float()
+    model = ndm.NDM(ndm.LinearLogSNR(-13.0, 5.0), transform, predictor, decoder, steps=steps, reverse=reverse)
+    x = decoder.values[torch.randint(LEVELS, SHAPE)].float()
+
+    def terms_and_gradients(half: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            bound = model.bound(x, draws=2, generator=torch.Generator().manual_seed(1))
+            loss = bound.loss.mean()
+        loss.backward()
+        gradients = {key: value.grad for key, value in model.transform.named_parameters() if value.grad is not None}
+        return {**bound.terms(), **gradients}
+
+    expected, found = terms_and_gradients(False), terms_and_gradients(True)
+    assert all(value.dtype == torch.float32 for value in found.values())
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-5, atol=1e-5 * float(value.detach().abs().max()), msg=lambda text, key=key: f"{key}: {text}"
+        )
