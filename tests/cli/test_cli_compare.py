@@ -69,6 +69,11 @@ def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.Captur
     again = run(tmp_path, *words)
     assert again["summary"] == record["summary"], "only what is missing is done again, with the same result"
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
+    other = run(tmp_path, *words, "--steps", "4")
+    for row in other["summary"]:
+        assert list(row["measures"])[:2] == ["continuous", "T = 4"], "other bounds are measured, not mixed with the old ones"
+        assert len(row["runs"]) == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}, "without training again"
     capsys.readouterr()
     assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out"), "--train-steps", "9"]) == 2
     assert "another budget" in capsys.readouterr().err

@@ -92,6 +92,10 @@ class CompareSettings:
             raise UserError(f"steps={self.steps!r}: give whole numbers from 1 to 1000000, separated by commas, such as 10,50,1000")
         self.horizons = sorted({int(word) for word in words})
 
+    def measured(self) -> dict[str, Any]:
+        """What the numbers of a run depend on, beside the run."""
+        return {name: getattr(self, name) for name in ("horizons", "draws", "split", "limit", "calibrate", "nll")}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -146,7 +150,7 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
         for row in rows
     ]
     failures = _run_all(jobs, settings.jobs)
-    _report(out, rows, plan, settings)
+    _report(out, rows, plan, jobs, settings)
     if failures:
         name, reason = next(iter(failures.items()))
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed, the first of them {name}: {reason}; the others are in {out}/{RESULT}")
@@ -210,7 +214,7 @@ def _machine() -> dict[str, Any]:
 
 def _run_all(jobs: list[Job], at_once: int) -> dict[str, str]:
     """Run what is missing; reasons of failures by the name of the run."""
-    missing = [job for job in jobs if not (job.folder / MEASURES).exists()]
+    missing = [job for job in jobs if not _is_measured(job)]
     failures: dict[str, str] = {}
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run", disable=not missing) as bar:
         if at_once == 1:
@@ -234,6 +238,12 @@ def _run_all(jobs: list[Job], at_once: int) -> dict[str, str]:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return failures
+
+
+def _is_measured(job: Job) -> bool:
+    """Whether the run has all its numbers, by the same settings as those of this call."""
+    path = job.folder / MEASURES
+    return path.exists() and read_json(path).get("settings") == job.settings.measured()
 
 
 def _note(failures: dict[str, str], job: Job, reason: str | None) -> None:
@@ -296,6 +306,7 @@ def _measure(job: Job) -> None:
         {
             "measures": {name: value(one) for name, one in found.items()},
             "stderr_over_examples": {name: error(one) for name, one in found.items()},
+            "settings": settings.measured(),
             "unit": "nats an example" if description.levels is None else "bits/dim",
             "examples": len(evaluation.numbers),
             "data": description.name,
@@ -305,11 +316,11 @@ def _measure(job: Job) -> None:
     )
 
 
-def _report(out: Path, rows: list[Row], plan: dict[str, Any], settings: CompareSettings) -> None:
+def _report(out: Path, rows: list[Row], plan: dict[str, Any], jobs: list[Job], settings: CompareSettings) -> None:
     """Print the table; write it, the numbers and the plot."""
     content, unit, about = [], "", {}
     for row in rows:
-        records = [read_json(path) for seed in range(settings.seeds) if (path := out / row.folder / f"seed-{seed}" / MEASURES).exists()]
+        records = [read_json(job.folder / MEASURES) for job in jobs if job.row == row.name and _is_measured(job)]
         known = plan["rows"][row.name]
         content.append({"name": row.name, **{key: known[key] for key in ("parameters", "steps", "seconds_per_step")}})
         content[-1]["runs"] = [record["measures"] for record in records]
