@@ -93,6 +93,16 @@ def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)  # diffusers keeps its schedule in single precision
 
 
+def test_the_last_step_is_the_decoders_and_draws_are_of_the_evaluated_model() -> None:
+    model = make("direct", predictor=Predictor(MLP(2, 8, 1, dropout=0.5))).train()
+    network, _ = to_diffusers(model, diffusers.DDPMScheduler, 50)
+    z = torch.randn(5, 2)
+    level = model.process.level(0.0, z)
+    torch.testing.assert_close(network(z, 0).sample, z / level.alpha[:, None])
+    first, second = network(z, 30).sample, network(z, torch.full((5,), 30)).sample
+    assert first.equal(second) and not first.requires_grad
+
+
 def make(reverse: Reverse, **options: object) -> NDM:
     parts = {"schedule": LinearLogSNR(), "transform": GatedTransform(MLP(2, 8, 1)), "predictor": Predictor(MLP(2, 8, 1)), **options}
     return NDM(**parts, decoder=GaussianDecoder(), reverse=reverse)  # type: ignore[arg-type]

@@ -211,6 +211,17 @@ def test_the_second_head_learns_without_bias_and_without_touching_the_bound(step
     assert touched and all(name.startswith("predictor") for name in touched)
 
 
+@pytest.mark.parametrize("steps", [None, 5])
+def test_the_regression_leaves_a_learned_schedule_alone(steps: int | None) -> None:
+    model = small_model("direct-score", 2)
+    model.process.schedule = randomised(LearnedSchedule(-5.0, 3.0, learn_ends=True), 0.1)
+    bound = model.bound(torch.randn(16, 3, dtype=F64), steps=steps)
+    assert bound.regression is not None
+    for name, gradient in gradients(bound.regression.sum(), model).items():
+        assert name.startswith("predictor") or not bool(gradient.any()), name
+    assert bool(gradients(bound.total.sum(), model)["process.schedule.start_and_log_range"].any())
+
+
 def test_training_minimises_the_bound_and_the_regression() -> None:
     x = torch.randn(5, 3, dtype=F64)
     bound = small_model("direct-score", 2).bound(x)

@@ -42,6 +42,7 @@ class DiffusersModel(nn.Module):
         """The dtype of the weights."""
         return self.model.like.dtype
 
+    @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True) -> Any:
         """The data prediction for latents ``(B, *event)`` at a time step or ``(B,)`` of them."""
         time = torch.as_tensor(timestep, dtype=sample.dtype, device=sample.device) / (self.steps - 1)
@@ -61,7 +62,8 @@ def to_diffusers(model: NDM, scheduler: type, steps: int = 1000, **options: Any)
         options: further arguments of the scheduler.
 
     Returns:
-        The model as diffusers calls it, and the scheduler.
+        The model in evaluation mode as diffusers calls it, and the scheduler. Where F is an encoder, what is drawn are latents:
+        ``model.decoder.sample`` makes data of them.
 
     Raises:
         UserError: the model's generator is not a plain diffusion, or the scheduler does not take what is needed.
@@ -90,4 +92,4 @@ def to_diffusers(model: NDM, scheduler: type, steps: int = 1000, **options: Any)
     settings = {"num_train_timesteps": steps, "trained_betas": betas, "prediction_type": "sample"}
     if "clip_sample" in known:
         settings["clip_sample"] = False
-    return DiffusersModel(model, steps), scheduler(**settings | options)
+    return DiffusersModel(model, steps).eval(), scheduler(**settings | options)

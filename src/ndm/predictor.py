@@ -41,12 +41,17 @@ class Predictor(nn.Module):
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
-        return self._read(self._output(z, level, z.shape), z, level)
+        return self.read(self._output(z, level, z.shape), z, level)
 
     def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Both outputs of a network that returns ``(B, 2, *event)``, each read as the target says; each ``(B, *event)``."""
+        first, second = self.two_outputs(z, level)
+        return self.read(first, z, level), self.read(second, z, level)
+
+    def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Both outputs of such a network as they are; each ``(B, *event)``."""
         first, second = self._output(z, level, torch.Size((z.shape[0], 2, *z.shape[1:]))).unbind(1)
-        return self._read(first, z, level), self._read(second, z, level)
+        return first, second
 
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
         output = self.network(z, level.t)
@@ -60,7 +65,8 @@ class Predictor(nn.Module):
             raise UserError(f"the predictor's network maps {tuple(z.shape)} to {found}; it must return {tuple(shape)}: {mend}")
         return output.to(z.dtype)
 
-    def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+    def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """What an output of the network says by the target, ``(B, *event)``."""
         at = level.expand(z)
         if self.target == "v":
             return (at.alpha * z - at.sigma * output) / (at.alpha**2 + at.sigma**2)

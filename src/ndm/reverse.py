@@ -24,9 +24,12 @@ From both outputs :math:`\dot F/\gamma' = \tfrac12(1+\eta^2)(\hat F - \hat y)`, 
 .. math::
     \hat y_{\eta'} = \hat F - \frac{1 + \eta^2}{1 + \eta'^2} (\hat F - \hat y) .
 
-F̂ is no part of the bound. It learns by a regression of its own whose gradient does not reach phi, at no further evaluation: half of the
+F̂ is no part of the bound. It learns by a regression of its own whose gradient does not reach the forward process, at no further evaluation: half of the
 examples of a batch carry the gradient of the bound through z_t, twice, and the other half, with z_t held fixed, that of the
 regression, twice. Both gradients stay unbiased.
+
+The target of a model in discrete time is that of its own T steps. With other numbers of steps, or with another eta from both outputs, it is
+right to first order in 1/T.
 """
 
 from dataclasses import dataclass
@@ -135,10 +138,12 @@ class ReverseProcess:
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
         z = fixed + 2 * expand(of_bound, z) * (z - fixed)  # the same value, half of the gradients doubled, the other half cut
-        target, second = self.predictor.two(z, level)
-        error = sum_event((transformed.detach() - second) ** 2)
-        regression = (1 - of_bound) * level.snr_decay.detach() * error
-        return Identity().curve(self._target(target, second, eta)), regression
+        first, second = self.predictor.two_outputs(z, level)
+        apart = level.detach()  # a learned schedule belongs to the forward process, too
+        error = sum_event((transformed.detach() - self.predictor.read(second, fixed, apart)) ** 2)
+        regression = (1 - of_bound) * apart.snr_decay * error
+        target = self._target(self.predictor.read(first, z, level), self.predictor.read(second, z, level), eta)
+        return Identity().curve(target), regression
 
     def continuous_error(
         self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None

@@ -63,6 +63,10 @@ class NoiseLevel:
         """The same level with every field reshaped to broadcast against ``like`` ``(B, *event)``."""
         return NoiseLevel(**{field.name: expand(getattr(self, field.name), like) for field in fields(self)})
 
+    def detach(self) -> "NoiseLevel":
+        """The same level without the gradient of a learned schedule."""
+        return NoiseLevel(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
+
     def cat(self, other: "NoiseLevel") -> "NoiseLevel":
         """Both levels in one batch, for one network call at two sets of times."""
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}

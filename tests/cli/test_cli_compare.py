@@ -1,7 +1,14 @@
 """``ndm compare``: rows under one budget, the widened baseline, resuming, and statistics over seeds."""
 
+import contextlib
+import datetime
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +46,18 @@ def test_a_plain_diffusion_at_least_as_large_as_the_largest_is_always_a_row(tmp_
     largest, wide = max(size(row) for row in rows), planned[1]
     assert wide.parameters == size(wide) >= largest
     width = configuration(wide).model.predictor.init_args.network.init_args.hidden
+    assert [row.baseline for row in planned] == [False, True, False, False]
     narrower = (*wide.words[:-1], str(width - 2))
     assert size(type(wide)("", narrower)) < largest, "no wider than needed"
     assert type(make(wide)[0].transform).__name__ == "Identity"
     matched = plan_rows(rows, extra, "parameters")
-    assert len(matched) == 3 and all(largest <= row.parameters < 1.15 * largest for row in matched)
+    assert [row.baseline for row in matched] == [True, False, False]
+    assert all(largest <= row.parameters < 1.15 * largest for row in matched)
 
 
 def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison(tmp_path)
-    words = ["--seeds", "2", "--steps", "3,5", "--calibrate", "--nll", "--limit", "20", "--draws", "2"]
+    words = ["--seeds", "2", "--horizons", "3,5", "--calibrate", "--nll", "--limit", "20", "--draws", "2"]
     record = run(tmp_path, *words)
     summary = {row["name"]: row for row in record["summary"]}
     assert list(summary) == ["Plain", "Plain, widened", "Learned F", "Direct"]
@@ -69,7 +78,7 @@ def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.Captur
     again = run(tmp_path, *words)
     assert again["summary"] == record["summary"], "only what is missing is done again, with the same result"
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
-    other = run(tmp_path, *words, "--steps", "4")
+    other = run(tmp_path, *words, "--horizons", "4")
     for row in other["summary"]:
         assert list(row["measures"])[:2] == ["continuous", "T = 4"], "other bounds are measured, not mixed with the old ones"
         assert len(row["runs"]) == 2
@@ -81,16 +90,17 @@ def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_budget_of_seconds_gives_slower_rows_fewer_steps(tmp_path: Path) -> None:
     comparison(tmp_path)
-    record = run(tmp_path, "--seeds", "1", "--steps", "", "--limit", "4", "--draws", "1", "--budget", "seconds", "--seconds", "0.2")
+    record = run(tmp_path, "--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1", "--budget", "seconds", "--seconds", "0.2")
     for row in record["summary"]:
         assert row["steps"] == max(1, round(0.2 / row["seconds_per_step"]))
         assert row["measures"]["continuous"]["stderr"] is None
+        assert row["training_seconds"][0] > 0
     plain, learned = record["summary"][0], record["summary"][2]
     assert plain["seconds_per_step"] < learned["seconds_per_step"] and plain["steps"] > learned["steps"]
 
 
 def test_two_jobs_at_once_give_the_numbers_of_one(tmp_path: Path) -> None:
-    words = ["--seeds", "1", "--steps", "", "--limit", "8", "--draws", "1", "--rows", "Plain; Direct"]
+    words = ["--seeds", "1", "--horizons", "", "--limit", "8", "--draws", "1", "--rows", "Direct"]
     numbers = []
     for jobs in ("1", "2"):
         folder = tmp_path / jobs
@@ -98,9 +108,55 @@ def test_two_jobs_at_once_give_the_numbers_of_one(tmp_path: Path) -> None:
         comparison(folder)
         record = run(folder, *words, "--jobs", jobs)
         numbers.append([row["measures"]["continuous"]["mean"] for row in record["summary"]])
-    assert len(numbers[0]) == 2
+    assert len(numbers[0]) == 2, "the baseline comes with the chosen row"
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
-    assert (tmp_path / "2" / "out" / "plain" / "seed-0" / "log.txt").exists()
+    assert (tmp_path / "2" / "out" / "plain-widened" / "seed-0" / "log.txt").exists()
+
+
+def test_what_the_folder_holds_must_be_of_this_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
+    words = ["--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1"]
+    run(tmp_path, *words)
+    again = ["compare", "--config", str(tmp_path / "elsewhere" / ".." / "compare.yaml"), "--out", str(tmp_path / "out"), *words]
+    (tmp_path / "elsewhere").mkdir()
+    assert main(again) == 0, "the same file by another path"
+    base = {**TINY, "train": {**TINY["train"], "learning_rate": 1e-4}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    capsys.readouterr()
+    assert main(again) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "learning_rate" in error and "another" in error
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TINY))
+    measures = tmp_path / "out" / "plain" / "seed-0" / "measures.json"
+    measures.write_text(measures.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
+    assert main(again) == 2
+    assert "other data" in capsys.readouterr().err
+    assert file.exists()
+
+
+def test_an_interruption_stops_all_processes(tmp_path: Path) -> None:
+    comparison(tmp_path, {f"R{i}": {"model.transform": "ndm.Identity", "train.gradient_clip": 1.0 + i} for i in range(4)})
+    command = [sys.executable, "-m", "ndm.cli", "compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--seeds", "2", "--horizons", "", "--jobs", "2", "--train-steps", "1000000"],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("*/seed-*/config.yaml")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        started = list((tmp_path / "out").glob("*/seed-*/config.yaml"))
+        assert started, "no run began"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert len(list((tmp_path / "out").glob("*/seed-*/config.yaml"))) <= 2, "nothing else was begun"
 
 
 def test_words_after_two_dashes_go_to_every_run(tmp_path: Path) -> None:
@@ -108,7 +164,7 @@ def test_words_after_two_dashes_go_to_every_run(tmp_path: Path) -> None:
     words = [
         "--seeds",
         "1",
-        "--steps",
+        "--horizons",
         "",
         "--limit",
         "4",
@@ -130,7 +186,7 @@ def test_words_after_two_dashes_go_to_every_run(tmp_path: Path) -> None:
 
 def test_one_run_that_fails_does_not_take_the_others_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}, "Wild": {"train.learning_rate": 1e30}})
-    words = ["--seeds", "1", "--steps", "", "--limit", "4", "--draws", "1"]
+    words = ["--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1"]
     assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out"), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "Wild" in error and "not finite" in error
@@ -142,10 +198,14 @@ def test_one_run_that_fails_does_not_take_the_others_with_it(tmp_path: Path, cap
     ("rows", "extra", "message"),
     [
         ({"A": {"model.transfrom": "ndm.Identity"}}, {}, "row 'A'"),
-        ({"A": {"steps": 3}}, {}, "data., model. or train."),
+        ({"A": {"steps": 3}}, {}, "model. or train."),
+        ({"A": {"train.steps": 3}}, {}, "all rows share"),
+        ({"A": {"data.train_size": 3}}, {}, "all rows share"),
+        ({"A": {"model.eta": datetime.date(2024, 1, 1)}}, {}, "numbers, lists"),
+        ({"A": {"model.transform": "ndm.Identity"}, "A, widened": {}}, {}, "added by ndm compare"),
         ({"A": 3}, {}, "overrides such as"),
         ({"A": {}}, {}, "as large as the largest"),
-        ({"A": {}, "a": {}}, {}, "names that differ"),
+        ({"A": {"model.transform": "ndm.Identity"}, "a": {}}, {}, "names that differ"),
         ({"A": {"model.transform": "ndm.Identity"}, "B": {}}, {"widen": "C"}, "no row 'C'"),
         ({"A": {"model.transform": "ndm.Identity"}, "B": {}}, {"width": "model.nothing"}, "to widen"),
         ({"A": {}}, {"rowz": 1}, "'rowz' is not known"),
@@ -169,9 +229,10 @@ def test_a_wrong_file_is_told_in_one_line(
         (["--budget", "seconds"], "--seconds"),
         (["--seconds", "3"], "budget=seconds"),
         (["--budget", "seconds", "--seconds", "-1"], "positive"),
-        (["--steps", "1,x"], "whole numbers"),
+        (["--horizons", "1,x"], "whole numbers"),
         (["--rows", "Nobody"], "no row 'Nobody'"),
         (["--budget", "luck"], "budget"),
+        (["--split", "nope"], "nope"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -182,17 +243,20 @@ def test_wrong_options_are_told_in_one_line(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> None:
-    runs = {"a": [1.0, 2.0, 6.0], "b": [1.5, 2.5, 6.5]}
+    runs = {"a": {0: 1.0, 1: 2.0, 2: 6.0}, "b": {0: 1.5, 1: 2.5, 2: 6.5}, "c": {1: 3.0, 5: 9.0}, "d": {}}
     rows = [
-        {"name": name, "parameters": 1, "steps": 1, "seconds_per_step": 1.0, "runs": [{"m": value} for value in values]}
+        {"name": name, "parameters": 1, "steps": 1, "seconds_per_step": 1.0, "runs": {seed: {"m": value} for seed, value in values.items()}}
         for name, values in runs.items()
     ]
-    first, second = summarise(rows, "a")
+    first, second, third, fourth = summarise(rows, "a")
     assert first["measures"]["m"]["mean"] == 3.0
     assert first["measures"]["m"]["stderr"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
     assert first["differences"] == {}
     assert second["differences"]["m"]["mean"] == pytest.approx(0.5)
     assert second["differences"]["m"]["stderr"] == pytest.approx(0.0), "what seeds share drops out"
+    assert third["differences"]["m"]["values"] == [1.0], "by seed, not by place"
+    assert third["measures"]["m"]["mean"] == 6.0
+    assert fourth["measures"] == fourth["differences"] == {}
     assert mean_and_error([2.0])["stderr"] is None
     assert cell({"mean": 1.0, "stderr": None}) == "1.000"
     table = markdown([first, second], "bits/dim", "a", ["p."])

@@ -156,12 +156,10 @@ def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource
         if evaluation.processes.first:
             print(f"{measurement.label}: {measurement.bpd:.4f} bits/dim", file=sys.stderr, flush=True)
 
-    reverse = evaluation.model.reverse_process
-    if settings.nll:
-        reverse.check_eta(0.0)  # before anything is computed
+    fitted_eta = _check_reverse(evaluation, settings)
     fits = [None, data.split("train")] if settings.calibrate else [None]
     for fit in fits:
-        if settings.nelbo and (fit is None or evaluation.model.steps or reverse.serves_every_eta):
+        if settings.nelbo and (fit is None or evaluation.model.steps or fitted_eta):
             add(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))
         for steps in settings.horizons():
             if not (settings.nelbo and steps == evaluation.model.steps):
@@ -173,6 +171,21 @@ def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource
     if settings.nll:
         add(evaluation.nll(settings.iw, settings.dequantization, settings.ode))
     return measurements
+
+
+def _check_reverse(evaluation: Evaluation, settings: EvaluateSettings) -> bool:
+    """Whether the reverse process can have a fitted eta; says so where one was asked for in vain.
+
+    Raises:
+        UserError: the likelihood was asked for, and it has none.
+    """
+    reverse = evaluation.model.reverse_process
+    if settings.nll:
+        reverse.check_eta(0.0)  # before anything is computed
+    free = reverse.serves_every_eta
+    if settings.calibrate and settings.nelbo and not (evaluation.model.steps or free) and evaluation.processes.first:
+        _warn("a direct reverse process knows the eta of its training alone: the bound in continuous time has no fitted one")
+    return free
 
 
 def report(measurements: Sequence[Measurement], settings: EvaluateSettings, description: DataDescription) -> None:

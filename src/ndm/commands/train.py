@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ndm.commands.parsing import CONFIG, build, parse, read_config
 from ndm.data import DataSource
@@ -47,11 +47,8 @@ def run_train(words: Sequence[str]) -> None:
     stored = _stored_config(words)
     arguments = parse(parser, (["--config", str(stored)] if stored else []) + list(words))
     check_whole("seed", arguments.seed, 0)
-    out = Path(arguments.out)
-    config = yaml.safe_load(parser.dump(arguments, skip_unset=False))
-    config.pop("out", None)
-    config.pop("config", None)
-    _check_same_run(out, config)
+    out, config = Path(arguments.out), _plain(parser, arguments)
+    check_same_run(out, config)
     if (out / METRICS).exists():
         record = read_json(out / METRICS)
         print(
@@ -77,6 +74,18 @@ def run_train(words: Sequence[str]) -> None:
         print(f"wrote {out}/model, metrics.json, samples.png, transform.png")
 
 
+def resolved(words: Sequence[str]) -> dict[str, Any]:
+    """The configuration that these words of ``ndm train`` amount to, defaults filled in."""
+    parser = train_parser()
+    return _plain(parser, parse(parser, words))
+
+
+def _plain(parser: ArgumentParser, arguments: Namespace) -> dict[str, Any]:
+    """Parsed arguments as they stand in the configuration of a run."""
+    config: dict[str, Any] = yaml.safe_load(parser.dump(arguments, skip_unset=False))
+    return {key: value for key, value in config.items() if key not in ("out", "config")}
+
+
 def _stored_config(words: Sequence[str]) -> Path | None:
     """The configuration of an existing run, when the words give --out but no --config."""
     if any(word == "--config" or word.startswith("--config=") for word in words):
@@ -87,8 +96,12 @@ def _stored_config(words: Sequence[str]) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
-def _check_same_run(out: Path, config: dict[str, Any]) -> None:
-    """Refuse to go on with a run under another configuration."""
+def check_same_run(out: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Raises:
+        UserError: the folder holds one, or is a file.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if not (out / CONFIG).exists():

@@ -19,23 +19,18 @@ budget             what all rows share
 ``parameters``     optimiser steps and parameters: every row is widened to the largest
 =================  ====================================================================
 
-Seconds of a step are measured for all rows in turn, round after round in one process, so that a slow spell of the machine hits each alike; medians
-are kept, and written down, so that an interrupted comparison goes on with the same numbers.
+Rows share the data and the batch size, whatever the budget. :mod:`ndm.compare.budget` measures the seconds of a step.
 """
 
 import json
 import re
-import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 import yaml
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
@@ -47,7 +42,8 @@ from ndm.train.settings import TrainSettings
 Budget = Literal["steps", "seconds", "parameters"]
 WIDENED = "{name}, widened"
 KEYS = ("base", "rows", "widen", "width")
-_ROUNDS, _WARM = 7, 2
+SHARED = ("data", "train.steps", "train.batch_size", "train.accumulate")
+"""What a row may not override: all rows share it, or the budget sets it."""
 _WIDEST = 4096
 
 
@@ -60,6 +56,8 @@ class Row:
     """What ``ndm train`` is given, without ``--out`` and ``--seed``."""
     parameters: int = 0
     """Number of parameters of the model."""
+    baseline: bool = False
+    """Whether this is the plain diffusion that the others are compared with: as large as the largest."""
 
     @property
     def folder(self) -> str:
@@ -95,8 +93,8 @@ def read_rows(path: Path, overrides: tuple[str, ...] = ()) -> tuple[list[Row], d
     if not base.is_file():
         raise UserError(f"{path}: the base {base} does not exist; give its path relative to {path.name}")
     rows = [Row(str(name), ("--config", str(base), *overrides, *_words(path, name, row))) for name, row in content["rows"].items()]
-    if len({row.folder for row in rows}) < len(rows) or not rows:
-        raise UserError(f"{path}: give at least one row, and names that differ in more than case and punctuation")
+    if not rows or any(";" in row.name for row in rows):
+        raise UserError(f"{path}: give at least one row, and names without semicolons")
     return rows, {key: content[key] for key in ("widen", "width") if key in content}
 
 
@@ -108,9 +106,17 @@ def _words(path: Path, name: object, row: object) -> list[str]:
         )
     words = []
     for key, value in row.items():
-        if key.split(".")[0] not in ("data", "model", "train"):
-            raise UserError(f"{path}: the row {name!r} sets {key!r}; overrides begin with data., model. or train.")
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        if key.split(".")[0] not in ("model", "train") or any(key == shared or key.startswith(f"{shared}.") for shared in SHARED):
+            raise UserError(
+                f"{path}: the row {name!r} sets {key!r}; a row sets keys that begin with model. or train., but not {', '.join(SHARED[1:])}, which all "
+                "rows share: put those into the base"
+            )
+        try:
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        except TypeError as error:
+            raise UserError(
+                f"{path}: the row {name!r} sets {key!r} to {describe_value(value)}; give text, numbers, lists or mappings"
+            ) from error
     return words
 
 
@@ -172,58 +178,44 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
 
 
 def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list[Row]:
-    """All rows with their sizes; one more, widened to the largest, after the plain diffusion.
+    """All rows with their sizes, the baseline among them: the plain diffusion, or one more row that widens it to the largest.
 
-    With the budget ``parameters`` every row is widened to the largest instead.
+    With the budget ``parameters`` every row is widened to the largest.
 
     Raises:
-        UserError: the row to widen is not there.
+        UserError: the row to widen is not there, or two rows have one name.
     """
     if budget not in get_args(Budget):
         raise UserError(f"budget={budget!r} is not known: choose one of {', '.join(get_args(Budget))}")
-    rows = [Row(row.name, row.words, size(row)) for row in rows]
-    largest = max(row.parameters for row in rows)
-    if budget == "parameters":
-        return [row if row.parameters == largest else widened(row, largest, extra.get("width")) for row in rows]
-    name = extra.get("widen")
-    if name is None:
-        name = next((row.name for row in rows if type(make(row)[0].transform).__name__ == "Identity"), None)
-    chosen = next((row for row in rows if row.name == name), None)
-    if chosen is None:
-        raise UserError(
-            f"there is no row {name!r} to widen; a fair comparison needs a plain diffusion as large as the largest model: add a row with "
-            "model.transform: ndm.Identity"
-            if name is None
-            else f"widen: there is no row {name!r}; choose one of {', '.join(row.name for row in rows)}"
-        )
-    if chosen.parameters == largest:
-        return rows
-    wider = widened(chosen, largest, extra.get("width"))
-    place = rows.index(chosen) + 1
-    return [*rows[:place], Row(WIDENED.format(name=chosen.name), wider.words, wider.parameters), *rows[place:]]
-
-
-def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
-    """Seconds of an optimiser step of each row, by its name: the median of several, all rows in turn."""
-    steps = {}
+    rows = [replace(row, parameters=size(row)) for row in rows]
+    largest, chosen = max(row.parameters for row in rows), _plain(rows, extra.get("widen"))
+    planned = []
     for row in rows:
-        model, data, settings = make(row)
-        train = data.split("train")
-        x = train.__getitems__([index % len(train) for index in range(settings.batch_size)])
-        optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+        small = row.parameters < largest
+        if budget == "parameters":
+            row = widened(row, largest, extra.get("width")) if small else row
+            planned.append(replace(row, baseline=row.name == chosen.name))
+        elif row is chosen and small:
+            wider = widened(row, largest, extra.get("width"))
+            planned += [row, replace(wider, name=WIDENED.format(name=row.name), baseline=True)]
+        else:
+            planned.append(replace(row, baseline=row is chosen))
+    if len({row.folder for row in planned}) < len(planned):
+        raise UserError(
+            f"two of the rows {', '.join(repr(row.name) for row in planned)} have names that differ in case and punctuation alone; rename one "
+            f"(the row {WIDENED.format(name=chosen.name)!r} is added by ndm compare)"
+        )
+    return planned
 
-        def step(model: NDM = model, x: torch.Tensor = x, optimizer: torch.optim.Optimizer = optimizer) -> float:
-            started = time.perf_counter()
-            optimizer.zero_grad()
-            model.bound(x).loss.mean().backward()
-            optimizer.step()
-            return time.perf_counter() - started
 
-        steps[row.name] = step
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in tqdm(range(_WARM + _ROUNDS), desc="timing steps", unit="round", disable=not progress, delay=1, leave=False):
-        for name, step in steps.items():
-            seconds = step()
-            if index >= _WARM:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _plain(rows: list[Row], name: str | None) -> Row:
+    """The row to widen: of the given name, or the first whose F is the identity."""
+    for row in rows:
+        if row.name == name if name is not None else type(make(row)[0].transform).__name__ == "Identity":
+            return row
+    if name is not None:
+        raise UserError(f"widen: there is no row {name!r}; choose one of {', '.join(row.name for row in rows)}")
+    raise UserError(
+        "a fair comparison needs a plain diffusion as large as the largest model: add a row with model.transform: ndm.Identity, or name the row "
+        "to widen: widen"
+    )

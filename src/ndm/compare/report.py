@@ -2,10 +2,11 @@ r"""Tables and a plot of a comparison: means over seeds with standard errors.
 
 .. math::
     \bar m = \frac1S \sum_s m_s, \qquad \text{stderr}^2 = \frac{1}{S (S - 1)} \sum_s (m_s - \bar m)^2, \qquad
-    \bar d = \frac1S \sum_s (m_s - m^{\text{reference}}_s) .
+    \bar d = \frac1S \sum_s (m_s - m^{\text{baseline}}_s) .
 
-m_s is the mean over the same test examples for every row and seed, so the error over seeds says how far another training would come out.
-Runs of one seed share data order and noise; d is paired by seed.
+m_s is the mean over the same examples for every row and seed, so the error over seeds says how far another training would come out. Runs of one
+seed share the order of the data and the times, and as far as their networks draw no random numbers of their own (dropout) the noise; d is paired
+by seed, over the seeds that both have.
 """
 
 import math
@@ -28,28 +29,28 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(tensor.mean()), "stderr": error, "values": list(values)}
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], reference: str | None = None) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[Mapping[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
     """Statistics over seeds of each row.
 
     Args:
-        rows: each with ``name``, ``parameters``, ``steps``, ``seconds_per_step`` and ``runs``, a list of ``{measure: value}`` by seed.
-        reference: name of the row from which differences are taken.
+        rows: each with ``name``, ``parameters``, ``steps``, ``seconds_per_step`` and ``runs``, measures by seed: ``{seed: {measure: value}}``.
+        baseline: name of the row from which differences are taken.
 
     Returns:
         The rows with ``measures``: ``{measure: {mean, stderr, values}}``, and ``differences`` likewise.
     """
-    by_name = {row["name"]: row for row in rows}
+    reference: Mapping[Any, Any] = next((row["runs"] for row in rows if row["name"] == baseline), {})
     summary = []
     for row in rows:
-        names = list(row["runs"][0]) if row["runs"] else []
-        measures = {name: mean_and_error([run[name] for run in row["runs"]]) for name in names}
-        differences = {}
-        base = by_name.get(reference or "")
-        if base is not None and base is not row and len(base["runs"]) == len(row["runs"]):
-            for name in names:
-                if name in base["runs"][0]:
-                    pairs = zip(row["runs"], base["runs"], strict=True)
-                    differences[name] = mean_and_error([run[name] - other[name] for run, other in pairs])
+        runs = row["runs"]
+        shared = [seed for seed in runs if seed in reference] if row["name"] != baseline else []
+        names = list(next(iter(runs.values()))) if runs else []
+        measures = {name: mean_and_error([run[name] for run in runs.values()]) for name in names}
+        differences = {
+            name: mean_and_error([runs[seed][name] - reference[seed][name] for seed in shared])
+            for name in names
+            if shared and name in reference[shared[0]]
+        }
         summary.append({**row, "measures": measures, "differences": differences})
     return summary
 
@@ -62,23 +63,23 @@ def cell(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
     return text if entry["stderr"] is None else f"{text} ± {entry['stderr']:.3f}"
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], unit: str, reference: str | None, protocol: Sequence[str]) -> str:
+def markdown(summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | None, protocol: Sequence[str]) -> str:
     """The table of a comparison as Markdown, the best of each column in bold, and its protocol below."""
     names = list(dict.fromkeys(name for row in summary for name in row["measures"]))
     best = {name: min(row["measures"][name]["mean"] for row in summary if name in row["measures"]) for name in names}
     main = names[0] if names else ""
-    head = ["model", "parameters", "steps", "ms a step", "minutes", *names]
-    if reference:
-        head.append(f"{main}, less {reference}")
+    head = ["model", "parameters", "seeds", "steps", "ms a step", "minutes", *names]
+    if baseline:
+        head.append(f"{main}, less {baseline}")
     lines = [head, ["---"] * len(head)]
     for row in summary:
-        cells = [row["name"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{1e3 * row['seconds_per_step']:.1f}"]
+        cells = [row["name"], f"{row['parameters']:,}", str(len(row["runs"])), f"{row['steps']:,}", f"{1e3 * row['seconds_per_step']:.1f}"]
         cells.append(f"{row['steps'] * row['seconds_per_step'] / 60:.1f}")
         for name in names:
             entry = row["measures"].get(name)
             text = cell(entry)
             cells.append(f"**{text}**" if entry is not None and entry["mean"] == best[name] else text)
-        if reference:
+        if baseline:
             cells.append(cell(row["differences"].get(main), sign=True))
         lines.append(cells)
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -95,16 +95,17 @@ class AtomicCheckpoints(TorchCheckpointIO):
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
 
-def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
-    """Lightning's trainer for a run in the folder ``out``."""
+def make_trainer(settings: TrainSettings, out: Path, progress: bool = True) -> Trainer:
+    """Lightning's trainer for a run in the folder ``out``, with a progress bar or without."""
     callbacks: list[Callback] = [
         ModelCheckpoint(
             out / CHECKPOINT.parent, CHECKPOINT.stem, every_n_train_steps=settings.checkpoint_every, enable_version_counter=False
         ),
         FinalCheckpoint(out / CHECKPOINT),
-        ProgressBar(refresh_rate=10),
         LearningRateMonitor(),
     ]
+    if progress:
+        callbacks.append(ProgressBar(refresh_rate=10))
     if settings.ema:
         callbacks.insert(0, EMA(settings.ema))
     csv = CSVLogger(out, name="logs")
@@ -126,6 +127,7 @@ def make_trainer(settings: TrainSettings, out: Path) -> Trainer:
         limit_val_batches=None if validate else 0,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        enable_progress_bar=progress,
         use_distributed_sampler=False,
         default_root_dir=out,
         plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints()],

@@ -1,0 +1,105 @@
+r"""How many steps each row of a comparison takes, and how long one of them lasts.
+
+.. math::
+    \text{steps} = \text{seconds} / \text{seconds of a step} \qquad (\text{budget } \texttt{seconds})
+
+A step is timed where it is taken: in a run of the trainer, with its loading, logging, clipping and averaging, on the device and with the threads of
+the runs to come. All rows take turns, round after round, so that a slow spell of the machine hits each alike; the median over all steps counts. The
+times are written down, so that an interrupted comparison goes on with the same numbers of steps.
+"""
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+import ndm
+from ndm.compare.plan import Budget, Row, make
+from ndm.errors import UserError
+from ndm.serialize import read_json, write_json
+from ndm.train.module import TrainingModule, quiet_lightning
+from ndm.train.run import make_trainer
+
+PLAN = "plan.json"
+_ROUNDS, _STEPS, _WARM = 3, 8, 3
+
+
+class _Clock(Callback):
+    """Times at which steps end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
+    """Seconds of a training step of each row, by its name: the median over several rounds in which all rows take turns."""
+    quiet_lightning()
+    parts = {row.name: make(row) for row in rows}
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    state = torch.random.get_rng_state()
+    for _ in tqdm(range(_ROUNDS), desc="timing steps", unit="round", disable=not progress, delay=1, leave=False):
+        for name, (model, data, settings) in parts.items():
+            count = _STEPS * settings.accumulate
+            # A tiny learning rate: a run that would diverge is told so when it is trained, not here.
+            short = replace(settings, steps=_STEPS, validate_every=None, checkpoint_every=10**9, learning_rate=1e-12)
+            with tempfile.TemporaryDirectory() as folder:
+                trainer, clock = make_trainer(short, Path(folder), progress=False), _Clock()
+                trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+                trainer.fit(TrainingModule(model, short, 0, data.split("train")))
+            spans = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+            times[name] += [span * settings.accumulate for span in spans[_WARM * settings.accumulate : count]]
+    torch.random.set_rng_state(state)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def read_plan(out: Path, rows: list[Row], budget: Budget, seconds: float | None = None, train_steps: int | None = None) -> dict[str, Any]:
+    """Steps and seconds of a step of every row: from the folder where they are known for all, else measured and written there.
+
+    Raises:
+        UserError: the folder holds a comparison with another budget.
+    """
+    shared = {"budget": budget, "seconds": seconds, "train_steps": train_steps}
+    plan: dict[str, Any] = read_json(out / PLAN) if (out / PLAN).exists() else {**shared, "rows": {}}
+    if {key: plan.get(key) for key in shared} != shared or not isinstance(plan.get("rows"), dict):
+        raise UserError(f"{out} holds a comparison with another budget; choose another --out")
+    known = plan["rows"]
+    if any(known.get(row.name, {}).get("parameters") != row.parameters for row in rows):
+        # All rows, also those that are known, so that times can be compared; a known row keeps its steps.
+        measured = step_seconds(rows, progress=True)
+        for row in rows:
+            steps = known.get(row.name, {}).get("steps") or _steps(row, measured[row.name], seconds, train_steps)
+            known[row.name] = {"parameters": row.parameters, "steps": steps, "seconds_per_step": measured[row.name]}
+        plan["machine"] = machine()
+        write_json(out / PLAN, plan)
+    return plan
+
+
+def _steps(row: Row, measured: float, seconds: float | None, train_steps: int | None) -> int:
+    if seconds is not None:
+        return max(1, round(seconds / measured))
+    return train_steps or make(row)[2].steps
+
+
+def machine() -> dict[str, Any]:
+    """What the times were measured on."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": str(device) if device else None,
+        "torch": torch.__version__,
+        "ndm": ndm.__version__,
+    }

@@ -1,0 +1,200 @@
+"""The runs of a comparison: train, measure, go on; several at once in processes of their own."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ndm.commands.parsing import load_data, load_run
+from ndm.commands.train import check_same_run, resolved, run_train
+from ndm.errors import UserError
+from ndm.evaluate import Evaluation, pick_device
+from ndm.report import Measurement
+from ndm.serialize import read_json, write_json
+
+MEASURES = "measures.json"
+_CALIBRATION = 128  # examples that a reverse variance is fitted on
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of every run."""
+
+    horizons: tuple[int, ...]
+    """Numbers of steps T of bounds in discrete time, beside the continuous one."""
+    draws: int
+    """Times drawn for each example."""
+    split: str
+    limit: int | None
+    calibrate: bool
+    """The bounds in discrete time once more, with a reverse variance fitted on the train split."""
+    nll: bool
+    """The likelihood by the ODE, where the reverse process has one."""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**vars(self), "horizons": list(self.horizons)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one row."""
+
+    row: str
+    seed: int
+    words: tuple[str, ...]
+    """For ``ndm train``, without ``--seed`` and ``--out``."""
+    folder: Path
+    measures: Measures
+    quiet: bool = False
+    """Write to the run's log file instead of the terminal."""
+
+    @property
+    def train_words(self) -> list[str]:
+        """The words of ``ndm train``."""
+        return [*self.words, "--seed", str(self.seed), "--out", str(self.folder)]
+
+    def check(self, data_sha256: str) -> None:
+        """Check that what the folder holds is a run of this configuration on these data.
+
+        Raises:
+            UserError: it is not.
+        """
+        check_same_run(self.folder, resolved(self.train_words))
+        found = self._read().get("data_sha256", data_sha256)
+        if found != data_sha256:
+            raise UserError(
+                f"{self.folder} was measured on other data (sha256 {str(found)[:12]} there, {data_sha256[:12]} now); choose another --out"
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured, if it was by the same settings."""
+        found = self._read()
+        fits = found.get("settings") == self.measures.record() and isinstance(found.get("measures"), dict)
+        return found if fits else None
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / MEASURES
+        return read_json(path) if path.exists() else {}
+
+
+def run_all(jobs: list[Job], at_once: int) -> dict[str, str]:
+    """Run what is missing; reasons of failures by the name of the run."""
+    missing = [job for job in jobs if job.result() is None]
+    failures: dict[str, str] = {}
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run", disable=not missing) as bar:
+
+        def note(job: Job, reason: str | None) -> None:
+            if reason is not None:
+                failures[f"{job.row!r}, seed {job.seed}"] = reason
+                print(f"ndm: warning: {job.row}, seed {job.seed}: {reason}", file=sys.stderr)
+            bar.update()
+
+        if at_once > 1:
+            _run_in_processes(missing, at_once, note, bar)
+        else:
+            for job in missing:
+                bar.set_postfix_str(f"{job.row}, seed {job.seed}")
+                note(job, _attempt(job))
+    return failures
+
+
+def threads_for(at_once: int) -> int:
+    """CPU threads of each of several runs at once."""
+    return max(1, (os.cpu_count() or 1) // at_once)
+
+
+def _run_in_processes(jobs: list[Job], at_once: int, note: Any, bar: tqdm) -> None:
+    """Never hand a worker more than it works on, so that an interruption leaves nothing waiting in its queue."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(at_once, context, initializer=torch.set_num_threads, initargs=(threads_for(at_once),))
+    waiting, running = list(jobs), dict[Future[str | None], Job]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[pool.submit(_attempt, job)] = job
+            bar.set_postfix_str("; ".join(f"{job.row}, seed {job.seed}" for job in running.values()))
+            done = next(as_completed(running))
+            note(running.pop(done), done.result())
+    except BrokenProcessPool as error:
+        raise UserError("a run was killed, perhaps for memory; try again with fewer --jobs, what is finished stays") from error
+    finally:
+        if running:  # interrupted
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _attempt(job: Job) -> str | None:
+    """Train and measure one run; what went wrong, or None."""
+    try:
+        with _output(job):
+            run_train(job.train_words)
+            _measure(job)
+    except UserError as error:
+        return " ".join(str(error).split())
+    except torch.OutOfMemoryError as error:
+        return f"out of memory ({' '.join(str(error).split())[:80]}); make the batch smaller, or raise train.accumulate in the base"
+    return None
+
+
+@contextlib.contextmanager
+def _output(job: Job) -> Iterator[None]:
+    if not job.quiet:
+        yield
+        return
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        (job.folder / "log.txt").open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
+def _measure(job: Job) -> None:
+    """All bounds of a trained run, written into its folder."""
+    wanted = job.measures
+    model, data = load_run(job.folder), load_data(job.folder)
+    model.to(pick_device())
+    description = data.describe()
+    evaluation = Evaluation(model, data.split(wanted.split), limit=wanted.limit, progress=True)
+    train = data.split("train")
+    found = {"continuous": evaluation.nelbo(None, wanted.draws)}
+    for steps in wanted.horizons:
+        found[f"T = {steps}"] = evaluation.nelbo(steps, wanted.draws)
+    if wanted.calibrate:
+        for steps in wanted.horizons:
+            found[f"T = {steps}, fitted variance"] = evaluation.nelbo(steps, wanted.draws, train, _CALIBRATION)
+    if wanted.nll and model.reverse_process.serves_every_eta:
+        found["NLL"] = evaluation.nll()
+    densities = description.levels is None
+    shift = description.log_scale if densities else 0.0
+
+    def value(one: Measurement) -> float:
+        return one.nats + shift if densities else one.bpd
+
+    write_json(
+        job.folder / MEASURES,
+        {
+            "measures": {name: value(one) for name, one in found.items()},
+            "stderr_over_examples": {name: one.stderr if densities else one.bpd_stderr for name, one in found.items()},
+            "settings": wanted.record(),
+            "unit": "nats an example" if densities else "bits/dim",
+            "examples": len(evaluation.numbers),
+            "data": description.name,
+            "data_sha256": description.sha256,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "training_seconds": read_json(job.folder / "metrics.json").get("training_seconds"),
+        },
+    )
