@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from conftest import TINY
 from ndm.cli import main
+from ndm.commands.parsing import load_data, load_run
 from ndm.compare.plan import configuration, make, plan_rows, read_rows, size
 from ndm.compare.report import cell, markdown, mean_and_error, summarise
+from ndm.evaluate import Evaluation
 
 ROWS: dict[str, Any] = {
     "Plain": {"model.transform": "ndm.Identity"},
@@ -261,3 +264,23 @@ def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> No
     assert cell({"mean": 1.0, "stderr": None}) == "1.000"
     table = markdown([first, second], "bits/dim", "a", ["p."])
     assert "**3.000 ± 1.528**" in table and "+0.500 ± 0.000" in table
+
+
+def test_densities_are_in_the_units_of_the_data_and_variances_are_fitted_on_the_train_split(tmp_path: Path) -> None:
+    values = 100 * np.random.default_rng(0).normal(size=(300, 2)) @ np.array([[1.0, 0.4], [0.0, 0.3]])
+    np.save(tmp_path / "table.npy", values)
+    base = {**TINY, "data": {"class_path": "ndm.data.Table", "init_args": {"path": str(tmp_path / "table.npy")}}}
+    comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    record = run(tmp_path, "--seeds", "1", "--horizons", "3", "--draws", "2", "--calibrate")
+    found = record["summary"][0]["runs"]["0"]
+    folder = tmp_path / "out" / "plain" / "seed-0"
+    model, data = load_run(folder), load_data(folder)
+    assert data.describe().log_scale > 5, "standardised data are far from their units"
+    evaluation = Evaluation(model, data.split("test"))
+    expected = {
+        "continuous": evaluation.nelbo(None, 2),
+        "T = 3": evaluation.nelbo(3, 2),
+        "T = 3, fitted variance": evaluation.nelbo(3, 2, data.split("train"), 128),
+    }
+    assert found == pytest.approx({name: one.nats + data.describe().log_scale for name, one in expected.items()}, rel=1e-6)
