@@ -1,6 +1,7 @@
 """Latent diffusion: a linear-Gaussian one in closed form, and a small one of images from end to end."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
 from ndm.times import StepFunction
+from ndm.train.run import check_data
+from ndm.train.settings import TrainSettings
 from ndm.transform import Encoder, Identity
 from ndm.viz import write_transform
 from oracles import F64, GaussianProblem, constant, gaussian_kl, randomised
@@ -225,6 +228,20 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
     nelbo, nll = evaluation.nelbo(draws=2), evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=1))
     assert nelbo.values.shape == (8,) and nelbo.protocol["scale"] == "probability of integers, 17 levels"
     assert nelbo.dims == 64 and bool(nll.values.isfinite().all())
+
+
+def test_the_key_of_the_grid_is_named_where_it_is() -> None:
+    """Beneath the decoder network lies the base decoder that knows the levels."""
+    data, model = Digits(), digits_model()
+    assert isinstance(model.decoder, NetworkDecoder)
+    base = "model.decoder.init_args.base"
+    for decoder, key in ((DiscretizedGaussian(5), f"{base}.init_args.levels=17"), (GaussianDecoder(), f"{base}=ndm.DiscretizedGaussian")):
+        latent = NDM(model.schedule, model.transform, model.predictor, NetworkDecoder(model.decoder.network, decoder), reverse="direct")
+        with pytest.raises(UserError, match=f"{re.escape(key)}"):
+            check_data(latent, data, TrainSettings())
+    plain = NDM(model.schedule, Identity(), model.predictor, DiscretizedGaussian(5))
+    with pytest.raises(UserError, match=r"set model\.decoder\.init_args\.levels=17"):
+        check_data(plain, data, TrainSettings())
 
 
 def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_head() -> None:
