@@ -72,10 +72,10 @@ def measure_memory(names: list[str], setting: Setting) -> dict[str, int]:
 def report(times: dict[str, list[float]], memory: dict[str, int], setting: Setting) -> dict[str, float]:
     """Print the table; the ratios by name."""
     ratios = {}
-    print(f"{'variant':<30}{'ms':>9}{'over ddpm':>11}{'MiB':>8}{'over ddpm':>11}")
+    print(f"{'variant':<42}{'ms':>9}{'over ddpm':>11}{'MiB':>8}{'over ddpm':>11}")
     for name in times:
         ratio, held = over(times, name, "ddpm"), memory.get(name)
-        line = f"{name:<30}{1e3 * statistics.median(times[name]):9.1f}{ratio:11.2f}"
+        line = f"{name:<42}{1e3 * statistics.median(times[name]):9.1f}{ratio:11.2f}"
         print(line + (f"{held / 2**20:8.0f}{held / memory['ddpm']:11.2f}" if held else ""))
         key = f"ddpm_over_{name}" if name in PEERS else f"{name}_over_ddpm"
         if name != "ddpm":

@@ -8,12 +8,14 @@ no suffix                         F is the predictor's U-Net at half its width
 ``*_discrete``                    T = 1000 steps, no time derivative
 ``diffusers``                     ``UNet2DModel``, noise prediction, ``DDPMScheduler.add_noise``
 ``denoising_diffusion_pytorch``   ``Unet`` in ``GaussianDiffusion``, noise prediction
+``*_channels_last``               that peer with its weights and its images in channels_last, as our U-Net has them
 ================================  ===========================================================================================
 
 The peers have as many parameters as our U-Net (the counts are printed). diffusers' network has the same architecture: resolutions, widths,
 blocks a level, attention at the lowest resolution and in the middle, scale and shift by time. The other has the same resolutions and full
 attention at the same places, and by its design two blocks a level and linear attention at the other levels; its width is chosen to match
-the number of parameters. Every variant steps the same optimiser.
+the number of parameters. Every variant steps the same optimiser. By itself neither peer chooses a memory format, so each is there twice: as it
+comes, and in channels_last.
 """
 
 import sys
@@ -149,7 +151,26 @@ def denoising_diffusion_pytorch(setting: Setting) -> tuple[nn.Module, Callable[[
     return diffusion, diffusion
 
 
-PEERS = {"diffusers": diffusers, "denoising_diffusion_pytorch": denoising_diffusion_pytorch}
+Peer = Callable[[Setting], tuple[nn.Module, Callable[[Tensor], Tensor]]]
+
+
+def in_channels_last(peer: Peer) -> Peer:
+    """A peer with its weights and its images in channels_last."""
+
+    def build(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        module, loss = peer(setting)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module, lambda x: loss(last(x))
+
+    def last(x: Tensor) -> Tensor:
+        # A tensor of one channel has both formats at once, and keeps strides that libraries read as the default one.
+        return torch.empty_strided(x.shape, (x[0].numel(), 1, x.shape[1] * x.shape[3], x.shape[1]), dtype=x.dtype, device=x.device).copy_(x)
+
+    return build
+
+
+PEERS: dict[str, Peer] = {"diffusers": diffusers, "denoising_diffusion_pytorch": denoising_diffusion_pytorch}
+PEERS |= {f"{name}_channels_last": in_channels_last(peer) for name, peer in PEERS.items()}
 
 
 def training(name: str, setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:

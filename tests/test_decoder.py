@@ -57,6 +57,47 @@ def test_levels_that_are_left_out_change_neither_value_nor_gradient(gamma: float
     torch.testing.assert_close(found.double(), gradient, rtol=0, atol=rtol * float(gradient.abs().max()))
 
 
+def uneven(count: int, seed: int) -> list[float]:
+    """A grid whose gaps are 1 in the middle, the smallest, and up to 3 at both ends."""
+    gaps = 1 + 2 * torch.rand(count - 1, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    gaps[count // 4 : -(count // 4) or None] = 1
+    return [0.0, *gaps.cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.11, 0.2, 0.3, 0.7, 1.0, 1.6, 3.0, 8.0, 1e3])
+@pytest.mark.parametrize("count", [2, 9, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_levels_left_out_are_below_rounding_wherever_the_latent_lies(sigma: float, count: int, dtype: torch.dtype) -> None:
+    """Against the softmax over all levels: value and gradient, of every level, between levels, on them and far outside of the grid."""
+    decoder = DiscretizedGaussian(uneven(count, 1))
+    span = float(decoder.values[-1])
+    one, width = torch.ones(1, dtype=dtype), torch.full((1,), sigma, dtype=dtype)
+    level = NoiseLevel(t=0 * one, gamma=2 * width.log(), alpha=one, sigma=width, dalpha=0 * one, dsigma=0 * one)
+    inside = (decoder.values[:, None] + sigma * torch.linspace(-4, 4, 9, dtype=F64)).flatten()
+    middles = (decoder.values[1:] + decoder.values[:-1]) / 2
+    outside = torch.tensor([-3 * span, -span / 9, 1.2 * span, 5 * span], dtype=F64)
+    place = torch.cat([inside, middles - 1e-4, middles + 1e-4, outside]).to(dtype)[None].requires_grad_()
+    exact = NoiseLevel(**{name: getattr(level, name).double() for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")})
+    rounding = 20 * torch.finfo(dtype).eps
+    nearest = torch.bucketize(place.detach()[0].double(), middles)
+    for shift in (0, 1, -1, 4):
+        index = (nearest + shift).clamp(0, count - 1)
+        all_levels = place.detach().double().requires_grad_()
+        expected = decoder.logits(all_levels, exact)[0].gather(-1, index[:, None])[:, 0]
+        x = decoder.values[index][None]
+        # one dimension an example, so that no sum hides a difference; the example axis takes the levels of the only time
+        at = {name: getattr(level, name).expand(len(index)) for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")}
+        found = decoder.log_prob(x.to(dtype).T, place.T, NoiseLevel(**at))
+        (slope,) = torch.autograd.grad(found.sum(), place)
+        (gradient,) = torch.autograd.grad(expected.sum(), all_levels)
+        # the squares that cancel set the scale of rounding
+        size = 1 + ((all_levels.detach()[0].abs() + span) / sigma) ** 2 if dtype == torch.float32 else 1 + expected.detach().abs()
+        assert bool(((found.double() - expected).abs() <= rounding * size).all())
+        steep = (1 + (all_levels.detach()[0].abs() + span) / sigma) / sigma
+        scale = steep * (1 + span / sigma) ** 2 if dtype == torch.float32 else steep
+        assert bool(((slope[0].double() - gradient[0]).abs() <= rounding * scale).all())
+
+
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_without_noise_all_mass_is_on_the_value(levels: int) -> None:
     decoder = DiscretizedGaussian(levels)

@@ -18,12 +18,14 @@ from ndm.elbo import (
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
-from ndm.nn import MLP
+from ndm.nn import MLP, UNet
+from ndm.noise import ExampleNoise
 from ndm.predictor import Predictor
+from ndm.reverse import Reverse
 from ndm.sample import Ancestral
 from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
 from ndm.times import ImportanceTimes, LowDiscrepancyTimes, StepFunction, UniformTimes
-from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
+from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
 from oracles import F64, SHEAR, GaussianProblem, LinearTransform, affine_map, constant, diffusion, joint_bound, randomised, slope
 
 
@@ -335,3 +337,22 @@ def test_one_path_estimates_the_discrete_bound(eta: float) -> None:
     expected = joint_bound(problem, steps, eta).detach()
     assert abs(float(-weights.mean() - expected)) < 4 * float(weights.std()) / 200
     assert float(weights.std()) / 200 < 0.05
+
+
+@pytest.mark.parametrize("reverse", ["tied", "direct", "direct-score", "diffenc"])
+@pytest.mark.parametrize("steps", [None, 10])
+def test_an_empty_batch_has_an_empty_bound(reverse: Reverse, steps: int | None) -> None:
+    """A process whose share of the data is nothing still takes part in the step."""
+    for separable in (False, True):
+        network = UNet(channels=8, multiples=(1,), outputs=2 if separable else None)
+        predictor = Predictor(UNet(channels=8, multiples=(1,), outputs=2 if reverse == "direct-score" else None))
+        transform = SeparableTransform(network) if separable else NetworkTransform(network)
+        model = NDM(LinearLogSNR(-6.0, 4.0), transform, predictor, DiscretizedGaussian(256), steps=steps, reverse=reverse)
+        nothing = torch.zeros(0, 1, 8, 8)
+        with torch.no_grad():
+            assert model.bound(nothing).total.shape == (0,)
+        for draws, source in ((None, None), (3, None), (3, ExampleNoise(0, [], 1))):
+            bound = model.bound(nothing, draws=draws, generator=source)
+            assert bound.total.shape == bound.loss.shape == (0,)
+            bound.loss.sum().backward()
+        assert all(p.grad is None or not bool(p.grad.any()) for p in model.parameters())

@@ -1,7 +1,9 @@
 """Latent diffusion: a linear-Gaussian one in closed form, and a small one of images from end to end."""
 
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,20 +11,25 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from ndm.apps.compress.chain import Chain, Plan
-from ndm.data import Digits
+from ndm.calibrate import best_scale
+from ndm.data import Digits, EventDataset
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.evaluate import Evaluation
-from ndm.likelihood import OdeSettings
+from ndm.likelihood import EXACT_UP_TO, OdeSettings
 from ndm.model import NDM
 from ndm.nn import MLP, ConvDecoder, ConvEncoder, Dense, UNet
+from ndm.noise import ExampleNoise, standard_normal, uniform
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
+from ndm.times import StepFunction
+from ndm.train.run import check_data
+from ndm.train.settings import TrainSettings
 from ndm.transform import Encoder, Identity
 from ndm.viz import write_transform
-from oracles import F64, GaussianProblem, constant, gaussian_kl
+from oracles import F64, GaussianProblem, constant, gaussian_kl, randomised
 
 SCALE = 0.3
 """Standard deviation of the linear decoder."""
@@ -223,6 +230,20 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
     assert nelbo.dims == 64 and bool(nll.values.isfinite().all())
 
 
+def test_the_key_of_the_grid_is_named_where_it_is() -> None:
+    """Beneath the decoder network lies the base decoder that knows the levels."""
+    data, model = Digits(), digits_model()
+    assert isinstance(model.decoder, NetworkDecoder)
+    base = "model.decoder.init_args.base"
+    for decoder, key in ((DiscretizedGaussian(5), f"{base}.init_args.levels=17"), (GaussianDecoder(), f"{base}=ndm.DiscretizedGaussian")):
+        latent = NDM(model.schedule, model.transform, model.predictor, NetworkDecoder(model.decoder.network, decoder), reverse="direct")
+        with pytest.raises(UserError, match=f"{re.escape(key)}"):
+            check_data(latent, data, TrainSettings())
+    plain = NDM(model.schedule, Identity(), model.predictor, DiscretizedGaussian(5))
+    with pytest.raises(UserError, match=r"set model\.decoder\.init_args\.levels=17"):
+        check_data(plain, data, TrainSettings())
+
+
 def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_head() -> None:
     torch.manual_seed(0)
     parts = Encoder(Dense([5], [2], 16)), NetworkDecoder(Dense([2], [5], 16), GaussianDecoder())
@@ -233,6 +254,54 @@ def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_h
         model.bound(x).loss.mean().backward()
         assert model.sample((3, 5), method="ddim", seed=0).shape == (3, 5)
         assert model.noised(x, 0.5).shape == model.transformed(x, 0.2).shape == (8, 2)
+
+
+class Points(EventDataset):
+    """Given examples."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitems__(self, indices: object) -> Tensor:
+        return self.x[list(indices)]  # type: ignore[call-overload]
+
+
+def few_of_many(dims: int, steps: int | None = None) -> NDM:
+    """Latents of 2 dimensions for data of many, with a predictor that is off."""
+    torch.manual_seed(0)
+    encoder, decoder = Dense([dims], [2], 16), NetworkDecoder(Dense([2], [dims], 16), GaussianDecoder())
+    predictor = Predictor(randomised(MLP(2, 16, 1), 0.3))
+    return NDM(LinearLogSNR(-5.0, 3.0), Encoder(encoder), predictor, decoder, steps=steps, reverse="direct").double()
+
+
+def test_the_fitted_variance_of_a_latent_model_is_at_the_minimum_of_the_bound() -> None:
+    """r counts the dimensions of the latent: with those of the data, 40 here, it would stay near 1."""
+    model, steps = few_of_many(40), 4
+    data = Points(torch.randn(150, 40, dtype=F64, generator=torch.Generator().manual_seed(2)))
+    fitted = best_scale(model, data, steps)
+    source = ExampleNoise(0, range(len(data)), 20)  # the noise of the fit
+    curve = model.process.curve(data.x)
+    factors = torch.tensor([0.7, 0.9, 0.97, 1.0, 1.03, 1.1, 1.4], dtype=F64)
+    with torch.no_grad():
+        for part in range(steps):
+            u = (part + uniform(data.x[:, 0], source)) / steps
+            draw = Draw(u, standard_normal(curve.like, source))
+            scales = [StepFunction(factor * fitted.values) for factor in factors]
+            found = [diffusion_integrand(model.reverse_process, curve, draw, steps, 1.0, scale).bound.mean() for scale in scales]
+            assert int(torch.stack(found).argmin()) == 3, f"step {part}"
+    assert float(fitted.values.max()) > 1.5
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "exact"), (3, 3)])
+def test_the_protocol_counts_probes_by_the_dimensions_of_the_latent(asked: Any, expected: object) -> None:
+    dims = EXACT_UP_TO + 1
+    evaluation = Evaluation(few_of_many(dims), Points(torch.randn(3, dims, dtype=F64)))
+    measured = evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=asked), reverse_check=0)
+    assert measured.protocol["probes"] == expected
+    assert measured.protocol["probe"] == (None if expected == "exact" else "rademacher")
 
 
 class Shapeless(Decoder):

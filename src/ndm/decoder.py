@@ -135,13 +135,15 @@ class DiscretizedGaussian(Decoder):
     def _reach(self, level: NoiseLevel) -> int:
         """So many levels on either side of the nearest one hold all of the probability, up to rounding.
 
-        Where levels are at least g apart, the m-th neighbour of the nearest has at most exp(-((m - 1) g alpha/sigma)²/2) of its weight.
+        Where levels are at least g apart, the m-th neighbour of the nearest has at most exp(-((m - 1) g alpha/sigma)²/2) of its weight:
+        the first to be left out, m = reach + 1, at most the rounding of a sum over all levels.
         """
-        gap = float(self.values.diff().min()) * float((level.alpha / level.sigma).detach().min())
+        signal = (level.alpha / level.sigma).detach()
+        gap = float(self.values.diff().min()) * float(signal.min()) if len(signal) else 0.0
         if not gap > 0:
             return len(self.values)
         negligible = torch.finfo(level.alpha.dtype).eps / len(self.values)
-        return min(len(self.values), 1 + math.ceil(math.sqrt(-2 * math.log(negligible)) / gap))
+        return min(len(self.values), math.ceil(math.sqrt(-2 * math.log(negligible)) / gap))
 
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
         probabilities = self.logits(z, level).exp().flatten(0, -2)

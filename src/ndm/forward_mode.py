@@ -9,11 +9,12 @@ PyTorch's fused layer, group and instance norms give a right derivative here but
 mean and deviation count as constants (pytorch/pytorch#196700, #196699, also measured by ``tests/test_forward_mode.py``). So within
 :func:`time_derivative` these norms run as plain formulas, whichever module calls them, and so does ``glu``, which has no second
 derivative; attention takes its unfused path. Convolution, group norm and SiLU, of which U-Nets are made, have rules of their own in
-:mod:`ndm.forward_rules`, for speed.
+:mod:`ndm.forward_rules`, for speed; within another transform of torch.func they, too, run as plain formulas.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ndm.errors import ForwardModeError
 from ndm.forward_rules import Convolution, GroupNorm, SiLU, standardised
+from ndm.nesting import NOTHING, ONE_JVP, nesting
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """Anything that maps ``(x, t)`` of shapes ``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
@@ -31,6 +33,12 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = None) -> tuple[Tensor, Tensor]:
     r"""Return :math:`f(x, t)` and :math:`\partial_t f(x, t)` at fixed x, from one forward-mode pass.
+
+    Both can be differentiated again, by autograd and within ``grad``, ``vjp``, ``jacrev``, ``jvp``, ``jacfwd`` and ``vmap`` of torch.func,
+    itself included (the second derivative in t), as far as the network can. For networks in channels_last, such as
+    :class:`ndm.nn.UNet`, ``vmap`` straight over the inputs fails with or without this derivative, and so do gradients of several outputs at
+    once (``is_grads_batched``) of the derivative. Within ``torch.autograd.forward_ad.dual_level`` PyTorch has no
+    second forward level: use ``torch.func.jvp`` there.
 
     Args:
         network: maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``; each example may depend on its own time only.
@@ -42,24 +50,39 @@ def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = N
         Value and derivative, each ``(B, *event)``.
 
     Raises:
-        ForwardModeError: the network holds an operation that forward mode cannot pass; the message names the mend.
+        ForwardModeError: the network holds an operation that forward mode cannot pass, or cannot within what is around this call; the
+            message names the mend.
     """
+    within = nesting() or NOTHING
     t = t.contiguous()  # tangents are written in place, which an expanded tensor cannot take
     try:
-        with _PlainFormulas(), sdpa_kernel(SDPBackend.MATH):
+        with _plainly():
             value, derivative = torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            network(x, t)  # an error of the network itself is raised here as it is
+        # An error of the network itself is raised here as it is. Fused norms and attention may fail in what is around this call.
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), contextlib.nullcontext() if within == NOTHING else _plainly():
+            network(x, t)
+        what, reason = f"the network {name or type(network).__name__} works but cannot be differentiated in t", " ".join(str(error).split())
+        if within != NOTHING:
+            around = "forward_ad.dual_level" if not within.transforms else f"torch.func ({within.innermost.lower()} is the innermost)"
+            raise ForwardModeError(
+                f"{what} within another transform, of {around} ({reason[:160]}); if it can be without, take the outer derivative by "
+                "torch.autograd.grad or torch.func.jvp, and pass a batch instead of vmap"
+            ) from error
         raise ForwardModeError(
-            f"the network {name or type(network).__name__} works but cannot be differentiated in t by forward-mode AD "
-            f"({' '.join(str(error).split())[:160]}); train in discrete time (steps=T), which needs no time derivative, or replace the "
+            f"{what} by forward-mode AD ({reason[:160]}); train in discrete time (steps=T), which needs no time derivative, or replace the "
             "operation: F.scaled_dot_product_attention for nn.MultiheadAttention and fused attention, group norm for batch norm, "
             "no torch.utils.checkpoint inside, no leaving PyTorch"
         ) from error
     return value, derivative
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    with _PlainFormulas(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class _PlainFormulas(TorchFunctionMode):
@@ -69,6 +92,11 @@ class _PlainFormulas(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _rules_apply() -> bool:
+    """Whether the rules of :mod:`ndm.forward_rules` may be used: they have one forward level in them, and no batching rule."""
+    return nesting() == ONE_JVP
 
 
 def _standardise(x: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -98,7 +126,7 @@ def _layer_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
 ) -> Tensor:
-    if input.dtype in (torch.float32, torch.float64) and input.device.type in ("cpu", "cuda") and input.numel():
+    if _rules_apply() and input.dtype in (torch.float32, torch.float64) and input.device.type in ("cpu", "cuda") and input.numel():
         return GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
     return _affine(standardised(_full(input), num_groups, eps), weight, bias, [1, -1] + [1] * (input.dim() - 2), input.dtype)
 
@@ -135,7 +163,7 @@ def _batch_norm(
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    return functional.silu(input, inplace) if inplace else SiLU.apply(input)
+    return SiLU.apply(input) if _rules_apply() and not inplace else functional.silu(input, inplace)
 
 
 def _convolution(dims: int, func: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -151,7 +179,7 @@ def _convolution(dims: int, func: Callable[..., Tensor]) -> Callable[..., Tensor
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        if isinstance(padding, str) or input.dim() != dims + 2:
+        if not _rules_apply() or isinstance(padding, str) or input.dim() != dims + 2:
             return func(input, weight, bias, stride, padding, dilation, groups)
         return Convolution.apply(input, weight, bias, as_list(stride), as_list(padding), as_list(dilation), groups)
 

@@ -14,7 +14,8 @@ symmetric, so PyTorch's backward pass of the norm gives its tangent as well. Wit
     \nabla_x \langle g, w J \dot x \rangle = -s\, \bigl( b\, J u + a\, J \dot x + m(u\, J \dot x)\, \hat x \bigr), \qquad
     a = m(\hat x u), \quad b = m(\hat x \dot x) .
 
-All rules can be differentiated further: with ``create_graph`` the backward passes go through the plain formulas.
+All rules can be differentiated further by autograd: with ``create_graph`` the backward passes go through the plain formulas. They hold one
+forward level and have no batching rule, so they are for one ``torch.func.jvp`` with no other transform of torch.func around or within it.
 """
 
 from collections.abc import Callable, Sequence
@@ -237,7 +238,7 @@ def _tangent_gradients(
 
     def over_group(value: Tensor) -> Tensor:
         """Mean over a group from sums over channels, ``(B, C)``, repeated for the channels of the group."""
-        return (value.unflatten(1, (groups, -1)).mean(2) / size).repeat_interleave(channels // groups, 1)
+        return (value.reshape(batch, groups, -1).mean(2) / size).repeat_interleave(channels // groups, 1)
 
     s, mu = (value.reshape(batch, groups).repeat_interleave(channels // groups, 1) for value in (rstd, mean))
     normal = torch.addcmul(per_channel(-s * mu, x), x, per_channel(s, x))

@@ -154,7 +154,7 @@ class NDM(nn.Module):
                     raise UserError("times of one batch are drawn together unless draws is given: give draws=1, or a torch.Generator")
                 times = self.times(x.shape[0], x, generator)
             else:
-                u = (index + (uniform(x.reshape(x.shape[0], -1)[:, 0], generator) if positions is None else positions)) / draws
+                u = (index + (uniform(x.new_empty(len(x)), generator) if positions is None else positions)) / draws
                 times = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
             draw = Draw(times.u, standard_normal(curve.like, generator), generator)
             integrand = diffusion_integrand(self.reverse_process, curve, draw, horizon, eta, scale)

@@ -134,7 +134,7 @@ class ReverseProcess:
         z = self.process.marginal_of(transformed, level).sample(noise)
         if self.kind != "direct-score" or not torch.is_grad_enabled():
             return self.curve(z, level, eta), None
-        parity = torch.arange(len(z), device=z.device) + (uniform(level.t, source)[0] < 0.5)
+        parity = torch.arange(len(z), device=z.device) + (uniform(level.t, source)[:1] < 0.5)
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
         z = fixed + 2 * expand(of_bound, z) * (z - fixed)  # the same value, half of the gradients doubled, the other half cut

@@ -213,7 +213,7 @@ class SeparableTransform(CurveTransform):
     def channels(self, x: Tensor) -> Tensor:
         """c_k(x), ``(B, K, *event)``."""
         with torch.autocast(x.device.type, enabled=False):
-            channels = self.network(x, torch.zeros_like(x.reshape(x.shape[0], -1)[:, 0]))
+            channels = self.network(x, x.new_zeros(len(x)))
         if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
             raise UserError(
                 f"the network of the time-separable transformation maps {tuple(x.shape)} to {tuple(channels.shape)}; it must return "

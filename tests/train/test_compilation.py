@@ -66,6 +66,41 @@ def test_a_failing_trial_leaves_no_trace_and_an_error_of_the_model_passes(
         compile_networks(model, lambda: model.bound(torch.ones(4, 3)).total.mean())
 
 
+class Counting(nn.Module):
+    """Counts its calls in a buffer, as batch norm does."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ndm.nn.MLP(2, hidden=8, blocks=1)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.count += 1
+        return self.inner(x, t)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_trial_leaves_buffers_as_they_were_and_clears_gradients(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", (lambda network, **_: network) if works else broken)
+    torch.manual_seed(0)
+    network = Counting()
+    model = ndm.NDM(ndm.LinearLogSNR(-6, 4), ndm.Identity(), ndm.Predictor(network), ndm.GaussianDecoder())
+
+    def loss() -> Tensor:
+        return model.bound(torch.ones(4, 2)).loss.mean()
+
+    loss().backward()
+    before, calls = copy.deepcopy(model.state_dict()), int(network.count)
+    ran = []
+    assert compile_networks(model, lambda: (loss(), ran.append(int(network.count)))[0], speak=False) == works
+    assert calls == 1 and ran == [2], "the trial went through the network"
+    assert int(network.count) == calls
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the tracer looks at every input
 def test_compiled_networks_keep_their_names_and_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a compiler that only traces: a real one takes half a minute."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ndm.forward_rules import dense, jacobian, per_channel, sizes
+from ndm.nesting import NOTHING, nesting
 
 _aten = torch.ops.aten
 SMALLEST = 2**18
@@ -37,8 +38,7 @@ def _simple(x: Tensor) -> bool:
         and x.device.type in ("cpu", "cuda")
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and nesting() == NOTHING
     )
 
 

@@ -34,7 +34,7 @@ def compile_networks(model: NDM, trial: Callable[[], Tensor] | None, speak: bool
     Args:
         model: the model.
         trial: a loss such as that of a training step. It is computed with its gradients, because compilation happens, and fails, at the
-            first call, forward or backward; weights, buffers and gradients are left as they were. None: no trial.
+            first call, forward or backward; weights and buffers are left as they were, gradients are cleared (None). None: no trial.
         speak: whether this process prints.
 
     Returns:

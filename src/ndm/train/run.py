@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ndm.baselines import histogram_bpd, xz_bpd
 from ndm.data import DataSource
+from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
 from ndm.model import NDM
@@ -45,18 +46,19 @@ def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
         UserError: they do not.
     """
     description = data.describe()
+    place = "model.decoder.init_args.base" if isinstance(model.decoder, NetworkDecoder) else "model.decoder"  # of what knows the grid
     if description.levels is None and model.decoder.discrete:
-        raise UserError(f"{description.name} is continuous but the decoder is discrete; use model.decoder=ndm.GaussianDecoder")
+        raise UserError(f"{description.name} is continuous but the decoder is discrete; use {place}=ndm.GaussianDecoder")
     if description.levels is not None and not model.decoder.discrete:
         raise UserError(
             f"{description.name} is discrete but the decoder is continuous, and its bound would be a density; use "
-            f"model.decoder=ndm.DiscretizedGaussian with levels={description.levels}, or read the data without levels"
+            f"{place}=ndm.DiscretizedGaussian with levels={description.levels}, or read the data without levels"
         )
     if description.levels is not None and model.decoder.values is not None:
         have = len(model.decoder.values)
         if have != description.levels:
             raise UserError(
-                f"{description.name} has {description.levels} levels but the decoder {have}; set model.decoder.init_args.levels={description.levels}"
+                f"{description.name} has {description.levels} levels but the decoder {have}; set {place}.init_args.levels={description.levels}"
             )
     for split in ("train", settings.evaluation_split, *([settings.validation_split] if settings.validate_every else [])):
         if len(data.split(split)) == 0:
