@@ -160,7 +160,7 @@ def _report(out: Path, rows: list[Row], plan: dict[str, Any], jobs: list[Job], p
         found = {job.seed: record for job in jobs if job.row == row.name and (record := job.result()) is not None}
         about = about or next(iter(found.values()), {})
         content.append({"name": row.name, **plan["rows"][row.name], "runs": {seed: one["measures"] for seed, one in found.items()}})
-        content[-1]["training_seconds"] = [one["training_seconds"] for one in found.values()]
+        content[-1]["training_seconds"] = [one.get("training_seconds") for one in found.values()]
     if not about:
         return
     baseline = next(row.name for row in rows if row.baseline)
