@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ndm.data import EventDataset
 from ndm.elbo import Draw, diffusion_integrand
 from ndm.forward import ForwardProcess
 from ndm.reverse import ReverseProcess
@@ -268,6 +269,19 @@ def affine_map(step: Step, problem: GaussianProblem, t: NoiseLevel, s: NoiseLeve
     with torch.no_grad():
         out = step(problem.reverse, z, NoiseLevel(**grow), NoiseLevel(**shrink), noise)
     return out[0], (out[1 : n + 1] - out[0]).T, (out[n + 1 :] - out[0]).T
+
+
+class Points(EventDataset):
+    """Given examples as a data set."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitems__(self, indices: object) -> Tensor:
+        return self.x[list(indices)]  # type: ignore[call-overload]
 
 
 def sliced_w2(a: Tensor, b: Tensor, directions: int = 32) -> float:

@@ -21,7 +21,7 @@ from ndm.sample import Ancestral, GridSampler
 from ndm.schedule import LinearLogSNR
 from ndm.times import StepFunction
 from ndm.transform import Identity, NetworkTransform, Transform
-from oracles import F64, diffusion, randomised
+from oracles import F64, Points, diffusion, randomised
 
 
 def network(seed: int) -> MLP:
@@ -34,17 +34,9 @@ def model(transform: Transform | None = None) -> NDM:
     return NDM(LinearLogSNR(-5.0, 3.0), transform, Predictor(network(4)), GaussianDecoder()).double()
 
 
-class Doubles(EventDataset):
+def doubles(count: int) -> Points:
     """Two moons' worth of points, float64."""
-
-    def __init__(self, count: int):
-        self.x = torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.3])
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, indices: object) -> Tensor:
-        return self.x[list(indices)]  # type: ignore[call-overload]
+    return Points(torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.3]))
 
 
 def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reverse: Any) -> Tensor:
@@ -61,7 +53,7 @@ def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reve
 
 @pytest.mark.parametrize("steps", [3, 40])
 def test_the_scale_is_at_the_minimum_of_every_part(steps: int) -> None:
-    ndm, data = model(), Doubles(200)
+    ndm, data = model(), doubles(200)
     scale = best_scale(ndm, data, steps, bins=8, batch_size=64)
     assert len(scale.values) == min(steps, 8)
     assert bool((scale.values > 1).all())
@@ -75,7 +67,7 @@ def test_the_scale_is_at_the_minimum_of_every_part(steps: int) -> None:
 
 
 def test_the_eta_is_at_the_minimum_of_every_part() -> None:
-    ndm, data = model(randomised(NetworkTransform(network(3)), 0.6)), Doubles(200)
+    ndm, data = model(randomised(NetworkTransform(network(3)), 0.6)), doubles(200)
     eta = best_eta(ndm, data, bins=6, batch_size=64)
     at_best = bound_of(ndm, data, None, 6, eta=eta)
     for factor in (0.93, 1.07):
@@ -84,7 +76,7 @@ def test_the_eta_is_at_the_minimum_of_every_part() -> None:
 
 
 def test_for_the_identity_the_best_eta_is_one() -> None:
-    eta = best_eta(model(Identity()), Doubles(50), bins=3)
+    eta = best_eta(model(Identity()), doubles(50), bins=3)
     torch.testing.assert_close(eta.values, torch.ones(3, dtype=F64))
 
 
@@ -119,7 +111,7 @@ def test_a_sampler_takes_the_scale_of_its_step() -> None:
 
 
 def test_a_fitted_bound_of_the_model_is_lower_at_few_steps() -> None:
-    ndm, data = model(), Doubles(300)
+    ndm, data = model(), doubles(300)
     x, source = data.__getitems__(range(300)), lambda: ExampleNoise(7, range(300))
     scale = best_scale(ndm, data, 4)
     with torch.no_grad():
@@ -131,7 +123,7 @@ def test_a_fitted_bound_of_the_model_is_lower_at_few_steps() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    ndm, data = model(), Doubles(10)
+    ndm, data = model(), doubles(10)
     with pytest.raises(UserError, match="continuous"):
         ndm.bound(data.x, draws=1, scale=StepFunction(torch.ones(1)))
     with pytest.raises(UserError, match="positive"):
@@ -151,13 +143,13 @@ def test_a_step_function_is_constant_on_equal_parts() -> None:
 
 
 def test_fits_use_examples_spread_over_the_data() -> None:
-    class Counting(Doubles):
+    class Counting(Points):
         seen: list[int]
 
         def __getitems__(self, indices: object) -> Tensor:
             self.seen = [*getattr(self, "seen", []), *indices]  # type: ignore[misc]
             return super().__getitems__(indices)
 
-    data = Counting(100)
+    data = Counting(doubles(100).x)
     best_scale(model(), data, 2, examples=10, batch_size=4)
     assert data.seen == list(range(0, 100, 10))

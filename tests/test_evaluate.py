@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ndm.data import EventDataset
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
 from ndm.evaluate import Evaluation, evaluate_bound, neighbour_error
@@ -18,20 +17,7 @@ from ndm.predictor import Predictor
 from ndm.report import Measurement, check_relations, flat_record, markdown_table
 from ndm.schedule import LinearLogSNR
 from ndm.transform import NetworkTransform
-from oracles import F64, randomised
-
-
-class Points(EventDataset):
-    """Given examples."""
-
-    def __init__(self, x: Tensor):
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, indices: object) -> Tensor:
-        return self.x[list(indices)]  # type: ignore[call-overload]
+from oracles import F64, Points, randomised
 
 
 def network(seed: int) -> MLP:

@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from ndm.apps.compress.chain import Chain, Plan
 from ndm.calibrate import best_scale
-from ndm.data import Digits, EventDataset
+from ndm.data import Digits
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
@@ -29,7 +29,7 @@ from ndm.train.run import check_data
 from ndm.train.settings import TrainSettings
 from ndm.transform import Encoder, Identity
 from ndm.viz import write_transform
-from oracles import F64, GaussianProblem, constant, gaussian_kl, randomised
+from oracles import F64, GaussianProblem, Points, constant, gaussian_kl, randomised
 
 SCALE = 0.3
 """Standard deviation of the linear decoder."""
@@ -254,19 +254,6 @@ def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_h
         model.bound(x).loss.mean().backward()
         assert model.sample((3, 5), method="ddim", seed=0).shape == (3, 5)
         assert model.noised(x, 0.5).shape == model.transformed(x, 0.2).shape == (8, 2)
-
-
-class Points(EventDataset):
-    """Given examples."""
-
-    def __init__(self, x: Tensor):
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, indices: object) -> Tensor:
-        return self.x[list(indices)]  # type: ignore[call-overload]
 
 
 def few_of_many(dims: int, steps: int | None = None) -> NDM:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ndm.apps.compress.chain import make_plan
 from ndm.calibrate import best_eta, best_scale
-from ndm.data import EventDataset
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import path_log_weight, prior_term
 from ndm.errors import UserError
@@ -23,21 +22,10 @@ from ndm.nn import UNet
 from ndm.predictor import Predictor
 from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR
 from ndm.transform import SeparableTransform
-from oracles import F64, randomised
+from oracles import F64, Points, randomised
 from test_nfdm import batch, learned_scale, model, network
 
 COARSE = OdeSettings(rtol=1e-3, atol=1e-3, nodes=16)
-
-
-class Points(EventDataset):
-    def __init__(self, x: Tensor):
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, indices: object) -> Tensor:
-        return self.x[list(indices)]  # type: ignore[call-overload]
 
 
 def test_the_likelihood_of_a_data_set_and_its_bound_are_measured() -> None:
