@@ -145,6 +145,7 @@ def test_an_interruption_stops_all_processes(tmp_path: Path) -> None:
         [*command, "--seeds", "2", "--horizons", "", "--jobs", "2", "--train-steps", "1000000"],
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs, and their tests, ignore it
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
@@ -159,6 +160,7 @@ def test_an_interruption_stops_all_processes(tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert len(list((tmp_path / "out").glob("*/seed-*/config.yaml"))) <= 2, "nothing else was begun"
 
 

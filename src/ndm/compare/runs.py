@@ -129,9 +129,9 @@ def _run_in_processes(jobs: list[Job], at_once: int, note: Any, bar: tqdm) -> No
     except BrokenProcessPool as error:
         raise UserError("a run was killed, perhaps for memory; try again with fewer --jobs, what is finished stays") from error
     finally:
-        if running:  # interrupted
+        if running:  # interrupted; not by SIGTERM, which the trainer in a worker answers in its own time. Files are whole or not there.
             for process in list((pool._processes or {}).values()):
-                process.terminate()
+                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
