@@ -80,10 +80,10 @@ def best_eta(
     """
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF.
-        reverse, curve, draw = model.reverse_process, model.process.curve(x), Draw(u, noise)
-        level, rest, _ = continuous_errors(reverse, curve, draw, 0.0)
-        difference = 2 * (rest - continuous_errors(reverse, curve, draw, 1.0)[1])
+        # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF. One evaluation of the networks serves both.
+        both = torch.tensor([0.0, 1.0]).to(x).reshape(2, *[1] * noise.dim())
+        level, (rest, at_one), _ = continuous_errors(model.reverse_process, model.process.curve(x), Draw(u, noise), both)
+        difference = 2 * (rest - at_one)
         weight = level.snr_decay  # it changes within a part, and belongs to both means
         return [weight * sum_event(rest**2), weight * sum_event(difference**2)]
 

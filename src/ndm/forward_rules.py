@@ -68,7 +68,7 @@ class Convolution(Function):
         return sum(terms[1:], terms[0])
 
 
-def _through(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], gradient: Tensor) -> list[Tensor | None]:
+def through(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], gradient: Tensor) -> list[Tensor | None]:
     """Gradients of a plain formula in those of its inputs that want one, such that they can be differentiated again."""
     wanted = {index: value for index, value in enumerate(inputs) if value is not None and value.requires_grad}
     found = dict(zip(wanted, torch.autograd.grad(formula(*inputs), list(wanted.values()), gradient, create_graph=True), strict=True))
@@ -183,7 +183,7 @@ class GroupNorm(Function):
                 normal = normal if weight is None else normal * per_channel(weight, x)
                 return normal if bias is None else normal + per_channel(bias, x)
 
-            return (*_through(formula, (x, weight, bias), gradient), None, None)
+            return (*through(formula, (x, weight, bias), gradient), None, None)
         return (*jacobian(x, mean, rstd, ctx.groups, gradient, weight, list(ctx.needs_input_grad[:3])), None, None)
 
     @staticmethod
@@ -221,7 +221,7 @@ class _GroupNormTangent(Function):
                 moved = torch.func.vjp(lambda x: standardised(x, ctx.groups, ctx.eps), x)[1](dx)[0]  # J is symmetric
                 return moved if weight is None else moved * per_channel(weight, x)
 
-            return (*_through(formula, (x, dx, weight), gradient), None, None, None, None)
+            return (*through(formula, (x, dx, weight), gradient), None, None, None, None)
         return (*_tangent_gradients(x, dx, weight, mean, rstd, ctx.groups, gradient), None, None, None, None)
 
 

@@ -303,24 +303,8 @@ class Encoder(CurveTransform):
         return code
 
     def curve(self, x: Tensor) -> Curve:
-        return _Constant(self.encode(x))
+        return Identity().curve(self.encode(x))  # the same value at every time
 
     @torch.no_grad()
     def latent_shape(self, x: Tensor) -> torch.Size:
         return torch.Size((x.shape[0], *self.encode(x.new_zeros((1, *x.shape[1:]))).shape[1:]))
-
-
-class _Constant(Curve):
-    """The same value at every time."""
-
-    def __init__(self, value: Tensor):
-        self._x = value
-
-    def at(self, level: NoiseLevel) -> Tensor:
-        return self._x
-
-    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self._x, torch.zeros_like(self._x)
-
-    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self._x, self._x

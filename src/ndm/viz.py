@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 TIMES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty matplotlib figure, inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     require("matplotlib.figure", "matplotlib", "eval")
     from matplotlib.figure import Figure
 
@@ -83,7 +88,7 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
         write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
         return
     panels = [("samples", x)] + ([("data", reference)] if reference is not None else [])
-    figure = _figure(3.4 * len(panels), 3.4)
+    figure = new_figure(3.4 * len(panels), 3.4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     limit = common_limit([points for _, points in panels])
     for axis, (title, points) in zip(axes, panels, strict=True):
@@ -144,7 +149,7 @@ def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] 
     states = transform_over_time(model, x, times, seed)
     images = is_image(states["latent"].shape[2:])  # latents may have another shape than the data
     groups = range(x.shape[0]) if images else range(1)
-    figure = _figure(1.25 * len(times) + 0.6, (1.3 if images else 1.6) * 3 * len(groups) + 0.3)
+    figure = new_figure(1.25 * len(times) + 0.6, (1.3 if images else 1.6) * 3 * len(groups) + 0.3)
     axes = figure.subplots(3 * len(groups), len(times), squeeze=False)
     limit = common_limit([values.flatten(0, 1) for values in states.values()]) if not images else 1.0
     for group in groups:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ndm.commands.parsing import parse
+from ndm.commands.parsing import parse, step_numbers
 from ndm.compare.budget import machine, read_plan
 from ndm.compare.plan import Budget, Row, make, plan_rows, read_rows
 from ndm.compare.report import markdown, plot, summarise
@@ -82,10 +82,8 @@ class CompareSettings:
         Raises:
             UserError: the numbers of steps are not whole numbers.
         """
-        words = [word.strip() for word in self.horizons.split(",")] if self.horizons.strip() else []
-        if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 10**6 for word in words):
-            raise UserError(f"horizons={self.horizons!r}: give whole numbers from 1 to 1000000, separated by commas, such as 10,50,1000")
-        return Measures(tuple(sorted({int(word) for word in words})), self.draws, self.split, self.limit, self.calibrate, self.nll)
+        steps = step_numbers("horizons", self.horizons, 10**6, "10,50,1000")
+        return Measures(tuple(steps), self.draws, self.split, self.limit, self.calibrate, self.nll)
 
 
 def run_compare(words: Sequence[str]) -> None:
@@ -122,8 +120,9 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
         torch.set_num_threads(threads_for(settings.jobs))  # steps are timed as the runs will take them
     plan = read_plan(out, rows, settings.budget, settings.seconds, settings.train_steps)
     jobs = _jobs(rows, plan, settings)
+    sha256 = data.describe().sha256
     for job in jobs:
-        job.check(data.describe().sha256)
+        job.check(sha256)
     failures = run_all(jobs, settings.jobs)
     protocol = f"batches of {training.batch_size}; budget: {settings.budget}"
     _report(out, rows, plan, jobs, protocol)

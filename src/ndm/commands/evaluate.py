@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from jsonargparse import ActionYesNo
 
-from ndm.commands.parsing import load_data, load_run, parse, run_parser
+from ndm.commands.parsing import load_data, load_run, parse, run_parser, step_numbers
 from ndm.data import DataDescription, DataSource
 from ndm.elbo import MOST_STEPS
 from ndm.errors import UserError, check_whole
@@ -89,10 +89,7 @@ class EvaluateSettings:
         Raises:
             UserError: they are not whole numbers.
         """
-        words = [word.strip() for word in self.steps.split(",")] if self.steps.strip() else []
-        if not all(word.isascii() and word.isdigit() and len(word) < 9 and 1 <= int(word) <= MOST_STEPS for word in words):
-            raise UserError(f"steps={self.steps!r}: give whole numbers from 1 to {MOST_STEPS}, separated by commas, such as 10,50,100,1000")
-        return sorted({int(word) for word in words})
+        return step_numbers("steps", self.steps, MOST_STEPS, "10,50,100,1000")
 
 
 def run_evaluate(words: Sequence[str]) -> None:

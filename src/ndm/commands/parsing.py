@@ -31,6 +31,18 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
         raise UserError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
 
 
+def step_numbers(name: str, text: str, most: int, example: str) -> list[int]:
+    """The numbers of steps T in a comma-separated text, increasing.
+
+    Raises:
+        UserError: they are not whole numbers from 1 to ``most``.
+    """
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if not all(word.isascii() and word.isdigit() and len(word) < 9 and 1 <= int(word) <= most for word in words):
+        raise UserError(f"{name}={text!r}: give whole numbers from 1 to {most}, separated by commas, such as {example}")
+    return sorted({int(word) for word in words})
+
+
 def build(parser: ArgumentParser, arguments: Namespace) -> Namespace:
     """Build the objects that parsed arguments describe, turning complaints of constructors into a :class:`UserError`."""
     try:

@@ -8,6 +8,7 @@ the runs to come. All rows take turns, round after round, so that a slow spell o
 times are written down, so that an interrupted comparison goes on with the same numbers of steps.
 """
 
+import itertools
 import os
 import platform
 import statistics
@@ -23,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 import ndm
-from ndm.compare.plan import Budget, Row, make
+from ndm.compare.plan import Budget, Row, configuration, make
 from ndm.errors import UserError
 from ndm.serialize import read_json, write_json
 from ndm.train.module import TrainingModule, quiet_lightning
@@ -51,15 +52,14 @@ def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
     state = torch.random.get_rng_state()
     for _ in tqdm(range(_ROUNDS), desc="timing steps", unit="round", disable=not progress, delay=1, leave=False):
         for name, (model, data, settings) in parts.items():
-            count = _STEPS * settings.accumulate
             # A tiny learning rate: a run that would diverge is told so when it is trained, not here.
             short = replace(settings, steps=_STEPS, validate_every=None, checkpoint_every=10**9, learning_rate=1e-12)
             with tempfile.TemporaryDirectory() as folder:
                 trainer, clock = make_trainer(short, Path(folder), progress=False), _Clock()
                 trainer.callbacks.append(clock)  # type: ignore[attr-defined]
                 trainer.fit(TrainingModule(model, short, 0, data.split("train")))
-            spans = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
-            times[name] += [span * settings.accumulate for span in spans[_WARM * settings.accumulate : count]]
+            ends = clock.ends[settings.accumulate - 1 :: settings.accumulate]  # of optimiser steps
+            times[name] += [after - before for before, after in itertools.pairwise(ends[_WARM:])]
     torch.random.set_rng_state(state)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -89,7 +89,7 @@ def read_plan(out: Path, rows: list[Row], budget: Budget, seconds: float | None 
 def _steps(row: Row, measured: float, seconds: float | None, train_steps: int | None) -> int:
     if seconds is not None:
         return max(1, round(seconds / measured))
-    return train_steps or make(row)[2].steps
+    return train_steps or int(configuration(row).train.steps)
 
 
 def machine() -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ndm.data import DataSource
 from ndm.errors import UserError, describe_value
 from ndm.model import NDM
 from ndm.train.settings import TrainSettings
+from ndm.transform import Identity
 
 Budget = Literal["steps", "seconds", "parameters"]
 WIDENED = "{name}, widened"
@@ -143,7 +144,11 @@ def make(row: Row) -> tuple[NDM, DataSource, TrainSettings]:
 
 def size(row: Row) -> int:
     """Number of parameters of a row's model."""
-    return sum(parameter.numel() for parameter in make(row)[0].parameters())
+    return _parameters(make(row)[0])
+
+
+def _parameters(model: NDM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def widened(row: Row, target: int, width: str | None = None) -> Row:
@@ -160,7 +165,7 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
     config = configuration(row)
     candidates = [width] if width else ["model.predictor.network.channels", "model.predictor.network.hidden"]
     for key in candidates:
-        start = config.get(key.replace("predictor.network.", "predictor.init_args.network.init_args.")) or config.get(key)
+        start = _value(config, key)
         if isinstance(start, int):
             break
     else:
@@ -177,6 +182,15 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
     )
 
 
+def _value(config: Namespace, key: str) -> object:
+    """What stands under a dotted key as the command line writes it, without the ``init_args`` of classes; None if there is nothing."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get("init_args", node) if isinstance(node, Namespace) else None
+        node = node.get(part) if isinstance(node, Namespace) else None
+    return node
+
+
 def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list[Row]:
     """All rows with their sizes, the baseline among them: the plain diffusion, or one more row that widens it to the largest.
 
@@ -187,8 +201,9 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
     """
     if budget not in get_args(Budget):
         raise UserError(f"budget={budget!r} is not known: choose one of {', '.join(get_args(Budget))}")
-    rows = [replace(row, parameters=size(row)) for row in rows]
-    largest, chosen = max(row.parameters for row in rows), _plain(rows, extra.get("widen"))
+    models = [make(row)[0] for row in rows]
+    rows = [replace(row, parameters=_parameters(model)) for row, model in zip(rows, models, strict=True)]
+    largest, chosen = max(row.parameters for row in rows), _plain(rows, models, extra.get("widen"))
     planned = []
     for row in rows:
         small = row.parameters < largest
@@ -208,10 +223,10 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
     return planned
 
 
-def _plain(rows: list[Row], name: str | None) -> Row:
+def _plain(rows: list[Row], models: list[NDM], name: str | None) -> Row:
     """The row to widen: of the given name, or the first whose F is the identity."""
-    for row in rows:
-        if row.name == name if name is not None else type(make(row)[0].transform).__name__ == "Identity":
+    for row, model in zip(rows, models, strict=True):
+        if row.name == name if name is not None else isinstance(model.transform, Identity):
             return row
     if name is not None:
         raise UserError(f"widen: there is no row {name!r}; choose one of {', '.join(row.name for row in rows)}")

@@ -9,15 +9,14 @@ seed share the order of the data and the times, and as far as their networks dra
 by seed, over the seeds that both have.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ndm.errors import require
-from ndm.viz import write_figure
+from ndm.evaluate import standard_error
+from ndm.viz import new_figure, write_figure
 
 MARKERS = "osD^vPX*<>hp"
 
@@ -25,8 +24,7 @@ MARKERS = "osD^vPX*<>hp"
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     """Mean of values over seeds, its standard error (None for a single one), and the values themselves."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
-    error = float(tensor.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return {"mean": float(tensor.mean()), "stderr": error, "values": list(values)}
+    return {"mean": float(tensor.mean()), "stderr": standard_error(tensor) if len(values) > 1 else None, "values": list(values)}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
@@ -88,14 +86,11 @@ def markdown(summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | No
 
 def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
     """The first measure against training time and against the number of parameters, with standard errors; PNG or PDF."""
-    require("matplotlib.figure", "matplotlib", "eval")
-    from matplotlib.figure import Figure
-
     shown = [row for row in summary if row["measures"]]
     if not shown:
         return
     name = next(iter(shown[0]["measures"]))
-    figure = Figure(figsize=(8.6, 3.8), dpi=150, layout="constrained")
+    figure = new_figure(8.6, 3.8)
     axes = figure.subplots(1, 2, sharey=True)
     for index, row in enumerate(shown):
         entry = row["measures"][name]

@@ -191,10 +191,10 @@ def _measure(job: Job) -> None:
             "stderr_over_examples": {name: one.stderr if densities else one.bpd_stderr for name, one in found.items()},
             "settings": wanted.record(),
             "unit": "nats an example" if densities else "bits/dim",
-            "examples": len(evaluation.numbers),
+            "examples": found["continuous"].protocol["num_examples"],
             "data": description.name,
             "data_sha256": description.sha256,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": found["continuous"].protocol["parameters"],
             "training_seconds": read_json(job.folder / "metrics.json").get("training_seconds"),
         },
     )

@@ -7,6 +7,7 @@ Autograd would keep the normalised and the modulated activations as well, half o
 x for each channel, one pass over x to get back.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ndm.forward_rules import dense, jacobian, per_channel, sizes
+from ndm.forward_rules import dense, jacobian, per_channel, sizes, through
 from ndm.nesting import NOTHING, nesting
 
 _aten = torch.ops.aten
@@ -63,13 +64,8 @@ class _NormSiLU(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            inputs = [x, weight, bias, scale, shift]
-            wanted = {index: value for index, value in enumerate(inputs) if value is not None and value.requires_grad}
-            found = torch.autograd.grad(
-                _formula(x, weight, bias, scale, shift, ctx.groups, ctx.eps), list(wanted.values()), gradient, create_graph=True
-            )
-            by_index = dict(zip(wanted, found, strict=True))
-            return (*(by_index.get(index) for index in range(5)), None, None)
+            formula = functools.partial(_formula, groups=ctx.groups, eps=ctx.eps)
+            return (*through(formula, (x, weight, bias, scale, shift), gradient), None, None)
         repeats = x.shape[1] // ctx.groups
         mean_c, rstd_c = (value.reshape(-1, ctx.groups).repeat_interleave(repeats, 1) for value in (mean, rstd))
         slope = rstd_c * weight  # norm(x) = slope x + start
