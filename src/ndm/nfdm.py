@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from ndm.decoder import Decoder
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess, Gaussian
-from ndm.forward_mode import time_derivative
 from ndm.model import NDM
 from ndm.noise import Noise
 from ndm.ops import expand
@@ -47,7 +46,7 @@ from ndm.reverse import ReverseProcess
 from ndm.sample import Method, Sampler
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.times import TimeSampler
-from ndm.transform import Curve, Transform, started_at_zero
+from ndm.transform import Curve, GatedNetwork, Transform
 
 
 class Scale(nn.Module, ABC):
@@ -65,7 +64,7 @@ class Scale(nn.Module, ABC):
         """h(x, t) and its partial derivative in t at fixed x; each ``(B, *event)``."""
 
 
-class NetworkScale(Scale):
+class NetworkScale(GatedNetwork, Scale):
     """h = w(t) f(x, t) with a network f, so that training starts at S = 1.
 
     Networks of this library zero their last layer, any other is multiplied by a learned scalar that starts at zero. The network runs in the
@@ -76,34 +75,23 @@ class NetworkScale(Scale):
         gate: w(t): ``time`` is t, and the prior term alone holds S(x, 1) near 1; ``bridge`` is t (1 - t), the paper's, where S(x, 1) = 1.
     """
 
+    role = "scale; h(x, t)"
+
     def __init__(self, network: nn.Module, gate: Literal["time", "bridge"] = "time"):
-        super().__init__()
         if gate not in ("time", "bridge"):
             raise UserError(f"gate={gate!r} is not known: choose time or bridge")
+        super().__init__(network)
         self.gate, self.one_at_end = gate, gate == "bridge"
-        self.network, self.gain = started_at_zero(network)
 
-    def _window(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        t = expand(level.t, x)
+    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        t = level.t
         return (t, torch.ones_like(t)) if self.gate == "time" else (t * (1 - t), 1 - 2 * t)
 
-    def _raw(self, x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            raw = self.network(x, t)
-        if raw.shape != x.shape:
-            raise UserError(
-                f"the network of the scale maps {tuple(x.shape)} to {tuple(raw.shape)}; h(x, t) must keep the shape of x: "
-                "give it as many output channels as input channels"
-            )
-        return raw if self.gain is None else self.gain * raw
-
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return self._window(x, level)[0] * self._raw(x, level.t)
+        return self.product(x, level)
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        window, slope = self._window(x, level)
-        raw, rate = time_derivative(self._raw, x, level.t, type(self.network).__name__)
-        return window * raw, slope * raw + window * rate
+        return self.product_with_derivative(x, level)
 
 
 class ScaledCurve(Curve):

@@ -138,35 +138,51 @@ def started_at_zero(network: nn.Module) -> tuple[nn.Module, nn.Parameter | None]
     return network, None
 
 
-class _Residual(Transform, ABC):
-    """F = x + gate(t) f(x, t), with a network f."""
+class GatedNetwork(nn.Module, ABC):
+    """w(t) f(x, t) with a network f that keeps the shape of x and starts at zero, and its derivative in t."""
+
+    role = "transformation; F(x, t)"
+    """For messages: whose network it is, and what keeps the shape of x."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network, self.gain = started_at_zero(network)
 
     @abstractmethod
-    def gate(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """The gate and its derivative in t, in the shape of ``level``."""
+    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """The window w and its derivative in t, in the shape of ``level``."""
 
-    def _shift(self, x: Tensor, t: Tensor) -> Tensor:
+    def _raw(self, x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            shift = self.network(x, t)
-        if shift.shape != x.shape:
+            raw = self.network(x, t)
+        if raw.shape != x.shape:
+            owner, what = self.role.split("; ")
             raise UserError(
-                f"the network of the transformation maps {tuple(x.shape)} to {tuple(shift.shape)}; F(x, t) must keep the shape of x: "
+                f"the network of the {owner} maps {tuple(x.shape)} to {tuple(raw.shape)}; {what} must keep the shape of x: "
                 "give it as many output channels as input channels"
             )
-        return shift if self.gain is None else self.gain * shift
+        return raw if self.gain is None else self.gain * raw
+
+    def product(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """The product w f, ``(B, *event)``."""
+        return self.window(level.expand(x))[0] * self._raw(x, level.t)
+
+    def product_with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """The product w f and its derivative in t at fixed x, each ``(B, *event)``."""
+        window, slope = self.window(level.expand(x))
+        raw, rate = time_derivative(self._raw, x, level.t, type(self.network).__name__)
+        return window * raw, slope * raw + window * rate
+
+
+class _Residual(GatedNetwork, Transform, ABC):
+    """F = x + w(t) f(x, t)."""
 
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        gate, _ = self.gate(level.expand(x))
-        return x + gate * self._shift(x, level.t)
+        return x + self.product(x, level)
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        gate, dgate = self.gate(level.expand(x))
-        shift, dshift = time_derivative(self._shift, x, level.t, type(self.network).__name__)
-        return x + gate * shift, dgate * shift + gate * dshift
+        shift, derivative = self.product_with_derivative(x, level)
+        return x + shift, derivative
 
 
 class NetworkTransform(_Residual):
@@ -177,7 +193,7 @@ class NetworkTransform(_Residual):
             differentiable in t by forward mode.
     """
 
-    def gate(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return level.t, torch.ones_like(level.t)
 
 
@@ -190,7 +206,7 @@ class GatedTransform(_Residual):
 
     data_at_zero = False
 
-    def gate(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return level.sigma**2, 2 * level.sigma * level.dsigma
 
 
