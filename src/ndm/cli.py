@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "draw samples from a trained run",
     "evaluate": "measure bounds and likelihoods of a trained run on a split of its data",
     "compare": "train and measure several configurations under one budget",
+    "reproduce": "carry out an experiment of the paper: train, measure, figures, a page",
     "compress": "compress images or arrays losslessly with a trained model",
     "decompress": "restore what ndm compress made an archive of",
     "inspect": "show what an archive holds",

@@ -1,0 +1,69 @@
+"""``ndm reproduce``: an experiment of the paper."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from ndm.commands.parsing import parse
+from ndm.errors import UserError, check_whole, require
+from ndm.reproduce import EXPERIMENTS, Report
+
+
+def run_reproduce(words: Sequence[str]) -> None:
+    """``ndm reproduce``: parse and carry out."""
+    parser = ArgumentParser(
+        prog="ndm reproduce",
+        description="Carry out an experiment of the paper: train, measure, draw the figures, write a page. "
+        "The same command again goes on where it was interrupted.",
+        epilog="Example: ndm reproduce checkerboard --out runs/checkerboard. Words after -- go to every training run as to ndm train: "
+        "-- --train.learning_rate 1e-3",
+        exit_on_error=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the experiment; see --list")
+    parser.add_argument("--list", action="store_true", help="show all experiments, their sizes and what they take")
+    parser.add_argument("--size", help="how large; each experiment has a default")
+    parser.add_argument("--out", help="folder for everything; by default runs/reproduce/NAME-SIZE")
+    parser.add_argument("--data", help="folder of the data, for the experiments that need one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    at = list(words).index("--") if "--" in words else len(words)
+    arguments = parse(parser, words[:at])
+    if arguments.list:
+        print(listing())
+        return
+    reproduce(arguments.name, arguments.size, arguments.out, arguments.data, arguments.seed, words[at + 1 :])
+
+
+def listing() -> str:
+    """All experiments and their sizes."""
+    lines = []
+    for one in EXPERIMENTS.values():
+        lines.append(f"{one.name}: {one.shows}" + (" (--data FOLDER)" if one.needs_data else ""))
+        lines += [f"    --size {size:<6} {text}" for size, text in one.sizes.items()]
+    return "\n".join(lines)
+
+
+def reproduce(name: str | None, size: str | None, out: str | None, data: str | None, seed: int, overrides: Sequence[str] = ()) -> None:
+    """Carry out an experiment.
+
+    Raises:
+        UserError: there is no such experiment or size, the data are missing, or the folder holds something else.
+    """
+    if name not in EXPERIMENTS:
+        given = "give the name of an experiment" if name is None else f"there is no experiment {name!r}; choose one"
+        raise UserError(f"{given}: {', '.join(EXPERIMENTS)} (ndm reproduce --list tells more)")
+    require("matplotlib.figure", "matplotlib", "eval")
+    check_whole("seed", seed, 0)
+    experiment = EXPERIMENTS[name]
+    size = experiment.check_size(size)
+    if experiment.needs_data and data is None:
+        raise UserError(f"{name} needs the folder of its data: --data FOLDER")
+    if data is not None and not experiment.needs_data:
+        raise UserError(f"--data {data}: {name} makes its data itself; leave it out")
+    words = [*(["--data.path", data] if data is not None else []), *overrides]
+    command = ["ndm", "reproduce", name, "--size", size, "--seed", str(seed)]
+    command += [*(["--data", data] if data is not None else []), *(["--", *overrides] if overrides else [])]
+    report = Report(name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command))
+    experiment.run(report)
+    report.finish()

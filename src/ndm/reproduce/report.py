@@ -1,0 +1,161 @@
+"""What an experiment leaves behind: a folder of runs, figures, numbers and a page that shows them.
+
+=====================  =====================================================================
+``runs/NAME/``         each training run, as ``ndm train`` leaves it
+``parts/KEY.json``     what took long to compute; the same command again reads it
+``FIGURE.png, .pdf``   the figures
+``results.json``       numbers with their protocols, the command, the seed and the machine
+``README.md``          a page with all of them
+=====================  =====================================================================
+
+``results.json`` is written last, so that it marks a finished experiment.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ndm.commands.parsing import load_data, load_run
+from ndm.commands.train import run_train
+from ndm.compare.budget import machine
+from ndm.data import DataSource
+from ndm.errors import UserError
+from ndm.model import NDM
+from ndm.report import Measurement
+from ndm.serialize import read_json, write_atomically, write_json
+from ndm.viz import write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS, PAGE = "results.json", "README.md"
+FORMATS = (".png", ".pdf")
+
+
+def configuration(name: str) -> Path:
+    """The path of a configuration that comes with the library, such as ``"checkerboard.yaml"``."""
+    return Path(str(files("ndm") / "configs" / name))
+
+
+class Report:
+    """The folder of one experiment while it is being filled.
+
+    Args:
+        name: the experiment.
+        out: the folder.
+        size: ``smoke``, ``small``, ``paper`` or another of the experiment's sizes.
+        seed: seed of everything random.
+        words: words for every training run, after those of the experiment.
+        command: what the user typed, for the record.
+
+    Raises:
+        UserError: the folder holds another experiment, or the same with another size or seed.
+    """
+
+    def __init__(self, name: str, out: Path, size: str, seed: int = 0, words: Sequence[str] = (), command: str = ""):
+        self.name, self.out, self.size, self.seed = name, out, size, seed
+        self.words, self.command = tuple(words), command
+        self._started = time.perf_counter()
+        self._page: list[str] = []
+        self._figures: list[str] = []
+        self._numbers: dict[str, Any] = {}
+        self._measurements: dict[str, Any] = {}
+        self._checks: list[dict[str, Any]] = []
+        about = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
+        stored = read_json(out / "experiment.json") if (out / "experiment.json").exists() else about
+        for key, value in about.items():
+            if stored.get(key) != value:
+                raise UserError(
+                    f"{out} holds another experiment: {key} is {stored.get(key)!r} there and {value!r} here; choose another --out"
+                )
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file; give a folder")
+        write_json(out / "experiment.json", about)
+
+    @property
+    def smoke(self) -> bool:
+        """Whether this is the variant of a few seconds."""
+        return self.size == "smoke"
+
+    def train(self, name: str, config: str, *words: str) -> tuple[NDM, DataSource]:
+        """Train a model, or read the one that an earlier call trained.
+
+        Args:
+            name: folder of the run, under ``runs``.
+            config: a configuration that comes with the library.
+            words: overrides, as for ``ndm train``; those of the user come after them.
+
+        Returns:
+            The trained model in evaluation mode, and its data.
+        """
+        folder = self.out / "runs" / name
+        print(f"{self.name}: {name}", flush=True)
+        run_train(["--config", str(configuration(config)), "--out", str(folder), "--seed", str(self.seed), *words, *self.words])
+        return load_run(folder), load_data(folder)
+
+    def keep(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``compute`` gives, JSON-ready; kept in a file, so that an interrupted experiment does not compute it again."""
+        path = self.out / "parts" / f"{key}.json"
+        if not path.exists():
+            write_json(path, compute())
+        return read_json(path)
+
+    def say(self, text: str) -> None:
+        """Add Markdown to the page."""
+        self._page.append(text.strip() + "\n")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a table to the page."""
+        lines = [head, ["---"] * len(head), *rows]
+        self.say("".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines))
+
+    def figure(self, name: str, figure: "Figure", caption: str) -> None:
+        """Write a figure as PNG and PDF and show it on the page."""
+        for suffix in FORMATS:
+            write_figure(self.out / f"{name}{suffix}", figure)
+        self._figures.append(name)
+        self.say(f"![{caption}]({name}.png)\n\n*{caption}* ([PDF]({name}.pdf))")
+
+    def number(self, key: str, value: object) -> None:
+        """Add a number, or several, JSON-ready, to the results."""
+        self._numbers[key] = value
+
+    def measured(self, key: str, measurement: Measurement) -> None:
+        """Add a measurement with its protocol to the results."""
+        self._measurements[key] = measurement.to_dict()
+
+    def expect(self, text: str, value: float, most: float) -> None:
+        """State what the experiment should show: that ``value`` is at most ``most``. The page says whether it is.
+
+        The smoke variant states nothing.
+        """
+        if not self.smoke:
+            self._checks.append({"text": text, "value": value, "most": most, "holds": math.isfinite(value) and value <= most})
+
+    def finish(self) -> None:
+        """Write the page and the results, and say where they are."""
+        if self._checks:
+            self.say("What it should show:")
+            rows = [[one["text"], f"{one['value']:.4g}", f"{one['most']:.4g}", "yes" if one["holds"] else "**no**"] for one in self._checks]
+            self.table(["", "value", "at most", "holds"], rows)
+        results: Mapping[str, Any] = {
+            "experiment": self.name,
+            "size": self.size,
+            "seed": self.seed,
+            "command": self.command,
+            "machine": machine(),
+            "numbers": self._numbers,
+            "measurements": self._measurements,
+            "checks": self._checks,
+            "figures": self._figures,
+            "seconds_of_this_call": round(time.perf_counter() - self._started, 1),
+        }
+        page = [f"# {self.name}, {self.size}\n", f"`{self.command}`, seed {self.seed}.\n", *self._page]
+        write_atomically(self.out / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8"))
+        write_json(self.out / RESULTS, results)
+        for one in self._checks:
+            print(f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['text']}: {one['value']:.4g}, at most {one['most']:.4g}")
+        print(f"wrote {self.out}/{PAGE}, {RESULTS}, {', '.join(f'{name}.png' for name in self._figures)} (and PDF)")
