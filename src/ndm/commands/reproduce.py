@@ -50,7 +50,7 @@ def reproduce(name: str | None, size: str | None, out: str | None, data: str | N
     Raises:
         UserError: there is no such experiment or size, the data are missing, or the folder holds something else.
     """
-    if name not in EXPERIMENTS:
+    if name is None or name not in EXPERIMENTS:
         given = "give the name of an experiment" if name is None else f"there is no experiment {name!r}; choose one"
         raise UserError(f"{given}: {', '.join(EXPERIMENTS)} (ndm reproduce --list tells more)")
     require("matplotlib.figure", "matplotlib", "eval")
@@ -62,8 +62,8 @@ def reproduce(name: str | None, size: str | None, out: str | None, data: str | N
     if data is not None and not experiment.needs_data:
         raise UserError(f"--data {data}: {name} makes its data itself; leave it out")
     words = [*(["--data.path", data] if data is not None else []), *overrides]
-    command = ["ndm", "reproduce", name, "--size", size, "--seed", str(seed)]
+    command = ["ndm", "reproduce", experiment.name, "--size", size, "--seed", str(seed)]
     command += [*(["--data", data] if data is not None else []), *(["--", *overrides] if overrides else [])]
-    report = Report(name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command))
+    report = Report(experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command))
     experiment.run(report)
     report.finish()
