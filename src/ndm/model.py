@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, bin_centers
 from ndm.elbo import Bound, Draw, Eta, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
@@ -73,6 +73,7 @@ class NDM(nn.Module):
                 f"{type(transform).__name__} maps data into a space of its own, from which {type(decoder).__name__} does not lead back; use "
                 f"decoder=NetworkDecoder(network, {type(decoder).__name__}(...))"
             )
+        _check_rounding(predictor, decoder, transform)
         self.info: dict[str, object] = {}
         """What ``config.json`` held beside the model, such as the description of its data."""
 
@@ -294,6 +295,21 @@ class NDM(nn.Module):
             raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         model.info = info
         return model.eval()
+
+
+def _check_rounding(predictor: Predictor, decoder: Decoder, transform: Transform) -> None:
+    """The grid that the predictor rounds to is that of the data."""
+    if predictor.levels is None:
+        return
+    values = decoder.values if transform.keeps_shape else None
+    if values is None or len(values) != predictor.levels or not torch.allclose(values, bin_centers(predictor.levels)):
+        have = (
+            "latents of its own" if not transform.keeps_shape else "no grid" if values is None else f"another grid, of {len(values)} values"
+        )
+        raise UserError(
+            f"predictor.levels={predictor.levels} rounds to the centres of {predictor.levels} equal bins of [-1, 1], but the model has {have}; "
+            "leave out predictor.levels, or give the decoder as many levels"
+        )
 
 
 def _check_floats(x: Tensor) -> None:

@@ -10,6 +10,15 @@ With z = alpha F(x, t) + sigma eps, the network's output is read as one of
 The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the network are scaled by sigma. The eps-form estimates F(x, t)
 rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1. Where the reverse
 process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
+
+Data on a grid of L values in [-1, 1] have a finest digit that a network hardly learns to round to: where noise is low, x̂ = z/alpha is a good
+answer, and a rounded one is much better. With ``levels`` the network's reading m is rounded softly, at the width that the noise leaves,
+
+.. math::
+    \hat x = E[v \mid m] = \sum_k v_k\, \operatorname{softmax}_k\bigl(-(m - v_k)^2 / (2 s^2)\bigr), \qquad s = \sigma / \alpha, \qquad
+    v_k = (2k + 1)/L - 1, \quad k \in \mathbb{Z} .
+
+It is the posterior mean under a uniform grid if m = z/alpha, and m itself once s is above the spacing (to 1e-7 of it).
 """
 
 from typing import Literal, get_args
@@ -29,15 +38,18 @@ class Predictor(nn.Module):
     Args:
         network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
         target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
+        levels: round softly to the grid of data with so many levels, as many as the decoder has; None for data that lie on none.
     """
 
-    def __init__(self, network: nn.Module, target: Target = "v"):
+    def __init__(self, network: nn.Module, target: Target = "v", levels: int | None = None):
         super().__init__()
         if target not in get_args(Target):
             raise UserError(f"target={target!r} is not known: choose one of {', '.join(get_args(Target))}")
         if not isinstance(network, nn.Module):
             raise UserError(f"network is a {type(network).__name__}: a predictor needs an nn.Module called as network(z, t)")
-        self.network, self.target = network, target
+        if levels is not None and levels < 2:
+            raise UserError(f"levels={levels}: give the number of values of the data, at least 2, or leave it out")
+        self.network, self.target, self.levels = network, target, levels
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
@@ -67,6 +79,13 @@ class Predictor(nn.Module):
 
     def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """What an output of the network says by the target, ``(B, *event)``."""
+        reading = self._read(output, z, level)
+        if self.levels is None:
+            return reading
+        at = level.expand(z)
+        return soft_round(reading, at.sigma / at.alpha, self.levels)
+
+    def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
         if self.target == "v":
             return (at.alpha * z - at.sigma * output) / (at.alpha**2 + at.sigma**2)
@@ -75,3 +94,24 @@ class Predictor(nn.Module):
         if bool((level.alpha == 0).any()):
             raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
         return (z - at.sigma * output) / at.alpha
+
+
+def soft_round(m: Tensor, scale: Tensor, levels: int) -> Tensor:
+    """The mean of the grid's values under N(m, scale²), the grid going on beyond [-1, 1]; in the shape of ``m``.
+
+    Args:
+        m: any values.
+        scale: the width s, positive, broadcast to m; at alpha = 0 it may be infinite.
+        levels: L; values lie at (2k + 1)/L - 1.
+    """
+    spacing = 2 / levels
+    position = (m + 1) / spacing - 0.5  # in units of the spacing: values lie at whole numbers
+    nearest = position.detach().round()
+    offset = (position - nearest)[..., None] - _NEIGHBOURS.to(m)
+    width = (scale / spacing).clamp(max=1.0)
+    weight = torch.softmax(-0.5 * (offset / width[..., None]) ** 2, dim=-1)
+    rounded = (nearest + (weight * _NEIGHBOURS.to(m)).sum(-1) + 0.5) * spacing - 1
+    return torch.where(scale < spacing, rounded, m)
+
+
+_NEIGHBOURS = torch.arange(-5.0, 6.0)
