@@ -86,14 +86,35 @@ def test_no_signal_at_the_end_is_fine_for_v_and_x(target: str) -> None:
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("width", [0.02, 0.1, 0.3, 0.7, 0.99, 1.0, 1.5])
 def test_soft_rounding_is_the_mean_over_the_grid(levels: int, width: float) -> None:
-    """Over all of the endless grid; once the width is that of the spacing, the mean is m itself."""
-    spacing = 2 / levels
-    m = 1.5 * torch.randn(200, dtype=F64, generator=torch.Generator().manual_seed(0))
-    scale = torch.full_like(m, width * spacing)
-    grid = (torch.arange(-40 * levels, 40 * levels, dtype=F64) + 0.5) * spacing - 1
-    grid = grid[(grid.abs() < 16).nonzero()[:, 0]]
-    truth = torch.softmax(-0.5 * ((m[:, None] - grid) / scale[:, None]) ** 2, dim=1) @ grid
-    torch.testing.assert_close(soft_round(m, scale, levels), truth, rtol=0, atol=1e-6 * spacing)
+    """Over all of an endless grid whose values beyond the data have the weight of the last; weights fade out as the width reaches the spacing, where
+    the mean is m itself."""
+    generator = torch.Generator().manual_seed(0)
+    spacing, m = 2 / levels, 1.5 * torch.randn(200, dtype=F64, generator=generator)
+    log_weights = (
+        2 * torch.randn(levels + 10, dtype=F64, generator=generator) * (width < 0.5)
+    )  # far values count less the narrower the width
+    number = torch.arange(-40 * levels, 40 * levels, dtype=F64)
+    grid, log_w = (number + 0.5) * spacing - 1, log_weights[(number + 5).clamp(0, levels + 9).long()]
+    log_w, grid = log_w[grid.abs() < 16], grid[grid.abs() < 16]
+    logits = -0.5 * ((m[:, None] - grid) / (width * spacing)) ** 2 + max(0, 1 - width**2) * log_w
+    found = soft_round(m, torch.full_like(m, width * spacing), levels, log_weights)
+    torch.testing.assert_close(found, torch.softmax(logits, dim=1) @ grid, rtol=0, atol=1e-6 * spacing)
+
+
+def test_a_pixel_of_known_frequencies_is_predicted_by_its_posterior_mean() -> None:
+    """The network says nothing (v = 0 would be alpha z; here x̂ = z/alpha), the weights are the frequencies, the noise is low: no error beats it."""
+    levels, frequencies = 4, torch.tensor([0.7, 0.2, 0.0999, 0.0001], dtype=F64)
+    predictor = Predictor(Constant(torch.zeros(2000, 1, dtype=F64)), "eps", levels).double()
+    with torch.no_grad():
+        predictor.weights.fill_(-20.0)  # type: ignore[union-attr]
+        predictor.weights[5:-5] = frequencies.log() / 5  # type: ignore[index]
+    level = LinearLogSNR(-4.0, 5.0)(torch.zeros(2000, dtype=F64))  # s = 0.135, the spacing 0.5
+    z = torch.linspace(-1.2, 1.2, 2000, dtype=F64)[:, None] * level.alpha[:, None]
+    m, s = z / level.alpha[:, None], float(level.sigma[0] / level.alpha[0])
+    values = ndm.DiscretizedGaussian(levels).values
+    faded = 1 - (s / 0.5) ** 2
+    posterior = torch.softmax(-0.5 * ((m - values) / s) ** 2 + faded * frequencies.log(), dim=1)
+    torch.testing.assert_close(predictor(z, level)[:, 0], posterior @ values, rtol=0, atol=1e-6)
 
 
 class GaussianPrediction(nn.Module):

@@ -15,10 +15,11 @@ Data on a grid of L values in [-1, 1] have a finest digit that a network hardly 
 answer, and a rounded one is much better. With ``levels`` the network's reading m is rounded softly, at the width that the noise leaves,
 
 .. math::
-    \hat x = E[v \mid m] = \sum_k v_k\, \operatorname{softmax}_k\bigl(-(m - v_k)^2 / (2 s^2)\bigr), \qquad s = \sigma / \alpha, \qquad
-    v_k = (2k + 1)/L - 1, \quad k \in \mathbb{Z} .
+    \hat x = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m - v_k)^2}{2 s^2} + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr)_+ \log w_k\Bigr), \qquad
+    s = \frac{\sigma}{\alpha}, \qquad v_k = \frac{2k + 1}{L} - 1, \qquad \Delta = \frac{2}{L},
 
-It is the posterior mean under a uniform grid if m = z/alpha, and m itself once s is above the spacing (to 1e-7 of it).
+with learned weights w of the values, at first equal. For m = z/alpha and small s it is the posterior mean of a pixel whose values have the frequencies w; once s reaches the
+spacing it is m itself (to 1e-7 of it). The grid goes on a little beyond [-1, 1]: that no data lie there is learned.
 """
 
 from typing import Literal, get_args
@@ -50,6 +51,7 @@ class Predictor(nn.Module):
         if levels is not None and levels < 2:
             raise UserError(f"levels={levels}: give the number of values of the data, at least 2, or leave it out")
         self.network, self.target, self.levels = network, target, levels
+        self.weights = None if levels is None else nn.Parameter(torch.zeros(levels + 2 * _REACH))
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
@@ -80,10 +82,10 @@ class Predictor(nn.Module):
     def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """What an output of the network says by the target, ``(B, *event)``."""
         reading = self._read(output, z, level)
-        if self.levels is None:
+        if self.levels is None or self.weights is None:
             return reading
         at = level.expand(z)
-        return soft_round(reading, at.sigma / at.alpha, self.levels)
+        return soft_round(reading, at.sigma / at.alpha, self.levels, _UNIT * self.weights.to(z.dtype))
 
     def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
@@ -96,22 +98,25 @@ class Predictor(nn.Module):
         return (z - at.sigma * output) / at.alpha
 
 
-def soft_round(m: Tensor, scale: Tensor, levels: int) -> Tensor:
-    """The mean of the grid's values under N(m, scale²), the grid going on beyond [-1, 1]; in the shape of ``m``.
+def soft_round(m: Tensor, scale: Tensor, levels: int, log_weights: Tensor) -> Tensor:
+    """The mean of the grid's values near m, weighted by N(m, scale²) and by their own weights; in the shape of ``m``.
 
     Args:
         m: any values.
         scale: the width s, positive, broadcast to m; at alpha = 0 it may be infinite.
         levels: L; values lie at (2k + 1)/L - 1.
+        log_weights: log w of the values k = -5 ... L + 4, ``(L + 10,)``; values beyond have the weight of the last.
     """
     spacing = 2 / levels
     position = (m + 1) / spacing - 0.5  # in units of the spacing: values lie at whole numbers
     nearest = position.detach().round()
-    offset = (position - nearest)[..., None] - _NEIGHBOURS.to(m)
-    width = (scale / spacing).clamp(max=1.0)
-    weight = torch.softmax(-0.5 * (offset / width[..., None]) ** 2, dim=-1)
-    rounded = (nearest + (weight * _NEIGHBOURS.to(m)).sum(-1) + 0.5) * spacing - 1
+    near = torch.arange(-_REACH, _REACH + 1, dtype=m.dtype, device=m.device)
+    width = (scale / spacing).clamp(max=1.0)[..., None]
+    index = (nearest[..., None] + near + _REACH).clamp(0, len(log_weights) - 1).long()
+    logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights[index]
+    rounded = (nearest + (torch.softmax(logits, dim=-1) * near).sum(-1) + 0.5) * spacing - 1
     return torch.where(scale < spacing, rounded, m)
 
 
-_NEIGHBOURS = torch.arange(-5.0, 6.0)
+_REACH = 5  # values to either side of the nearest that are looked at
+_UNIT = 5.0  # of the learned log-weights, nats: optimisers step alike in all parameters, and weights range over many powers of ten
