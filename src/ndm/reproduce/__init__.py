@@ -54,6 +54,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             {"small": "3 minutes of two cores", "smoke": _SMOKE},
             "checkerboard",
         ),
+        Experiment(
+            "mnist",
+            "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
+            {"small": "45 minutes of two cores", "quick": "9 minutes of two cores", "smoke": _SMOKE},
+            "mnist",
+            needs_data=True,
+        ),
     )
 }
 

@@ -91,10 +91,18 @@ class Report:
         Returns:
             The trained model in evaluation mode, and its data.
         """
-        folder = self.out / "runs" / name
+        return self.train_words(name, ["--config", str(configuration(config)), *words, *self.words])
+
+    def train_words(self, name: str, words: Sequence[str]) -> tuple[NDM, DataSource]:
+        """Train a model from all words of ``ndm train`` but ``--out`` and ``--seed``, as :meth:`train` does."""
+        folder = self.folder(name)
         print(f"{self.name}: {name}", flush=True)
-        run_train(["--config", str(configuration(config)), "--out", str(folder), "--seed", str(self.seed), *words, *self.words])
+        run_train([*words, "--out", str(folder), "--seed", str(self.seed)])
         return load_run(folder), load_data(folder)
+
+    def folder(self, name: str) -> Path:
+        """The folder of a run."""
+        return self.out / "runs" / name
 
     def keep(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``compute`` gives, JSON-ready; kept in a file, so that an interrupted experiment does not compute it again."""
@@ -126,6 +134,12 @@ class Report:
     def measured(self, key: str, measurement: Measurement) -> None:
         """Add a measurement with its protocol to the results."""
         self._measurements[key] = measurement.to_dict()
+
+    def measure(self, key: str, take: Callable[[], Measurement]) -> dict[str, Any]:
+        """Take a measurement, or read it if an earlier call took it; its record (:meth:`ndm.report.Measurement.to_dict`) goes into the results."""
+        record = self.keep(key, lambda: take().to_dict())
+        self._measurements[key] = record
+        return record
 
     def expect(self, text: str, value: float, most: float) -> None:
         """State what the experiment should show: that ``value`` is at most ``most``. The page says whether it is.

@@ -1,0 +1,129 @@
+r"""MNIST: a plain diffusion, the same as large as NDM, and NDM, trained alike (NDM, section 4.2 and figures 3 and 4).
+
+.. math::
+    \text{VDM: } F(x, t) = x, \qquad \text{VDM, widened: the same with as many parameters as NDM}, \qquad \text{NDM: } F_\phi(x, t) .
+
+All take the same steps on the same batches. The bound is that of the 10,000 test images in continuous time.
+"""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ndm.compare.plan import plan_rows, read_rows
+from ndm.compare.report import MARKERS
+from ndm.data import DataSource
+from ndm.evaluate import Evaluation, pick_device
+from ndm.model import NDM
+from ndm.reproduce.report import Report, configuration
+from ndm.serialize import read_json
+from ndm.viz import LABELS, image_grid, new_figure, to_pixels, transform_over_time
+
+ROWS = ("VDM", "VDM, widened", "NDM")
+TIMES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0)
+_STEPS = {"quick": 2500, "smoke": 4}
+_SMOKE = ("--model.predictor.network.channels", "4", "--train.batch_size", "4", "--train.evaluation_limit", "4")
+
+
+def run(report: Report) -> None:
+    """Train the three models, measure them on the test set, draw them."""
+    words = list(report.words)
+    if report.size in _STEPS:
+        words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), *words]
+    rows, extra = read_rows(configuration("reproduce-mnist.yaml"), tuple(words))
+    planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
+    models, lines = dict[str, NDM](), list[list[str]]()
+    limit, draws = (8, 1) if report.smoke else (None, 4)
+    data: DataSource
+    for name in ROWS:
+        model, data = report.train_words(planned[name].folder, planned[name].words)
+        models[name] = model.to(pick_device())
+        evaluation = Evaluation(model, data.split("test"), seed=report.seed, limit=limit, progress=True)
+        record = report.measure(planned[name].folder, lambda: evaluation.nelbo(None, draws))  # noqa: B023
+        metrics = read_json(report.folder(planned[name].folder) / "metrics.json")
+        lines.append(_row(name, planned[name].parameters, record, metrics))
+    report.say(
+        f"Bound in continuous time on {record['num_examples']} test images of {data.describe().name} (sha256 {data.describe().sha256[:12]}), "
+        f"{record['time_samples_per_example']} times an image; standard errors over images, one training run each."
+    )
+    report.table(["model", "parameters", "steps", "minutes", "bits/dim", *(f"of it {term}" for term in TERMS)], lines)
+    _draw(report, models, data, {name: report.folder(planned[name].folder) for name in ROWS})
+    if report.size == "small":
+        report.expect("bits/dim of NDM on the test images", record["bpd"], 0.95)
+
+
+TERMS = ("prior", "diffusion", "reconstruction")
+
+
+def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    error = record["bpd_stderr"] or math.nan
+    minutes = float(metrics["training_seconds"]) / 60
+    terms = [f"{record[f'{term}_bpd']:.4f}" for term in TERMS]
+    return [name, f"{parameters:,}", f"{metrics['training_steps']:,}", f"{minutes:.1f}", f"**{record['bpd']:.4f} ± {error:.4f}**", *terms]
+
+
+def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: Mapping[str, Path]) -> None:
+    """The figures: F over time, learning curves, samples."""
+    test, shape = data.split("test"), data.describe().event_shape
+    _over_time(report, {name: models[name] for name in ("VDM", "NDM")}, test.__getitems__([0, len(test) // 2]))
+    _curves(report, folders)
+    count, steps = (4, 2) if report.smoke else (64, 250)
+    figure = new_figure(13.2, 3.5)
+    panels = {name: model.sample((count, *shape), seed=report.seed, steps=steps, progress=True) for name, model in models.items()}
+    for axis, (name, x) in zip(figure.subplots(1, 4), {"test images": test.__getitems__(range(count)), **panels}.items(), strict=True):
+        axis.imshow(image_grid(x, gap=0), interpolation="nearest")
+        axis.set(title=name, xticks=[], yticks=[])
+    report.figure("samples", figure, f"Test images and samples, ancestral sampling with {steps} steps, not chosen")
+
+
+def _over_time(report: Report, models: Mapping[str, NDM], x: torch.Tensor) -> None:
+    """F(x, t), z_t and x̂ over time for each model, side by side."""
+    figure = new_figure(13.2, 6.2)
+    for part, (name, model) in zip(figure.subfigures(1, len(models), wspace=0.04), models.items(), strict=True):
+        part.suptitle("DDPM (VDM), $F(x,t)=x$" if name == "VDM" else name)
+        states = transform_over_time(model, x, TIMES, report.seed)
+        axes = part.subplots(3 * len(x), len(TIMES), squeeze=False)
+        for example in range(len(x)):
+            for row, (kind, values) in enumerate(states.items()):
+                for column, time in enumerate(TIMES):
+                    axis = axes[3 * example + row][column]
+                    axis.imshow(to_pixels(values[column, example : example + 1])[0], interpolation="nearest")
+                    axis.set(xticks=[], yticks=[])
+                    if example == row == 0:
+                        axis.set_title(f"$t={time:g}$", fontsize=10)
+                axes[3 * example + row][0].set_ylabel(LABELS[kind], fontsize=10)
+    report.figure("over-time", figure, "F(x, t), z_t and the prediction over time for two test images, the same noise at every time")
+
+
+def _curves(report: Report, folders: Mapping[str, Path]) -> None:
+    """The bound of the batches while training, smoothed over twenty logged values."""
+    figure = new_figure(5.4, 3.6)
+    axis = figure.subplots()
+    for index, (name, folder) in enumerate(folders.items()):
+        steps, bound = learning_curve(folder)
+        width = max(1, min(20, len(bound) // 4))
+        smooth = np.convolve(bound, np.ones(width) / width, mode="valid")
+        style = {"color": ("#1b1b1b", "#8a8a8a", "#c0392b")[index], "linestyle": ("-", "--", "-")[index]}
+        axis.plot(steps[width - 1 :], smooth, label=name, marker=MARKERS[index], markevery=0.12, markersize=5, **style)
+    axis.set(xlabel="training steps", ylabel="bound of the training batches (bits/dim)")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:.1f}")
+    axis.yaxis.set_minor_formatter("{x:.1f}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False)
+    report.figure("learning", figure, "The bound while training, before averaging of the weights")
+
+
+def learning_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and bound (bits/dim) of the training batches that a run logged, over all its calls."""
+    rows = dict[int, float]()
+    for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("version_"))):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows |= {int(row["step"]): float(row["train/nelbo_bpd"]) for row in csv.DictReader(file) if row.get("train/nelbo_bpd")}
+    steps = sorted(rows)
+    return np.array(steps), np.array([rows[step] for step in steps])
