@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from ndm.compare.plan import plan_rows, read_rows
-from ndm.compare.report import MARKERS
 from ndm.data import DataSource
 from ndm.evaluate import Evaluation, pick_device
 from ndm.model import NDM
@@ -57,6 +56,7 @@ def run(report: Report) -> None:
         report.expect("bits/dim of NDM on the test images", record["bpd"], 0.95)
 
 
+STYLES = (("#1b1b1b", "-", "o"), ("#8a8a8a", "--", "s"), ("#c0392b", "-", "D"))
 TERMS = ("prior", "diffusion", "reconstruction")
 
 
@@ -104,12 +104,11 @@ def _curves(report: Report, folders: Mapping[str, Path]) -> None:
     """The bound of the batches while training, smoothed over twenty logged values."""
     figure = new_figure(5.4, 3.6)
     axis = figure.subplots()
-    for index, (name, folder) in enumerate(folders.items()):
+    for (name, folder), (color, line, marker) in zip(folders.items(), STYLES, strict=True):
         steps, bound = learning_curve(folder)
         width = max(1, min(20, len(bound) // 4))
         smooth = np.convolve(bound, np.ones(width) / width, mode="valid")
-        style = {"color": ("#1b1b1b", "#8a8a8a", "#c0392b")[index], "linestyle": ("-", "--", "-")[index]}
-        axis.plot(steps[width - 1 :], smooth, label=name, marker=MARKERS[index], markevery=0.12, markersize=5, **style)
+        axis.plot(steps[width - 1 :], smooth, label=name, color=color, linestyle=line, marker=marker, markevery=0.12, markersize=5)
     axis.set(xlabel="training steps", ylabel="bound of the training batches (bits/dim)")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:.1f}")
