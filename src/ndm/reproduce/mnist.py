@@ -84,7 +84,8 @@ def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: 
 def _over_time(report: Report, models: Mapping[str, NDM], x: torch.Tensor) -> None:
     """F(x, t), z_t and x̂ over time for each model, side by side."""
     figure = new_figure(13.2, 6.2)
-    for part, (name, model) in zip(figure.subfigures(1, len(models), wspace=0.04), models.items(), strict=True):
+    parts: Any = figure.subfigures(1, len(models), wspace=0.04)
+    for part, (name, model) in zip(parts, models.items(), strict=True):
         part.suptitle("DDPM (VDM), $F(x,t)=x$" if name == "VDM" else name)
         states = transform_over_time(model, x, TIMES, report.seed)
         axes = part.subplots(3 * len(x), len(TIMES), squeeze=False)
