@@ -26,14 +26,19 @@ from ndm.viz import LABELS, image_grid, new_figure, to_pixels, transform_over_ti
 ROWS = ("VDM", "VDM, widened", "NDM")
 TIMES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0)
 _STEPS = {"quick": 2500, "smoke": 4}
-_SMOKE = ("--model.predictor.network.channels", "4", "--train.batch_size", "4", "--train.evaluation_limit", "4")
+_SMOKE = (
+    "--model.predictor.network.channels=4",
+    "--model.transform.network.channels=4",
+    "--train.batch_size=4",
+    "--train.evaluation_limit=4",
+)
 
 
 def run(report: Report) -> None:
     """Train the three models, measure them on the test set, draw them."""
     words = list(report.words)
     if report.size in _STEPS:
-        words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), *words]
+        words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.997", *words]
     rows, extra = read_rows(configuration("reproduce-mnist.yaml"), tuple(words))
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
     models, lines = dict[str, NDM](), list[list[str]]()

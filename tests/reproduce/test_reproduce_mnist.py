@@ -1,0 +1,89 @@
+"""``ndm reproduce mnist``: three models trained alike, their bounds those of an evaluation, curves and figures complete."""
+
+import csv
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ndm.cli import main
+from ndm.commands.parsing import load_data, load_run
+from ndm.evaluate import Evaluation
+from ndm.reproduce.mnist import learning_curve
+
+NAMES = {"train-images-idx3-ubyte": 40, "train-labels-idx1-ubyte": 40, "t10k-images-idx3-ubyte": 20, "t10k-labels-idx1-ubyte": 20}
+
+
+def write_mnist(folder: Path) -> Path:
+    """Files like MNIST's, of bright squares on black."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in NAMES.items():
+        array = np.zeros((count, 28, 28) if "images" in name else count, dtype=np.uint8)
+        if "images" in name:
+            for image in array:
+                top, left = generator.integers(4, 12, 2)
+                image[top : top + 12, left : left + 12] = generator.integers(128, 256)
+        header = struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mnist")
+    data = write_mnist(folder / "data")
+    assert main(["reproduce", "mnist", "--size", "smoke", "--data", str(data), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_the_bounds_are_those_of_an_evaluation_of_the_saved_models(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["measurements"]) == {"vdm", "vdm-widened", "ndm"}
+    sizes = {name: one["parameters"] for name, one in results["measurements"].items()}
+    assert sizes["vdm"] < sizes["ndm"] <= sizes["vdm-widened"]
+    for name, record in results["measurements"].items():
+        run = out / "runs" / name
+        again = Evaluation(load_run(run), load_data(run).split("test"), limit=8).nelbo(None, 1)
+        assert record["bpd"] == pytest.approx(again.bpd, rel=1e-5)
+        assert record["steps"] is None and record["num_examples"] == 8
+
+
+def test_page_and_figures_are_there(out: Path) -> None:
+    page = (out / "README.md").read_text()
+    for name in ("over-time", "learning", "samples"):
+        assert f"![" in page and f"({name}.png)" in page
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG") and (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_same_command_again_trains_and_measures_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in [*out.glob("parts/*"), *out.glob("runs/*/model/*")]}
+    assert before
+    assert main(["reproduce", "mnist", "--size", "smoke", "--data", str(out.parent / "data"), "--out", str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert main(["reproduce", "mnist", "--size", "quick", "--data", str(out.parent / "data"), "--out", str(out)]) == 2
+    assert "another experiment: size is 'smoke'" in capsys.readouterr().err
+
+
+def test_without_data_one_line_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["reproduce", "mnist", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip().endswith("mnist needs the folder of its data: --data FOLDER")
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_curves_go_on_over_interrupted_calls(tmp_path: Path) -> None:
+    """Later calls overwrite the steps that an earlier one lost."""
+    for version, rows in ((0, {9: 3.0, 19: 2.5, 29: 9.0}), (1, {29: 2.0, 39: 1.5}), (10, {49: 1.0})):
+        path = tmp_path / f"logs/version_{version}/metrics.csv"
+        path.parent.mkdir(parents=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "train/nelbo_bpd", "lr"])
+            writer.writeheader()
+            for step, value in rows.items():
+                writer.writerow({"step": step, "lr": 0.1})
+                writer.writerow({"step": step, "train/nelbo_bpd": value})
+    steps, bound = learning_curve(tmp_path)
+    assert steps.tolist() == [9, 19, 29, 39, 49] and bound.tolist() == [3.0, 2.5, 2.0, 1.5, 1.0]
