@@ -123,9 +123,9 @@ class Report:
         """Add a number, or several, JSON-ready, to the results."""
         self._numbers[key] = value
 
-    def measured(self, key: str, measurement: Measurement) -> None:
-        """Add a measurement with its protocol to the results."""
-        self._measurements[key] = measurement.to_dict()
+    def measured(self, key: str, measurement: Measurement | dict[str, Any]) -> None:
+        """Add a measurement with its protocol to the results; one that :meth:`keep` gave back is a dictionary by now."""
+        self._measurements[key] = measurement if isinstance(measurement, dict) else measurement.to_dict()
 
     def expect(self, text: str, value: float, most: float) -> None:
         """State what the experiment should show: that ``value`` is at most ``most``. The page says whether it is.
