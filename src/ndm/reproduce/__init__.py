@@ -54,6 +54,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             {"small": "3 minutes of two cores", "smoke": _SMOKE},
             "checkerboard",
         ),
+        Experiment(
+            "distribution-2d",
+            "DDPM beside NDM on smooth 2-D densities: z_t, predictions, ways back to the data, likelihood and bound",
+            {"small": "5 minutes of two cores", "smoke": _SMOKE},
+            "distribution_2d",
+        ),
     )
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = "viridis"
-TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+TIMES = (0.0, 0.3, 0.45, 0.6, 0.8, 1.0)
 PREDICTION = r"$\hat{x}(z_t, t)$"
 
 
@@ -25,17 +25,15 @@ def limit_of(batches: Sequence[Tensor], share: float = 0.995) -> float:
     return 1.05 * max(float(np.quantile(batch.reshape(-1, 2).abs().amax(1).numpy(), share)) for batch in batches)
 
 
-def over_time(rows: Mapping[str, Tensor], colours: Tensor, times: Sequence[float] = TIMES, groups: Sequence[int] = ()) -> "Figure":
+def over_time(rows: Mapping[str, Tensor], colours: Tensor, times: Sequence[float] = TIMES) -> "Figure":
     """A figure of point clouds: a row for each name, a column for each time; all on the same axes.
 
     Args:
         rows: ``(len(times), N, 2)`` by the words beside the row.
         colours: one number for each point, ``(N,)`` for all rows or ``(len(rows), N)``.
         times: of the columns.
-        groups: rows that begin a new group, and stand apart from the row above.
     """
-    spacers = [0.18 if index in groups else 0.0 for index in range(len(rows))]
-    figure = new_figure(1.32 * len(times) + 0.7, 1.32 * len(rows) + 0.5 + sum(spacers))
+    figure = new_figure(1.32 * len(times) + 0.7, 1.32 * len(rows) + 0.5)
     limit = limit_of(list(rows.values()))
     axes = figure.subplots(len(rows), len(times), squeeze=False, sharex=True, sharey=True)
     hues = colours.expand(len(rows), -1) if colours.dim() == 1 else colours
@@ -67,6 +65,35 @@ def square(axis: Any, limit: float) -> None:
     axis.tick_params(labelsize=7, length=2)
 
 
+def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
+    """Samples ``(N, 2)`` as histograms: a row for each data set, a column for each model; a scale of colours for each row."""
+    names = list(next(iter(rows.values())))
+    figure = new_figure(2.3 * len(names) + 1.2, 2.3 * len(rows) + 0.5)
+    axes = figure.subplots(len(rows), len(names), squeeze=False)
+    for row, (data, clouds) in enumerate(rows.items()):
+        limit = limit_of(list(clouds.values()))
+        heights = {name: histogram(points, limit) for name, points in clouds.items()}
+        most = float(np.quantile(np.stack(list(heights.values())), 0.995))
+        image: Any = None
+        for axis, name in zip(axes[row], names, strict=True):
+            image = axis.imshow(heights[name].T, origin="lower", extent=(-limit, limit, -limit, limit), vmin=0, vmax=most, cmap=COLOURS)
+            square(axis, limit)
+            if row == 0:
+                axis.set_title(name, fontsize=10)
+            if row == len(rows) - 1:
+                axis.set_xlabel("$x_1$")
+        axes[row][0].set_ylabel(f"{data}\n$x_2$")
+        figure.colorbar(image, ax=list(axes[row]), label="density, 1/unit²", extend="max").ax.tick_params(labelsize=7)
+    return figure
+
+
+def histogram(points: Tensor, limit: float) -> np.ndarray:
+    """Density of points ``(N, 2)`` by counts in equal cells of the square from -limit to limit; the first coordinate along the rows."""
+    bins, x = max(10, min(64, round(len(points) ** 0.5 / 1.6))), points.numpy()
+    counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=bins, range=((-limit, limit), (-limit, limit)))
+    return counts / (len(points) * (2 * limit / bins) ** 2)
+
+
 def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Figure":
     """Densities above, samples below, a column for each name; one scale of colours for all.
 
@@ -82,11 +109,7 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
         above, below = axes[0][column], axes[1][column]
         extent = (-limit, limit, -limit, limit)
         image = above.imshow(cells.numpy(), origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS)
-        bins = max(10, min(64, round(len(points) ** 0.5 / 1.6)))
-        x = points.numpy()
-        heights, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=bins, range=((-limit, limit), (-limit, limit)))
-        heights /= len(points) * (2 * limit / bins) ** 2
-        below.imshow(heights.T, origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS)
+        below.imshow(histogram(points, limit).T, origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS)
         above.set_title(name, fontsize=11)
         for axis in (above, below):
             square(axis, limit)
@@ -137,5 +160,5 @@ def draw_paths(plane: Any, time: Any, path: Tensor, limit: float) -> None:
     plane.scatter(*z[0].T, s=10, marker="o", facecolors="white", edgecolors="0.35", linewidths=0.6, zorder=3, label="start $z_1$")
     plane.scatter(*z[-1].T, s=9, marker="s", color="black", linewidths=0, zorder=3, label="end $z_0$")
     square(plane, limit)
-    time.set(xlim=(1, 0), ylim=(-limit, limit))
+    time.set(xlim=(1, 0), ylim=(-limit, limit), box_aspect=1)
     time.tick_params(labelsize=7, length=2)
