@@ -24,7 +24,7 @@ DATA: Mapping[str, tuple[str, ...]] = {
     "two moons": ("--data", "ndm.data.TwoMoons"),
 }
 """The densities, and what they override in the configuration; the smoke variant takes the first two."""
-BUDGET = Budget(words=("--train.evaluation_limit", "500"), draws=16, points=3000, samples=4000)
+BUDGET = Budget(words=("--train.evaluation_limit", "500"), draws=16, points=2000, samples=3000)
 WITHIN = 0.05
 """Nats by which the likelihood of the smooth mixture may miss the entropy."""
 
