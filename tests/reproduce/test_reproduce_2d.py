@@ -171,8 +171,8 @@ def test_the_detour_of_an_arc() -> None:
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ((-0.1, 0.04), "NDM is lower"),
-        ((0.1, 0.04), "NDM is higher"),
+        ((-0.1, 0.04), "NDM's is lower, of these two runs"),
+        ((0.1, 0.04), "NDM's is higher, of these two runs"),
         ((0.1, 0.06), "no significant difference"),
         ((math.nan, 0.1), "no significant difference"),
     ],

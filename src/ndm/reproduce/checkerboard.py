@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ndm.data.toy import ToySource
 from ndm.model import NDM
-from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, cell_centres, density, measure, tell, train_both
+from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, cell_centres, density, measure, tell, tell_movement, train_both
 from ndm.reproduce.plane_figures import PREDICTION, TIMES, densities, over_time
 from ndm.reproduce.report import Report
 from ndm.viz import transform_over_time
@@ -33,6 +33,7 @@ def run(report: Report) -> None:
         over_time(states, colours, TIMES),
         "F(x, t) of the test data over time, z_t, and the prediction. Both models with the same noise; colour: the cell that x lies in.",
     )
+    tell_movement(report, {"checkerboard": models[LEARNED]}, {"checkerboard": source}, TIMES, budget.shown)
     limit, test = 2.2, source.split("test")
     drawn = test.__getitems__(range(min(len(test), budget.samples)))
     columns: dict[str, tuple[Tensor, Tensor]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from ndm.data.toy import ToySource
 from ndm.model import NDM
 from ndm.noise import part_seed
-from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, detour, measure, tell, train_both, trajectories
+from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, detour, measure, tell, tell_movement, train_both, trajectories
 from ndm.reproduce.plane_figures import PREDICTION, TIMES, over_time, paths, sample_panels
 from ndm.reproduce.report import Report
 from ndm.sample import Ancestral
@@ -44,6 +44,7 @@ def run(report: Report) -> None:
     )
     tell(report, records)
     _forward(report, models, sources, budget)
+    tell_movement(report, {data: of_data[LEARNED] for data, of_data in models.items()}, sources, TIMES, budget.shown)
     _reverse(report, models, budget)
     _samples(report, models, sources, budget)
     for model in (LEARNED, PLAIN):

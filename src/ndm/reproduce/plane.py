@@ -155,7 +155,7 @@ def verdict(pair: Sequence[float]) -> str:
     """Whether a difference, last less first, is more than two of its standard errors, in words."""
     if not abs(pair[0]) > 2 * pair[1]:
         return "no significant difference"
-    return f"{LEARNED} is {'lower' if pair[0] < 0 else 'higher'}"
+    return f"{LEARNED}'s is {'lower' if pair[0] < 0 else 'higher'}, of these two runs"
 
 
 def tell(report: Report, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -194,6 +194,22 @@ def tell(report: Report, records: Mapping[str, Mapping[str, Any]]) -> None:
         "numbers as well, and the errors do not know of it."
     )
     report.table(["data", "NELBO", "", "NLL", ""], differences)
+
+
+@torch.no_grad()
+def tell_movement(report: Report, models: Mapping[str, NDM], sources: Mapping[str, ToySource], times: Sequence[float], shown: int) -> None:
+    """Say how far F takes the test data from where they are: root mean squares over the points, for each model by the name of its data."""
+    rows = []
+    for data, model in models.items():
+        test = sources[data].split("test")
+        x = test.__getitems__(range(min(len(test), shown))).to(model.like)
+        moves = [(model.transformed(x, time) - x).cpu() for time in times]
+        rms = [float(move.square().sum(1).mean().sqrt()) for move in moves]
+        spread = [float((move - move.mean(0)).square().sum(1).mean().sqrt()) for move in moves]
+        report.number(f"movement_{data.replace(' ', '_')}", {"times": list(times), "rms": rms, "rms_without_mean": spread})
+        rows += [[data, "F(x, t) − x", *(f"{value:.3f}" for value in rms)], [data, "less its mean", *(f"{value:.3f}" for value in spread)]]
+    report.say("How far the learned F takes the data, root mean square over the test points, in the units of the data:")
+    report.table(["data", "", *(f"t = {time:g}" for time in times)], rows)
 
 
 @torch.no_grad()
