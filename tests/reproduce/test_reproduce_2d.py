@@ -134,7 +134,7 @@ def test_the_density_is_that_of_the_gaussian_with_its_axes_the_right_way() -> No
     found = density(model, 2.5, 12).numpy()
     x = cell_centres(2.5, 12).numpy()
     truth = multivariate_normal(MEAN.numpy(), COVARIANCE.numpy()).pdf(x)
-    np.testing.assert_allclose(found.ravel(), truth, rtol=0.02, atol=1e-4)
+    np.testing.assert_allclose(found.ravel(), truth, rtol=0.05, atol=1e-4)
     assert x[1, 0] > x[0, 0] and x[1, 1] == x[0, 1]  # columns are the first coordinate, as in a picture
     row, column = np.unravel_index(found.argmax(), found.shape)
     assert abs(x.reshape(12, 12, 2)[row, column] - MEAN.numpy()).max() < 0.45

@@ -42,9 +42,11 @@ def run(report: Report) -> None:
     for name, model in models.items():
         kept = report.keep(f"density-{name.lower()}", partial(_density, model, limit, budget.grid))
         samples = model.sample(tuple(drawn.shape), steps=budget.steps, seed=report.seed, progress=True).cpu()
+        cells = torch.tensor(kept["cells"], dtype=torch.float64)
+        report.number(f"mass_of_the_density_drawn_{name.lower()}", float(cells.sum()) * (2 * limit / budget.grid) ** 2)
         outside = float(torch.isinf(source.log_prob(samples)).double().mean())
         report.number(f"samples_outside_the_cells_{name.lower()}", outside)
-        columns[name] = (torch.tensor(kept["cells"], dtype=torch.float64), samples)
+        columns[name] = (cells, samples)
     report.figure(
         "density",
         densities(columns, limit),
