@@ -23,7 +23,7 @@ from ndm.reverse import ReverseProcess
 from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, Sampler, Step, TorchSDE, make_sampler
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, Schedule
 from ndm.transform import GatedTransform, Identity
-from oracles import F64, GaussianProblem, LinearTransform, MixtureProblem, affine_map, constant, sliced_w2, slope
+from oracles import COVARIANCE, F64, OFFSET, GaussianProblem, LinearTransform, MixtureProblem, affine_map, constant, sliced_w2, slope
 
 STEPS: dict[str, tuple[Callable[[], Step], int]] = {
     "ancestral": (lambda: Ancestral(1.0), 1),
@@ -151,6 +151,37 @@ def test_reversing_the_ode_returns_to_the_start() -> None:
         fine = GridSampler(heun, 400)(problem.reverse, z)
     torch.testing.assert_close(back, z, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(fine, start, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
+    """Where all matrices share their eigenvectors, each of these directions is an ODE of its own, whose flow keeps the order of points:
+    z_t = m_t + (S_t S_1^{-1})^{1/2} (z_1 - m_1). F depends on t."""
+    problem = GaussianProblem(SCHEDULES[schedule], LinearTransform(0.3 * COVARIANCE - 0.5 * torch.eye(2, dtype=F64), OFFSET))
+    z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    first_mean, first_covariance = problem.marginal(1.0)
+    directions = torch.linalg.eigh(COVARIANCE).eigenvectors
+    with torch.no_grad():
+        path = list(GridSampler(Heun(0.0), 400).path(problem.reverse, z))
+        assert [time for time, _ in path] == pytest.approx([1 - k / 400 for k in range(401)])
+        assert torch.equal(path[0][1], z)
+        for time, state in path[::50]:
+            mean, covariance = problem.marginal(time)
+            stretch = (
+                (directions.T @ covariance @ directions).diagonal() / (directions.T @ first_covariance @ directions).diagonal()
+            ).sqrt()
+            expected = mean + (z - first_mean) @ (directions * stretch @ directions.T)
+            torch.testing.assert_close(state, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("step", [Ancestral(1.0), Euler(1.0), Heun(0.0)])
+def test_a_path_ends_where_the_sampler_does(step: Step) -> None:
+    problem = GaussianProblem(LinearLogSNR(-4.0, 3.0))
+    z = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        *_, (time, last) = GridSampler(step, 5).path(problem.reverse, z, torch.Generator().manual_seed(1))
+        assert time == 0.0
+        assert torch.equal(last, GridSampler(step, 5)(problem.reverse, z, torch.Generator().manual_seed(1)))
 
 
 class Scale(nn.Module):

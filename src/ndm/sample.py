@@ -11,6 +11,7 @@ section 15.1) and of order 2 on the ODE; ancestral steps and Euler are of order 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -114,13 +115,22 @@ class GridSampler(Sampler):
         self.step, self.steps = step, steps
 
     def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
+        for _, state in self.path(reverse, z, generator, progress):
+            z = state
+        return z
+
+    def path(
+        self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False
+    ) -> Iterator[tuple[float, Tensor]]:
+        """The whole path from ``z`` = z_1: each time of the grid, from 1 to 0, with z there, ``(B, *event)``, as it is reached."""
         level = reverse.process.level(1.0, z)
-        for index in tqdm(range(self.steps, 0, -1), desc="sampling", unit="step", disable=not progress, delay=1, leave=False):
-            following = reverse.process.level((index - 1) / self.steps, z)
+        yield 1.0, z
+        for index in tqdm(range(self.steps - 1, -1, -1), desc="sampling", unit="step", disable=not progress, delay=1, leave=False):
+            following = reverse.process.level(index / self.steps, z)
             noise = standard_normal(z, generator) if self.step.eta else z
             z = self.step(reverse, z, level, following, noise)
             level = following
-        return z
+            yield index / self.steps, z
 
 
 class AdaptiveODE(Sampler):

@@ -51,6 +51,7 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
             "decompress": "folder to write into",
             "compress": "images, folders of images, .npy or .npz",
             "compare": "base, rows and their overrides",
+            "reproduce": "the experiment; see --list",
         }
         assert words.get(command, "folder of the run") in " ".join(text.split())
 

@@ -55,6 +55,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "checkerboard",
         ),
         Experiment(
+            "distribution-2d",
+            "DDPM beside NDM on smooth 2-D densities: z_t, predictions, ways back to the data, likelihood and bound",
+            {"small": "5 minutes of two cores", "smoke": _SMOKE},
+            "distribution_2d",
+        ),
+        Experiment(
             "mnist",
             "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
             {"small": "45 minutes of two cores", "quick": "9 minutes of two cores", "smoke": _SMOKE},

@@ -131,9 +131,9 @@ class Report:
         """Add a number, or several, JSON-ready, to the results."""
         self._numbers[key] = value
 
-    def measured(self, key: str, measurement: Measurement) -> None:
-        """Add a measurement with its protocol to the results."""
-        self._measurements[key] = measurement.to_dict()
+    def measured(self, key: str, measurement: Measurement | dict[str, Any]) -> None:
+        """Add a measurement with its protocol to the results; one that :meth:`keep` gave back is a dictionary by now."""
+        self._measurements[key] = measurement if isinstance(measurement, dict) else measurement.to_dict()
 
     def measure(self, key: str, take: Callable[[], Measurement]) -> dict[str, Any]:
         """Take a measurement, or read it if an earlier call took it; its record (:meth:`ndm.report.Measurement.to_dict`) goes into the results."""
