@@ -25,6 +25,8 @@ class Experiment:
     """Module of ``ndm.reproduce`` that holds ``run(report)``."""
     needs_data: bool = False
     """Whether the user has to say where the data are."""
+    takes_data: bool = False
+    """Whether the user may say where other data are than those that the experiment has by itself."""
 
     def check_size(self, size: str | None) -> str:
         """The size, or the default.
@@ -53,6 +55,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "the learned transformation of the 2-D checkerboard over time; density and samples beside the data",
             {"small": "3 minutes of two cores", "smoke": _SMOKE},
             "checkerboard",
+        ),
+        Experiment(
+            "steps",
+            "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
+            {"small": "a quarter of an hour of two cores on digits, hours on MNIST", "smoke": _SMOKE},
+            "steps",
+            takes_data=True,
         ),
     )
 }
