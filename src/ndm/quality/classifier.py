@@ -27,7 +27,7 @@ from ndm.data import DataSource, EventDataset
 from ndm.errors import UserError, check_whole
 from ndm.noise import part_seed
 from ndm.quality.features import FeatureNetwork
-from ndm.serialize import fingerprint, load_model, save_model
+from ndm.serialize import CONFIG_NAME, fingerprint, load_model, save_model
 
 _ORDER = 32  # stream of noise
 _WORDS = "classifier"  # where config.json keeps how it was trained
@@ -178,7 +178,7 @@ def load_classifier(folder: Path) -> Classifier:
 def find_classifier(folder: Path, data: DataSource, seed: int = 0, progress: bool = False, **options: Any) -> Classifier:
     """The classifier of a folder if it was trained on these data from this seed with these options; else one trained now and written there."""
     wanted = {"data_sha256": data.describe().sha256, "seed": seed, **options}
-    if folder.is_dir():
+    if (folder / CONFIG_NAME).exists():
         stored = load_classifier(folder)
         if all(stored.info.get(name) == value for name, value in wanted.items()):
             return stored

@@ -190,7 +190,7 @@ class _AsIs(nn.Module):
 
 
 def _fid(real: Tensor, generated: Tensor) -> float:
-    require("torchmetrics", "torchmetrics", "train")
+    require("torchmetrics", "torchmetrics", "eval")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_AsIs(real.shape[1]))
@@ -200,7 +200,7 @@ def _fid(real: Tensor, generated: Tensor) -> float:
 
 
 def _kid(real: Tensor, generated: Tensor, subsets: int, size: int, seed: int) -> tuple[float, float]:
-    require("torchmetrics", "torchmetrics", "train")
+    require("torchmetrics", "torchmetrics", "eval")
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(action="ignore"):  # it says that it keeps all features
