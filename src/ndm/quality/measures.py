@@ -6,7 +6,7 @@ is no standard error. Precision and recall depend on the number of images: both 
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def sample_quality(
     found = compare_features(
         *features, neighbours=neighbours, kid_subsets=kid_subsets, kid_subset_size=kid_subset_size, seed=seed, progress=progress
     )
-    return SampleQuality(**{**asdict(found), "features": network.name, "features_sha256": network.sha256})
+    return replace(found, features=network.name, features_sha256=network.sha256)
 
 
 def compare_features(

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -222,7 +222,8 @@ class Judge:
 
     def compare(self, features: Tensor) -> SampleQuality:
         """Quality of images by their features."""
-        return compare_features(self.real, features, kid_subsets=20, kid_subset_size=500, seed=self.seed)
+        found = compare_features(self.real, features, kid_subsets=20, kid_subset_size=500, seed=self.seed)
+        return replace(found, features=self.network.name, features_sha256=self.network.sha256)
 
     def sample(self, model: NDM, method: Method, steps: int, seed: int) -> dict[str, Any]:
         """One set of samples: its quality, and what it took."""
