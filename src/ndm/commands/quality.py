@@ -84,10 +84,10 @@ def quality(
     samples = draw_samples(model, n, description.event_shape, method, seed=seed, batch_size=batch_size, **options)
     real = network(real_images, batch_size, progress=True)
     measures: dict[str, Any] = {"neighbours": neighbours, "seed": seed, "progress": True}
-    found = {"samples": compare_features(real, network(samples, batch_size, progress=True), **measures)}
+    found = {"samples": compare_features(real, network(samples, batch_size, progress=True), network, **measures)}
     for name, size in description.splits.items():
         if name != split and size > neighbours:
-            found[f"{name} images"] = compare_features(real, network(data.split(name), batch_size, progress=True), **measures)
+            found[f"{name} images"] = compare_features(real, network(data.split(name), batch_size, progress=True), network, **measures)
     print(_table(found))
     print(f"against {found['samples'].real_images} real images of {description.name}/{split}, k = {neighbours}, seed {seed}")
     print(f"features: {network.name}, d = {network.dims}, sha256 {network.sha256}")

@@ -6,7 +6,7 @@ is no standard error. Precision and recall depend on the number of images: both 
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -88,16 +88,15 @@ def sample_quality(
     Raises:
         UserError: there are too few images, or they do not fit the network.
     """
-    features = [network(images, batch_size, progress) for images in (real, generated)]
-    found = compare_features(
-        *features, neighbours=neighbours, kid_subsets=kid_subsets, kid_subset_size=kid_subset_size, seed=seed, progress=progress
-    )
-    return replace(found, features=network.name, features_sha256=network.sha256)
+    first, second = (network(images, batch_size, progress) for images in (real, generated))
+    options: dict[str, Any] = {"neighbours": neighbours, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    return compare_features(first, second, network, **options, seed=seed, progress=progress)
 
 
 def compare_features(
     real: Tensor,
     generated: Tensor,
+    network: FeatureNetwork | None = None,
     *,
     neighbours: int = 3,
     kid_subsets: int = 100,
@@ -105,7 +104,7 @@ def compare_features(
     seed: int = 0,
     progress: bool = False,
 ) -> SampleQuality:
-    """:func:`sample_quality` of features ``(N, d)`` that are there already."""
+    """:func:`sample_quality` of features ``(N, d)`` that are there already; ``network`` is what made them, for the record."""
     for name, value in (("neighbours", neighbours), ("kid_subsets", kid_subsets)):
         check_whole(name, value, 1)
     check_whole("kid_subset_size", kid_subset_size, 2)
@@ -133,6 +132,8 @@ def compare_features(
         kid_subsets=kid_subsets,
         kid_subset_size=size,
         dims=real.shape[1],
+        features=network.name if network else "",
+        features_sha256=network.sha256 if network else "",
     )
 
 

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,18 @@ class Plan:
         """The plan of a size and of the data."""
         plan: dict[str, Any] = {} if report.data is None else {"config": "mnist-small.yaml"}
         if report.smoke:
-            words = ("--train.steps", "4", "--train.batch_size", "16", "--train.evaluation_limit", "8", "--train.evaluation_draws", "1")
+            small = ("--model.predictor.network.channels", "8")
+            words = (
+                *small,
+                "--train.steps",
+                "4",
+                "--train.batch_size",
+                "16",
+                "--train.evaluation_limit",
+                "8",
+                "--train.evaluation_draws",
+                "1",
+            )
             return cls(
                 **plan,
                 words=words,
@@ -222,8 +233,7 @@ class Judge:
 
     def compare(self, features: Tensor) -> SampleQuality:
         """Quality of images by their features."""
-        found = compare_features(self.real, features, kid_subsets=20, kid_subset_size=500, seed=self.seed)
-        return replace(found, features=self.network.name, features_sha256=self.network.sha256)
+        return compare_features(self.real, features, self.network, kid_subsets=20, kid_subset_size=500, seed=self.seed)
 
     def sample(self, model: NDM, method: Method, steps: int, seed: int) -> dict[str, Any]:
         """One set of samples: its quality, and what it took."""
