@@ -134,7 +134,7 @@ def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSour
     report.figure(
         "nelbo",
         bound_figure(records, list(models), plan.horizons),
-        "NELBO of the T-step model, with the posterior's variance and with one fitted on the train split; error bars are smaller than the marks",
+        "NELBO of the T-step model, with the posterior's variance v and with one fitted on the train split; bars: standard error over examples",
     )
     dims = math.prod(data.describe().event_shape)
     less = {horizon: _difference(kept, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons}

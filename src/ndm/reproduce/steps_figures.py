@@ -18,29 +18,36 @@ CONTINUOUS = "continuous"
 
 
 def bound_figure(records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> "Figure":
-    """NELBO against T on a logarithmic axis, continuous time at its end, and the NLL as lines."""
-    figure = new_figure(6.2, 4.2)
-    axis = figure.subplots()
+    """NELBO against T on a logarithmic axis, continuous time at its end, and the NLL as lines: all T, and those from 10 on."""
+    figure = new_figure(9.6, 4.2)
+    many = [horizon for horizon in horizons if horizon is None or horizon >= 10]
+    for axis, chosen in zip(figure.subplots(1, 2), (horizons, many), strict=True):
+        _bounds(axis, records, models, chosen)
+    figure.axes[0].set_yscale("log")
+    _plain_ticks(figure.axes[0])
+    figure.axes[0].set_title("all numbers of steps", fontsize=10)
+    figure.axes[1].set_title("from 10 steps on", fontsize=10)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def _bounds(axis: Any, records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> None:
     finite = [horizon for horizon in horizons if horizon]
-    end = finite[-1] * 4
+    end = 4 * max(finite, default=1)
+    where = [horizon or end for horizon in horizons]
     for name in models:
         key, colour = name.lower(), COLOURS[name]
         plain = [records[f"{key}-{horizon or CONTINUOUS}"] for horizon in horizons]
         fitted = [records[f"{key}-{horizon}-fitted"] for horizon in finite]
-        where = [*finite, *([end] if None in horizons else [])]
         lines = {f"{name}, variance v": (where, plain, "o", "-"), f"{name}, fitted variance": (finite, fitted, "s", "--")}
         for label, (x, points, mark, line) in lines.items():
             values, errors = [one["bpd"] for one in points], [one["bpd_stderr"] or 0.0 for one in points]
-            axis.errorbar(x, values, errors, color=colour, marker=mark, linestyle=line, markersize=5, linewidth=1.6, label=label)
-        nll = records[f"{key}-nll"]["bpd"]
-        axis.axhline(nll, color=colour, linestyle=":", linewidth=1.4, label=f"{name}, NLL by the ODE")
-    axis.set(xscale="log", yscale="log", xlabel="number of steps $T$", ylabel="bits/dim on the test split")
-    axis.set_xticks([*finite, end], [*(str(horizon) for horizon in finite), "cont."])
+            axis.errorbar(x, values, errors, color=colour, marker=mark, linestyle=line, markersize=5, linewidth=1.6, capsize=2, label=label)
+        axis.axhline(records[f"{key}-nll"]["bpd"], color=colour, linestyle=":", linewidth=1.4, label=f"{name}, NLL by the ODE")
+    axis.set(xscale="log", xlabel="number of steps $T$", ylabel="bits/dim, test split")
+    axis.set_xticks(where, [str(horizon or "cont.") for horizon in horizons])
     axis.minorticks_off()
-    _plain_ticks(axis, "y")
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
-    return figure
 
 
 def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any]) -> "Figure":
@@ -69,6 +76,7 @@ def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference:
         axis.minorticks_off()
         if logarithmic:
             axis.set_yscale("log")
+            _plain_ticks(axis)
         else:
             axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
@@ -100,10 +108,10 @@ def sample_figure(pictures: Mapping[str, Mapping[int, Tensor]]) -> "Figure":
     return figure
 
 
-def _plain_ticks(axis: Any, which: str) -> None:
+def _plain_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic vertical axis as plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    part = getattr(axis, f"{which}axis")
-    part.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
-    part.set_major_formatter(StrMethodFormatter("{x:g}"))
-    part.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
