@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model on your data, or go on with an interrupted run",
     "sample": "draw samples from a trained run",
     "evaluate": "measure bounds and likelihoods of a trained run on a split of its data",
+    "quality": "measure FID, KID, precision and recall of samples of a trained run",
     "compare": "train and measure several configurations under one budget",
     "reproduce": "carry out an experiment of the paper: train, measure, figures, a page",
     "compress": "compress images or arrays losslessly with a trained model",

@@ -12,6 +12,7 @@ def run_command(name: str, words: Sequence[str]) -> None:
     from ndm.commands.compare import run_compare
     from ndm.commands.compress import run_compress, run_decompress, run_inspect
     from ndm.commands.evaluate import run_evaluate
+    from ndm.commands.quality import run_quality
     from ndm.commands.reproduce import run_reproduce
     from ndm.commands.sample import run_sample
     from ndm.commands.train import run_train
@@ -20,6 +21,7 @@ def run_command(name: str, words: Sequence[str]) -> None:
         "train": run_train,
         "sample": run_sample,
         "evaluate": run_evaluate,
+        "quality": run_quality,
         "compare": run_compare,
         "reproduce": run_reproduce,
         "compress": run_compress,

@@ -25,7 +25,7 @@ def run_reproduce(words: Sequence[str]) -> None:
     parser.add_argument("--list", action="store_true", help="show all experiments, their sizes and what they take")
     parser.add_argument("--size", help="how large; each experiment has a default")
     parser.add_argument("--out", help="folder for everything; by default runs/reproduce/NAME-SIZE")
-    parser.add_argument("--data", help="folder of the data, for the experiments that need one")
+    parser.add_argument("--data", help="folder of the data, for the experiments that need one or take one")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     at = list(words).index("--") if "--" in words else len(words)
     arguments = parse(parser, words[:at])
@@ -39,7 +39,8 @@ def listing() -> str:
     """All experiments and their sizes."""
     lines = []
     for one in EXPERIMENTS.values():
-        lines.append(f"{one.name}: {one.shows}" + (" (--data FOLDER)" if one.needs_data else ""))
+        word = " (--data FOLDER)" if one.needs_data else " (or --data FOLDER)" if one.takes_data else ""
+        lines.append(f"{one.name}: {one.shows}{word}")
         lines += [f"    --size {size:<6} {text}" for size, text in one.sizes.items()]
     return "\n".join(lines)
 
@@ -59,11 +60,11 @@ def reproduce(name: str | None, size: str | None, out: str | None, data: str | N
     size = experiment.check_size(size)
     if experiment.needs_data and data is None:
         raise UserError(f"{name} needs the folder of its data: --data FOLDER")
-    if data is not None and not experiment.needs_data:
+    if data is not None and not (experiment.needs_data or experiment.takes_data):
         raise UserError(f"--data {data}: {name} makes its data itself; leave it out")
     words = [*(["--data.path", data] if data is not None else []), *overrides]
     command = ["ndm", "reproduce", experiment.name, "--size", size, "--seed", str(seed)]
     command += [*(["--data", data] if data is not None else []), *(["--", *overrides] if overrides else [])]
-    report = Report(experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command))
+    report = Report(experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command), data)
     experiment.run(report)
     report.finish()

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ndm.commands.parsing import load_run, parse, run_parser
 from ndm.data import DataDescription
 from ndm.errors import UserError, check_whole
 from ndm.evaluate import pick_device
+from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.sample import Method
 from ndm.serialize import write_atomically
@@ -62,18 +64,25 @@ def sample(
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
     model = load_run(Path(run)).to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
-    parts = []
-    for index, start in enumerate(range(0, n, batch_size)):
-        shape = (min(batch_size, n - start), *description.event_shape)
-        options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
-        parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index), progress=True))
-    samples = torch.cat(parts).cpu()
+    options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol, "progress": True}
+    samples = draw_samples(model, n, description.event_shape, method, seed=seed, batch_size=batch_size, **options)
     if target.suffix.lower() == ".png":
         write_samples(target, samples)
     else:
         values = description.to_source_units(samples)
         write_atomically(target, lambda path: _write_array(path, values.numpy()))
     print(f"wrote {n} samples to {target}")
+
+
+def draw_samples(
+    model: NDM, n: int, event_shape: tuple[int, ...], method: Method = "ancestral", *, seed: int = 0, batch_size: int = 256, **options: Any
+) -> Tensor:
+    """Samples ``(n, *event)`` on the CPU, batch after batch; options as for :meth:`ndm.NDM.sample`. They depend on the batch size."""
+    parts = []
+    for index, start in enumerate(range(0, n, batch_size)):
+        shape = (min(batch_size, n - start), *event_shape)
+        parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index)).cpu())
+    return torch.cat(parts)
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:

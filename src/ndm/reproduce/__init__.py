@@ -25,6 +25,8 @@ class Experiment:
     """Module of ``ndm.reproduce`` that holds ``run(report)``."""
     needs_data: bool = False
     """Whether the user has to say where the data are."""
+    takes_data: bool = False
+    """Whether the user may say where other data are than those that the experiment has by itself."""
 
     def check_size(self, size: str | None) -> str:
         """The size, or the default.
@@ -66,6 +68,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             {"small": "45 minutes of two cores", "quick": "9 minutes of two cores", "smoke": _SMOKE},
             "mnist",
             needs_data=True,
+        ),
+        Experiment(
+            "steps",
+            "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
+            {"small": "a quarter of an hour of two cores on digits, hours on MNIST", "smoke": _SMOKE},
+            "steps",
+            takes_data=True,
         ),
     )
 }

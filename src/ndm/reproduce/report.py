@@ -50,14 +50,17 @@ class Report:
         seed: seed of everything random.
         words: words for every training run, after those of the experiment.
         command: what the user typed, for the record.
+        data: folder of the user's data, for the experiments that take one; ``words`` hand it to the runs.
 
     Raises:
         UserError: the folder holds another experiment, or the same with another size or seed.
     """
 
-    def __init__(self, name: str, out: Path, size: str, seed: int = 0, words: Sequence[str] = (), command: str = ""):
+    def __init__(
+        self, name: str, out: Path, size: str, seed: int = 0, words: Sequence[str] = (), command: str = "", data: str | None = None
+    ):
         self.name, self.out, self.size, self.seed = name, out, size, seed
-        self.words, self.command = tuple(words), command
+        self.words, self.command, self.data = tuple(words), command, data
         self._started = time.perf_counter()
         self._page: list[str] = []
         self._figures: list[str] = []
@@ -131,14 +134,14 @@ class Report:
         """Add a number, or several, JSON-ready, to the results."""
         self._numbers[key] = value
 
-    def measured(self, key: str, measurement: Measurement | dict[str, Any]) -> None:
-        """Add a measurement with its protocol to the results; one that :meth:`keep` gave back is a dictionary by now."""
-        self._measurements[key] = measurement if isinstance(measurement, dict) else measurement.to_dict()
+    def measured(self, key: str, measurement: Measurement | Mapping[str, Any]) -> None:
+        """Add a measurement with its protocol, or the record of one that was kept, to the results."""
+        self._measurements[key] = measurement.to_dict() if isinstance(measurement, Measurement) else dict(measurement)
 
     def measure(self, key: str, take: Callable[[], Measurement]) -> dict[str, Any]:
         """Take a measurement, or read it if an earlier call took it; its record (:meth:`ndm.report.Measurement.to_dict`) goes into the results."""
         record = self.keep(key, lambda: take().to_dict())
-        self._measurements[key] = record
+        self.measured(key, record)
         return record
 
     def expect(self, text: str, value: float, most: float) -> None:

@@ -1,0 +1,184 @@
+r"""A network that maps images to features, the numbers it expects, and its fingerprint.
+
+.. math::
+    x \in [-1, 1] \;\to\; x \;(\text{symmetric}), \quad (x + 1)/2 \;(\text{unit}), \quad
+    \operatorname{round}(128 (x + 1) - \tfrac12) \;(\text{bytes}) .
+
+The models' grid of 256 levels, x = (2k + 1)/256 - 1, gives back k as bytes. Sizes are changed by bilinear interpolation with antialiasing: the
+lack of the latter is a well-known way to get an FID that nobody can reproduce (Parmar et al. 2022).
+"""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from ndm.data import EventDataset
+from ndm.errors import UserError, check_whole
+
+Scale = Literal["bytes", "unit", "symmetric"]
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A feature network and what it expects.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    module: nn.Module = field(repr=False)
+    """Maps images ``(B, C, H, W)`` to features ``(B, d)``."""
+    name: str
+    """For people."""
+    sha256: str
+    """Fingerprint of weights and architecture, 64 hexadecimal digits."""
+    dims: int
+    """d."""
+    scale: Scale = "symmetric"
+    """Values that it expects: ``bytes`` (uint8, 0 to 255), ``unit`` ([0, 1]) or ``symmetric`` ([-1, 1])."""
+    size: int | None = None
+    """Height and width that it expects; None leaves images as they are."""
+    channels: int | None = None
+    """Channels that it expects: 3 repeats those of grey images; None leaves images as they are."""
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_input(self.scale, self.size, self.channels)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` with values in [-1, 1], those outside clipped, as the network expects them.
+
+        Raises:
+            UserError: they are no images, or have neither one channel nor as many as the network expects.
+        """
+        return _prepare(x, self.scale, self.size, self.channels)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor | EventDataset, batch_size: int = 256, progress: bool = False) -> Tensor:
+        """Features of images in [-1, 1], ``(N, C, H, W)`` or a split, as ``(N, d)``, float64, on the CPU.
+
+        Raises:
+            UserError: the images do not fit the network, or features are not finite.
+        """
+        check_whole("batch_size", batch_size, 1)
+        first = next(iter([*self.module.parameters(), *self.module.buffers()]), torch.empty(0))
+        parts = []
+        starts = range(0, len(images), batch_size)
+        for start in tqdm(starts, desc="features", unit="batch", disable=not progress, delay=1, leave=False):
+            chosen = range(start, min(start + batch_size, len(images)))
+            batch = images[start : start + batch_size] if isinstance(images, Tensor) else images.__getitems__(list(chosen))
+            parts.append(_features(self.module, self.prepare(batch).to(first.device), self.name).double().cpu())
+        features = torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=torch.float64)
+        bad = int((~features.isfinite()).any(1).sum())
+        if bad:
+            raise UserError(f"the features of {bad} of {len(features)} images are not finite; are the images?")
+        return features
+
+
+def torchscript_features(
+    path: str | Path,
+    event_shape: tuple[int, ...],
+    scale: Scale = "bytes",
+    size: int | None = None,
+    channels: int | None = 3,
+    device: torch.device | str = "cpu",
+) -> FeatureNetwork:
+    """A feature network from a TorchScript file; by default with the input of the usual Inception file.
+
+    A network whose ``forward`` knows ``return_features`` is asked for features by it (the Inception file of StyleGAN).
+
+    Args:
+        path: the file.
+        event_shape: of the images, to try the network on.
+        scale: values that the network expects.
+        size: height and width that it expects, None if it takes every size (the usual Inception file scales by itself).
+        channels: channels that it expects; None leaves images as they are.
+        device: where it runs.
+
+    Raises:
+        UserError: the file is missing or is no TorchScript, or the network does not map such images to features ``(B, d)``.
+    """
+    _check_input(scale, size, channels)
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no feature network {file}; name a TorchScript file, as torch.jit.save writes it")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated; the standard networks come in it all the same
+            module = torch.jit.load(str(file), map_location=device).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{file} is no TorchScript file ({' '.join(str(error).split())[:120]}); save the network by torch.jit.save"
+        ) from error
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if any(argument.name == "return_features" for argument in module.forward.schema.arguments):
+        module = _ReturnFeatures(module)
+    with torch.no_grad():
+        trial = _prepare(torch.zeros(2, *event_shape), scale, size, channels).to(device)
+        dims = _features(module, trial, file.name).shape[1]
+    return FeatureNetwork(module, file.name, digest, dims, scale, size, channels)
+
+
+class _ReturnFeatures(nn.Module):
+    """Calls a network with ``return_features=True``."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.inner(x, return_features=True)
+        return features
+
+
+def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
+    """What the network makes of prepared images, checked."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            features = module(x)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-160:]
+        raise UserError(
+            f"the feature network {name} cannot take images of shape {tuple(x.shape[1:])}, {str(x.dtype).removeprefix('torch.')} "
+            f"({reason}); say what it expects: scale, size and channels"
+        ) from error
+    if (
+        not isinstance(features, Tensor)
+        or features.dim() < 2
+        or len(features) != len(x)
+        or features.flatten(1).shape[1] != features.shape[1]
+    ):
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"the feature network {name} maps images {tuple(x.shape)} to {shape}; it must give features (B, d)")
+    return features.flatten(1)
+
+
+def _prepare(x: Tensor, scale: Scale, size: int | None, channels: int | None) -> Tensor:
+    if x.dim() != 4:
+        raise UserError(f"features are taken of images (B, C, H, W), got a batch of shape {tuple(x.shape)}")
+    x = x.float().clamp(-1, 1)
+    if channels is not None and x.shape[1] != channels:
+        if x.shape[1] != 1:
+            raise UserError(
+                f"the images have {x.shape[1]} channels, the feature network expects {channels}; only grey ones can be repeated"
+            )
+        x = x.expand(-1, channels, -1, -1)
+    if size is not None and x.shape[-2:] != (size, size):
+        x = interpolate(x, size=(size, size), mode="bilinear", antialias=True).clamp(-1, 1)
+    if scale == "bytes":
+        return (128 * (x + 1) - 0.5).round().clamp(0, 255).byte()
+    return (x + 1) / 2 if scale == "unit" else x
+
+
+def _check_input(scale: str, size: int | None, channels: int | None) -> None:
+    if scale not in get_args(Scale):
+        raise UserError(f"scale={scale!r} is not known: choose one of {', '.join(get_args(Scale))}")
+    for name, value in (("size", size), ("channels", channels)):
+        if value is not None:
+            check_whole(name, value, 1)

@@ -1,0 +1,322 @@
+r"""Few steps: the bound against the number of steps T, and sample quality against the number of evaluations (NDM, section 4).
+
+.. math::
+    \text{NELBO}_T \to \text{NELBO}_\infty \quad (T \to \infty), \qquad
+    \text{evaluations of } \hat x = \text{steps} \times (1 \text{ for ancestral, DDIM; } 2 \text{ for Heun on the ODE}) .
+
+DDPM is the same predictor with F = x; it is VDM with a fixed schedule as well. A tied NDM evaluates F besides: at s and t in each step of ancestral
+sampling and DDIM, once with its time derivative in each evaluation of the ODE. Evaluations are counted where they happen, in the networks.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ndm.commands.sample import draw_samples
+from ndm.data import DataSource, spread
+from ndm.elbo import bits_per_dim
+from ndm.evaluate import Evaluation, standard_error
+from ndm.likelihood import OdeSettings
+from ndm.model import NDM
+from ndm.noise import part_seed
+from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier
+from ndm.report import Measurement
+from ndm.reproduce.report import Report
+from ndm.reproduce.steps_figures import bound_figure, quality_figure, sample_figure
+from ndm.sample import Method
+
+MODELS: Mapping[str, tuple[str, ...]] = {"DDPM": ("--model.transform", "ndm.Identity"), "NDM": ()}
+"""Models and their words for ndm train."""
+SAMPLERS: Mapping[str, tuple[Method, int, int]] = {
+    "ancestral": ("ancestral", 1, 100),
+    "DDIM": ("ddim", 1, 100),
+    "ODE, Heun": ("ode", 2, 32),
+}
+"""Samplers: method, evaluations of the predictor a step, and most evaluations; Heun's trapezoid is of second order and done before the others."""
+CONTINUOUS = "continuous"
+_SAMPLES, _PICTURES = 40, 41  # streams of noise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the experiment is."""
+
+    config: str = "digits.yaml"
+    words: tuple[str, ...] = ()
+    horizons: tuple[int | None, ...] = (1, 2, 4, 10, 50, 100, 1000, None)
+    draws: int = 16
+    limit: int | None = None
+    """Test examples for the NELBO."""
+    nll_limit: int | None = None
+    """Test examples for the NLL."""
+    ode: OdeSettings = OdeSettings()  # noqa: RUF009 - frozen
+    evaluations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 100)
+    sets: int = 2
+    """Independent sets of samples, for an error bar."""
+    images: int = 1000
+    """Samples in a set."""
+    real: int | None = None
+    """Train images that samples are compared with."""
+    classifier_steps: int = 1000
+    pictures: tuple[int, ...] = (4, 10, 100)
+    rows: int = 3
+
+    @classmethod
+    def of(cls, report: Report) -> "Plan":
+        """The plan of a size and of the data."""
+        plan: dict[str, Any] = {} if report.data is None else {"config": "mnist-small.yaml"}
+        if report.smoke:
+            small = ("--model.predictor.network.channels", "8")
+            words = (
+                *small,
+                "--train.steps",
+                "4",
+                "--train.batch_size",
+                "16",
+                "--train.evaluation_limit",
+                "8",
+                "--train.evaluation_draws",
+                "1",
+            )
+            return cls(
+                **plan,
+                words=words,
+                horizons=(1, 4, None),
+                draws=1,
+                limit=16,
+                nll_limit=4,
+                ode=OdeSettings(solver="rk4", nodes=2, probes=1),
+                evaluations=(1, 2, 4),
+                images=12,
+                real=100,
+                classifier_steps=10,
+                pictures=(1, 2),
+                rows=1,
+            )
+        return cls() if report.data is None else cls(**plan, limit=1000, nll_limit=100, images=2500, real=10_000)
+
+
+def run(report: Report) -> None:
+    """Train DDPM and NDM, measure bounds and sample quality, draw them."""
+    plan = Plan.of(report)
+    trained = {name: report.train(name.lower(), plan.config, *words, *plan.words) for name, words in MODELS.items()}
+    models, data = {name: model for name, (model, _) in trained.items()}, next(iter(trained.values()))[1]
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
+    report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}; the predictors are the same.")
+    bounds(report, plan, models, data)
+    quality(report, plan, models, data)
+    figure = sample_figure(pictures(report, plan, models, data))
+    report.figure("samples", figure, "Samples of one seed; above each grid, evaluations of the predictor")
+
+
+def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
+    """NELBO against T, plain and with the fitted reverse variance, and the NLL; figure 1."""
+    kept: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        evaluation = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.limit, progress=True)
+        for horizon in plan.horizons:
+            for fit in (None, data.split("train")) if horizon else (None,):
+                key = f"{name.lower()}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
+                kept[key] = report.keep(f"nelbo-{key}", partial(_kept, evaluation.nelbo, horizon, plan.draws, fit))
+        likelihood = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.nll_limit, progress=True)
+        kept[f"{name.lower()}-nll"] = report.keep(f"nll-{name.lower()}", partial(_kept, likelihood.nll, settings=plan.ode))
+    for key, one in kept.items():
+        report.measured(key, one["record"])
+    records = {key: one["record"] for key, one in kept.items()}
+    report.figure(
+        "nelbo",
+        bound_figure(records, list(models), plan.horizons),
+        "NELBO of the T-step model, with the posterior's variance v and with one fitted on the train split; bars: standard error over examples",
+    )
+    dims = math.prod(data.describe().event_shape)
+    less = {horizon: _difference(kept, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons}
+    rows = [_bound_row(records, horizon, less[horizon]) for horizon in plan.horizons]
+    rows.append(["NLL, ODE", *_pair(records["ddpm-nll"], None), *_pair(records["ndm-nll"], None), _error(*_difference(kept, "nll", dims))])
+    report.say(
+        f"Bits/dim on {records['ddpm-' + CONTINUOUS]['num_examples']} test examples (NLL: {records['ddpm-nll']['num_examples']}, one sample of z_0), "
+        f"± over examples; the last column pairs them."
+    )
+    report.table(["T", "DDPM", "fitted", "NDM", "fitted", "NDM less DDPM"], rows)
+    report.number("ndm_less_ddpm_bpd", {str(h or CONTINUOUS): {"difference": d, "stderr": e} for h, (d, e) in less.items()})
+    if not report.smoke:
+        report.expect(
+            "largest NELBO of NDM less that of DDPM over T >= 10, bits/dim", max(less[h][0] for h in (10, 50, 100, 1000, None)), 0.0
+        )
+        gain = records["ndm-10-fitted"]["bpd"] - records["ndm-10"]["bpd"]
+        report.expect("what a fitted variance adds to NDM's NELBO at T = 10, bits/dim", gain, 0.0)
+        report.expect(
+            "NDM's NELBO at T = 1000 less continuous time, bits/dim", records["ndm-1000"]["bpd"] - records[f"ndm-{CONTINUOUS}"]["bpd"], 0.02
+        )
+
+
+def _kept(measure: Callable[..., Measurement], *arguments: Any, **options: Any) -> dict[str, Any]:
+    measurement = measure(*arguments, **options)
+    return {"record": measurement.to_dict(), "values": measurement.values.tolist()}
+
+
+def _difference(kept: Mapping[str, dict[str, Any]], key: str, dims: int) -> tuple[float, float]:
+    """NDM less DDPM over the same examples and its standard error, bits/dim."""
+    first, second = (torch.tensor(kept[f"{name.lower()}-{key}"]["values"], dtype=torch.float64) for name in ("NDM", "DDPM"))
+    return float(bits_per_dim((first - second).mean(), dims)), float(bits_per_dim(standard_error(first - second), dims))
+
+
+def _bound_row(records: Mapping[str, dict[str, Any]], horizon: int | None, less: tuple[float, float]) -> list[str]:
+    row = [str(horizon or "continuous time")]
+    for name in ("ddpm", "ndm"):
+        row += _pair(records[f"{name}-{horizon or CONTINUOUS}"], records.get(f"{name}-{horizon}-fitted"))
+    return [*row, _error(*less)]
+
+
+def _pair(plain: Mapping[str, Any], fitted: Mapping[str, Any] | None) -> list[str]:
+    return [_error(one["bpd"], one["bpd_stderr"]) if one else "" for one in (plain, fitted)]
+
+
+def _error(value: float, error: float | None, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None or not math.isfinite(error) else f" ± {error:.{digits}f}")
+
+
+def quality(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
+    """FID, KID, precision and recall against the number of evaluations; figure 2."""
+    classifier = find_classifier(report.out / "classifier", data, report.seed, progress=True, steps=plan.classifier_steps)
+    network, train, test = classifier_features(classifier), data.split("train"), data.split("test")
+    real = network(train.__getitems__(spread(len(train), plan.real)))
+    judge = Judge(network, real, data.describe().event_shape, plan.images, report.seed)
+    held_out = network(test.__getitems__(spread(len(test), plan.images)))
+    reference = report.keep("quality-test-images", lambda: judge.compare(held_out).to_dict())
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for number, (name, model) in enumerate(models.items()):
+        for way, (method, cost, most) in SAMPLERS.items():
+            for evaluations in (n for n in plan.evaluations if n % cost == 0 and n <= most):
+                sets = []
+                for index in range(plan.sets):
+                    seed = part_seed(report.seed, _SAMPLES, number, index)
+                    key = f"quality-{name}-{method}-{evaluations}-{index}".lower()
+                    sets.append(report.keep(key, partial(judge.sample, model, method, evaluations // cost, seed)))
+                curves.setdefault(f"{name}, {way}", []).append({"evaluations": evaluations, "steps": evaluations // cost, "sets": sets})
+    numbers = {
+        "classifier": classifier.info,
+        "features_sha256": network.sha256,
+        "real": f"{len(real)} of {len(train)} train images",
+        "test_images": reference,
+        "samplers": curves,
+    }
+    report.number("quality", numbers)
+    report.figure(
+        "quality",
+        quality_figure(curves, reference),
+        f"Quality of {plan.images} samples against {len(real)} train images, mean of {plan.sets} sets; bars: least and greatest. "
+        f"Dotted: {reference['generated_images']} real test images",
+    )
+    say_quality(report, plan, curves, numbers)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What samples are compared with."""
+
+    network: FeatureNetwork
+    real: Tensor
+    """Features of real images."""
+    event_shape: tuple[int, ...]
+    images: int
+    """Samples in a set."""
+    seed: int
+    """Seed of the subsets for KID."""
+
+    def compare(self, features: Tensor) -> SampleQuality:
+        """Quality of images by their features."""
+        return compare_features(self.real, features, self.network, kid_subsets=20, kid_subset_size=500, seed=self.seed)
+
+    def sample(self, model: NDM, method: Method, steps: int, seed: int) -> dict[str, Any]:
+        """One set of samples: its quality, and what it took."""
+        started = time.perf_counter()
+        with counted(model) as count:
+            samples = draw_samples(model, self.images, self.event_shape, method, seed=seed, steps=steps, progress=True)
+        seconds = time.perf_counter() - started
+        costs = {f"{part}_evaluations": number / self.images for part, number in count.items()}
+        return {**self.compare(self.network(samples)).to_dict(), **costs, "seed": seed, "seconds": round(seconds, 2)}
+
+
+@contextlib.contextmanager
+def counted(model: NDM) -> Iterator[dict[str, int]]:
+    """Count evaluations of the predictor's network and of those of F, one for each example."""
+    count = {"predictor": 0, "transform": 0}
+
+    def counter(part: str) -> Any:
+        def add(_: nn.Module, inputs: Sequence[Any], __: Any) -> None:
+            count[part] += len(inputs[0])
+
+        return add
+
+    parts = {"predictor": model.predictor.network, "transform": getattr(model.transform, "network", None)}
+    hooks = [module.register_forward_hook(counter(part)) for part, module in parts.items() if isinstance(module, nn.Module)]
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, Any]]], numbers: Mapping[str, Any]) -> None:
+    """Tables of sample quality, and what they should show."""
+    info, reference = numbers["classifier"], numbers["test_images"]
+    report.say(
+        f"Features: a classifier of {info['data']}, test accuracy {info['accuracy']['test']:.3f}, seed {info['seed']}, sha256 {info['sha256'][:12]}; "
+        f"d = {reference['dims']}, standardised. Real: {numbers['real']}; {plan.sets} sets of {plan.images} samples a setting. "
+        f"{reference['generated_images']} test images against the same: FID {reference['fid']:.3f}, KID {reference['kid']:.4f}, "
+        f"precision {reference['precision']:.3f}, recall {reference['recall']:.3f} (fewer images give a higher FID)."
+    )
+    budgets = [evaluations for evaluations in plan.evaluations if any(p["evaluations"] == evaluations for c in curves.values() for p in c)]
+    for title, field, digits in (("FID", "fid", 3), ("KID", "kid", 4), ("Precision", "precision", 2), ("Recall", "recall", 2)):
+        report.say(f"{title}, mean ± half the range of the sets, against evaluations of the predictor an image:")
+        rows = []
+        for name, points in curves.items():
+            cells = {point["evaluations"]: [one[field] for one in point["sets"]] for point in points}
+            rows.append(
+                [
+                    name,
+                    *(
+                        _error(statistics.fmean(cells[n]), (max(cells[n]) - min(cells[n])) / 2, digits) if n in cells else ""
+                        for n in budgets
+                    ),
+                ]
+            )
+        report.table(["", *(str(n) for n in budgets)], rows)
+    report.say("Evaluations of the networks an image, as counted (F with its time derivative counts once on the ODE):")
+    rows = [[name, *_costs(points[-1])] for name, points in curves.items()]
+    report.table(["", "steps", "predictor", "F"], rows)
+    if not report.smoke:
+        for evaluations in (8, 100):
+            ddpm, ndm = (_mean_fid(curves[f"{name}, ancestral"], evaluations) for name in MODELS)
+            report.expect(f"FID of NDM over that of DDPM, ancestral, {evaluations} evaluations", ndm / ddpm, 1.0)
+        best = {name: min(_mean_fid(points, 8) for way, points in curves.items() if way.startswith(f"{name},")) for name in MODELS}
+        report.expect("FID of NDM over that of DDPM, best sampler, 8 evaluations", best["NDM"] / best["DDPM"], 1.0)
+
+
+def _costs(point: Mapping[str, Any]) -> list[str]:
+    return [str(point["steps"]), *(f"{point['sets'][0][f'{part}_evaluations']:g}" for part in ("predictor", "transform"))]
+
+
+def _mean_fid(points: Sequence[Mapping[str, Any]], evaluations: int) -> float:
+    return statistics.fmean(one["fid"] for point in points if point["evaluations"] == evaluations for one in point["sets"])
+
+
+def pictures(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> dict[str, dict[int, Tensor]]:
+    """Samples of one seed for each model, sampler and number of evaluations."""
+    found: dict[str, dict[int, Tensor]] = {}
+    shape, seed = data.describe().event_shape, part_seed(report.seed, _PICTURES)
+    for name, model in models.items():
+        for way, (method, cost, _) in SAMPLERS.items():
+            for evaluations in plan.pictures:
+                if evaluations % cost == 0:
+                    samples = draw_samples(model, plan.rows * 8, shape, method, seed=seed, steps=evaluations // cost)
+                    found.setdefault(f"{name}, {way}", {})[evaluations] = samples
+    return found

@@ -1,0 +1,117 @@
+"""Figures of the experiment ``steps``; colours differ in lightness, lines and marks in form."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ndm.viz import image_grid, is_image, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS: Mapping[str, str] = {"DDPM": "#1b2a5c", "NDM": "#e0822f"}
+WAYS: Mapping[str, tuple[str, str]] = {"ancestral": ("o", "-"), "DDIM": ("s", "--"), "ODE, Heun": ("^", "-.")}
+"""Mark and line of each sampler."""
+CONTINUOUS = "continuous"
+
+
+def bound_figure(records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> "Figure":
+    """NELBO against T on a logarithmic axis, continuous time at its end, and the NLL as lines: all T, and those from 10 on."""
+    figure = new_figure(9.6, 4.2)
+    many = [horizon for horizon in horizons if horizon is None or horizon >= 10]
+    for axis, chosen in zip(figure.subplots(1, 2), (horizons, many), strict=True):
+        _bounds(axis, records, models, chosen)
+    figure.axes[0].set_yscale("log")
+    _plain_ticks(figure.axes[0])
+    figure.axes[0].set_title("all numbers of steps", fontsize=10)
+    figure.axes[1].set_title("from 10 steps on", fontsize=10)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def _bounds(axis: Any, records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> None:
+    finite = [horizon for horizon in horizons if horizon]
+    end = 4 * max(finite, default=1)
+    where = [horizon or end for horizon in horizons]
+    for name in models:
+        key, colour = name.lower(), COLOURS[name]
+        plain = [records[f"{key}-{horizon or CONTINUOUS}"] for horizon in horizons]
+        fitted = [records[f"{key}-{horizon}-fitted"] for horizon in finite]
+        lines = {f"{name}, variance v": (where, plain, "o", "-"), f"{name}, fitted variance": (finite, fitted, "s", "--")}
+        for label, (x, points, mark, line) in lines.items():
+            values, errors = [one["bpd"] for one in points], [one["bpd_stderr"] or 0.0 for one in points]
+            axis.errorbar(x, values, errors, color=colour, marker=mark, linestyle=line, markersize=5, linewidth=1.6, capsize=2, label=label)
+        axis.axhline(records[f"{key}-nll"]["bpd"], color=colour, linestyle=":", linewidth=1.4, label=f"{name}, NLL by the ODE")
+    axis.set(xscale="log", xlabel="number of steps $T$", ylabel="bits/dim, test split")
+    axis.set_xticks(where, [str(horizon or "cont.") for horizon in horizons])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+
+
+def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any]) -> "Figure":
+    """FID and KID, precision and recall against evaluations of the predictor; a mark for the mean, bars for least and greatest."""
+    figure = new_figure(9.6, 7.2)
+    panels = (("fid", "FID", True), ("kid", "KID", True), ("precision", "precision", False), ("recall", "recall", False))
+    for axis, (field, label, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name, points in curves.items():
+            model, way = name.split(", ", 1)
+            mark, line = WAYS[way]
+            x = [point["evaluations"] for point in points]
+            values = [[one[field] for one in point["sets"]] for point in points]
+            means = [statistics.fmean(several) for several in values]
+            bars = [
+                [mean - min(several) for mean, several in zip(means, values, strict=True)],
+                [max(several) - mean for mean, several in zip(means, values, strict=True)],
+            ]
+            axis.errorbar(
+                x, means, bars, color=COLOURS[model], marker=mark, linestyle=line, markersize=5, linewidth=1.5, capsize=2, label=name
+            )
+        if not logarithmic or reference[field] > 0:
+            axis.axhline(reference[field], color="0.45", linestyle=":", linewidth=1.4, label="real test images")
+        budgets = sorted({point["evaluations"] for points in curves.values() for point in points})
+        axis.set(xscale="log", xlabel="evaluations of the predictor an image", ylabel=label)
+        axis.set_xticks(budgets, [str(budget) for budget in budgets])
+        axis.minorticks_off()
+        if logarithmic:
+            axis.set_yscale("log")
+            _plain_ticks(axis)
+        else:
+            axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.25)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def sample_figure(pictures: Mapping[str, Mapping[int, Tensor]]) -> "Figure":
+    """A grid of samples for each sampler (rows) and number of evaluations (columns)."""
+    budgets = sorted({budget for row in pictures.values() for budget in row})
+    first = next(iter(next(iter(pictures.values())).values()))
+    if not is_image(first.shape[1:]):
+        raise ValueError(f"samples of shape {tuple(first.shape[1:])} are no images")
+    figure = new_figure(2.6 * len(budgets) + 0.8, (2.6 / 8 * (len(first) // 8) + 0.22) * len(pictures) + 0.3)
+    axes = figure.subplots(len(pictures), len(budgets), squeeze=False)
+    for row, (name, samples) in enumerate(pictures.items()):
+        for column, budget in enumerate(budgets):
+            axis = axes[row][column]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if budget in samples:
+                axis.imshow(image_grid(samples[budget], columns=8), interpolation="nearest")
+            else:
+                axis.spines[:].set_visible(False)
+            if row == 0:
+                axis.set_title(f"{budget} evaluation{'s' if budget > 1 else ''}", fontsize=10)
+            if column == 0:
+                axis.set_ylabel(name.replace(", ", "\n", 1), fontsize=9)
+    return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic vertical axis as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
