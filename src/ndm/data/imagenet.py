@@ -223,7 +223,7 @@ def _is_png(name: str) -> bool:
 def _is_ended(file: Path) -> bool:
     """Whether a tar archive ends as it should, in at least 1,024 zeros."""
     with file.open("rb") as stream:
-        stream.seek(-1024, os.SEEK_END)
+        stream.seek(max(0, file.stat().st_size - 1024))
         return not any(stream.read())
 
 

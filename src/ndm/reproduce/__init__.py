@@ -54,6 +54,22 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             {"small": "3 minutes of two cores", "smoke": _SMOKE},
             "checkerboard",
         ),
+        *(
+            Experiment(
+                name,
+                f"{what}: NELBO, NLL, samples, F(x, t) over time{published}",
+                {"paper": f"{time} (estimate, see the head of {name}.yaml)", "smoke": _SMOKE},
+                "images",
+                needs_data=True,
+            )
+            for name, what, published, time in (
+                ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "TIME"),
+                ("imagenet32", "ImageNet at 32 x 32", "; published 3.55 bits/dim", "TIME"),
+                ("imagenet64", "ImageNet at 64 x 64", "; published 3.35 bits/dim", "TIME"),
+                ("celebahq64", "CelebA-HQ at 64 x 64", "", "TIME"),
+                ("celebahq256", "CelebA-HQ at 256 x 256 in a latent space", "", "TIME"),
+            )
+        ),
     )
 }
 

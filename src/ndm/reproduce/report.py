@@ -12,6 +12,8 @@
 """
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -26,6 +28,7 @@ from ndm.errors import UserError
 from ndm.model import NDM
 from ndm.report import Measurement
 from ndm.serialize import read_json, write_atomically, write_json
+from ndm.train.run import METRICS
 from ndm.viz import write_figure
 
 if TYPE_CHECKING:
@@ -93,7 +96,11 @@ class Report:
         """
         folder = self.out / "runs" / name
         print(f"{self.name}: {name}", flush=True)
+        trained = (folder / METRICS).exists()
         run_train(["--config", str(configuration(config)), "--out", str(folder), "--seed", str(self.seed), *words, *self.words])
+        first = all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "NODE_RANK"))
+        if not (first or trained):
+            sys.exit(0)  # one of several processes that trained together: the first goes on alone
         return load_run(folder), load_data(folder)
 
     def keep(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -126,6 +133,11 @@ class Report:
     def measured(self, key: str, measurement: Measurement) -> None:
         """Add a measurement with its protocol to the results."""
         self._measurements[key] = measurement.to_dict()
+
+    def measure(self, key: str, compute: Callable[[], Measurement]) -> dict[str, Any]:
+        """The record of a measurement, kept as by :meth:`keep` and added to the results."""
+        record = self._measurements[key] = self.keep(key, lambda: compute().to_dict())
+        return record
 
     def expect(self, text: str, value: float, most: float) -> None:
         """State what the experiment should show: that ``value`` is at most ``most``. The page says whether it is.
