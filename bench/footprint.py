@@ -5,12 +5,12 @@ python bench/footprint.py src/ndm/configs/cifar10.yaml [--size SIDE] [--share 0.
 Words that are not its own go to the configuration, as for ``ndm train``: ``--train.devices 4``.
 
 How the numbers are obtained. The step (the bound of the configuration's model, and its gradient) is carried out on small random images, networks
-under bf16 autocast if the configuration says so, while PyTorch's ``FlopCounterMode`` counts operations and ``saved_tensors_hooks`` sees every
-tensor that is kept for the backward pass. Both numbers are polynomials in the side s of the image, with terms 1, s² (convolutions) and s⁴ (attention), so
+under bf16 autocast if the configuration says so, while PyTorch's ``FlopCounterMode`` counts operations and another mode the bytes of all tensors
+that are alive. Both numbers are polynomials in the side s of the image, with terms 1, s² (convolutions) and s⁴ (attention), so
 three small sides give them exactly at any side; a batch of one and a batch of two tell what an example adds from what is there once.
 
-* Memory: weights, gradients, the two moments of AdamW and the moving average, 4 bytes each, and the kept tensors of the examples that one device takes
-  at once. What is in use for a moment inside an operation, and what the allocator leaves unused, come on top: a fifth is usual.
+* Memory: weights, gradients, the two moments of AdamW and the moving average, 4 bytes each, and what is alive between the forward and the backward
+  pass, for the examples that one device takes at once. Workspaces of operations and what the allocator leaves unused come on top.
 * Time: operations of the predictor over the peak in bf16, the rest (F, the encoder and the decoder, which the library keeps in full precision) over the
   peak in float32, both times a share that is assumed, not measured. 989 and 67 TFLOP/s are those of an NVIDIA H100 (SXM) for dense bf16 and
   for float32 without tensor cores; with TF32 the latter is 494, at the precision of half floats. Loading data, evaluation and communication are left out.
@@ -195,6 +195,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def words(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+
+
 def show(record: dict, train: Namespace, half: bool) -> None:
     shape = " x ".join(map(str, record["image"]))
     counts = record["parameters"]
@@ -208,13 +212,13 @@ def show(record: dict, train: Namespace, half: bool) -> None:
     )
     part = record["tflop_of_the_predictor"] / record["tflop_an_example"]
     print(
-        f"arithmetic: {record['tflop_an_example']:.2f} TFLOP an example ({part:.0%} the predictor{', in bf16' if half else ''}), "
-        f"{record['pflop_a_step']:.3f} PFLOP a step"
+        f"arithmetic: {record['tflop_an_example']:.2g} TFLOP an example ({part:.0%} the predictor{', in bf16' if half else ''}), "
+        f"{record['pflop_a_step']:.2g} PFLOP a step"
     )
     peaks = record["peaks"]
     print(
-        f"time (estimate): {record['hours']:,.0f} hours at {record['share']:.0%} of {peaks['bf16'] / 1e12:.0f} (bf16) and {peaks['float32'] / 1e12:.0f} "
-        f"(float32) TFLOP/s a device; {record['hours_with_tf32']:,.0f} with TF32 ({peaks['tf32'] / 1e12:.0f}) in place of float32"
+        f"time (estimate): {words(record['hours'])} hours at {record['share']:.0%} of {peaks['bf16'] / 1e12:.0f} (bf16) and {peaks['float32'] / 1e12:.0f} "
+        f"(float32) TFLOP/s a device; {words(record['hours_with_tf32'])} with TF32 ({peaks['tf32'] / 1e12:.0f}) in place of float32"
     )
 
 
