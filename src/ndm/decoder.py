@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.noise import standard_normal
-from ndm.ops import sum_event
+from ndm.ops import event_size, sum_event
 from ndm.schedule import NoiseLevel
+
+MOST_LOGITS = 2**26
+"""Sampling looks at so many probabilities at once."""
 
 
 def bin_centers(levels: int) -> Tensor:
@@ -125,7 +128,7 @@ class DiscretizedGaussian(Decoder):
         at, grid, reach = level.expand(z), self.grid(z), self._reach(level)
         place, scale, value = z / at.alpha, at.alpha / at.sigma, grid[self.index(x)]
         if 2 * reach + 1 < len(grid):  # the far levels would take most of the time and memory of a training step
-            nearest = torch.bucketize(place.detach(), (grid[1:] + grid[:-1]) / 2)
+            nearest = torch.bucketize(place.detach().contiguous(), (grid[1:] + grid[:-1]) / 2)
             first = (nearest - reach).clamp(0, len(grid) - 2 * reach - 1)
             grid = grid[first[..., None] + torch.arange(2 * reach + 1, device=z.device)]
         exponent = -0.5 * ((place[..., None] - grid) * scale[..., None]) ** 2
@@ -146,9 +149,12 @@ class DiscretizedGaussian(Decoder):
         return min(len(self.values), math.ceil(math.sqrt(-2 * math.log(negligible)) / gap))
 
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
-        probabilities = self.logits(z, level).exp().flatten(0, -2)
-        index = torch.multinomial(probabilities, 1, generator=generator)
-        return self.grid(z)[index].reshape(z.shape)
+        at_once, parts = max(1, MOST_LOGITS // max(1, event_size(z) * len(self.values))), []
+        for start in range(0, len(z), at_once):  # 64 images of 256 x 256 at once would take tens of gigabytes
+            rows = slice(start, start + at_once)
+            probabilities = self.logits(z[rows], level.rows(rows)).exp().flatten(0, -2)
+            parts.append(torch.multinomial(probabilities, 1, generator=generator))
+        return self.grid(z)[torch.cat(parts)].reshape(z.shape) if parts else z
 
 
 class NetworkDecoder(Decoder):

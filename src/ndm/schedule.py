@@ -67,6 +67,10 @@ class NoiseLevel:
         """The same level without the gradient of a learned schedule."""
         return NoiseLevel(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
+    def rows(self, chosen: slice) -> "NoiseLevel":
+        """The level of some examples of the batch."""
+        return NoiseLevel(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
     def cat(self, other: "NoiseLevel") -> "NoiseLevel":
         """Both levels in one batch, for one network call at two sets of times."""
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}

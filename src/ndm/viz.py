@@ -8,7 +8,7 @@ For one example x each column is a time t; the rows show
 Needs matplotlib (extra ``eval``). Images keep their own pixels: they are enlarged by whole numbers and never smoothed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,16 +137,26 @@ LABELS = {"transformed": "$F(x,t)$", "latent": "$z_t$", "prediction": r"$\hat{x}
 
 
 def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0) -> None:
-    """Write a figure of F(x, t), z_t and x̂ over time as PNG or PDF.
+    """Write :func:`transform_figure` as PNG or PDF."""
+    write_figure(path, transform_figure(model, x, times, seed))
+
+
+def transform_figure(
+    model: NDM, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0, show: Callable[[Tensor], Tensor] | None = None
+) -> "Figure":
+    """A figure of F(x, t), z_t and x̂ over time.
 
     Args:
-        path: the file.
         model: the model.
         x: examples ``(B, *event)``: two or three images, or many vectors.
         times: the columns.
         seed: seed of the noise, the same at every time.
+        show: what makes images of a batch of latents, where the latents are none themselves.
     """
     states = transform_over_time(model, x, times, seed)
+    if show is not None:
+        with torch.no_grad():
+            states = {name: torch.stack([show(at) for at in values]) for name, values in states.items()}
     images = is_image(states["latent"].shape[2:])  # latents may have another shape than the data
     groups = range(x.shape[0]) if images else range(1)
     figure = new_figure(1.25 * len(times) + 0.6, (1.3 if images else 1.6) * 3 * len(groups) + 0.3)
@@ -167,4 +177,4 @@ def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] 
                     axis.set_ylabel(LABELS[name], fontsize=13)
                 if row == 0 and group == 0:
                     axis.set_title(f"$t={time:g}$", fontsize=11)
-    write_figure(path, figure)
+    return figure

@@ -55,7 +55,7 @@ def test_the_bounds_are_those_of_an_evaluation_of_the_saved_models(out: Path) ->
 def test_page_and_figures_are_there(out: Path) -> None:
     page = (out / "README.md").read_text()
     for name in ("over-time", "learning", "samples"):
-        assert f"![" in page and f"({name}.png)" in page
+        assert "![" in page and f"({name}.png)" in page
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG") and (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 

@@ -58,7 +58,7 @@ def reproduce(name: str | None, size: str | None, out: str | None, data: str | N
     check_whole("seed", seed, 0)
     experiment = EXPERIMENTS[name]
     size = experiment.check_size(size)
-    if experiment.needs_data and data is None:
+    if experiment.needs_data and data is None and size != "smoke":
         raise UserError(f"{name} needs the folder of its data: --data FOLDER")
     if data is not None and not (experiment.needs_data or experiment.takes_data):
         raise UserError(f"--data {data}: {name} makes its data itself; leave it out")

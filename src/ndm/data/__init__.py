@@ -7,6 +7,9 @@ source                                                          data
 :class:`Pinwheel`
 :class:`Digits`                                                 handwritten digits of scikit-learn, 8 x 8, 17 levels
 :class:`MNIST`                                                  IDX files of MNIST and its relatives, 256 levels
+:class:`CIFAR10`                                                binary version of CIFAR-10, 256 levels
+:class:`ImageNetOord`, :class:`ImageNetChrabaszcz`              ImageNet at 32 x 32 and 64 x 64, its two releases, 256 levels
+:class:`CelebAHQ`                                               faces in a folder of image files, 256 levels
 :class:`ImageFolder`                                            image files, with or without subfolders of classes, 256 levels
 :class:`Table`                                                  ``.npy``, ``.npz``, ``.csv`` and ``.parquet`` files
 :class:`HuggingFace`                                            data sets of the hub: images, or columns of numbers
@@ -15,16 +18,21 @@ source                                                          data
 Each is a :class:`DataSource`: ``describe()`` says what the data are, ``split("train")`` gives the examples.
 """
 
+from ndm.data.celeba import CelebAHQ
+from ndm.data.cifar import CIFAR10
 from ndm.data.digits import Digits
 from ndm.data.folder import ImageFolder
 from ndm.data.huggingface import HuggingFace
+from ndm.data.imagenet import ImageNetChrabaszcz, ImageNetOord
 from ndm.data.mnist import MNIST
 from ndm.data.source import DataDescription, DataSource, EventDataset, Loaded, keep_batch, spread
 from ndm.data.table import Table
 from ndm.data.toy import Checkerboard, Mixture, Pinwheel, ToySource, TwoMoons
 
 __all__ = [
+    "CIFAR10",
     "MNIST",
+    "CelebAHQ",
     "Checkerboard",
     "DataDescription",
     "DataSource",
@@ -32,6 +40,8 @@ __all__ = [
     "EventDataset",
     "HuggingFace",
     "ImageFolder",
+    "ImageNetChrabaszcz",
+    "ImageNetOord",
     "Loaded",
     "Mixture",
     "Pinwheel",

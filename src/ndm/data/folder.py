@@ -84,7 +84,7 @@ class ImageFolder(DataSource):
             raise UserError(f"{folder} has a subfolder {there[0]} but not both train and test; add the other, or give path= to {there[0]}")
         has_splits = len(there) == 2
         roots = {split: folder / split for split in ("train", "test")} if has_splits else {"train": folder}
-        files = {split: _image_files(root) for split, root in roots.items()}
+        files = {split: image_files(root) for split, root in roots.items()}
         for split, root in roots.items():
             if not files[split]:
                 raise UserError(f"{root} has no images; files ending in {' '.join(SUFFIXES)} are taken, in subfolders too")
@@ -113,7 +113,8 @@ class ImageFolder(DataSource):
         return encoded(folder.resolve().name, f"image folder, {drawn}{size_words(self.size)}", splits, classes)
 
 
-def _image_files(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
+    """The image files under a folder, in the order of their names; hidden ones and other files are left out."""
     files = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")]
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 

@@ -222,7 +222,15 @@ class ContentHash:
     def array(self, values: np.ndarray) -> None:
         """Add the examples of a split held in one array ``(N, *event)``."""
         values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        self._hash.update(f"{values.dtype.name} {values.shape}\n".encode())
+        self.begin_array(values.dtype.name, values.shape)
+        self.rows(values)
+
+    def begin_array(self, dtype: str, shape: tuple[int, ...]) -> None:
+        """Begin such an array whose rows come piece by piece."""
+        self._hash.update(f"{dtype} {shape}\n".encode())
+
+    def rows(self, values: np.ndarray) -> None:
+        """Add rows of that array, contiguous and little-endian."""
         self._hash.update(values.data if values.size else b"")
 
     def digest(self, sha256: bytes) -> None:

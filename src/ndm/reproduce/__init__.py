@@ -76,6 +76,22 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "steps",
             takes_data=True,
         ),
+        *(
+            Experiment(
+                name,
+                f"{what}: NELBO, NLL, samples, F(x, t) over time{published}",
+                {"paper": f"{time} (an estimate, not run)", "smoke": _SMOKE},
+                "images",
+                needs_data=True,
+            )
+            for name, what, published, time in (
+                ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "26 to 177 hours of 8 H100"),
+                ("imagenet32", "ImageNet at 32 x 32", "; published 3.55 bits/dim", "12 to 30 hours of 8 H100"),
+                ("imagenet64", "ImageNet at 64 x 64", "; published 3.35 bits/dim", "85 to 158 hours of 8 H100"),
+                ("celebahq64", "CelebA-HQ at 64 x 64", "", "15 to 87 hours of 4 H100"),
+                ("celebahq256", "CelebA-HQ at 256 x 256 in a latent space", "", "3 to 10 hours of 4 H100"),
+            )
+        ),
     )
 }
 

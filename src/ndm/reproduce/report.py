@@ -12,6 +12,8 @@
 """
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -26,6 +28,7 @@ from ndm.errors import UserError
 from ndm.model import NDM
 from ndm.report import Measurement
 from ndm.serialize import read_json, write_atomically, write_json
+from ndm.train.run import METRICS
 from ndm.viz import write_figure
 
 if TYPE_CHECKING:
@@ -100,7 +103,11 @@ class Report:
         """Train a model from all words of ``ndm train`` but ``--out`` and ``--seed``, as :meth:`train` does."""
         folder = self.folder(name)
         print(f"{self.name}: {name}", flush=True)
+        trained = (folder / METRICS).exists()
         run_train([*words, "--out", str(folder), "--seed", str(self.seed)])
+        first = all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "NODE_RANK"))
+        if not (first or trained):
+            sys.exit(0)  # one of several processes that trained together: the first goes on alone
         return load_run(folder), load_data(folder)
 
     def folder(self, name: str) -> Path:

@@ -1,0 +1,196 @@
+r"""Likelihood on natural images: CIFAR-10, ImageNet at 32 x 32 and 64 x 64, CelebA-HQ at 64 x 64 and, latent, at 256 x 256 (NDM, section 4.1).
+
+.. math::
+    F(x, t) = (1 - t)\, x + t\, g(x, t), \qquad \text{bits/dim} = \frac{\text{nats}}{D \ln 2}, \quad D = 3 \cdot \text{side}^2 .
+
+One table of facts drives all five. Each trains the configuration of its name, measures the NELBO in continuous time on the test split and the NLL by the
+ODE on part of it, and puts both beside the numbers that were published. ``smoke`` makes a handful of images in the real format of the data
+set and shrinks the model: it shows that everything works, and its numbers mean nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ndm.commands.parsing import read_config
+from ndm.data import DataSource, spread
+from ndm.decoder import NetworkDecoder
+from ndm.evaluate import Evaluation, pick_device
+from ndm.likelihood import OdeSettings
+from ndm.model import NDM
+from ndm.reproduce.handful import write_cifar, write_faces, write_imagenet
+from ndm.reproduce.report import Report
+from ndm.viz import image_grid, new_figure, transform_figure
+
+
+@dataclass(frozen=True)
+class Published:
+    """A bound that a paper reports, known for certain."""
+
+    who: str
+    bpd: float
+    release: str = ""
+    """Of which release of the data, where there are several."""
+
+
+OORD_RELEASE, UNKNOWN_RELEASE = "release of van den Oord et al. 2016", "the release is not known to us"
+NDM_PAPER, VDM_PAPER, DIFFENC_PAPER = "NDM (Bartosh et al. 2024)", "VDM (Kingma et al. 2021)", "DiffEnc (Nielsen et al. 2024)"
+TOLERANCE = 0.05
+"""Bits/dim by which a reproduction may miss the published bound: more than seeds differ by, less than the published models do."""
+SMOKE_NETWORKS = (
+    "--model.predictor.network.channels",
+    "8",
+    "--model.predictor.network.blocks",
+    "1",
+    "--model.transform.network.channels",
+    "8",
+)
+SMOKE = (
+    *SMOKE_NETWORKS,
+    "--data.partial=true",
+    *("--train.steps", "4", "--train.batch_size", "4", "--train.warmup", "1", "--train.precision", "32-true", "--train.workers", "0"),
+    *("--train.accelerator", "cpu", "--train.devices", "1", "--train.checkpoint_every", "2", "--train.log_every", "1"),
+    *("--train.evaluation_draws", "1", "--train.evaluation_limit", "4", "--train.sample_steps", "2"),
+)
+"""Words for the variant of a few seconds, for every one of the five."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is particular to one data set."""
+
+    title: str
+    handful: Callable[[Path, int], None]
+    """Writes a few images in the format of the data set into a folder."""
+    published: tuple[Published, ...] = ()
+    draws: int = 8
+    """Times an image in the NELBO."""
+    nll_images: int = 1000
+    """Images on which the NLL is measured: each takes hundreds of evaluations, and as many gradients."""
+    sample_steps: int = 500
+    smoke_words: tuple[str, ...] = ("--model.transform.network.blocks", "1", "--model.transform.network.multiples", "[1]")
+
+
+LEVELS_OF_SMOKE = ("--model.predictor.network.multiples", "[1,1]", "--model.predictor.network.attention", "[false,true]")
+FACTS: Mapping[str, Facts] = {
+    "cifar10": Facts("CIFAR-10", write_cifar, (Published(NDM_PAPER, 2.70), Published(VDM_PAPER, 2.65), Published(DIFFENC_PAPER, 2.62))),
+    "imagenet32": Facts(
+        "ImageNet, 32 x 32",
+        lambda folder, seed: write_imagenet(folder, 32, seed),
+        (Published(NDM_PAPER, 3.55, UNKNOWN_RELEASE), Published(VDM_PAPER, 3.72, OORD_RELEASE)),
+        draws=2,
+        nll_images=500,
+    ),
+    "imagenet64": Facts(
+        "ImageNet, 64 x 64",
+        lambda folder, seed: write_imagenet(folder, 64, seed),
+        (Published(NDM_PAPER, 3.35, UNKNOWN_RELEASE), Published(VDM_PAPER, 3.40, OORD_RELEASE)),
+        draws=2,
+        nll_images=200,
+    ),
+    "celebahq64": Facts(
+        "CelebA-HQ, 64 x 64",
+        lambda folder, seed: write_faces(folder, 32, seed),
+        nll_images=200,
+        smoke_words=("--data.size", "16", *LEVELS_OF_SMOKE, "--model.transform.network.blocks", "1"),
+    ),
+    "celebahq256": Facts(
+        "CelebA-HQ, 256 x 256, in a latent space",
+        lambda folder, seed: write_faces(folder, 32, seed),
+        draws=4,
+        nll_images=200,
+        smoke_words=("--data.size", "32", *LEVELS_OF_SMOKE, "--model.decoder.network.channels", "8"),
+    ),
+}
+
+
+def run(report: Report) -> None:
+    """Train, measure, draw."""
+    facts = FACTS[report.name]
+    words = data_words(report, facts)
+    model, data = report.train("ndm", f"{report.name}.yaml", *words)
+    model.to(pick_device(read_config(report.out / "runs" / "ndm")["train"]["accelerator"]))
+    introduce(report, facts, data)
+    likelihood(report, facts, model, data)
+    pictures(report, facts, model, data)
+
+
+def data_words(report: Report, facts: Facts) -> list[str]:
+    """What the configuration leaves open: nothing, or for smoke a small model, and images made here unless the user named a folder."""
+    if not report.smoke:
+        return []
+    words = [*SMOKE, *facts.smoke_words]
+    if "--data.path" not in report.words:
+        folder = report.out / "data"
+        if not folder.exists():
+            facts.handful(folder, report.seed)
+        words += ["--data.path", str(folder)]
+    return words
+
+
+def introduce(report: Report, facts: Facts, data: DataSource) -> None:
+    """Say what the data are."""
+    description = data.describe()
+    counts = ", ".join(f"{count:,} {split}" for split, count in description.splits.items())
+    report.say(
+        f"{facts.title}: `{description.name}`, {description.version}; {counts} images; sha256 of the content `{description.sha256}`."
+    )
+    if report.smoke:
+        report.say("**A handful of made-up images and a tiny model: these numbers mean nothing.**")
+
+
+def likelihood(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
+    """NELBO and NLL beside the published numbers."""
+    description, test = data.describe(), data.split("test")
+    about = {"data": description.name, "split": "test", "data_sha256": description.sha256}
+
+    def evaluation(limit: int | None) -> Evaluation:
+        return Evaluation(model, test, seed=report.seed, limit=limit, progress=True, about=about)
+
+    smoke, settings = report.smoke, OdeSettings(nodes=4, probes=1, rtol=1e-2, atol=1e-2) if report.smoke else OdeSettings()
+    nelbo = report.measure("nelbo", lambda: evaluation(4 if smoke else None).nelbo(None, draws=2 if smoke else facts.draws))
+    nll = report.measure(
+        "nll", lambda: evaluation(2 if smoke else facts.nll_images).nll(settings=settings, reverse_check=0 if smoke else 16)
+    )
+    rows = [[f"{one.who}, published", f"{one.bpd:.2f}", one.release or "the test split"] for one in facts.published]
+    for what, record in (("NELBO, continuous time", nelbo), ("NLL by the ODE", nll)):
+        error = f" ± {record['bpd_stderr']:.4f}" if record["bpd_stderr"] is not None else ""
+        rows.append(
+            [f"this run, {what}", f"{record['bpd']:.4f}{error}", f"{record['num_examples']:,} of {record['split_size']:,} test images"]
+        )
+    report.table(["model", "bits/dim", "measured on"], rows)
+    if not facts.published:
+        report.say("No published number stands here: we know of none for certain on this split.")
+    if any(one.release for one in facts.published):
+        report.say(
+            "Bits/dim on the two releases of small ImageNet cannot be compared: that of Chrabaszcz et al. 2017 is smoother, and easier."
+        )
+    for one in facts.published:
+        if one.who == NDM_PAPER and not one.release and not description.name.endswith("-partial"):
+            report.expect(f"NELBO, bits/dim, at most {TOLERANCE} above the published {one.bpd:.2f}", nelbo["bpd"], one.bpd + TOLERANCE)
+
+
+def pictures(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
+    """Samples beside test images, and F(x, t), z_t and x̂ over time."""
+    test, side = data.split("test"), 2 if report.smoke else 8
+    steps, shape = 4 if report.smoke else facts.sample_steps, data.describe().event_shape
+    samples = model.sample((side * side, *shape), "ancestral", steps=steps, seed=report.seed, progress=True)
+    truth = test.__getitems__([number % len(test) for number in spread(max(len(test), side * side), side * side)])
+    figure = new_figure(8.4, 4.6)
+    for axis, (title, images) in zip(figure.subplots(1, 2), (("samples", samples), ("test images", truth)), strict=True):
+        axis.imshow(image_grid(images, side, gap=max(1, shape[-1] // 32)), interpolation="nearest")
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    report.figure("samples", figure, f"Samples, ancestral, {steps} steps, seed {report.seed}, none left out; beside them test images.")
+    decoder = model.decoder
+    words = ""
+    show: Callable[[Tensor], Tensor] | None = None
+    if isinstance(decoder, NetworkDecoder):
+        show, words = decoder.network, " Latents are shown through the network of the decoder; F(x, t) = E(x) does not depend on t."
+    chosen = test.__getitems__([0, len(test) // 2])
+    with torch.no_grad():
+        drawn = transform_figure(model, chosen, seed=report.seed, show=show)
+    report.figure("transform", drawn, f"Two test images over time: F(x, t), z_t and the prediction.{words}")
