@@ -1,5 +1,6 @@
 """The experiments on natural images: a handful of images in the real formats takes every path, and comes back exactly."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from ndm.cli import main
-from ndm.commands.parsing import build
+from ndm.commands.parsing import build, load_data, load_run
 from ndm.commands.train import train_parser
-from ndm.data import CIFAR10, CelebAHQ, ImageNetOord
+from ndm.data import CIFAR10, CelebAHQ, ImageNetOord, spread
+from ndm.noise import part_seed
+from ndm.quality import compare_features, torchscript_features
 from ndm.reproduce import EXPERIMENTS, handful, images
 from ndm.reproduce.report import configuration
 
@@ -138,3 +141,33 @@ def test_every_configuration_parses_and_builds(path, monkeypatch):
         words += [f"{train.devices} devices"] if isinstance(train.devices, int) else []
         assert all(word in head for word in words), [word for word in words if word not in head]
         assert path.stem == "mnist" or path.stem in EXPERIMENTS
+
+
+class Pooled(torch.nn.Module):
+    """Mean and spread of each colour of an image given as bytes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = x.float().flatten(2) / 255
+        return torch.cat([values.mean(2), values.std(2)], dim=1)
+
+
+def test_fid_is_measured_by_the_network_that_the_user_names(tmp_path, capsys):
+    torch.jit.script(Pooled()).save(str(tmp_path / "features.pt"))
+    out, words = tmp_path / "out", ["reproduce", "cifar10", "--size", "smoke", "--out", str(tmp_path / "out")]
+    assert main([*words, "--features", str(tmp_path / "features.pt")]) == 0
+    found = results_of(out)["numbers"]["quality"]
+    run = out / "runs" / "ndm"
+    data, model = load_data(run), load_run(run)
+    network = torchscript_features(tmp_path / "features.pt", (3, 32, 32))
+    real = network(data.split("train").__getitems__(spread(50, 8)))
+    samples = model.sample((8, 3, 32, 32), "ancestral", steps=2, seed=part_seed(0, 7, 0))
+    for name, x in (("samples", samples), ("test images", data.split("test").__getitems__(spread(10, 8)))):
+        assert found[name]["fid"] == pytest.approx(compare_features(real, network(x), network).fid, rel=1e-4, abs=1e-6)
+        assert found[name]["real_images"] == found[name]["generated_images"] == 8
+    assert found["samples"]["features_sha256"] == hashlib.sha256((tmp_path / "features.pt").read_bytes()).hexdigest()
+    capsys.readouterr()
+    assert main([*words[:-1], str(tmp_path / "other"), "--features", str(tmp_path / "missing.pt")]) == 2
+    assert main(["reproduce", "mnist", "--data", "x", "--features", "x.pt", "--out", str(tmp_path / "other")]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert "there is no such file" in errors[0] and "takes no feature network" in errors[1] and len(errors) == 2
+    assert not (tmp_path / "other").exists()

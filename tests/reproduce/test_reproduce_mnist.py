@@ -1,42 +1,23 @@
 """``ndm reproduce mnist``: three models trained alike, their bounds those of an evaluation, curves and figures complete."""
 
 import csv
-import gzip
 import json
-import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from ndm.cli import main
 from ndm.commands.parsing import load_data, load_run
 from ndm.evaluate import Evaluation
+from ndm.reproduce.handful import write_mnist
 from ndm.reproduce.mnist import learning_curve
-
-NAMES = {"train-images-idx3-ubyte": 40, "train-labels-idx1-ubyte": 40, "t10k-images-idx3-ubyte": 20, "t10k-labels-idx1-ubyte": 20}
-
-
-def write_mnist(folder: Path) -> Path:
-    """Files like MNIST's, of bright squares on black."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name, count in NAMES.items():
-        array = np.zeros((count, 10, 10), dtype=np.uint8) if "images" in name else (np.arange(count) % 10).astype(np.uint8)
-        if "images" in name:
-            for image in array:
-                top, left = generator.integers(1, 5, 2)
-                image[top : top + 4, left : left + 4] = generator.integers(128, 256)
-        header = struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
-        (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mnist")
-    data = write_mnist(folder / "data")
-    assert main(["reproduce", "mnist", "--size", "smoke", "--data", str(data), "--out", str(folder / "out")]) == 0
+    write_mnist(folder / "data", 0)
+    assert main(["reproduce", "mnist", "--size", "smoke", "--data", str(folder / "data"), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 

@@ -26,13 +26,14 @@ def run_reproduce(words: Sequence[str]) -> None:
     parser.add_argument("--size", help="how large; each experiment has a default")
     parser.add_argument("--out", help="folder for everything; by default runs/reproduce/NAME-SIZE")
     parser.add_argument("--data", help="folder of the data, for the experiments that need one or take one")
+    parser.add_argument("--features", help="TorchScript file of the feature network for FID, for the experiments on natural images")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     at = list(words).index("--") if "--" in words else len(words)
     arguments = parse(parser, words[:at])
     if arguments.list:
         print(listing())
         return
-    reproduce(arguments.name, arguments.size, arguments.out, arguments.data, arguments.seed, words[at + 1 :])
+    reproduce(arguments.name, arguments.size, arguments.out, arguments.data, arguments.features, arguments.seed, words[at + 1 :])
 
 
 def listing() -> str:
@@ -40,12 +41,21 @@ def listing() -> str:
     lines = []
     for one in EXPERIMENTS.values():
         word = " (--data FOLDER)" if one.needs_data else " (or --data FOLDER)" if one.takes_data else ""
+        word += " (FID: --features FILE)" if one.takes_features else ""
         lines.append(f"{one.name}: {one.shows}{word}")
         lines += [f"    --size {size:<6} {text}" for size, text in one.sizes.items()]
     return "\n".join(lines)
 
 
-def reproduce(name: str | None, size: str | None, out: str | None, data: str | None, seed: int, overrides: Sequence[str] = ()) -> None:
+def reproduce(
+    name: str | None,
+    size: str | None,
+    out: str | None,
+    data: str | None,
+    features: str | None,
+    seed: int,
+    overrides: Sequence[str] = (),
+) -> None:
     """Carry out an experiment.
 
     Raises:
@@ -62,9 +72,15 @@ def reproduce(name: str | None, size: str | None, out: str | None, data: str | N
         raise UserError(f"{name} needs the folder of its data: --data FOLDER")
     if data is not None and not (experiment.needs_data or experiment.takes_data):
         raise UserError(f"--data {data}: {name} makes its data itself; leave it out")
+    if features is not None and not experiment.takes_features:
+        raise UserError(f"--features {features}: {name} takes no feature network; leave it out")
+    if features is not None and not Path(features).is_file():
+        raise UserError(f"--features {features}: there is no such file; name a TorchScript file, as torch.jit.save writes it")
     words = [*(["--data.path", data] if data is not None else []), *overrides]
     command = ["ndm", "reproduce", experiment.name, "--size", size, "--seed", str(seed)]
-    command += [*(["--data", data] if data is not None else []), *(["--", *overrides] if overrides else [])]
-    report = Report(experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command), data)
+    for option, value in (("--data", data), ("--features", features)):
+        command += [option, value] if value is not None else []
+    command += ["--", *overrides] if overrides else []
+    report = Report(experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command), data, features)
     experiment.run(report)
     report.finish()

@@ -27,6 +27,8 @@ class Experiment:
     """Whether the user has to say where the data are."""
     takes_data: bool = False
     """Whether the user may say where other data are than those that the experiment has by itself."""
+    takes_features: bool = False
+    """Whether FID is measured by a feature network that the user names."""
 
     def check_size(self, size: str | None) -> str:
         """The size, or the default.
@@ -83,6 +85,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                 {"paper": f"{time} (an estimate, not run)", "smoke": _SMOKE},
                 "images",
                 needs_data=True,
+                takes_features=True,
             )
             for name, what, published, time in (
                 ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "26 to 177 hours of 8 H100"),

@@ -1,6 +1,8 @@
 """A handful of images in the real format of a data set, to try everything on: discs on gradients, drawn from a seed."""
 
+import gzip
 import io
+import struct
 import tarfile
 from pathlib import Path
 
@@ -47,6 +49,20 @@ def write_faces(folder: Path, side: int, seed: int) -> None:
     folder.mkdir(parents=True)
     for index, image in enumerate(pictures(40, side, seed)):
         (folder / f"{index:05d}.png").write_bytes(_png(image))
+
+
+def write_mnist(folder: Path, seed: int) -> None:
+    """The four files of MNIST: grey squares on black, of 10 x 10 pixels, forty to train and twenty to test."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for split, count in (("train", 40), ("t10k", 20)):
+        images = np.zeros((count, 10, 10), dtype=np.uint8)
+        for image in images:
+            top, left = generator.integers(1, 5, 2)
+            image[top : top + 4, left : left + 4] = generator.integers(128, 256)
+        for kind, array in (("images-idx3", images), ("labels-idx1", (np.arange(count) % 10).astype(np.uint8))):
+            header = struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
+            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -11,9 +11,11 @@ set and shrinks the model: it shows that everything works, and its numbers mean 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ndm.commands.parsing import read_config
 from ndm.data import DataSource, spread
@@ -21,6 +23,8 @@ from ndm.decoder import NetworkDecoder
 from ndm.evaluate import Evaluation, pick_device
 from ndm.likelihood import OdeSettings
 from ndm.model import NDM
+from ndm.noise import part_seed
+from ndm.quality import compare_features, torchscript_features
 from ndm.reproduce.handful import write_cifar, write_faces, write_imagenet
 from ndm.reproduce.report import Report
 from ndm.viz import image_grid, new_figure, transform_figure
@@ -71,6 +75,8 @@ class Facts:
     nll_images: int = 1000
     """Images on which the NLL is measured: each takes hundreds of evaluations, and as many gradients."""
     sample_steps: int = 500
+    quality_images: int = 50_000
+    """Samples for FID, as many as is customary."""
     smoke_words: tuple[str, ...] = ("--model.transform.network.blocks", "1", "--model.transform.network.multiples", "[1]")
 
 
@@ -115,6 +121,7 @@ def run(report: Report) -> None:
     model.to(pick_device(read_config(report.out / "runs" / "ndm")["train"]["accelerator"]))
     introduce(report, facts, data)
     likelihood(report, facts, model, data)
+    quality(report, facts, model, data)
     pictures(report, facts, model, data)
 
 
@@ -171,6 +178,39 @@ def likelihood(report: Report, facts: Facts, model: NDM, data: DataSource) -> No
     for one in facts.published:
         if one.who == NDM_PAPER and not one.release and not description.name.endswith("-partial"):
             report.expect(f"NELBO, bits/dim, at most {TOLERANCE} above the published {one.bpd:.2f}", nelbo["bpd"], one.bpd + TOLERANCE)
+
+
+def quality(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
+    """FID, KID, precision and recall of samples against the train split, if the user has a feature network."""
+    if report.features is None:
+        report.say("FID is not measured: it takes a feature network, `--features FILE`, the usual Inception as TorchScript.")
+        return
+    description, train, test = data.describe(), data.split("train"), data.split("test")
+    images, steps = (8, 2) if report.smoke else (facts.quality_images, facts.sample_steps)
+    network = torchscript_features(report.features, description.event_shape, device=model.like.device)
+    options: dict[str, Any] = {"seed": report.seed, "progress": True}
+
+    def measure() -> dict[str, Any]:
+        real, batch, parts = network(train.__getitems__(spread(len(train), images)), 64, True), 64, []
+        for index, start in enumerate(tqdm(range(0, images, batch), desc="sampling for FID", unit="batch", disable=None)):
+            shape = (min(batch, images - start), *description.event_shape)
+            parts.append(network(model.sample(shape, "ancestral", steps=steps, seed=part_seed(report.seed, _QUALITY, index))))
+        held_out = network(test.__getitems__(spread(len(test), images)), 64, True)
+        found = {"samples": torch.cat(parts), "test images": held_out}
+        return {name: compare_features(real, features, network, **options).to_dict() for name, features in found.items()}
+
+    found = report.keep(f"quality-{network.sha256[:12]}", measure)
+    report.number("quality", found)
+    one = found["samples"]
+    report.say(
+        f"{one['generated_images']:,} ancestral samples of {steps} steps against {one['real_images']:,} train images, by {one['features']} "
+        f"(sha256 {one['features_sha256'][:12]}, d = {one['dims']}):"
+    )
+    rows = [[name, f"{v['fid']:.3f}", f"{v['kid']:.5f}", f"{v['precision']:.3f}", f"{v['recall']:.3f}"] for name, v in found.items()]
+    report.table(["", "FID", "KID", "precision", "recall"], rows)
+
+
+_QUALITY = 7  # stream of noise
 
 
 def pictures(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:

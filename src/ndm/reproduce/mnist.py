@@ -9,16 +9,21 @@ All take the same steps on the same batches. The bound is that of the 10,000 tes
 import csv
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ndm.commands.sample import draw_samples
 from ndm.compare.plan import plan_rows, read_rows
-from ndm.data import DataSource
+from ndm.data import DataSource, spread
 from ndm.evaluate import Evaluation, pick_device
 from ndm.model import NDM
+from ndm.noise import part_seed
+from ndm.quality import classifier_features, compare_features, find_classifier
+from ndm.reproduce.handful import write_mnist
 from ndm.reproduce.report import Report, configuration
 from ndm.serialize import read_json
 from ndm.viz import LABELS, image_grid, new_figure, to_pixels, transform_over_time
@@ -37,6 +42,11 @@ _SMOKE = (
 def run(report: Report) -> None:
     """Train the three models, measure them on the test set, draw them."""
     words = list(report.words)
+    if report.smoke and report.data is None:
+        folder = report.out / "data"
+        if not folder.exists():
+            write_mnist(folder, report.seed)
+        words += ["--data.path", str(folder)]
     if report.size in _STEPS:
         words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.997", *words]
     rows, extra = read_rows(configuration("reproduce-mnist.yaml"), tuple(words))
@@ -56,12 +66,14 @@ def run(report: Report) -> None:
         f"{record['time_samples_per_example']} times an image; standard errors over images, one training run each."
     )
     report.table(["model", "parameters", "steps", "minutes", "bits/dim", *(f"of it {term}" for term in TERMS)], lines)
+    _quality(report, models, data)
     _draw(report, models, data, {name: report.folder(planned[name].folder) for name in ROWS})
     if report.size == "small":
         report.expect("bits/dim of NDM on the test images", record["bpd"], 0.95)
 
 
 STYLES = (("#1b1b1b", "-", "o"), ("#8a8a8a", "--", "s"), ("#c0392b", "-", "D"))
+QUALITY = (("fid", 3), ("kid", 4), ("precision", 3), ("recall", 3))
 TERMS = ("prior", "diffusion", "reconstruction")
 
 
@@ -72,6 +84,31 @@ def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping
     return [name, f"{parameters:,}", f"{metrics['training_steps']:,}", f"{minutes:.1f}", f"**{record['bpd']:.4f} ± {error:.4f}**", *terms]
 
 
+def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> None:
+    """FID, KID, precision and recall of samples, by the features of a classifier of the digits."""
+    train, test, shape = data.split("train"), data.split("test"), data.describe().event_shape
+    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 100, 1000)}.get(report.size, (1000, 100, 1000))
+    classifier = find_classifier(report.out / "classifier", data, report.seed, progress=True, steps=classifier_steps)
+    network = classifier_features(classifier)
+    real = network(train.__getitems__(spread(len(train), 10 * images)), progress=True)
+
+    def measure(x: torch.Tensor) -> dict[str, Any]:
+        return compare_features(real, network(x), network, kid_subset_size=500, seed=report.seed).to_dict()
+
+    def sampled(model: NDM) -> dict[str, Any]:
+        return measure(draw_samples(model, images, shape, seed=part_seed(report.seed, 1), steps=steps, progress=True))
+
+    found = {"test images": report.keep("quality-test", lambda: measure(test.__getitems__(spread(len(test), images))))}
+    found |= {name: report.keep(f"quality-{name.lower()}", partial(sampled, model)) for name, model in models.items()}
+    report.number("quality", {"classifier": classifier.info, **found})
+    report.say(
+        f"Quality of {images:,} ancestral samples of {steps} steps against {len(real):,} train images, beside as many test images. Features: a classifier, "
+        f"test accuracy {classifier.info['accuracy']['test']:.3f}, seed {classifier.info['seed']}, sha256 {network.sha256[:12]}, d = {network.dims}."
+    )
+    rows = [[name, *(f"{one[key]:.{digits}f}" for key, digits in QUALITY)] for name, one in found.items()]
+    report.table(["", "FID", "KID", "precision", "recall"], rows)
+
+
 def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: Mapping[str, Path]) -> None:
     """The figures: F over time, learning curves, samples."""
     test, shape = data.split("test"), data.describe().event_shape
@@ -79,7 +116,7 @@ def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: 
     _curves(report, folders)
     count, steps = (4, 2) if report.smoke else (64, 250)
     figure = new_figure(13.2, 3.5)
-    panels = {name: model.sample((count, *shape), seed=report.seed, steps=steps, progress=True) for name, model in models.items()}
+    panels = {name: draw_samples(model, count, shape, seed=report.seed, steps=steps, progress=True) for name, model in models.items()}
     for axis, (name, x) in zip(figure.subplots(1, 4), {"test images": test.__getitems__(range(count)), **panels}.items(), strict=True):
         axis.imshow(image_grid(x, gap=0), interpolation="nearest")
         axis.set(title=name, xticks=[], yticks=[])

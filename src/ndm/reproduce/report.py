@@ -54,16 +54,25 @@ class Report:
         words: words for every training run, after those of the experiment.
         command: what the user typed, for the record.
         data: folder of the user's data, for the experiments that take one; ``words`` hand it to the runs.
+        features: TorchScript file of the feature network for FID, for the experiments that take one.
 
     Raises:
         UserError: the folder holds another experiment, or the same with another size or seed.
     """
 
     def __init__(
-        self, name: str, out: Path, size: str, seed: int = 0, words: Sequence[str] = (), command: str = "", data: str | None = None
+        self,
+        name: str,
+        out: Path,
+        size: str,
+        seed: int = 0,
+        words: Sequence[str] = (),
+        command: str = "",
+        data: str | None = None,
+        features: str | None = None,
     ):
         self.name, self.out, self.size, self.seed = name, out, size, seed
-        self.words, self.command, self.data = tuple(words), command, data
+        self.words, self.command, self.data, self.features = tuple(words), command, data, features
         self._started = time.perf_counter()
         self._page: list[str] = []
         self._figures: list[str] = []
