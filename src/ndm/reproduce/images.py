@@ -57,7 +57,7 @@ SMOKE = (
     "--data.partial=true",
     *("--train.steps", "4", "--train.batch_size", "4", "--train.warmup", "1", "--train.precision", "32-true", "--train.workers", "0"),
     *("--train.accelerator", "cpu", "--train.devices", "1", "--train.checkpoint_every", "2", "--train.log_every", "1"),
-    *("--train.evaluation_draws", "1", "--train.evaluation_limit", "4", "--train.sample_steps", "2"),
+    *("--train.evaluation_draws", "1", "--train.evaluation_limit", "4", "--train.sample_images", "4", "--train.sample_steps", "2"),
 )
 """Words for the variant of a few seconds, for every one of the five."""
 

@@ -204,7 +204,9 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
     shape = data.describe().event_shape
     images = is_image(shape)
-    samples = model.sample((64 if images else 4096, *shape), steps=settings.sample_steps, seed=seed, progress=True)
+    samples = model.sample(
+        ((settings.sample_images or 64) if images else 4096, *shape), steps=settings.sample_steps, seed=seed, progress=True
+    )
     write_samples(out / "samples.png", samples, None if images else test.__getitems__(range(min(len(test), 4096))))
     shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
     write_transform(out / "transform.png", model, test.__getitems__(shown), seed=seed)

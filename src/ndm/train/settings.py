@@ -61,6 +61,8 @@ class TrainSettings:
     """Evaluate only so many examples at the end, evenly spread over the split; None for all."""
     evaluation_split: str = "test"
     """The split that is evaluated at the end."""
+    sample_images: int | None = None
+    """Images in the picture of samples at the end; None takes 64. Of vectors there are always 4,096."""
     sample_steps: int | None = None
     """Steps of the sampler for the picture at the end; None takes the model's T, or 100 in continuous time."""
 
@@ -76,7 +78,7 @@ class TrainSettings:
         for name in ("warmup", "workers", "gradient_clip", "weight_decay", "transform_rate"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"train.{name}={getattr(self, name)}: give a number of at least 0")
-        for name in ("threads", "validate_every", "evaluation_limit", "sample_steps"):
+        for name in ("threads", "validate_every", "evaluation_limit", "sample_images", "sample_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1, or null")
         if self.validate_every is not None and self.validate_every > self.steps:
