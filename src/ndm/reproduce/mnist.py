@@ -32,10 +32,8 @@ ROWS = ("VDM", "VDM, widened", "NDM")
 TIMES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0)
 _STEPS = {"quick": 2500, "smoke": 4}
 _SMOKE = (
-    "--model.predictor.network.channels=4",
-    "--model.transform.network.channels=4",
-    "--train.batch_size=4",
-    "--train.evaluation_limit=4",
+    *("--model.predictor.network.channels=4", "--model.transform.network.channels=4", "--train.batch_size=4"),
+    *("--train.evaluation_limit=4", "--train.sample_images=4", "--train.sample_steps=2"),
 )
 
 
