@@ -129,7 +129,7 @@ def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(monkeypatch: pyt
     level = quiet
     for index in range(1, 7):
         level = level.cat(loud if index % 2 else quiet)
-    monkeypatch.setattr("ndm.decoder.MOST_LOGITS", 2 * 5 * 4)  # two examples at once, and one left over
+    monkeypatch.setattr("ndm.decoder.MOST_LOGITS", 3 * 5 * 4)  # three examples at once, and one left over
     drawn = decoder.sample(level.expand(x).alpha * x, level, torch.Generator().manual_seed(1))
     assert drawn.shape == x.shape and torch.equal(drawn[::2], x[::2]) and not torch.equal(drawn[1::2], x[1::2])
 
