@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,8 @@ SAMPLERS: Mapping[str, tuple[Method, int, int]] = {
     "ODE, Heun": ("ode", 2, 32),
 }
 """Samplers: method, evaluations of the predictor a step, and most evaluations; Heun's trapezoid is of second order and done before the others."""
+FIELDS = (("FID", "fid", 3), ("KID", "kid", 4), ("precision", "precision", 2), ("recall", "recall", 2))
+"""Measures: heading, field and digits."""
 CONTINUOUS = "continuous"
 _SAMPLES, _PICTURES = 40, 41  # streams of noise
 
@@ -201,20 +203,24 @@ def quality(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSou
                     key = f"quality-{name}-{method}-{evaluations}-{index}".lower()
                     sets.append(report.keep(key, partial(judge.sample, model, method, evaluations // cost, seed)))
                 curves.setdefault(f"{name}, {way}", []).append({"evaluations": evaluations, "steps": evaluations // cost, "sets": sets})
+    matched = {"real test images": reference}
+    for number, (name, model) in enumerate(models.items()):
+        seed, count, steps = part_seed(report.seed, _SAMPLES, number, plan.sets), reference["generated_images"], plan.evaluations[-1]
+        compute = partial(replace(judge, images=count).sample, model, "ancestral", steps, seed)
+        matched[f"{name}, ancestral, {steps} evaluations"] = report.keep(f"quality-{name}-matched".lower(), compute)
     numbers = {
         "classifier": classifier.info,
         "features_sha256": network.sha256,
         "real": f"{len(real)} of {len(train)} train images",
         "test_images": reference,
+        "as_many_samples_as_test_images": matched,
         "samplers": curves,
     }
     report.number("quality", numbers)
-    report.figure(
-        "quality",
-        quality_figure(curves, reference),
-        f"Quality of {plan.images} samples against {len(real)} train images, mean of {plan.sets} sets; bars: least and greatest. "
-        f"Dotted: {reference['generated_images']} real test images",
-    )
+    alike = reference["generated_images"] == plan.images
+    caption = f"Quality of {plan.images} samples against {len(real)} train images, mean of {plan.sets} sets; bars: least and greatest"
+    caption += ". Dotted: as many real test images" if alike else ""
+    report.figure("quality", quality_figure(curves, reference if alike else None), caption)
     say_quality(report, plan, curves, numbers)
 
 
@@ -271,12 +277,21 @@ def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, 
     report.say(
         f"Features: a classifier of {info['data']}, test accuracy {info['accuracy']['test']:.3f}, seed {info['seed']}, sha256 {info['sha256'][:12]}; "
         f"d = {reference['dims']}, standardised. Real: {numbers['real']}; {plan.sets} sets of {plan.images} samples a setting. "
-        f"{reference['generated_images']} test images against the same: FID {reference['fid']:.3f}, KID {reference['kid']:.4f}, "
-        f"precision {reference['precision']:.3f}, recall {reference['recall']:.3f} (fewer images give a higher FID)."
+        "Sets share their first latents between the samplers and budgets of a model, and share none between the models. One training each."
     )
+    report.say(
+        f"Real images for a reference, and as many samples ({reference['generated_images']}), since all four depend on their number:"
+    )
+    rows = [
+        [name, *(_error(one[field], None, digits) for _, field, digits in FIELDS)]
+        for name, one in numbers["as_many_samples_as_test_images"].items()
+    ]
+    report.table(["", *(title for title, _, _ in FIELDS)], rows)
     budgets = [evaluations for evaluations in plan.evaluations if any(p["evaluations"] == evaluations for c in curves.values() for p in c)]
-    for title, field, digits in (("FID", "fid", 3), ("KID", "kid", 4), ("Precision", "precision", 2), ("Recall", "recall", 2)):
-        report.say(f"{title}, mean ± half the range of the sets, against evaluations of the predictor an image:")
+    for title, field, digits in FIELDS:
+        report.say(
+            f"{title}, mean ± half the range of the sets (of two, the standard error), against evaluations of the predictor an image:"
+        )
         rows = []
         for name, points in curves.items():
             cells = {point["evaluations"]: [one[field] for one in point["sets"]] for point in points}
@@ -297,6 +312,9 @@ def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, 
         for evaluations in (8, 100):
             ddpm, ndm = (_mean_fid(curves[f"{name}, ancestral"], evaluations) for name in MODELS)
             report.expect(f"FID of NDM over that of DDPM, ancestral, {evaluations} evaluations", ndm / ddpm, 1.0)
+        ddpm, ndm = (one for name, one in numbers["as_many_samples_as_test_images"].items() if name.startswith(tuple(MODELS)))
+        text = f"the same, 100 evaluations, {reference['generated_images']} other samples: do draws agree?"
+        report.expect(text, ndm["fid"] / ddpm["fid"], 1.0)
         best = {name: min(_mean_fid(points, 8) for way, points in curves.items() if way.startswith(f"{name},")) for name in MODELS}
         report.expect("FID of NDM over that of DDPM, best sampler, 8 evaluations", best["NDM"] / best["DDPM"], 1.0)
 

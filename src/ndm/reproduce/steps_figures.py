@@ -15,6 +15,7 @@ COLOURS: Mapping[str, str] = {"DDPM": "#1b2a5c", "NDM": "#e0822f"}
 WAYS: Mapping[str, tuple[str, str]] = {"ancestral": ("o", "-"), "DDIM": ("s", "--"), "ODE, Heun": ("^", "-.")}
 """Mark and line of each sampler."""
 CONTINUOUS = "continuous"
+_LINEAR = 0.02  # KID within it is drawn on a linear scale
 
 
 def bound_figure(records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> "Figure":
@@ -50,11 +51,16 @@ def _bounds(axis: Any, records: Mapping[str, Mapping[str, Any]], models: Sequenc
     axis.grid(alpha=0.25)
 
 
-def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any]) -> "Figure":
-    """FID and KID, precision and recall against evaluations of the predictor; a mark for the mean, bars for least and greatest."""
+def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None) -> "Figure":
+    """FID and KID, precision and recall against evaluations of the predictor; a mark for the mean, bars for least and greatest.
+
+    Args:
+        curves: points of each sampler.
+        reference: the same of as many real images, for lines; None for no lines.
+    """
     figure = new_figure(9.6, 7.2)
-    panels = (("fid", "FID", True), ("kid", "KID", True), ("precision", "precision", False), ("recall", "recall", False))
-    for axis, (field, label, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    panels = (("fid", "FID", "log"), ("kid", "KID", "symlog"), ("precision", "precision", "linear"), ("recall", "recall", "linear"))
+    for axis, (field, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, points in curves.items():
             model, way = name.split(", ", 1)
             mark, line = WAYS[way]
@@ -68,19 +74,23 @@ def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference:
             axis.errorbar(
                 x, means, bars, color=COLOURS[model], marker=mark, linestyle=line, markersize=5, linewidth=1.5, capsize=2, label=name
             )
-        if not logarithmic or reference[field] > 0:
+        if reference is not None:
             axis.axhline(reference[field], color="0.45", linestyle=":", linewidth=1.4, label="real test images")
         budgets = sorted({point["evaluations"] for points in curves.values() for point in points})
         axis.set(xscale="log", xlabel="evaluations of the predictor an image", ylabel=label)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         axis.minorticks_off()
-        if logarithmic:
+        if scale == "log":
             axis.set_yscale("log")
             _plain_ticks(axis)
+        elif scale == "symlog":  # it is unbiased, and so may be negative
+            axis.set_yscale("symlog", linthresh=_LINEAR)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.axhspan(-_LINEAR, _LINEAR, color="0.93", zorder=0, label="linear scale")
         else:
             axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[1].legend(fontsize=8)
     return figure
 
 
