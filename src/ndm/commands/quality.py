@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ndm.commands.evaluate import warn_of_changed_data
 from ndm.commands.parsing import load_data, load_run, parse, run_parser
 from ndm.commands.sample import draw_samples
-from ndm.data import DataSource
+from ndm.data import DataSource, EventDataset
 from ndm.errors import UserError, check_whole
 from ndm.evaluate import pick_device
 from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier, load_classifier
@@ -69,10 +71,8 @@ def quality(
     """
     if json is not None and Path(json).is_dir():
         raise UserError(f"--json {json} is a folder; give a file")
-    check_whole("neighbours", neighbours, 1)
-    check_whole("n", n, neighbours + 1)
-    check_whole("seed", seed, 0)
-    check_whole("batch_size", batch_size, 1)
+    for word, value, least in (("neighbours", neighbours, 1), ("n", n, neighbours + 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
+        check_whole(word, value, least)
     folder, place = Path(run), pick_device(device)
     model, data = load_run(folder).to(place), load_data(folder)
     description, real_images = data.describe(), data.split(split)
@@ -80,34 +80,36 @@ def quality(
         raise UserError(f"{description.name} is no data of images; ndm quality measures images, for other data there is ndm evaluate")
     warn_of_changed_data(model.info.get("data"), description)
     network = _network(features, folder, data, features_scale, features_size, features_channels, str(place))
-    options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "progress": True}
-    samples = draw_samples(model, n, description.event_shape, method, seed=seed, batch_size=batch_size, **options)
-    real = network(real_images, batch_size, progress=True)
-    measures: dict[str, Any] = {"neighbours": neighbours, "seed": seed, "progress": True}
-    found = {"samples": compare_features(real, network(samples, batch_size, progress=True), network, **measures)}
-    for name, size in description.splits.items():
-        if name != split and size > neighbours:
-            found[f"{name} images"] = compare_features(real, network(data.split(name), batch_size, progress=True), network, **measures)
+    sampler: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver}
+    samples = draw_samples(model, n, description.event_shape, method, seed=seed, batch_size=batch_size, **sampler, progress=True)
+    found = _compare(samples, data, split, network, neighbours, seed, batch_size)
     print(_table(found))
-    print(f"against {found['samples'].real_images} real images of {description.name}/{split}, k = {neighbours}, seed {seed}")
+    print(f"against {len(real_images)} real images of {description.name}/{split}, k = {neighbours}, seed {seed}")
     print(f"features: {network.name}, d = {network.dims}, sha256 {network.sha256}")
     if json is not None:
-        sampler = {"method": method, "steps": steps, "eta": eta, "solver": solver, "seed": seed, "batch_size": batch_size}
-        about: dict[str, Any] = {
-            "run": run,
-            "data": description.name,
-            "data_sha256": description.sha256,
-            "split": split,
-            "sampler": sampler,
-        }
-        about |= {
-            "features": network.name,
-            "features_sha256": network.sha256,
-            "features_scale": network.scale,
-            "features_size": network.size,
-        }
-        write_json(Path(json), {**about, **{name.replace(" ", "_"): one.to_dict() for name, one in found.items()}})
-        print(f"wrote {json}")
+        sampler |= {"method": method, "seed": seed, "batch_size": batch_size}
+        about = {"run": run, "data": description.name, "data_sha256": description.sha256, "split": split, "sampler": sampler}
+        _write(Path(json), about, network, found)
+
+
+def _compare(
+    samples: Tensor, data: DataSource, split: str, network: FeatureNetwork, neighbours: int, seed: int, batch_size: int
+) -> dict[str, SampleQuality]:
+    """Samples, and the images of the other splits, against those of the split."""
+    sets: dict[str, Tensor | EventDataset] = {"samples": samples}
+    sets |= {f"{name} images": data.split(name) for name, size in data.describe().splits.items() if name != split and size > neighbours}
+    real = network(data.split(split), batch_size, progress=True)
+    return {
+        name: compare_features(real, network(images, batch_size, True), network, neighbours=neighbours, seed=seed, progress=True)
+        for name, images in sets.items()
+    }
+
+
+def _write(path: Path, about: dict[str, Any], network: FeatureNetwork, found: dict[str, SampleQuality]) -> None:
+    """Write all numbers as JSON."""
+    features = {"features": network.name, "features_sha256": network.sha256, "features_scale": network.scale, "features_size": network.size}
+    write_json(path, {**about, **features, **{name.replace(" ", "_"): one.to_dict() for name, one in found.items()}})
+    print(f"wrote {path}")
 
 
 def _network(
