@@ -51,7 +51,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "checkerboard",
             "the learned transformation of the 2-D checkerboard over time; density and samples beside the data",
-            {"small": "3 minutes of two cores", "smoke": _SMOKE},
+            {"small": "5 minutes of two cores", "smoke": _SMOKE},
             "checkerboard",
         ),
         Experiment(
