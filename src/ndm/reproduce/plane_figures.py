@@ -22,7 +22,7 @@ PREDICTION = r"$\hat{x}(z_t, t)$"
 
 def limit_of(batches: Sequence[Tensor], share: float = 0.995) -> float:
     """Half the side of a square around 0 that holds this share of the points of every batch ``(..., 2)``."""
-    return 1.05 * max(float(np.quantile(batch.reshape(-1, 2).abs().amax(1).numpy(), share)) for batch in batches)
+    return 1.1 * max(float(np.quantile(batch.reshape(-1, 2).abs().amax(1).numpy(), share)) for batch in batches)
 
 
 def over_time(rows: Mapping[str, Tensor], colours: Tensor, times: Sequence[float] = TIMES) -> "Figure":
