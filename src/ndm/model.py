@@ -299,15 +299,16 @@ class NDM(nn.Module):
 
 def _check_rounding(predictor: Predictor, decoder: Decoder, transform: Transform) -> None:
     """The grid that the predictor rounds to is that of the data."""
-    if predictor.levels is None:
+    levels = getattr(predictor, "levels", None)  # a predictor of the user's own has none
+    if levels is None:
         return
     values = decoder.values if transform.keeps_shape else None
-    if values is None or len(values) != predictor.levels or not torch.allclose(values, bin_centers(predictor.levels)):
+    if values is None or len(values) != levels or not torch.allclose(values, bin_centers(levels)):
         have = (
             "latents of its own" if not transform.keeps_shape else "no grid" if values is None else f"another grid, of {len(values)} values"
         )
         raise UserError(
-            f"predictor.levels={predictor.levels} rounds to the centres of {predictor.levels} equal bins of [-1, 1], but the model has {have}; "
+            f"predictor.levels={levels} rounds to the centres of {levels} equal bins of [-1, 1], but the model has {have}; "
             "leave out predictor.levels, or give the decoder as many levels"
         )
 
