@@ -54,6 +54,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             {"small": "3 minutes of two cores", "smoke": _SMOKE},
             "checkerboard",
         ),
+        Experiment(
+            "ot-1d",
+            "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
+            {"small": "5 minutes of two cores", "smoke": _SMOKE},
+            "transport",
+        ),
     )
 }
 
