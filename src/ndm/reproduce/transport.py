@@ -61,7 +61,7 @@ def make(kind: str) -> NDM:
         return NDM(DDPMLinear(), Identity(), Predictor(MLP(1, hidden=64, blocks=2)), GaussianDecoder())
     scale = SeparableScale(MLP(1, hidden=64, blocks=1, outputs=8)) if kind == "nfdm" else None
     transform = SeparableTransform(MLP(1, hidden=64, blocks=1, outputs=8))
-    return TransportNDM(LinearLogSNR(-9.2, -1.0), transform, MonotoneMap(24, scale=1.5), GaussianDecoder(), scale)
+    return TransportNDM(LinearLogSNR(-9.2, -2.0), transform, MonotoneMap(24, scale=1.5), GaussianDecoder(), scale)
 
 
 def trained(report: Report, kind: str, seed: int) -> NDM:
