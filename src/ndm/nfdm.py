@@ -46,7 +46,7 @@ from ndm.reverse import ReverseProcess
 from ndm.sample import Method, Sampler
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.times import TimeSampler
-from ndm.transform import Curve, GatedNetwork, Transform
+from ndm.transform import Curve, GatedNetwork, SeparableTransform, Transform
 
 
 class Scale(nn.Module, ABC):
@@ -92,6 +92,31 @@ class NetworkScale(GatedNetwork, Scale):
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         return self.product_with_derivative(x, level)
+
+
+class SeparableScale(Scale):
+    """The time-separable form h = t sum_k cos(pi k t) c_k(x), as :class:`ndm.SeparableTransform` has it: no forward-mode AD.
+
+    Args:
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or any
+            other ``nn.Module``.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self._shifted = SeparableTransform(network, "time")  # x + h
+
+    @property
+    def network(self) -> nn.Module:
+        """Its network."""
+        return self._shifted.network
+
+    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        return self._shifted(x, level) - x
+
+    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        shifted, derivative = self._shifted.with_derivative(x, level)
+        return shifted - x, derivative
 
 
 class ScaledCurve(Curve):

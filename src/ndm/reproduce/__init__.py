@@ -65,6 +65,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "distribution_2d",
         ),
         Experiment(
+            "ot-1d",
+            "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
+            {"small": "7 minutes of one core", "smoke": _SMOKE},
+            "transport",
+        ),
+        Experiment(
             "mnist",
             "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
             {"small": "45 minutes of two cores", "quick": "9 minutes of two cores", "smoke": _SMOKE},
