@@ -97,7 +97,7 @@ def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> Non
         return measure(draw_samples(model, images, shape, seed=part_seed(report.seed, 1), steps=steps, progress=True))
 
     found = {"test images": report.keep("quality-test", lambda: measure(test.__getitems__(spread(len(test), images))))}
-    found |= {name: report.keep(f"quality-{name.lower()}", partial(sampled, model)) for name, model in models.items()}
+    found |= {name: report.keep(f"quality-{name.lower().replace(', ', '-')}", partial(sampled, model)) for name, model in models.items()}
     report.number("quality", {"classifier": classifier.info, **found})
     report.say(
         f"Quality of {images:,} ancestral samples of {steps} steps against {len(real):,} train images, beside as many test images. Features: a classifier, "
@@ -113,7 +113,7 @@ def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: 
     _over_time(report, {name: models[name] for name in ("VDM", "NDM")}, test.__getitems__([0, len(test) // 2]))
     _curves(report, folders)
     count, steps = (4, 2) if report.smoke else (64, 250)
-    figure = new_figure(13.2, 3.5)
+    figure = new_figure(13.2, 3.8)
     panels = {name: draw_samples(model, count, shape, seed=report.seed, steps=steps, progress=True) for name, model in models.items()}
     for axis, (name, x) in zip(figure.subplots(1, 4), {"test images": test.__getitems__(range(count)), **panels}.items(), strict=True):
         axis.imshow(image_grid(x, gap=0), interpolation="nearest")
@@ -151,10 +151,8 @@ def _curves(report: Report, folders: Mapping[str, Path]) -> None:
         smooth = np.convolve(bound, np.ones(width) / width, mode="valid")
         axis.plot(steps[width - 1 :], smooth, label=name, color=color, linestyle=line, marker=marker, markevery=0.12, markersize=5)
     axis.set(xlabel="training steps", ylabel="bound of the training batches (bits/dim)")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:.1f}")
-    axis.yaxis.set_minor_formatter("{x:.1f}")
-    axis.grid(alpha=0.3, which="both")
+    axis.set_ylim(top=2.0)
+    axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     report.figure("learning", figure, "The bound while training, before averaging of the weights")
 
