@@ -47,7 +47,7 @@ def run(report: Report) -> None:
         words += ["--data.path", str(folder)]
     if report.size in _STEPS:
         words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.997", *words]
-    rows, extra = read_rows(configuration("reproduce-mnist.yaml"), tuple(words))
+    rows, extra = read_rows(configuration("compare-mnist-baselines.yaml"), tuple(words))
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
     models, lines = dict[str, NDM](), list[list[str]]()
     limit, draws = (8, 1) if report.smoke else (None, 4)
