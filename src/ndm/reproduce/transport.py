@@ -301,7 +301,8 @@ def draw_map(models: dict[str, NDM], found: dict[str, list[dict[str, Any]]]) -> 
     right.set(xscale="log", yscale="log", xlabel="steps", ylabel="W₂ to the data (units of the data)", title="few steps")
     right.set_xticks(FEW_STEPS, [str(n) for n in FEW_STEPS])
     right.minorticks_off()
-    right.legend(frameon=False)
+    right.set_ylim(top=30.0)  # room for the legend
+    right.legend(frameon=False, loc="upper right", fontsize=9)
     return figure
 
 
