@@ -14,7 +14,7 @@ from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.likelihood import OdeSettings, ode_log_prob
 from ndm.model import NDM
-from ndm.nfdm import NFDM, NetworkScale, Scale, ScaledProcess, ScaledReverse
+from ndm.nfdm import NFDM, NetworkScale, Scale, ScaledProcess, ScaledReverse, SeparableScale
 from ndm.nn import MLP, UNet
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
@@ -393,3 +393,16 @@ def test_single_precision_suffices_near_the_data(kind: type[Transform]) -> None:
         found = diffusion(rounded.reverse_process, x, reach * u, noise)
         expected = diffusion(exact.reverse_process, x.double(), reach * u.double(), noise.double())
         assert ((found.double() - expected).abs() / expected).max().item() < 5e-3, reach
+
+
+def test_a_separable_scale_is_zero_at_the_start_and_knows_its_slope() -> None:
+    torch.manual_seed(0)
+    scale = randomised(SeparableScale(MLP(2, hidden=8, blocks=1, outputs=3)), 0.3)
+    x, _, t = batch()
+    t, step, schedule = 0.05 + 0.9 * t, 1e-6, LinearLogSNR()
+    value, slope_in_t = scale.with_derivative(x, schedule(t))
+    assert value.abs().mean().item() > 0.05
+    assert torch.equal(scale(x, schedule(torch.zeros_like(t))), torch.zeros_like(x))
+    torch.testing.assert_close(value, scale(x, schedule(t)), rtol=1e-12, atol=1e-12)
+    around = scale(x, schedule(t + step)) - scale(x, schedule(t - step))
+    torch.testing.assert_close(slope_in_t, around / (2 * step), rtol=1e-6, atol=1e-8)

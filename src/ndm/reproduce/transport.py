@@ -48,7 +48,7 @@ DATA = Mixture([[mean] for mean in MEANS], STD, WEIGHTS)
 SEEDS, STEPS, BATCH, RATE, AVERAGE = 3, 3000, 1024, 4e-3, 0.998
 GRID, FINE_STEPS, FRESH = 10_000, 64, 2048
 FEW_STEPS = (1, 2, 4, 8, 16, 32)
-NAMES = {"ddpm": "DDPM", "ndm": "NDM-OT", "nfdm": "NFDM-OT", "exact": "T by its exact likelihood"}
+NAMES = {"ddpm": "DDPM", "ndm": "NDM-OT", "nfdm": "NFDM-OT", "exact": "T, exact likelihood"}
 LOOKS = {
     "ddpm": {"color": "#b06000", "linestyle": "--", "marker": "s"},
     "ndm": {"color": "#1b3a6b", "linestyle": "-", "marker": "o"},
@@ -240,7 +240,7 @@ def run(report: Report) -> None:
         f"{seeds(report)} trainings of each model on fresh samples, {STEPS} steps of {BATCH}. Everything below is measured by quadrature over the "
         "data, the prior, times and noise, so ± is the standard error over trainings alone. NDM-OT learns F, NFDM-OT the noise of the "
         "forward process as well; both generate by displacement interpolation alone. The last row is the same map without a forward process, "
-        "trained on log p(T⁻¹(x)): what it does better is the price of the bound's gap."
+        "trained on log p(T⁻¹(x)): what it does better is what training by the bound costs."
     )
     report.figure(
         "trajectories",
@@ -290,9 +290,9 @@ def draw_map(models: dict[str, NDM], found: dict[str, list[dict[str, Any]]]) -> 
     left.plot(z[:, 0], best[:, 0], color="black", linewidth=2.5, alpha=0.35, label="optimal, Q(Φ(z₁))")
     for kind in ("ndm", "nfdm", "exact"):
         look = {key: value for key, value in LOOKS[kind].items() if key != "marker"}
-        left.plot(z[:, 0], trajectories(models[kind], z, 1)[0][:, 0], linewidth=1.3, label=f"{NAMES[kind]}, T(z₁)", **look)
+        left.plot(z[:, 0], trajectories(models[kind], z, 1)[0][:, 0], linewidth=1.3, label=NAMES[kind], **look)
     left.set(xlabel="z₁ (prior)", ylabel="x (data)", title="the map")
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize="small", loc="lower right")
     for kind, runs in found.items():
         for method in runs[0]["w2_steps"]:
             values = np.array([one["w2_steps"][method] for one in runs])
@@ -301,8 +301,7 @@ def draw_map(models: dict[str, NDM], found: dict[str, list[dict[str, Any]]]) -> 
     right.set(xscale="log", yscale="log", xlabel="steps", ylabel="W₂ to the data (units of the data)", title="few steps")
     right.set_xticks(FEW_STEPS, [str(n) for n in FEW_STEPS])
     right.minorticks_off()
-    right.set_ylim(top=30.0)  # room for the legend
-    right.legend(frameon=False, loc="upper right", fontsize=9)
+    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(0.03, 0.25))
     return figure
 
 
@@ -316,7 +315,8 @@ def tables(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
 
     def cell(values: list[float]) -> str:
         mean, error = mean_and_error(values) if values else (math.nan, math.nan)
-        return f"{mean:.4f} ± {error:.4f}" if math.isfinite(error) else f"{mean:.4f}" if values else "—"
+        digits = ".4f" if abs(mean) >= 1e-3 else ".1e"
+        return f"{mean:{digits}} ± {error:{digits}}" if math.isfinite(error) else f"{mean:{digits}}" if values else "—"
 
     columns = {"NELBO, nats": "nelbo", "NLL, nats": "nll", "cost over optimal": "cost", "bend": "bend", "W2": "w2"}
     rows = [[NAMES[kind], *(cell([one[key] for one in runs if key in one]) for key in columns.values())] for kind, runs in found.items()]
