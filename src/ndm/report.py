@@ -229,12 +229,15 @@ def markdown_table(measurements: Sequence[Measurement]) -> str:
     rows = [["number", "bits/dim", "nats", *COLUMNS.values()]]
     rows.append(["---"] * len(rows[0]))
     for one in measurements:
-        known = math.isfinite(one.stderr)
-        row = [one.label, f"{one.bpd:.4f}", f"{one.nats:.3f}"]
-        if known:
-            row[1:] = [f"{row[1]} ± {one.bpd_stderr:.4f}", f"{row[2]} ± {one.stderr:.3f}"]
+        row = [one.label, plus_minus(one.bpd, one.bpd_stderr, 4), plus_minus(one.nats, one.stderr)]
         rows.append(row + [_cell(one.protocol.get(key)) for key in COLUMNS])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def plus_minus(value: float, error: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A number and its error for a table; the number alone where the error is not known."""
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text if error is None or not math.isfinite(error) else f"{text} ± {error:.{digits}f}"
 
 
 def _cell(value: object) -> str:

@@ -8,7 +8,7 @@ For one example x each column is a time t; the rows show
 Needs matplotlib (extra ``eval``). Images keep their own pixels: they are enlarged by whole numbers and never smoothed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +97,9 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
     write_figure(path, figure)
 
 
-def common_limit(batches: Sequence[Tensor]) -> float:
-    """Half the side of a square around 0 that holds all but the furthest half per cent of the points of every batch."""
-    return max(float(np.quantile(points.detach().abs().flatten(1)[:, :2].max(1).values.cpu().numpy(), 0.995)) for points in batches) * 1.08
+def common_limit(batches: Sequence[Tensor], share: float = 0.995, margin: float = 1.08) -> float:
+    """Half the side of a square around 0 that holds this share of the points of every batch ``(B, D)``, and a margin."""
+    return margin * max(float(np.quantile(points.detach().abs().flatten(1)[:, :2].amax(1).cpu().numpy(), share)) for points in batches)
 
 
 def draw_points(axis: Any, points: Tensor, limit: float) -> None:
@@ -158,8 +158,24 @@ def transform_figure(
         with torch.no_grad():
             states = {name: torch.stack([show(at) for at in values]) for name, values in states.items()}
     images = is_image(states["latent"].shape[2:])  # latents may have another shape than the data
-    groups = range(x.shape[0]) if images else range(1)
-    figure = new_figure(1.25 * len(times) + 0.6, (1.3 if images else 1.6) * 3 * len(groups) + 0.3)
+    figure = new_figure(1.25 * len(times) + 0.6, 1.3 * 3 * x.shape[0] + 0.3 if images else 1.6 * 3 + 0.3)
+    draw_over_time(figure, states, times)
+    return figure
+
+
+def draw_over_time(figure: Any, states: Mapping[str, Tensor], times: Sequence[float], label_size: int = 13, title_size: int = 11) -> None:
+    """Draw what :func:`transform_over_time` gives into a figure or a part of one: a column for each time, three rows for each image.
+
+    Args:
+        figure: a matplotlib figure or subfigure.
+        states: ``(len(times), B, *event)`` each; of vectors all are drawn in one panel.
+        times: the columns.
+        label_size: size of the words beside the rows, points.
+        title_size: size of the words above the columns, points.
+    """
+    first = next(iter(states.values()))
+    images = is_image(states["latent"].shape[2:])
+    groups = range(first.shape[1]) if images else range(1)
     axes = figure.subplots(3 * len(groups), len(times), squeeze=False)
     limit = common_limit([values.flatten(0, 1) for values in states.values()]) if not images else 1.0
     for group in groups:
@@ -174,7 +190,6 @@ def transform_figure(
                 axis.set_xticks([])
                 axis.set_yticks([])
                 if column == 0:
-                    axis.set_ylabel(LABELS[name], fontsize=13)
+                    axis.set_ylabel(LABELS[name], fontsize=label_size)
                 if row == 0 and group == 0:
-                    axis.set_title(f"$t={time:g}$", fontsize=11)
-    return figure
+                    axis.set_title(f"$t={time:g}$", fontsize=title_size)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ndm.evaluate import standard_error
+from ndm.report import plus_minus
 from ndm.viz import new_figure, write_figure
 
 MARKERS = "osD^vPX*<>hp"
@@ -57,8 +58,7 @@ def cell(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
     """A mean and its error for a table; a dash where there is none."""
     if entry is None:
         return "—"
-    text = f"{entry['mean']:+.3f}" if sign else f"{entry['mean']:.3f}"
-    return text if entry["stderr"] is None else f"{text} ± {entry['stderr']:.3f}"
+    return plus_minus(entry["mean"], entry["stderr"], sign=sign)
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | None, protocol: Sequence[str]) -> str:

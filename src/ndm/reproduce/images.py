@@ -25,6 +25,7 @@ from ndm.likelihood import OdeSettings
 from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.quality import compare_features, torchscript_features
+from ndm.report import plus_minus
 from ndm.reproduce.handful import write_cifar, write_faces, write_imagenet
 from ndm.reproduce.report import Report
 from ndm.viz import image_grid, new_figure, transform_figure
@@ -129,13 +130,7 @@ def data_words(report: Report, facts: Facts) -> list[str]:
     """What the configuration leaves open: nothing, or for smoke a small model, and images made here unless the user named a folder."""
     if not report.smoke:
         return []
-    words = [*SMOKE, *facts.smoke_words]
-    if "--data.path" not in report.words:
-        folder = report.out / "data"
-        if not folder.exists():
-            facts.handful(folder, report.seed)
-        words += ["--data.path", str(folder)]
-    return words
+    return [*SMOKE, *facts.smoke_words, *report.made_up_data(facts.handful)]
 
 
 def introduce(report: Report, facts: Facts, data: DataSource) -> None:
@@ -164,9 +159,12 @@ def likelihood(report: Report, facts: Facts, model: NDM, data: DataSource) -> No
     )
     rows = [[f"{one.who}, published", f"{one.bpd:.2f}", one.release or "the test split"] for one in facts.published]
     for what, record in (("NELBO, continuous time", nelbo), ("NLL by the ODE", nll)):
-        error = f" ± {record['bpd_stderr']:.4f}" if record["bpd_stderr"] is not None else ""
         rows.append(
-            [f"this run, {what}", f"{record['bpd']:.4f}{error}", f"{record['num_examples']:,} of {record['split_size']:,} test images"]
+            [
+                f"this run, {what}",
+                plus_minus(record["bpd"], record["bpd_stderr"], 4),
+                f"{record['num_examples']:,} of {record['split_size']:,} test images",
+            ]
         )
     report.table(["model", "bits/dim", "measured on"], rows)
     if not facts.published:
@@ -206,8 +204,7 @@ def quality(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
         f"{one['generated_images']:,} ancestral samples of {steps} steps against {one['real_images']:,} train images, by {one['features']} "
         f"(sha256 {one['features_sha256'][:12]}, d = {one['dims']}):"
     )
-    rows = [[name, f"{v['fid']:.3f}", f"{v['kid']:.5f}", f"{v['precision']:.3f}", f"{v['recall']:.3f}"] for name, v in found.items()]
-    report.table(["", "FID", "KID", "precision", "recall"], rows)
+    report.quality_table(found, (3, 5, 3, 3))
 
 
 _QUALITY = 7  # stream of noise

@@ -7,7 +7,6 @@ All take the same steps on the same batches. The bound is that of the 10,000 tes
 """
 
 import csv
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,11 @@ from ndm.evaluate import Evaluation, pick_device
 from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.quality import classifier_features, compare_features, find_classifier
+from ndm.report import plus_minus
 from ndm.reproduce.handful import write_mnist
 from ndm.reproduce.report import Report, configuration
 from ndm.serialize import read_json
-from ndm.viz import LABELS, image_grid, new_figure, to_pixels, transform_over_time
+from ndm.viz import draw_over_time, image_grid, new_figure, transform_over_time
 
 ROWS = ("VDM", "VDM, widened", "NDM")
 TIMES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0)
@@ -40,11 +40,8 @@ _SMOKE = (
 def run(report: Report) -> None:
     """Train the three models, measure them on the test set, draw them."""
     words = list(report.words)
-    if report.smoke and report.data is None:
-        folder = report.out / "data"
-        if not folder.exists():
-            write_mnist(folder, report.seed)
-        words += ["--data.path", str(folder)]
+    if report.smoke:
+        words = [*report.made_up_data(write_mnist), *words]
     if report.size in _STEPS:
         words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.997", *words]
     rows, extra = read_rows(configuration("compare-mnist-baselines.yaml"), tuple(words))
@@ -56,7 +53,7 @@ def run(report: Report) -> None:
         model, data = report.train_words(planned[name].folder, planned[name].words)
         models[name] = model.to(pick_device())
         evaluation = Evaluation(model, data.split("test"), seed=report.seed, limit=limit, progress=True)
-        record = report.measure(planned[name].folder, lambda: evaluation.nelbo(None, draws))  # noqa: B023
+        record = report.measure(planned[name].folder, partial(evaluation.nelbo, None, draws))
         metrics = read_json(report.folder(planned[name].folder) / "metrics.json")
         lines.append(_row(name, planned[name].parameters, record, metrics))
     report.say(
@@ -71,15 +68,20 @@ def run(report: Report) -> None:
 
 
 STYLES = (("#1b1b1b", "-", "o"), ("#8a8a8a", "--", "s"), ("#c0392b", "-", "D"))
-QUALITY = (("fid", 3), ("kid", 4), ("precision", 3), ("recall", 3))
 TERMS = ("prior", "diffusion", "reconstruction")
 
 
 def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
-    error = record["bpd_stderr"] or math.nan
     minutes = float(metrics["training_seconds"]) / 60
     terms = [f"{record[f'{term}_bpd']:.4f}" for term in TERMS]
-    return [name, f"{parameters:,}", f"{metrics['training_steps']:,}", f"{minutes:.1f}", f"**{record['bpd']:.4f} ± {error:.4f}**", *terms]
+    return [
+        name,
+        f"{parameters:,}",
+        f"{metrics['training_steps']:,}",
+        f"{minutes:.1f}",
+        f"**{plus_minus(record['bpd'], record['bpd_stderr'], 4)}**",
+        *terms,
+    ]
 
 
 def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> None:
@@ -103,8 +105,7 @@ def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> Non
         f"Quality of {images:,} ancestral samples of {steps} steps against {len(real):,} train images, beside as many test images. Features: a classifier, "
         f"test accuracy {classifier.info['accuracy']['test']:.3f}, seed {classifier.info['seed']}, sha256 {network.sha256[:12]}, d = {network.dims}."
     )
-    rows = [[name, *(f"{one[key]:.{digits}f}" for key, digits in QUALITY)] for name, one in found.items()]
-    report.table(["", "FID", "KID", "precision", "recall"], rows)
+    report.quality_table(found, (3, 4, 3, 3))
 
 
 def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: Mapping[str, Path]) -> None:
@@ -128,16 +129,7 @@ def _over_time(report: Report, models: Mapping[str, NDM], x: torch.Tensor) -> No
     for part, (name, model) in zip(parts, models.items(), strict=True):
         part.suptitle("DDPM (VDM), $F(x,t)=x$" if name == "VDM" else name)
         states = transform_over_time(model, x, TIMES, report.seed)
-        axes = part.subplots(3 * len(x), len(TIMES), squeeze=False)
-        for example in range(len(x)):
-            for row, (kind, values) in enumerate(states.items()):
-                for column, time in enumerate(TIMES):
-                    axis = axes[3 * example + row][column]
-                    axis.imshow(to_pixels(values[column, example : example + 1])[0], interpolation="nearest")
-                    axis.set(xticks=[], yticks=[])
-                    if example == row == 0:
-                        axis.set_title(f"$t={time:g}$", fontsize=10)
-                axes[3 * example + row][0].set_ylabel(LABELS[kind], fontsize=10)
+        draw_over_time(part, states, TIMES, 10, 10)
     report.figure("over-time", figure, "F(x, t), z_t and the prediction over time for two test images, the same noise at every time")
 
 

@@ -25,6 +25,7 @@ from ndm.errors import UserError
 from ndm.evaluate import Evaluation, standard_error
 from ndm.likelihood import OdeSettings
 from ndm.model import NDM
+from ndm.report import plus_minus
 from ndm.reproduce.report import Report
 from ndm.sample import GridSampler, Heun, Step
 
@@ -148,7 +149,7 @@ def _mean(values: Tensor) -> list[float]:
 
 def pm(pair: Sequence[float], digits: int = 3) -> str:
     """A mean and its standard error, for a table."""
-    return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+    return plus_minus(pair[0], pair[1], digits)
 
 
 def verdict(pair: Sequence[float]) -> str:

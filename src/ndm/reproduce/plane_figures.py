@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm.viz import new_figure
+from ndm.viz import common_limit, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +21,8 @@ PREDICTION = r"$\hat{x}(z_t, t)$"
 
 
 def limit_of(batches: Sequence[Tensor], share: float = 0.995) -> float:
-    """Half the side of a square around 0 that holds this share of the points of every batch ``(..., 2)``."""
-    return 1.1 * max(float(np.quantile(batch.reshape(-1, 2).abs().amax(1).numpy(), share)) for batch in batches)
+    """:func:`ndm.viz.common_limit` of batches ``(..., 2)``, with a margin for these figures."""
+    return common_limit([batch.reshape(-1, 2) for batch in batches], share, 1.1)
 
 
 def over_time(rows: Mapping[str, Tensor], colours: Tensor, times: Sequence[float] = TIMES) -> "Figure":

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 RESULTS, PAGE = "results.json", "README.md"
 FORMATS = (".png", ".pdf")
+QUALITY = {"FID": "fid", "KID": "kid", "precision": "precision", "recall": "recall"}
+"""Measures of sample quality: heading and field."""
 
 
 def configuration(name: str) -> Path:
@@ -119,6 +121,15 @@ class Report:
             sys.exit(0)  # one of several processes that trained together: the first goes on alone
         return load_run(folder), load_data(folder)
 
+    def made_up_data(self, write: Callable[[Path, int], None]) -> list[str]:
+        """Words of ``ndm train`` for data that ``write(folder, seed)`` makes, once, inside the folder; none if the user named data."""
+        if "--data.path" in self.words:
+            return []
+        folder = self.out / "data"
+        if not folder.exists():
+            write(folder, self.seed)
+        return ["--data.path", str(folder)]
+
     def folder(self, name: str) -> Path:
         """The folder of a run."""
         return self.out / "runs" / name
@@ -138,6 +149,11 @@ class Report:
         """Add a table to the page."""
         lines = [head, ["---"] * len(head), *rows]
         self.say("".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines))
+
+    def quality_table(self, found: Mapping[str, Mapping[str, Any]], digits: Sequence[int]) -> None:
+        """Add a table of FID, KID, precision and recall, each with so many digits; records of :class:`ndm.quality.SampleQuality` by name."""
+        rows = [[name, *(f"{one[field]:.{n}f}" for field, n in zip(QUALITY.values(), digits, strict=True))] for name, one in found.items()]
+        self.table(["", *QUALITY], rows)
 
     def figure(self, name: str, figure: "Figure", caption: str) -> None:
         """Write a figure as PNG and PDF and show it on the page."""

@@ -28,9 +28,9 @@ from ndm.likelihood import OdeSettings
 from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier
-from ndm.report import Measurement
-from ndm.reproduce.report import Report
-from ndm.reproduce.steps_figures import bound_figure, quality_figure, sample_figure
+from ndm.report import Measurement, plus_minus
+from ndm.reproduce.report import QUALITY, Report
+from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
 from ndm.sample import Method
 
 MODELS: Mapping[str, tuple[str, ...]] = {"DDPM": ("--model.transform", "ndm.Identity"), "NDM": ()}
@@ -41,9 +41,8 @@ SAMPLERS: Mapping[str, tuple[Method, int, int]] = {
     "ODE, Heun": ("ode", 2, 32),
 }
 """Samplers: method, evaluations of the predictor a step, and most evaluations; Heun's trapezoid is of second order and done before the others."""
-FIELDS = (("FID", "fid", 3), ("KID", "kid", 4), ("precision", "precision", 2), ("recall", "recall", 2))
-"""Measures: heading, field and digits."""
-CONTINUOUS = "continuous"
+DIGITS = (3, 4, 2, 2)
+"""Of the measures of sample quality, in a table."""
 _SAMPLES, _PICTURES = 40, 41  # streams of noise
 
 
@@ -141,7 +140,9 @@ def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSour
     dims = math.prod(data.describe().event_shape)
     less = {horizon: _difference(kept, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons}
     rows = [_bound_row(records, horizon, less[horizon]) for horizon in plan.horizons]
-    rows.append(["NLL, ODE", *_pair(records["ddpm-nll"], None), *_pair(records["ndm-nll"], None), _error(*_difference(kept, "nll", dims))])
+    rows.append(
+        ["NLL, ODE", *_pair(records["ddpm-nll"], None), *_pair(records["ndm-nll"], None), plus_minus(*_difference(kept, "nll", dims))]
+    )
     report.say(
         f"Bits/dim on {records['ddpm-' + CONTINUOUS]['num_examples']} test examples (NLL: {records['ddpm-nll']['num_examples']}, one sample of z_0), "
         f"± over examples; the last column pairs them."
@@ -174,15 +175,11 @@ def _bound_row(records: Mapping[str, dict[str, Any]], horizon: int | None, less:
     row = [str(horizon or "continuous time")]
     for name in ("ddpm", "ndm"):
         row += _pair(records[f"{name}-{horizon or CONTINUOUS}"], records.get(f"{name}-{horizon}-fitted"))
-    return [*row, _error(*less)]
+    return [*row, plus_minus(*less)]
 
 
 def _pair(plain: Mapping[str, Any], fitted: Mapping[str, Any] | None) -> list[str]:
-    return [_error(one["bpd"], one["bpd_stderr"]) if one else "" for one in (plain, fitted)]
-
-
-def _error(value: float, error: float | None, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None or not math.isfinite(error) else f" ± {error:.{digits}f}")
+    return [plus_minus(one["bpd"], one["bpd_stderr"]) if one else "" for one in (plain, fitted)]
 
 
 def quality(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
@@ -282,13 +279,9 @@ def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, 
     report.say(
         f"Real images for a reference, and as many samples ({reference['generated_images']}), since all four depend on their number:"
     )
-    rows = [
-        [name, *(_error(one[field], None, digits) for _, field, digits in FIELDS)]
-        for name, one in numbers["as_many_samples_as_test_images"].items()
-    ]
-    report.table(["", *(title for title, _, _ in FIELDS)], rows)
+    report.quality_table(numbers["as_many_samples_as_test_images"], DIGITS)
     budgets = [evaluations for evaluations in plan.evaluations if any(p["evaluations"] == evaluations for c in curves.values() for p in c)]
-    for title, field, digits in FIELDS:
+    for (title, field), digits in zip(QUALITY.items(), DIGITS, strict=True):
         report.say(
             f"{title}, mean ± half the range of the sets (of two, the standard error), against evaluations of the predictor an image:"
         )
@@ -299,7 +292,7 @@ def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, 
                 [
                     name,
                     *(
-                        _error(statistics.fmean(cells[n]), (max(cells[n]) - min(cells[n])) / 2, digits) if n in cells else ""
+                        plus_minus(statistics.fmean(cells[n]), (max(cells[n]) - min(cells[n])) / 2, digits) if n in cells else ""
                         for n in budgets
                     ),
                 ]
