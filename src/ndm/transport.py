@@ -27,7 +27,8 @@ sigma_t². The weights (1 - r, r) of the reverse process need not be the (alpha,
 
 For x ~ N(m, S²) and an affine T, the forward process with the marginals of the reverse is F = c(t) (x - m) + mean(t)/alpha,
 :math:`\alpha^2 c^2 S^2 = ((1 - r) a + r)^2 - \sigma^2`, and with :math:`g^2 = \sigma^2 \tilde\gamma'`, :math:`\tilde\gamma = \log(\sigma^2/(\alpha c)^2)`,
-the bound is tight but for its two ends. For other T no Gaussian q(z_t|x) gives all marginals of the reverse, and the bound keeps a gap.
+the bound is tight but for its two ends. For other T a Gaussian q(z_t|x) has the marginals of the reverse in the limit of little noise alone, where it
+follows the lines themselves: :mod:`ndm.lines` is that forward process.
 
 Source: Neural Diffusion Models (Bartosh et al. 2024), the section on dynamic optimal transport; clock, learned eta and learned noise are ours.
 """
@@ -46,6 +47,7 @@ from ndm.elbo import Bound, Eta
 from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess, Gaussian
 from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, latent
+from ndm.lines import clock, follow_lines
 from ndm.model import NDM
 from ndm.nfdm import Scale, ScaledCurve, ScaledProcess
 from ndm.noise import ExampleNoise, Noise
@@ -189,9 +191,7 @@ class TransportReverse(ReverseProcess):
 
     def clock(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """How far the lines have been followed, r in [0, 1], and dr/dt; each in the shape of ``level``."""
-        start, end = self.process.schedule(level.t.new_tensor([0.0, 1.0])).sigma.square()
-        r = ((level.sigma**2 - start) / (end - start)).clamp(0, 1)
-        return r, 2 * level.sigma * level.dsigma / (end - start)
+        return clock(self.process.schedule, level)
 
     def displaced(self, z: Tensor, level: NoiseLevel) -> Displaced:
         """The lines through latents ``z`` ``(B, *event)`` at times ``(B,)``; events flattened."""
@@ -253,10 +253,11 @@ class TransportNDM(NDM):
 
     Args:
         schedule: noise levels of the forward process over time, alpha_1 > 0; the less of its noise at t = 1, the more F has to do.
-        transform: F(x, t); one that starts like sigma_t² (:class:`ndm.SeparableTransform`, :class:`ndm.GatedTransform`).
+        transform: F(x, t); :class:`ndm.lines.LineTransform`, or one of its own that starts like sigma_t² (:class:`ndm.SeparableTransform`,
+            :class:`ndm.GatedTransform`).
         transport: T.
         decoder: p(x|z_0).
-        scale: h(x, t), for a forward process that learns its noise, too; None is NDM.
+        scale: h(x, t), for a forward process that learns its noise, too, such as :class:`ndm.lines.LineScale`; None is NDM.
         times: how times are drawn in training; low-discrepancy by default.
         eta_parts: eta is learned on so many equal parts of [0, 1]; the bound is trained with it, and starts at 1.
 
@@ -282,6 +283,7 @@ class TransportNDM(NDM):
         super().__init__(schedule, transform, transport, decoder, times)  # type: ignore[arg-type]
         self.scale, self.eta_parts = scale, eta_parts
         self.process = ForwardProcess(schedule, transform) if scale is None else ScaledProcess(schedule, transform, scale)
+        follow_lines((transform, scale), transport, schedule)
         self.log_eta = nn.Parameter(torch.zeros(eta_parts))
         with torch.no_grad():
             end = schedule(torch.ones(1, dtype=self.like.dtype, device=self.like.device))

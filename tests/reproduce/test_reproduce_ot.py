@@ -108,7 +108,7 @@ def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(words) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "nelbo" not in results["numbers"]["models"]["exact"][0]
-    for kind in ("ddpm", "ndm", "nfdm"):
+    for kind in ("ddpm", "ndm", "nfdm", "lines"):
         (one,) = results["numbers"]["models"][kind]
         assert one["nelbo"] == pytest.approx(one["prior"] + one["diffusion"] + one["reconstruction"])
         assert one["nelbo"] > results["numbers"]["entropy"] - 0.05

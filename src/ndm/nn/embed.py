@@ -46,7 +46,8 @@ class FourierFeatures(nn.Module):
     """Append sin(2^n pi x) and cos(2^n pi x) of every channel: they let a network see the fine digits of its input (VDM, appendix C).
 
     Args:
-        powers: the exponents n; for data with L levels in [-1, 1], those near log2(L) - 1 help.
+        powers: the exponents n; for data with L levels in [-1, 1], VDM takes those near log2(L) - 1. Where the predictor rounds (``levels``), coarser
+            ones, 1 to 4, help more: see the results on MNIST.
     """
 
     def __init__(self, powers: Sequence[int] = ()):

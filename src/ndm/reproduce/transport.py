@@ -28,6 +28,7 @@ from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.likelihood import trace_times
+from ndm.lines import LineScale, LineTransform
 from ndm.model import NDM
 from ndm.nfdm import SeparableScale
 from ndm.nn import MLP
@@ -48,19 +49,22 @@ DATA = Mixture([[mean] for mean in MEANS], STD, WEIGHTS)
 SEEDS, STEPS, BATCH, RATE, AVERAGE = 3, 3000, 1024, 4e-3, 0.998
 GRID, FINE_STEPS, FRESH = 10_000, 64, 2048
 FEW_STEPS = (1, 2, 4, 8, 16, 32)
-NAMES = {"ddpm": "DDPM", "ndm": "NDM-OT", "nfdm": "NFDM-OT", "exact": "T, exact likelihood"}
-LOOKS = {
+NAMES = {"ddpm": "DDPM", "ndm": "NDM-OT", "nfdm": "NFDM-OT", "lines": "NFDM-OT, along its lines", "exact": "T, exact likelihood"}
+LOOKS: dict[str, dict[str, Any]] = {
     "ddpm": {"color": "#b06000", "linestyle": "--", "marker": "s"},
     "ndm": {"color": "#1b3a6b", "linestyle": "-", "marker": "o"},
     "nfdm": {"color": "#6fa8dc", "linestyle": "-.", "marker": "^"},
+    "lines": {"color": "#2e7d32", "linestyle": (0, (5, 1)), "marker": "v"},
     "exact": {"color": "#7a7a7a", "linestyle": ":", "marker": "x"},
 }
 
 
 def make(kind: str) -> NDM:
-    """A new model: a diffusion, or one that generates by transport, with or without learned noise."""
+    """A new model: a diffusion, or one that generates by transport, whose F, F and noise, or neither but T is a network."""
     if kind == "ddpm":
         return NDM(DDPMLinear(), Identity(), Predictor(MLP(1, hidden=64, blocks=2)), GaussianDecoder())
+    if kind == "lines":  # little noise, and hardly any on the way
+        return TransportNDM(LinearLogSNR(-11.2, -11.19), LineTransform(), MonotoneMap(24, scale=1.5), GaussianDecoder(), LineScale())
     scale = SeparableScale(MLP(1, hidden=64, blocks=1, outputs=8)) if kind == "nfdm" else None
     transform = SeparableTransform(MLP(1, hidden=64, blocks=1, outputs=8))
     return TransportNDM(LinearLogSNR(-9.2, -2.0), transform, MonotoneMap(24, scale=1.5), GaussianDecoder(), scale)
@@ -254,12 +258,12 @@ def run(report: Report) -> None:
 
 
 def draw_trajectories(models: dict[str, NDM]) -> "Figure":
-    """DDPM and NDM-OT side by side."""
+    """DDPM and transport side by side."""
     figure = new_figure(9.6, 3.6)
     axes = figure.subplots(1, 6, sharey=True, width_ratios=[0.5, 2.6, 0.5, 0.5, 2.6, 0.5])
     x = np.linspace(-3.6, 3.6, 600)
     target = DATA.log_prob(torch.from_numpy(x)[:, None]).exp().numpy()
-    for index, kind in enumerate(("ddpm", "ndm")):
+    for index, kind in enumerate(("ddpm", "lines")):
         left, middle, right = axes[3 * index : 3 * index + 3]
         z, _ = prior_grid(41)
         path = trajectories(models[kind], z, 128)[..., 0].numpy()
@@ -288,7 +292,7 @@ def draw_map(models: dict[str, NDM], found: dict[str, list[dict[str, Any]]]) -> 
     left, right = figure.subplots(1, 2)
     z, best = prior_grid(2000)
     left.plot(z[:, 0], best[:, 0], color="black", linewidth=2.5, alpha=0.35, label="optimal, Q(Φ(z₁))")
-    for kind in ("ndm", "nfdm", "exact"):
+    for kind in ("ndm", "nfdm", "lines", "exact"):
         look = {key: value for key, value in LOOKS[kind].items() if key != "marker"}
         left.plot(z[:, 0], trajectories(models[kind], z, 1)[0][:, 0], linewidth=1.3, label=NAMES[kind], **look)
     left.set(xlabel="z₁ (prior)", ylabel="x (data)", title="the map")
@@ -336,10 +340,10 @@ def tables(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
 def expectations(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
     """What the experiment should show."""
     diffusion = {method: np.mean([one["w2_steps"][method][0] for one in found["ddpm"]]) for method in found["ddpm"][0]["w2_steps"]}
-    for kind in ("ddpm", "ndm", "nfdm"):
+    for kind in ("ddpm", "ndm", "nfdm", "lines"):
         least = min(one["nelbo"] for one in found[kind])
         report.expect(f"{NAMES[kind]}: entropy of the data less the NELBO, nats", DATA.entropy() - least, 0.0)
-    for kind in ("ndm", "nfdm"):
+    for kind in ("ndm", "nfdm", "lines"):
         runs, name = found[kind], NAMES[kind]
         report.expect(f"{name}: cost off the optimal one, relative", abs(mean_and_error([one["cost"] for one in runs])[0] - 1), 0.02)
         report.expect(f"{name}: bend of its trajectories", max(one["bend"] for one in runs), 0.01)
