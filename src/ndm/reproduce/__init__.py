@@ -67,7 +67,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "ot-1d",
             "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
-            {"small": "7 minutes of one core", "smoke": _SMOKE},
+            {"small": "12 minutes of one core", "smoke": _SMOKE},
             "transport",
         ),
         Experiment(

@@ -305,7 +305,7 @@ def draw_map(models: dict[str, NDM], found: dict[str, list[dict[str, Any]]]) -> 
     right.set(xscale="log", yscale="log", xlabel="steps", ylabel="W₂ to the data (units of the data)", title="few steps")
     right.set_xticks(FEW_STEPS, [str(n) for n in FEW_STEPS])
     right.minorticks_off()
-    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(0.03, 0.25))
+    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(0.03, 0.285))
     return figure
 
 
