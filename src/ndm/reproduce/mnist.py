@@ -47,7 +47,7 @@ def run(report: Report) -> None:
     rows, extra = read_rows(configuration("compare-mnist-baselines.yaml"), tuple(words))
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
     models, lines = dict[str, NDM](), list[list[str]]()
-    limit, draws = (8, 1) if report.smoke else (None, 4)
+    limit, draws = (8, 1) if report.smoke else (None, 2)
     data: DataSource
     for name in ROWS:
         model, data = report.train_words(planned[name].folder, planned[name].words)
