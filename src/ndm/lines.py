@@ -7,10 +7,12 @@ The data follow the line that generates them, and the noise is stretched as the 
     \alpha_t F(x, t) = (1 - r)\, z_0 + r\, \zeta, \qquad e^{h(x, t)} = (1 - r) + r / T'(\zeta), \qquad q(z_t|x) = N(\alpha_t F, \sigma_t^2 e^{2h}) .
 
 F and h have no parameters but those of T, and learn with it. What a small perturbation of z_0 becomes under the flow of the reverse process is just this
-Gaussian, so the less noise and the less of it comes in on the way (g² = eta² sigma² gamma', so the flatter gamma), the tighter the bound: it tends to the exact
-likelihood. A free F and h can do the same in principle, and do not find it, since the bound multiplies what they are off the lines by 1/g².
+Gaussian, to first order in sigma. What the first order leaves out costs about sigma²/gamma', and the noise that comes in on the way, g² = eta² sigma² gamma', about
+gamma'. So the bound tends to the exact likelihood as sigma_0² << gamma' << 1: less noise first, then a flatter gamma. A free F and h can do the same in
+principle, and do not find it, since the bound multiplies what they are off the lines by 1/g².
 
-h needs the stretching of each dimension by itself, so it is for events of one number; F is for any.
+h needs the stretching of each dimension by itself, so it is for events of one number. F is for any; without h it wants a wide range of gamma, since noise of
+the wrong width has to be made up for on the way.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ndm.errors import UserError
 from ndm.nfdm import Scale
-from ndm.ops import expand
+from ndm.ops import event_size, expand
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.transform import Curve, CurveTransform
 
@@ -42,7 +44,13 @@ class _OnLines:
     _followed: "tuple[TransportMap, Schedule] | None" = None
 
     def follow(self, transport: "TransportMap", schedule: Schedule) -> None:
-        """Follow the lines of ``transport`` by the clock of ``schedule``."""
+        """Follow the lines of ``transport`` by the clock of ``schedule``.
+
+        Raises:
+            UserError: it follows others already.
+        """
+        if self._followed is not None and (self._followed[0] is not transport or self._followed[1] is not schedule):
+            raise UserError(f"this {type(self).__name__} follows the lines of another model: give each model its own")
         self._followed = (transport, schedule)
 
     @property
@@ -53,7 +61,7 @@ class _OnLines:
         return self._followed
 
     def origin(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_0 = alpha_0 x and ζ with T(ζ) = z_0, each ``(B, D)``, and the Jacobian of T at ζ ``(B, D, D)``; differentiable."""
+        """z_0 = alpha_0 x and ζ with T(ζ) = z_0, each ``(B, D)``, and the Jacobian of T at ζ ``(B, D, D)``; differentiable, once."""
         transport, schedule = self.lines
         z = (schedule(x.new_zeros(1)).alpha * x.flatten(1)).to(x.dtype)
         start = transport.origin(z, z.new_zeros(len(z)))
@@ -108,8 +116,8 @@ class LineScale(_OnLines, Scale):
         return self.with_derivative(x, level)[0]
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        if x[0].numel() != 1:
-            raise UserError(f"LineScale is for events of one number, got {x[0].numel()}: lines turn what they stretch in more dimensions")
+        if event_size(x) != 1:
+            raise UserError(f"LineScale is for events of one number, got {event_size(x)}: lines turn what they stretch in more dimensions")
         (r, rate), (_, _, slope) = self.clock(level, x), self.origin(x)
         inverse = (1 / slope).reshape(x.shape)
         stretch = 1 - r + r * inverse

@@ -286,9 +286,11 @@ class TransportNDM(NDM):
         follow_lines((transform, scale), transport, schedule)
         self.log_eta = nn.Parameter(torch.zeros(eta_parts))
         with torch.no_grad():
-            end = schedule(torch.ones(1, dtype=self.like.dtype, device=self.like.device))
+            start, end = (schedule(torch.full((1,), t, dtype=self.like.dtype, device=self.like.device)) for t in (0.0, 1.0))
         if not bool((end.alpha > 0).all()):
             raise UserError("the schedule keeps no signal at t = 1, where g is infinite: give one that does, for example LinearLogSNR")
+        if not bool((end.sigma**2 - start.sigma**2 > 1000 * torch.finfo(end.sigma.dtype).eps * end.sigma**2).all()):
+            raise UserError("the schedule's noise hardly grows, and the lines are followed by it: give gamma a wider range, at least 0.001")
 
     @property
     def transport(self) -> TransportMap:
