@@ -90,12 +90,16 @@ def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(write_config: C
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    stopped = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert 0 < stopped < 150
+    content = torch.load(checkpoint, weights_only=True)
+    assert 0 < content["global_step"] < 150
     assert not (killed / "metrics.json").exists()
+    torch.save(content | {"seconds": content["seconds"] + 1000}, checkpoint)
     assert main(["train", "--out", str(killed)]) == 0  # the folder knows its configuration
 
     train(config, tmp_path / "whole")
+    seconds = [float(str(read_json(tmp_path / name / "metrics.json")["training_seconds"])) for name in ("killed", "whole")]
+    assert 1000 < seconds[0] < 1000 + 2 * seconds[1] + 60, "of all calls"
+    assert 0 < seconds[1] < 120
     expected = weights(tmp_path / "whole")
     for name, value in weights(killed).items():
         assert torch.equal(value, expected[name]), name

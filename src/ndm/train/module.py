@@ -2,9 +2,11 @@
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -42,6 +44,15 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.model, self.settings, self.seed = model, settings, seed
         self._data, self._validation = data, validation
+        self._earlier, self._started = 0.0, time.perf_counter()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep for how many seconds the run has been trained, over all its calls."""
+        checkpoint["seconds"] = self._earlier + time.perf_counter() - self._started
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from those seconds."""
+        self._earlier = checkpoint.get("seconds", 0.0)
 
     def part_size(self) -> int:
         """Examples that one process takes at once.
@@ -132,6 +143,7 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Compile the networks, if asked to: here the model is where it will be trained, and its weights are restored."""
+        self._started = time.perf_counter()
         if not self.settings.compile:
             return
         part = self._data.__getitems__([index % len(self._data) for index in range(self.part_size())]).to(self.model.like)

@@ -13,7 +13,6 @@
 """
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +185,13 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
         UserError: model, data and settings do not fit one another, or the checkpoint is damaged.
     """
     check_data(model, data, settings)
-    started = time.perf_counter()
     first = fit(model, data, settings, out, seed)
     if not first:
         return None
-    seconds = time.perf_counter() - started
     description = data.describe().to_dict()
     # The checkpoint holds the averaged weights whatever the strategy, also when training ended in an earlier call.
-    weights = read_checkpoint(out / CHECKPOINT)["state_dict"]
+    checkpoint = read_checkpoint(out / CHECKPOINT)
+    weights, seconds = checkpoint["state_dict"], checkpoint.get("seconds", 0.0)
     model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
     model.to(pick_device(settings.accelerator)).eval()
     write_json(out / "data.json", description)
