@@ -17,7 +17,6 @@ the wrong width has to be made up for on the way.
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ndm.errors import UserError
@@ -60,15 +59,11 @@ class _OnLines:
             raise UserError(f"{type(self).__name__} follows the lines of a transport map: give it to a TransportNDM")
         return self._followed
 
-    def origin(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_0 = alpha_0 x and ζ with T(ζ) = z_0, each ``(B, D)``, and the Jacobian of T at ζ ``(B, D, D)``; differentiable, once."""
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z_0 = alpha_0 x and ζ with T(ζ) = z_0, each ``(B, D)``; differentiable, once."""
         transport, schedule = self.lines
         z = (schedule(x.new_zeros(1)).alpha * x.flatten(1)).to(x.dtype)
-        start = transport.origin(z, z.new_zeros(len(z)))
-        value, jacobian = transport.with_jacobian(start)
-        # One more step of Newton's, whose gradient is that of the inverse function.
-        zeta = start + torch.linalg.solve(jacobian.detach(), z - value)
-        return z, zeta, transport.with_jacobian(zeta)[1]
+        return z, transport.origin_with_gradient(z, z.new_zeros(len(z)))
 
     def clock(self, level: NoiseLevel, like: Tensor) -> tuple[Tensor, Tensor]:
         """r and dr/dt, to broadcast against ``like``."""
@@ -89,7 +84,7 @@ class _LineCurve(Curve):
     def __init__(self, transform: LineTransform, x: Tensor):
         super().__init__(transform, x)
         self._clock = transform.clock
-        z, zeta, _ = transform.origin(x)
+        z, zeta = transform.ends(x)
         self._start, self._way = z.reshape(x.shape), (zeta - z).reshape(x.shape)
 
     def at(self, level: NoiseLevel) -> Tensor:
@@ -118,7 +113,8 @@ class LineScale(_OnLines, Scale):
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         if event_size(x) != 1:
             raise UserError(f"LineScale is for events of one number, got {event_size(x)}: lines turn what they stretch in more dimensions")
-        (r, rate), (_, _, slope) = self.clock(level, x), self.origin(x)
+        (r, rate), (_, zeta) = self.clock(level, x), self.ends(x)
+        slope = self.lines[0].with_jacobian(zeta)[1]
         inverse = (1 / slope).reshape(x.shape)
         stretch = 1 - r + r * inverse
         return stretch.log(), rate * (inverse - 1) / stretch

@@ -128,14 +128,18 @@ class TransportMap(nn.Module, ABC):
             f"the transport map could not be inverted at {int(open_.sum())} point(s): it is too steep, or z is too far away"
         )
 
+    def origin_with_gradient(self, z: Tensor, r: Tensor) -> Tensor:
+        """:meth:`origin`, differentiable, once, in z, r and the parameters."""
+        start = self.origin(z, r)
+        value, jacobian = self.displace(start, r)
+        # One more step of Newton's, whose gradient is that of the inverse function: dζ = J^-1 (dz - dz(r)|ζ).
+        return start + torch.linalg.solve(jacobian.detach(), z - value)
+
     def displaced(self, z: Tensor, r: Tensor) -> Displaced:
         """Both ends of the lines through z ``(B, D)`` at ``r`` ``(B,)``, and the density there; differentiable, once, in z, r and the parameters."""
         learning = torch.is_grad_enabled()
-        start = self.origin(z, r)
         with torch.enable_grad():
-            value, jacobian = self.displace(start, r)
-            # One more step of Newton's, whose gradient is that of the inverse function: dζ = J^-1 (dz - dz(r)|ζ).
-            zeta = start + torch.linalg.solve(jacobian.detach(), z - value)
+            zeta = self.origin_with_gradient(z, r)
             zeta = zeta if zeta.requires_grad else zeta.requires_grad_()
             target, slope = self.with_jacobian(zeta)
             unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
