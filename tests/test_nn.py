@@ -170,3 +170,35 @@ def test_norm_and_silu_in_one_are_those_in_turn(modulated: bool, monkeypatch: py
     for found, value in zip(torch.autograd.grad((probe * fused()).sum(), leaves), expected, strict=True):
         torch.testing.assert_close(found, value)
     assert torch.autograd.gradgradcheck(fused, leaves)
+
+
+@pytest.mark.parametrize("smallest", [0, 2**18], ids=["fused", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_and_silu_of_half_precision_round_once(smallest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ndm.nn.fused.SMALLEST", smallest)
+    norm, generator = randomised(nn.GroupNorm(2, 8), 0.5).float(), torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(3, 8, 5, 4, generator=generator) + 40).to(memory_format=torch.channels_last)
+    x = x.to(dtype).requires_grad_()  # a mean of many deviations: norms in half precision lose it
+    scale, shift = (torch.randn(3, 8, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    probe = torch.randn(x.shape, generator=generator).to(dtype)
+    leaves = [x, scale, shift, *norm.parameters()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    normal = nn.functional.group_norm(exact[0], 2, exact[3], exact[4])
+    expected = nn.functional.silu(normal * (1 + exact[1][..., None, None]) + exact[2][..., None, None])
+    with torch.autocast("cpu", dtype):
+        found = norm_silu(norm, x, scale, shift)
+    assert found.dtype == dtype
+    rounding = 2 * float(torch.finfo(dtype).eps)
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
+    gradients = torch.autograd.grad((expected * probe.double()).sum(), exact)
+    for leaf, value, gradient in zip(leaves, torch.autograd.grad((found * probe).float().sum(), leaves), gradients, strict=True):
+        assert value.dtype == leaf.dtype
+        torch.testing.assert_close(value.double(), gradient, rtol=rounding, atol=4 * rounding * float(gradient.abs().max()))
+
+
+def test_attention_of_half_precision_is_that_of_float32_but_for_rounding() -> None:
+    layer, x = randomised(Attention(32), 0.3).float(), seeded(2, 32, 4, 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    expected = layer(x).detach()
+    torch.testing.assert_close(found.detach().float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))

@@ -56,6 +56,11 @@ class Processes:
         return [n for part in present for n in part[0]], {name: torch.cat([part[1][name] for part in present]) for name in names}
 
 
+def started_first() -> bool:
+    """Whether this process is alone or was started as the first of several, by Lightning, torchrun or Slurm."""
+    return all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID"))
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
     """The processes that torchrun started, or this one alone.

@@ -108,6 +108,24 @@ def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(write_config: C
         assert torch.equal(value, theirs["current_model_state"][name]), name
 
 
+def test_two_cannot_train_into_one_folder(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt"
+    config = write_config(train={"steps": 100_000, "batch_size": 4, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5})
+    with subprocess.Popen(command(config, run), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        before = sorted(path.name for path in run.glob("logs/*"))
+        assert main(["train", "--out", str(run)]) == 2
+        said = capsys.readouterr().err
+        process.send_signal(signal.SIGKILL)
+    assert "another process is training into this folder" in said and said.count("\n") == 1
+    assert sorted(path.name for path in run.glob("logs/*")) == before
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content | {"global_step": 100_000}, checkpoint)
+    assert main(["train", "--out", str(run)]) == 0, "one that is killed lets go"
+
+
 def test_two_processes_agree_with_one_on_the_same_global_batch(write_config: ConfigWriter, tmp_path: Path) -> None:
     config = write_config(model={"times": {"class_path": "ndm.LowDiscrepancyTimes"}})
     train(config, tmp_path / "one", "--train.accumulate", "2")

@@ -1,6 +1,5 @@
 """``ndm train``: train a model, or go on with an interrupted run."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ndm.commands.parsing import CONFIG, build, parse, read_config
 from ndm.data import DataSource
 from ndm.errors import UserError, check_whole
 from ndm.model import NDM
+from ndm.parallel import started_first
 from ndm.report import bound_table
 from ndm.serialize import read_json, write_atomically
 from ndm.train.run import METRICS, train
@@ -60,7 +60,7 @@ def run_train(words: Sequence[str]) -> None:
     if parts.train.threads:
         torch.set_num_threads(parts.train.threads)
     parts.data.describe()  # data that cannot be read must not leave a folder behind
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if started_first():
         write_atomically(out / CONFIG, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8"))
     metrics = train(parts.model, parts.data, parts.train, out, arguments.seed)
     if metrics is not None:

@@ -37,8 +37,25 @@ class Attention(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, channels // self.heads))
         q, k, v = qkv.transpose(-1, -2).unbind(1)
-        mixed = nnf.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
+        mixed = _attend(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
         return x + self.out(mixed)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; on CPUs in float32, where PyTorch's attention in half precision is the slower one."""
+    if q.device.type != "cpu":
+        return nnf.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return nnf.scaled_dot_product_attention(widened(q), widened(k), widened(v)).to(q.dtype)
+
+
+HALF = (torch.bfloat16, torch.float16)
+"""Types of half precision."""
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision in float32, anything else as it is."""
+    return x.float() if x.dtype in HALF else x
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

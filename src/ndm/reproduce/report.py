@@ -12,7 +12,6 @@
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from ndm.compare.budget import machine
 from ndm.data import DataSource
 from ndm.errors import UserError
 from ndm.model import NDM
+from ndm.parallel import started_first
 from ndm.report import Measurement
 from ndm.serialize import read_json, write_atomically, write_json
 from ndm.train.run import METRICS
@@ -116,8 +116,7 @@ class Report:
         print(f"{self.name}: {name}", flush=True)
         trained = (folder / METRICS).exists()
         run_train([*words, "--out", str(folder), "--seed", str(self.seed)])
-        first = all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "NODE_RANK"))
-        if not (first or trained):
+        if not (started_first() or trained):
             sys.exit(0)  # one of several processes that trained together: the first goes on alone
         return load_run(folder), load_data(folder)
 

@@ -9,14 +9,18 @@
 ``samples.png``            samples
 ``transform.png``          F(x, t), z_t and x̂ over time
 ``metrics.json``           the evaluation; written last, so that it marks a finished run
+``.lock``                  held by the process that trains
 =========================  ==================================================================
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -29,6 +33,7 @@ from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
 from ndm.model import NDM
+from ndm.parallel import started_first
 from ndm.serialize import write_atomically, write_json
 from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
 from ndm.train.settings import TrainSettings
@@ -182,9 +187,38 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
         The metrics, or None in processes other than the first.
 
     Raises:
-        UserError: model, data and settings do not fit one another, or the checkpoint is damaged.
+        UserError: model, data and settings do not fit one another, the checkpoint is damaged, or another process trains into the folder.
     """
     check_data(model, data, settings)
+    with held(out):
+        return _train(model, data, settings, out, seed)
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the folder of a run, since two that train into it would each write over the checkpoints of the other.
+
+    Of several processes that train together the first holds it for all. A process that is killed lets go.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if not started_first():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{out}: another process is training into this folder; wait for it to end, or choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> dict[str, Any] | None:
     first = fit(model, data, settings, out, seed)
     if not first:
         return None
