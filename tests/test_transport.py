@@ -11,6 +11,7 @@ from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.likelihood import OdeSettings
+from ndm.monotone import ConvexMap, MonotoneMap, TransportMap
 from ndm.nfdm import NetworkScale
 from ndm.nn import MLP
 from ndm.sample import Euler, GridSampler, Heun
@@ -18,7 +19,7 @@ from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
 from ndm.serialize import load_model, save_model
 from ndm.times import StepFunction
 from ndm.transform import SeparableTransform, Transform
-from ndm.transport import MonotoneMap, TransportMap, TransportNDM, TransportReverse
+from ndm.transport import TransportNDM, TransportReverse
 from oracles import F64, randomised
 
 SCHEDULES: dict[str, Any] = {"linear": lambda: LinearLogSNR(-5.0, 0.5), "flow": lambda: FlowMatching(0.1, 0.4)}
@@ -63,8 +64,58 @@ def test_the_line_through_a_point_is_found(dtype: torch.dtype, steepness: float)
         torch.testing.assert_close(back, z, rtol=0, atol=3e4 * torch.finfo(dtype).eps)
 
 
+def convex_map(dims: int, terms: int = 3) -> ConvexMap:
+    torch.manual_seed(0)
+    return randomised(ConvexMap(dims, 6, terms, scale=1.3), 0.3)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 5])
+def test_a_convex_map_has_its_jacobian_and_its_lines(dims: int) -> None:
+    transport = convex_map(dims)
+    zeta, r = torch.randn(30, dims, dtype=F64), torch.rand(30, dtype=F64)
+    value, jacobian = transport.with_jacobian(zeta)
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(lambda one: transport(one[None])[0]))(zeta), jacobian)
+    assert torch.linalg.eigvalsh(jacobian).min() > 0
+    z = transport.displace(zeta, r)[0]
+    torch.testing.assert_close(transport.origin(z, r), zeta, rtol=0, atol=1e-9)
+    moved = zeta.flip(0)
+    assert (((transport(moved) - value) * (moved - zeta)).sum(1) > 0)[(moved != zeta).any(1)].all()
+
+
+def test_a_convex_map_is_the_gradient_of_its_formula() -> None:
+    transport, zeta = convex_map(3), torch.randn(20, 3, dtype=F64, requires_grad=True)
+    steepness = transport.log_steepness.exp()
+    terms = (zeta[:, None, None] * transport.direction).sum(-1) * steepness[:, None] + transport.offset
+    sums = (transport.log_height.exp() / steepness * terms.logsumexp(-1)).sum(1)
+    potential = zeta @ transport.shift + 0.5 * transport.log_slope.exp() * (zeta**2).sum(1) + sums
+    torch.testing.assert_close(transport(zeta), torch.autograd.grad(potential.sum(), zeta)[0])
+
+
+def test_a_convex_map_of_pairs_on_a_line_is_a_monotone_map() -> None:
+    monotone, convex = bent_map(), convex_map(1, terms=2)
+    with torch.no_grad():
+        convex.shift.copy_(monotone.shift[None])
+        convex.log_slope.copy_(monotone.log_slope)
+        convex.direction.copy_(torch.tensor([[1.0], [-1.0]]))  # tanh(u) = weight of exp(u) less that of exp(-u)
+        convex.log_height.copy_(monotone.log_height)
+        convex.log_steepness.copy_(monotone.log_steepness)
+        bend = monotone.log_steepness.exp() * monotone.center
+        convex.offset.copy_(torch.stack([-bend, bend], 1))
+    zeta = torch.linspace(-3, 3, 50, dtype=F64)[:, None]
+    for one, other in zip(convex.with_jacobian(zeta), monotone.with_jacobian(zeta), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 8])
+def test_a_new_convex_map_is_about_a_multiple(dims: int) -> None:
+    torch.manual_seed(0)
+    zeta = torch.randn(4000, dims)
+    image = ConvexMap(dims, 48, 4, scale=2.0)(zeta)
+    assert 0.5 < (image * zeta).sum().item() / (zeta * zeta).sum().item() / 2.0 < 1.5
+
+
 def test_a_line_that_is_not_found_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndm.transport._NEWTON_STEPS", 1)
+    monkeypatch.setattr("ndm.monotone._NEWTON_STEPS", 1)
     with pytest.raises(ArithmeticError, match="at 1 point"):  # at r = 1 the map is the identity, which takes no step
         bent_map().origin(torch.tensor([[0.5], [0.5]], dtype=F64), torch.tensor([1.0, 0.0], dtype=F64))
 

@@ -81,11 +81,7 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
 
 def prior_term(process: ForwardProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
     """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
-    level = process.level(1.0, x)
-    q = process.marginal(x, level, curve)
-    # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
-    log_variance = 2 * torch.log(q.std)
-    return 0.5 * sum_event(q.mean**2 + (torch.expm1(log_variance) - log_variance))
+    return process.marginal(x, process.level(1.0, x), curve).kl_to_normal()
 
 
 def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:

@@ -45,6 +45,12 @@ class Gaussian:
         log_scale = torch.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -sum_event(0.5 * standardised**2 + log_scale)
 
+    def kl_to_normal(self) -> Tensor:
+        """KL(self || N(0, I)), nats, ``(B,)``."""
+        # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
+        log_variance = 2 * torch.log(self.std)
+        return 0.5 * sum_event(self.mean**2 + (torch.expm1(log_variance) - log_variance))
+
 
 @dataclass(frozen=True)
 class PosteriorCoefficients:

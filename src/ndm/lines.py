@@ -4,29 +4,30 @@ The data follow the line that generates them, and the noise is stretched as the 
 :math:`\zeta = T^{-1}(z_0)` and the clock r of the lines,
 
 .. math::
-    \alpha_t F(x, t) = (1 - r)\, z_0 + r\, \zeta, \qquad e^{h(x, t)} = (1 - r) + r / T'(\zeta), \qquad q(z_t|x) = N(\alpha_t F, \sigma_t^2 e^{2h}) .
+    \alpha_t F(x, t) = (1 - r)\, z_0 + r\, \zeta, \qquad S(x, t) = (1 - r)\, I + r\, \nabla T(\zeta)^{-1}, \qquad q(z_t|x) = N(\alpha_t F, \sigma_t^2 S S^T) .
 
-F and h have no parameters but those of T, and learn with it. What a small perturbation of z_0 becomes under the flow of the reverse process is just this
+F and S have no parameters but those of T, and learn with it. What a small perturbation of z_0 becomes under the flow of the reverse process is just this
 Gaussian, to first order in sigma. What the first order leaves out costs about sigma²/gamma', and the noise that comes in on the way, g² = eta² sigma² gamma', about
-gamma'. So the bound tends to the exact likelihood as sigma_0² << gamma' << 1: less noise first, then a flatter gamma. A free F and h can do the same in
+gamma'. So the bound tends to the exact likelihood as sigma_0² << gamma' << 1: less noise first, then a flatter gamma. A free F and S can do the same in
 principle, and do not find it, since the bound multiplies what they are off the lines by 1/g².
 
-h needs the stretching of each dimension by itself, so it is for events of one number. F is for any; without h it wants a wide range of gamma, since noise of
-the wrong width has to be made up for on the way.
+Since T is the gradient of a convex function, S is symmetric and positive definite, a number where events are numbers. Without S, F wants a wide range of
+gamma, since noise of the wrong width has to be made up for on the way.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ndm.errors import UserError
-from ndm.nfdm import Scale
-from ndm.ops import event_size, expand
+from ndm.forward import Gaussian
+from ndm.monotone import TransportMap
+from ndm.nfdm import Stretch, Stretched, StretchedCurve
+from ndm.ops import event_size, expand, sum_event
 from ndm.schedule import NoiseLevel, Schedule
-from ndm.transform import Curve, CurveTransform
-
-if TYPE_CHECKING:
-    from ndm.transport import TransportMap
+from ndm.transform import Curve, CurveTransform, Transform
 
 
 def clock(schedule: Schedule, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -40,9 +41,9 @@ class _OnLines:
     """A part of a forward process that follows a transport map; :class:`ndm.transport.TransportNDM` says which."""
 
     # In a tuple, so that the map is a part of the model once and not once more of this part.
-    _followed: "tuple[TransportMap, Schedule] | None" = None
+    _followed: tuple[TransportMap, Schedule] | None = None
 
-    def follow(self, transport: "TransportMap", schedule: Schedule) -> None:
+    def follow(self, transport: TransportMap, schedule: Schedule) -> None:
         """Follow the lines of ``transport`` by the clock of ``schedule``.
 
         Raises:
@@ -53,7 +54,7 @@ class _OnLines:
         self._followed = (transport, schedule)
 
     @property
-    def lines(self) -> "tuple[TransportMap, Schedule]":
+    def lines(self) -> tuple[TransportMap, Schedule]:
         """The map and the schedule."""
         if self._followed is None:
             raise UserError(f"{type(self).__name__} follows the lines of a transport map: give it to a TransportNDM")
@@ -65,10 +66,9 @@ class _OnLines:
         z = (schedule(x.new_zeros(1)).alpha * x.flatten(1)).to(x.dtype)
         return z, transport.origin_with_gradient(z, z.new_zeros(len(z)))
 
-    def clock(self, level: NoiseLevel, like: Tensor) -> tuple[Tensor, Tensor]:
-        """r and dr/dt, to broadcast against ``like``."""
-        r, rate = clock(self.lines[1], level)
-        return expand(r, like), expand(rate, like)
+    def clock(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """r and dr/dt, each ``(B,)``."""
+        return clock(self.lines[1], level)
 
 
 class LineTransform(_OnLines, CurveTransform):
@@ -84,43 +84,89 @@ class _LineCurve(Curve):
     def __init__(self, transform: LineTransform, x: Tensor):
         super().__init__(transform, x)
         self._clock = transform.clock
-        z, zeta = transform.ends(x)
-        self._start, self._way = z.reshape(x.shape), (zeta - z).reshape(x.shape)
+        z, self.zeta = transform.ends(x)
+        self._start, self._way = z.reshape(x.shape), (self.zeta - z).reshape(x.shape)
 
     def at(self, level: NoiseLevel) -> Tensor:
-        r, _ = self._clock(level, self._x)
-        return (self._start + r * self._way) / expand(level.alpha, self._x)
+        r, _ = self._clock(level)
+        return (self._start + expand(r, self._x) * self._way) / expand(level.alpha, self._x)
 
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        at, (_, rate) = level.expand(self._x), self._clock(level, self._x)
+        at, (_, rate) = level.expand(self._x), self._clock(level)
         value = self.at(level)
-        return value, (rate * self._way - at.dalpha * value) / at.alpha
+        return value, (expand(rate, self._x) * self._way - at.dalpha * value) / at.alpha
 
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
         return self.at(s), self.at(t)
 
 
-class LineScale(_OnLines, Scale):
-    """h(x, t) = log((1 - r) + r/T'(ζ)): noise is stretched as the lines are. It takes no argument; events have one number.
+@dataclass(frozen=True)
+class StretchedGaussian(Gaussian):
+    """N(mean, std² S S^T) for a symmetric, positive definite S ``(B, D, D)`` and a std that does not vary within an example."""
 
-    Raises:
-        UserError: on use, where events have more numbers.
-    """
+    stretch: Tensor
 
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return self.with_derivative(x, level)[0]
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std S noise."""
+        return self.mean + self.std * times(self.stretch, noise)
 
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        if event_size(x) != 1:
-            raise UserError(f"LineScale is for events of one number, got {event_size(x)}: lines turn what they stretch in more dimensions")
-        (r, rate), (_, zeta) = self.clock(level, x), self.ends(x)
-        slope = self.lines[0].with_jacobian(zeta)[1]
-        inverse = (1 / slope).reshape(x.shape)
-        stretch = 1 - r + r * inverse
-        return stretch.log(), rate * (inverse - 1) / stretch
+    def log_prob(self, value: Tensor) -> Tensor:
+        whitened = solved(self.stretch, value - self.mean)
+        return Gaussian(torch.zeros_like(whitened), self.std).log_prob(whitened) - torch.linalg.slogdet(self.stretch)[1]
+
+    def kl_to_normal(self) -> Tensor:
+        trace = self.std.flatten(1).square()[:, 0] * self.stretch.square().sum((1, 2))
+        log_det = torch.linalg.slogdet(self.stretch)[1] + sum_event(self.std.log().expand_as(self.mean))
+        return 0.5 * (sum_event(self.mean**2) + trace - event_size(self.mean)) - log_det
 
 
-def follow_lines(parts: tuple[Any, ...], transport: "TransportMap", schedule: Schedule) -> None:
+def times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Matrices ``(B, D, D)`` times flattened events ``(B, *event)``."""
+    return (matrix @ x.flatten(1)[..., None])[..., 0].reshape(x.shape)
+
+
+def solved(matrix: Tensor, x: Tensor) -> Tensor:
+    """Inverse matrices ``(B, D, D)`` times flattened events ``(B, *event)``."""
+    return torch.linalg.solve(matrix, x.flatten(1)[..., None])[..., 0].reshape(x.shape)
+
+
+class LineScale(_OnLines, Stretch):
+    """S(x, t) = (1 - r) I + r ∇T(ζ)⁻¹: noise is stretched as the lines are. It takes no argument."""
+
+    def curve(self, transform: Transform, x: Tensor) -> "LineStretch":
+        return LineStretch(transform, self, x)
+
+
+class LineStretch(StretchedCurve):
+    """t -> F(x, t) and t -> S(x, t), at fixed x; S(x, t) is ``(B, D, D)``, symmetric and positive definite."""
+
+    def __init__(self, transform: Transform, scale: LineScale, x: Tensor):
+        super().__init__(transform, x)
+        self._clock = scale.clock
+        zeta = self._inner.zeta if isinstance(self._inner, _LineCurve) else scale.ends(x)[1]
+        self._end = torch.linalg.inv(scale.lines[0].with_jacobian(zeta)[1])
+
+    def stretch(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """S(x, t) and its derivative in t, each ``(B, D, D)``."""
+        r, rate = self._clock(level)
+        unit = torch.eye(self._end.shape[-1], dtype=self._end.dtype, device=self._end.device)
+        away = self._end - unit
+        return unit + r[:, None, None] * away, rate[:, None, None] * away
+
+    def stretched(self, noise: Tensor, level: NoiseLevel) -> Stretched:
+        stretch, rate = self.stretch(level)
+        return Stretched(times(stretch, noise), times(rate, noise), solved(stretch, noise))
+
+    def marginal(self, of_ndm: Gaussian, level: NoiseLevel) -> Gaussian:
+        return StretchedGaussian(of_ndm.mean, of_ndm.std, self.stretch(level)[0])
+
+    def extra_drift(self, away: Tensor, level: NoiseLevel, rate: Tensor) -> Tensor:
+        stretch, derivative = self.stretch(level)
+        whitened = solved(stretch, away)
+        return times(derivative, whitened) + rate * (solved(stretch, whitened) - away)
+
+
+def follow_lines(parts: tuple[Any, ...], transport: TransportMap, schedule: Schedule) -> None:
     """Let those parts that follow lines follow these."""
     for part in parts:
         if isinstance(part, _OnLines):

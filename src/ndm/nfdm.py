@@ -30,6 +30,7 @@ eta sigma sqrt(gamma') of the schedule. There is no discrete-time model: posteri
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -49,8 +50,16 @@ from ndm.times import TimeSampler
 from ndm.transform import Curve, GatedNetwork, SeparableTransform, Transform
 
 
-class Scale(nn.Module, ABC):
-    """h(x, t) = log S(x, t), the logarithm of the standard deviation over sigma_t. h(x, 0) must be 0: the decoder counts on sigma_0."""
+class Stretch(nn.Module, ABC):
+    """S(x, t), by which the noise sigma_t eps is multiplied. S(x, 0) must be 1: the decoder counts on sigma_0."""
+
+    @abstractmethod
+    def curve(self, transform: Transform, x: Tensor) -> "StretchedCurve":
+        """t -> F(x, t) and t -> S(x, t) for ``x`` ``(B, *event)``."""
+
+
+class Scale(Stretch):
+    """S(x, t) = exp(h(x, t)) for each dimension by itself, with h(x, 0) = 0."""
 
     one_at_end: bool = False
     """Whether S(x, 1) is 1, too."""
@@ -62,6 +71,9 @@ class Scale(nn.Module, ABC):
     @abstractmethod
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """h(x, t) and its partial derivative in t at fixed x; each ``(B, *event)``."""
+
+    def curve(self, transform: Transform, x: Tensor) -> "ScaledCurve":
+        return ScaledCurve(transform, self, x)
 
 
 class NetworkScale(GatedNetwork, Scale):
@@ -119,18 +131,29 @@ class SeparableScale(Scale):
         return shifted - x, derivative
 
 
-class ScaledCurve(Curve):
-    """t -> F(x, t), as the curve of the transformation has it, and t -> h(x, t), at fixed x.
+@dataclass(frozen=True)
+class Stretched:
+    """What becomes of noise eps at fixed x; each ``(B, *event)``."""
+
+    noise: Tensor
+    """S eps"""
+    rate: Tensor
+    """S' eps, the derivative in t."""
+    whitened: Tensor
+    """S^-T eps, so that the gradient of log q(z_t|x) in z is -S^-T eps / sigma."""
+
+
+class StretchedCurve(Curve):
+    """t -> F(x, t), as the curve of the transformation has it, and t -> S(x, t), at fixed x.
 
     Args:
         transform: F.
-        scale: h.
         x: the data ``(B, *event)``.
     """
 
-    def __init__(self, transform: Transform, scale: Scale, x: Tensor):
+    def __init__(self, transform: Transform, x: Tensor):
         super().__init__(transform, x)
-        self._inner, self._scale = transform.curve(x), scale
+        self._inner = transform.curve(x)
 
     @property
     def like(self) -> Tensor:
@@ -145,6 +168,32 @@ class ScaledCurve(Curve):
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
         return self._inner.at_both(s, t)
 
+    @abstractmethod
+    def stretched(self, noise: Tensor, level: NoiseLevel) -> Stretched:
+        """What S(x, t) makes of noise ``(B, *event)``."""
+
+    @abstractmethod
+    def marginal(self, of_ndm: Gaussian, level: NoiseLevel) -> Gaussian:
+        """q(z_t|x), given what it would be for S = 1."""
+
+    @abstractmethod
+    def extra_drift(self, away: Tensor, level: NoiseLevel, rate: Tensor) -> Tensor:
+        """(S' S^-1 + rate ((S S^T)^-1 - 1)) (z - mu), which the drift given x has more than for S = 1; ``away`` is z - mu, ``(B, *event)``."""
+
+
+class ScaledCurve(StretchedCurve):
+    """t -> F(x, t) and t -> h(x, t), at fixed x.
+
+    Args:
+        transform: F.
+        scale: h.
+        x: the data ``(B, *event)``.
+    """
+
+    def __init__(self, transform: Transform, scale: Scale, x: Tensor):
+        super().__init__(transform, x)
+        self._scale = scale
+
     def log_scale(self, level: NoiseLevel) -> Tensor:
         """h(x, t)."""
         return self._scale(self._x, level)
@@ -153,45 +202,56 @@ class ScaledCurve(Curve):
         """h(x, t) and its derivative in t."""
         return self._scale.with_derivative(self._x, level)
 
+    def stretched(self, noise: Tensor, level: NoiseLevel) -> Stretched:
+        log_scale, rate = self.log_scale_with_derivative(level)
+        spread = log_scale.exp() * noise
+        return Stretched(spread, rate * spread, torch.exp(-log_scale) * noise)
+
+    def marginal(self, of_ndm: Gaussian, level: NoiseLevel) -> Gaussian:
+        return Gaussian(of_ndm.mean, of_ndm.std * self.log_scale(level).exp())
+
+    def extra_drift(self, away: Tensor, level: NoiseLevel, rate: Tensor) -> Tensor:
+        log_scale, derivative = self.log_scale_with_derivative(level)
+        return (derivative + rate * torch.expm1(-2 * log_scale)) * away
+
 
 class ScaledProcess(ForwardProcess):
-    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² exp(2 h(x, t))), in continuous time alone: every posterior is refused.
+    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² S S^T), S = S(x, t), in continuous time alone: every posterior is refused.
 
     Args:
         schedule: noise levels over time.
         transform: F(x, t).
-        scale: h(x, t).
+        scale: S(x, t), such as exp(h(x, t)).
     """
 
-    def __init__(self, schedule: Schedule, transform: Transform, scale: Scale):
+    def __init__(self, schedule: Schedule, transform: Transform, scale: Stretch):
         super().__init__(schedule, transform)
         self.scale = scale
 
-    def curve(self, x: Tensor) -> ScaledCurve:
-        """t -> F(x, t) and t -> h(x, t)."""
-        return ScaledCurve(self.transform, self.scale, x)
+    def curve(self, x: Tensor) -> StretchedCurve:
+        """t -> F(x, t) and t -> S(x, t)."""
+        return self.scale.curve(self.transform, x)
 
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        curve = _scaled(curve or self.curve(x))
-        of_ndm = super().marginal_of(curve.at(level), level)
-        return Gaussian(of_ndm.mean, of_ndm.std * curve.log_scale(level).exp())
+        curve = curve or self.curve(x)
+        if not isinstance(curve, StretchedCurve):
+            raise UserError(f"NFDM needs t -> S(x, t) beside t -> F(x, t), not a {type(curve).__name__}: take process.curve(x)")
+        return curve.marginal(super().marginal_of(curve.at(level), level), level)
 
     def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        """q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), as h(x, 0) = 0."""
+        """q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), as S(x, 0) = 1."""
         transformed = x if self.transform.data_at_zero else (curve or self.curve(x)).at(level)
         return super().marginal_of(transformed, level)
 
     def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
         return self.drift_along(z, self.curve(x), level, eta)
 
-    def drift_along(self, z: Tensor, curve: ScaledCurve, level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """The drift given t -> F(x, t) and t -> h(x, t)."""
+    def drift_along(self, z: Tensor, curve: StretchedCurve, level: NoiseLevel, eta: float = 1.0) -> Tensor:
+        """The drift given t -> F(x, t) and t -> S(x, t)."""
         value, derivative = curve.with_derivative(level)
-        log_scale, rate = curve.log_scale_with_derivative(level)
         of_ndm = super().drift_of(z, (value, derivative), level, eta)
-        if eta:
-            rate = rate + 0.5 * eta**2 * expand(level.dgamma, z) * torch.expm1(-2 * log_scale)
-        return of_ndm + rate * (z - expand(level.alpha, z) * value)
+        rate = 0.5 * eta**2 * expand(level.dgamma, z) if eta else torch.zeros_like(z)
+        return of_ndm + curve.extra_drift(z - expand(level.alpha, z) * value, level, rate)
 
     def check_discrete(self) -> NoReturn:
         """Refuse.
@@ -211,7 +271,7 @@ class ScaledProcess(ForwardProcess):
     @staticmethod
     def drift_of(z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0) -> NoReturn:
         """Refuse, since F alone does not give the drift."""
-        raise UserError("the drift of NFDM needs h(x, t) beside F(x, t): use drift or drift_along")
+        raise UserError("the drift of NFDM needs S(x, t) beside F(x, t): use drift or drift_along")
 
     def _posterior(self, *_: object) -> NoReturn:  # type: ignore[override]
         self.check_discrete()
@@ -237,7 +297,7 @@ class ScaledReverse(ReverseProcess):
         value, derivative = curve.with_derivative(level)
         log_scale, rate = curve.log_scale_with_derivative(level)
         spread = log_scale.exp() * noise  # (z - mu)/sigma
-        guess = self.process.curve(self.predictor(at.alpha * value + at.sigma * spread, level))
+        guess = _scaled(self.process.curve(self.predictor(at.alpha * value + at.sigma * spread, level)))
         guess_value, guess_derivative = guess.with_derivative(level)
         guess_log_scale, guess_rate = guess.log_scale_with_derivative(level)
         difference, tightness = value - guess_value, eta**2 * torch.exp(-2 * guess_log_scale)
@@ -293,6 +353,10 @@ class NFDM(NDM):
             raise UserError(f"steps={steps}: NFDM is a model in continuous time, leave steps out; for discrete time take ndm.NDM")
         if reverse != "tied":
             raise UserError(f"reverse={reverse!r}: x̂ must go through F and S, so NFDM knows reverse='tied' alone; for others take ndm.NDM")
+        if not isinstance(scale, Scale):
+            raise UserError(
+                f"scale is a {type(scale).__name__}: NFDM needs one h(x, t) for each dimension, such as NetworkScale or SeparableScale"
+            )
         if not transform.keeps_shape:
             raise UserError("F is an encoder into a space of its own, whose noise NFDM cannot scale by x; take ndm.NDM")
         super().__init__(schedule, transform, predictor, decoder, times, None, eta, reverse)
@@ -306,7 +370,7 @@ class NFDM(NDM):
             )
 
     @property
-    def scale(self) -> Scale:
+    def scale(self) -> Stretch:
         """The scale, h."""
         return self.process.scale
 

@@ -19,9 +19,9 @@ Diffusion Model whose forward process q(z_t|x) is learned beside it, by the same
 
 .. math::
     L_{\text{diffusion}} = E_t \frac{1}{2 g^2} \bigl\| \dot\mu + \dot s\, \epsilon - u
-    - \tfrac12 g^2 \bigl(-\epsilon / s - \nabla \log p_t\bigr) \bigr\|^2, \qquad z_t = \mu + s\, \epsilon, \quad \mu = \alpha F(x, t), \quad s = \sigma e^{h},
+    - \tfrac12 g^2 \bigl(-s^{-T} \epsilon - \nabla \log p_t\bigr) \bigr\|^2, \qquad z_t = \mu + s\, \epsilon, \quad \mu = \alpha F(x, t), \quad s = \sigma S(x, t),
 
-with h = 0 for NDM and a learned h(x, t) for :mod:`ndm.nfdm`. z_t is drawn at once from q(z_t|x): no trajectory is simulated. g = eta sigma
+with S = 1 for NDM, a learned S = exp(h(x, t)) for :mod:`ndm.nfdm`, and a matrix for :mod:`ndm.lines`. z_t is drawn at once from q(z_t|x): no trajectory is simulated. g = eta sigma
 sqrt(gamma'), eta a learned function of t. The clock r runs with the noise, which keeps the bound finite near t = 0 for an F that starts like
 sigma_t². The weights (1 - r, r) of the reverse process need not be the (alpha, sigma) of the forward process: F makes up for the difference.
 
@@ -33,8 +33,6 @@ follows the lines themselves: :mod:`ndm.lines` is that forward process.
 Source: Neural Diffusion Models (Bartosh et al. 2024), the section on dynamic optimal transport; clock, learned eta and learned noise are ours.
 """
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -45,11 +43,12 @@ from torch import Tensor, nn
 from ndm.decoder import Decoder
 from ndm.elbo import Bound, Eta
 from ndm.errors import UserError, check_whole
-from ndm.forward import ForwardProcess, Gaussian
+from ndm.forward import ForwardProcess
 from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, latent
 from ndm.lines import clock, follow_lines
 from ndm.model import NDM
-from ndm.nfdm import Scale, ScaledCurve, ScaledProcess
+from ndm.monotone import Displaced, TransportMap
+from ndm.nfdm import ScaledProcess, Stretch, Stretched, StretchedCurve
 from ndm.noise import ExampleNoise, Noise
 from ndm.reverse import ReverseProcess
 from ndm.sample import Method, Sampler
@@ -58,129 +57,6 @@ from ndm.times import StepFunction, TimeSampler
 from ndm.transform import Curve, Transform
 
 _LATENTS = 3  # stream of noise
-_NEWTON_STEPS = 200
-
-
-@dataclass(frozen=True)
-class Displaced:
-    """Where latents z lie on the straight lines, and the density there."""
-
-    origin: Tensor
-    """ζ, the end of the line in the prior, r = 1; ``(B, D)``."""
-    target: Tensor
-    """T(ζ), its other end, r = 0; ``(B, D)``."""
-    log_p: Tensor
-    """Log-density of z, nats, ``(B,)``."""
-    score: Tensor
-    """Gradient of the log-density in z, ``(B, D)``."""
-
-    @property
-    def velocity(self) -> Tensor:
-        """dz/dr = ζ - T(ζ), the same along the whole line; ``(B, D)``."""
-        return self.origin - self.target
-
-
-class TransportMap(nn.Module, ABC):
-    """T, the gradient of a strictly convex function, from the prior at r = 1 to r = 0."""
-
-    @abstractmethod
-    def with_jacobian(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
-        """T(ζ) ``(B, D)`` and its Jacobian ``(B, D, D)``, symmetric and positive definite, for ζ ``(B, D)``."""
-
-    def forward(self, zeta: Tensor) -> Tensor:
-        """T(ζ), ``(B, D)``."""
-        return self.with_jacobian(zeta)[0]
-
-    def displace(self, zeta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """z(r) = (1 - r) T(ζ) + r ζ ``(B, D)`` and its Jacobian ``(B, D, D)``, for ``r`` ``(B,)`` in [0, 1]."""
-        value, jacobian = self.with_jacobian(zeta)
-        unit = torch.eye(zeta.shape[1], dtype=zeta.dtype, device=zeta.device)
-        rate, square = r[:, None], r[:, None, None]
-        return (1 - rate) * value + rate * zeta, (1 - square) * jacobian + square * unit
-
-    @torch.no_grad()
-    def origin(self, z: Tensor, r: Tensor) -> Tensor:
-        """The ζ whose line passes through z at r, ``(B, D)``: Newton's method, each step halved until the residual shrinks.
-
-        The map is the gradient of a strictly convex function, so its Jacobian is nowhere singular and the residual always shrinks.
-
-        Raises:
-            ArithmeticError: it does not converge.
-        """
-        zeta = z.clone()
-        value, jacobian = self.displace(zeta, r)
-        residual = z - value
-        step, length = torch.linalg.solve(jacobian, residual), torch.ones_like(z[:, :1])
-        # What rounding leaves: a residual, or a step, of a few units in the last place.
-        near = 8 * torch.finfo(z.dtype).eps * (1 + z.norm(dim=1, keepdim=True))
-        for _ in range(_NEWTON_STEPS):
-            open_ = (residual.norm(dim=1, keepdim=True) > near) & ((length * step).norm(dim=1, keepdim=True) > near)
-            if not bool(open_.any()):
-                return zeta
-            candidate = zeta + length * step
-            value, jacobian = self.displace(candidate, r)
-            shrunk = z - value
-            better = open_ & (shrunk.norm(dim=1, keepdim=True) < residual.norm(dim=1, keepdim=True))
-            zeta, residual = torch.where(better, candidate, zeta), torch.where(better, shrunk, residual)
-            step = torch.where(better, torch.linalg.solve(jacobian, shrunk), step)
-            length = torch.where(better, torch.ones_like(length), torch.where(open_, length / 2, length))
-        raise ArithmeticError(
-            f"the transport map could not be inverted at {int(open_.sum())} point(s): it is too steep, or z is too far away"
-        )
-
-    def origin_with_gradient(self, z: Tensor, r: Tensor) -> Tensor:
-        """:meth:`origin`, differentiable, once, in z, r and the parameters."""
-        start = self.origin(z, r)
-        value, jacobian = self.displace(start, r)
-        # One more step of Newton's, whose gradient is that of the inverse function: dζ = J^-1 (dz - dz(r)|ζ).
-        return start + torch.linalg.solve(jacobian.detach(), z - value)
-
-    def displaced(self, z: Tensor, r: Tensor) -> Displaced:
-        """Both ends of the lines through z ``(B, D)`` at ``r`` ``(B,)``, and the density there; differentiable, once, in z, r and the parameters."""
-        learning = torch.is_grad_enabled()
-        with torch.enable_grad():
-            zeta = self.origin_with_gradient(z, r)
-            zeta = zeta if zeta.requires_grad else zeta.requires_grad_()
-            target, slope = self.with_jacobian(zeta)
-            unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-            square = r[:, None, None]
-            factor = torch.linalg.cholesky((1 - square) * slope + square * unit)
-            normal = Gaussian(torch.zeros_like(zeta), torch.ones_like(zeta)).log_prob(zeta)
-            log_p = normal - 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
-            (pulled,) = torch.autograd.grad(log_p.sum(), zeta, create_graph=learning)
-            score = torch.cholesky_solve(pulled[..., None], factor)[..., 0]
-        found = (zeta, target, log_p, score)
-        return Displaced(*(found if learning else (part.detach() for part in found)))
-
-
-class MonotoneMap(TransportMap):
-    r"""A strictly increasing map of the line, T(ζ) = b + w ζ + sum_j a_j tanh(k_j (ζ - c_j)) with w, a_j, k_j > 0.
-
-    Such sums are dense in the increasing functions. It starts near ``scale`` times ζ.
-
-    Args:
-        units: number of tanh's.
-        scale: standard deviation of the data, about.
-    """
-
-    def __init__(self, units: int = 24, scale: float = 1.0):
-        super().__init__()
-        check_whole("units", units, 1)
-        if not (scale > 0 and math.isfinite(scale)):
-            raise UserError(f"scale={scale}: give a positive number, about the standard deviation of the data")
-        self.units, self.scale = units, scale
-        self.shift, self.log_slope = nn.Parameter(torch.zeros(())), nn.Parameter(torch.tensor(math.log(0.2 * scale)))
-        self.log_height = nn.Parameter(torch.full((units,), math.log(2 * scale / units)))
-        self.log_steepness = nn.Parameter(torch.full((units,), math.log(3.0)))
-        self.center = nn.Parameter(torch.linspace(-2.5, 2.5, units))
-
-    def with_jacobian(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
-        if zeta.shape[1] != 1:
-            raise UserError(f"a MonotoneMap is for events of one number, got {zeta.shape[1]}; more need the gradient of a convex function")
-        slope, height, steepness = self.log_slope.exp(), self.log_height.exp(), self.log_steepness.exp()
-        bent = torch.tanh(steepness * (zeta - self.center))
-        value = self.shift + slope * zeta + (height * bent).sum(1, keepdim=True)
-        return value, (slope + (height * steepness * (1 - bent**2)).sum(1, keepdim=True))[..., None]
 
 
 @dataclass(frozen=True)
@@ -207,15 +83,12 @@ class TransportReverse(ReverseProcess):
         """Drift of the forward process given x less that of the reverse, over alpha gamma'; arguments as :class:`ndm.reverse.ReverseProcess`."""
         at = level.expand(noise)
         value, derivative = curve.with_derivative(level)
-        log_scale, rate = (
-            curve.log_scale_with_derivative(level) if isinstance(curve, ScaledCurve) else (torch.zeros_like(noise), torch.zeros_like(noise))
-        )
-        stretch = log_scale.exp()
-        here = self.displaced(at.alpha * value + at.sigma * stretch * noise, level)
-        moved = at.dalpha * value + at.alpha * derivative + (at.dsigma + at.sigma * rate) * stretch * noise
+        spread = curve.stretched(noise, level) if isinstance(curve, StretchedCurve) else Stretched(noise, torch.zeros_like(noise), noise)
+        here = self.displaced(at.alpha * value + at.sigma * spread.noise, level)
+        moved = at.dalpha * value + at.alpha * derivative + at.dsigma * spread.noise + at.sigma * spread.rate
         _, speed = self.clock(level)
         velocities = moved - speed.reshape(at.t.shape) * here.velocity.reshape(noise.shape)
-        scores = -noise / (at.sigma * stretch) - here.score.reshape(noise.shape)
+        scores = -spread.whitened / at.sigma - here.score.reshape(noise.shape)
         # g² / (alpha gamma') = eta² sigma² / alpha
         return velocities * at.inverse_dgamma / at.alpha - 0.5 * eta**2 * at.sigma**2 / at.alpha * scores, None
 
@@ -261,7 +134,7 @@ class TransportNDM(NDM):
             :class:`ndm.GatedTransform`).
         transport: T.
         decoder: p(x|z_0).
-        scale: h(x, t), for a forward process that learns its noise, too, such as :class:`ndm.lines.LineScale`; None is NDM.
+        scale: S(x, t), for a forward process that learns its noise, too, such as :class:`ndm.lines.LineScale`; None is NDM.
         times: how times are drawn in training; low-discrepancy by default.
         eta_parts: eta is learned on so many equal parts of [0, 1]; the bound is trained with it, and starts at 1.
 
@@ -275,7 +148,7 @@ class TransportNDM(NDM):
         transform: Transform,
         transport: TransportMap,
         decoder: Decoder,
-        scale: Scale | None = None,
+        scale: Stretch | None = None,
         times: TimeSampler | None = None,
         eta_parts: int = 32,
     ):

@@ -12,11 +12,12 @@ import ndm.reproduce.transport as experiment
 from ndm.cli import main
 from ndm.decoder import GaussianDecoder
 from ndm.model import NDM
+from ndm.monotone import MonotoneMap
 from ndm.predictor import Predictor
 from ndm.reproduce.transport import DATA, bend, data_nodes, expected_bound, few_steps, prior_grid, trajectories, w2
 from ndm.schedule import DDPMLinear, LinearLogSNR, Schedule
 from ndm.transform import Identity
-from ndm.transport import MonotoneMap, TransportNDM
+from ndm.transport import TransportNDM
 from oracles import F64, randomised
 
 

@@ -71,6 +71,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "transport",
         ),
         Experiment(
+            "ot-2d",
+            "the same in the plane, where a diffusion's flow is not the optimal map: four Gaussians whose optimal map is known",
+            {"small": "5 minutes of one core", "smoke": _SMOKE},
+            "transport_plane",
+        ),
+        Experiment(
             "mnist",
             "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
             {"small": "an hour of two cores", "quick": "ten minutes of two cores", "smoke": _SMOKE},

@@ -14,7 +14,7 @@ optimal map, too: what tells the two apart is how they get there. The bend is ze
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.likelihood import trace_times
 from ndm.lines import LineScale, LineTransform
 from ndm.model import NDM
+from ndm.monotone import MonotoneMap
 from ndm.nfdm import SeparableScale
 from ndm.nn import MLP
 from ndm.noise import part_seed
@@ -38,7 +39,7 @@ from ndm.reproduce.report import Report
 from ndm.sample import Ancestral, Euler, GridSampler
 from ndm.schedule import DDPMLinear, LinearLogSNR
 from ndm.transform import Identity, SeparableTransform
-from ndm.transport import MonotoneMap, TransportNDM
+from ndm.transport import TransportNDM
 from ndm.viz import new_figure
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def trained(report: Report, kind: str, seed: int) -> NDM:
         torch.manual_seed(part_seed(report.seed, seed))
         model = make(kind)
         steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
-        fit(model, kind, steps, batch, f"{NAMES[kind]}, {seed + 1} of {seeds(report)}").save_pretrained(folder)
+        fit(model, kind, DATA, steps, batch, f"{NAMES[kind]}, {seed + 1} of {seeds(report)}").save_pretrained(folder)
     return NDM.from_pretrained(folder).double()
 
 
@@ -94,8 +95,8 @@ def loss(model: NDM, kind: str, x: Tensor) -> Tensor:
     return model.bound(x).loss
 
 
-def fit(model: NDM, kind: str, steps: int, batch: int, label: str) -> NDM:
-    """Minimise the loss by AdamW; the moving average of the weights."""
+def fit(model: NDM, kind: str, data: Mixture, steps: int, batch: int, label: str) -> NDM:
+    """Minimise the loss on fresh samples by AdamW; the moving average of the weights."""
     own = [p for name, p in model.named_parameters() if name.startswith(("predictor", "log_eta")) and isinstance(model, TransportNDM)]
     networks = [p for p in model.parameters() if not any(p is other for other in own)]
     groups: list[dict[str, Any]] = [{"params": networks, "lr": RATE}, {"params": own, "lr": 4 * RATE}]  # a handful of scalars are faster
@@ -105,7 +106,7 @@ def fit(model: NDM, kind: str, steps: int, batch: int, label: str) -> NDM:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     for _ in tqdm(range(steps), desc=label, unit="step", delay=1, leave=False):
         optimiser.zero_grad()
-        loss(model, kind, DATA.sample(batch)).mean().backward()
+        loss(model, kind, data.sample(batch)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         decay.step()
@@ -117,10 +118,10 @@ def fit(model: NDM, kind: str, steps: int, batch: int, label: str) -> NDM:
 # What is measured
 
 
-def quantiles(p: Tensor) -> Tensor:
-    """Q(p) of the data, by interpolation in its distribution function, good to seven digits; float64."""
-    x = torch.linspace(min(MEANS) - 9 * STD, max(MEANS) + 9 * STD, 400_001, dtype=torch.float64)
-    below = torch.special.ndtr((x[:, None] - torch.tensor(MEANS, dtype=x.dtype)) / STD) @ torch.tensor(WEIGHTS, dtype=x.dtype)
+def quantiles(p: Tensor, means: Sequence[float] = MEANS, weights: Sequence[float] = WEIGHTS) -> Tensor:
+    """Q(p) of a mixture, that of the data by default, by interpolation in its distribution function, good to seven digits; float64."""
+    x = torch.linspace(min(means) - 9 * STD, max(means) + 9 * STD, 400_001, dtype=torch.float64)
+    below = torch.special.ndtr((x[:, None] - torch.tensor(means, dtype=x.dtype)) / STD) @ torch.tensor(weights, dtype=x.dtype)
     return torch.from_numpy(np.interp(p.numpy(), below.numpy(), x.numpy()))
 
 
@@ -132,7 +133,7 @@ def prior_grid(count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def trajectories(model: NDM, z: Tensor, steps: int) -> Tensor:
-    """Solutions of the generative ODE at steps + 1 even times from t = 0 to t = 1, ``(steps + 1, B, 1)``, by Heun's method from z_1.
+    """Solutions of the generative ODE at steps + 1 even times from t = 0 to t = 1, ``(steps + 1, B, D)``, by Heun's method from z_1.
 
     Time is that of a diffusion's schedule, and for transport how much of the line is left. Latents are in the units of the data.
     """
@@ -166,10 +167,10 @@ def few_steps(model: NDM, z: Tensor, steps: int) -> dict[str, Tensor]:
 
 
 def bend(path: Tensor) -> float:
-    """How far trajectories ``(steps + 1, B, 1)`` are from motion of constant speed, over the root of the mean square of their lengths."""
+    """How far trajectories ``(steps + 1, B, D)`` are from motion of constant speed, over the root of the mean square of their lengths."""
     t = torch.linspace(0, 1, len(path), dtype=path.dtype)[:, None, None]
-    away = (path - (1 - t) * path[0] - t * path[-1]).abs().mean()
-    return float(away / (path[-1] - path[0]).square().mean().sqrt())
+    away = (path - (1 - t) * path[0] - t * path[-1]).norm(dim=-1).mean()
+    return float(away / (path[-1] - path[0]).square().sum(-1).mean().sqrt())
 
 
 def data_nodes() -> tuple[Tensor, Tensor]:
