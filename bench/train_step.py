@@ -4,7 +4,7 @@ pip install -c constraints.txt -e '.[bench]'
 pip install -c constraints.txt --no-deps denoising-diffusion-pytorch
 python bench/train_step.py [--size 28] [--batch 64] [--channels 32] [--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
 
-``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio
+``variants.py`` says what is compared; ``ddpm_bf16`` is ``ddpm`` with its network under bf16 autocast. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio
 within a round. Memory is the peak of a fresh process for each variant (see ``measure.py``), or the allocator's on a GPU.
 ``share_of_matmul_peak`` is the floating-point operations of the plain diffusion's step, forward and backward, over its best time, divided by
 the best rate of a float32 matrix product in the same run with the same threads.
@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,11 +36,14 @@ OURS = (
     "tied_separable_mlp",
     "tied_mlp",
     "tied_discrete",
+    "ddpm_bf16",
 )
 
 
 def make_step(name: str, setting: Setting) -> Callable[[], object]:
     """One training step of a variant: loss, gradients, AdamW."""
+    if name.endswith("_bf16"):
+        setting = replace(setting, bf16=True)
     module, loss = training(name, setting)
     x = setting.data()
     optimizer = torch.optim.AdamW(module.parameters(), 1e-4, fused=True)
@@ -95,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="these variants, and ddpm")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--bf16", action="store_true", help="networks under bf16 autocast; for GPUs")
+    parser.add_argument("--bf16", action="store_true", help="networks under bf16 autocast")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=[*OURS, *PEERS], help="print the peak memory of one variant in bytes, nothing else")
     return parser.parse_args()

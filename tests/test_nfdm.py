@@ -14,13 +14,13 @@ from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.likelihood import OdeSettings, ode_log_prob
 from ndm.model import NDM
-from ndm.nfdm import NFDM, NetworkScale, Scale, ScaledProcess, ScaledReverse, SeparableScale
+from ndm.nfdm import NFDM, NetworkScale, Scale, ScaledCurve, ScaledProcess, ScaledReverse, SeparableScale
 from ndm.nn import MLP, UNet
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import Euler, Heun, Step
 from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, NoiseLevel, Schedule
-from ndm.transform import GatedTransform, NetworkTransform, Transform
+from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import F64, GaussianProblem, LinearTransform, affine_map, randomised, slope
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
@@ -406,3 +406,19 @@ def test_a_separable_scale_is_zero_at_the_start_and_knows_its_slope() -> None:
     torch.testing.assert_close(value, scale(x, schedule(t)), rtol=1e-12, atol=1e-12)
     around = scale(x, schedule(t + step)) - scale(x, schedule(t - step))
     torch.testing.assert_close(slope_in_t, around / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_the_network_of_a_separable_scale_is_evaluated_once_for_x_and_once_for_its_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    scale = randomised(SeparableScale(MLP(2, hidden=8, blocks=1, outputs=3)), 0.3)
+    made = NFDM(LinearLogSNR(-5.0, 2.0), Identity(), scale, Predictor(MLP(2, hidden=8)), GaussianDecoder()).double()
+    x, _, t = batch()
+    level, curve = made.process.level(t, x), made.process.curve(x)
+    assert isinstance(curve, ScaledCurve)
+    for found, expected in zip(curve.log_scale_with_derivative(level), scale.with_derivative(x, level), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(curve.log_scale(level), scale(x, level))
+    calls, forward = [], scale.network.forward
+    monkeypatch.setattr(scale.network, "forward", lambda *arguments: (calls.append(1), forward(*arguments))[1])
+    made.bound(x, draws=1)
+    assert len(calls) == 2

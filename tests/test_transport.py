@@ -85,8 +85,8 @@ def test_a_convex_map_has_its_jacobian_and_its_lines(dims: int) -> None:
 def test_a_convex_map_is_the_gradient_of_its_formula() -> None:
     transport, zeta = convex_map(3), torch.randn(20, 3, dtype=F64, requires_grad=True)
     steepness = transport.log_steepness.exp()
-    terms = (zeta[:, None, None] * transport.direction).sum(-1) * steepness[:, None] + transport.offset
-    sums = (transport.log_height.exp() / steepness * terms.logsumexp(-1)).sum(1)
+    terms = (zeta[:, None, None] * transport.direction).sum(-1) * steepness + transport.offset
+    sums = (transport.log_height.exp() / steepness * terms.logsumexp(1)).sum(1)
     potential = zeta @ transport.shift + 0.5 * transport.log_slope.exp() * (zeta**2).sum(1) + sums
     torch.testing.assert_close(transport(zeta), torch.autograd.grad(potential.sum(), zeta)[0])
 
@@ -96,11 +96,11 @@ def test_a_convex_map_of_pairs_on_a_line_is_a_monotone_map() -> None:
     with torch.no_grad():
         convex.shift.copy_(monotone.shift[None])
         convex.log_slope.copy_(monotone.log_slope)
-        convex.direction.copy_(torch.tensor([[1.0], [-1.0]]))  # tanh(u) = weight of exp(u) less that of exp(-u)
+        convex.direction.copy_(torch.tensor([1.0, -1.0])[:, None, None])  # tanh(u) = weight of exp(u) less that of exp(-u)
         convex.log_height.copy_(monotone.log_height)
         convex.log_steepness.copy_(monotone.log_steepness)
         bend = monotone.log_steepness.exp() * monotone.center
-        convex.offset.copy_(torch.stack([-bend, bend], 1))
+        convex.offset.copy_(torch.stack([-bend, bend]))
     zeta = torch.linspace(-3, 3, 50, dtype=F64)[:, None]
     for one, other in zip(convex.with_jacobian(zeta), monotone.with_jacobian(zeta), strict=True):
         torch.testing.assert_close(one, other)

@@ -171,21 +171,26 @@ class ConvexMap(TransportMap):
         self.shift, self.log_slope = nn.Parameter(torch.zeros(dims)), nn.Parameter(torch.tensor(math.log(0.2 * scale)))
         self.log_height = nn.Parameter(torch.full((units,), math.log(2 * scale / units)))
         self.log_steepness = nn.Parameter(torch.full((units,), math.log(2.0)))
-        direction, center = torch.randn(units, terms, dims), 1.5 * torch.randn(units, 1, dims)
-        self.direction = nn.Parameter(direction - direction.mean(1, keepdim=True))
+        direction, center = torch.randn(terms, units, dims), 1.5 * torch.randn(units, dims)
+        self.direction = nn.Parameter(direction - direction.mean(0))
         self.offset = nn.Parameter(-2.0 * (self.direction.detach() * center).sum(-1))  # all terms of a sum alike at its center
 
     def with_jacobian(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
-        if zeta.shape[1] != self.dims:
-            raise UserError(f"this ConvexMap is for events of {self.dims} numbers, got {zeta.shape[1]}: set its dims")
+        batch, dims = zeta.shape
+        if dims != self.dims:
+            raise UserError(f"this ConvexMap is for events of {self.dims} numbers, got {dims}: set its dims")
         slope, height, steepness = self.log_slope.exp(), self.log_height.exp(), self.log_steepness.exp()
-        logits = torch.einsum("bd,hjd->bhj", zeta, steepness[:, None, None] * self.direction) + self.offset
-        weights = torch.softmax(logits, dim=-1)
-        mean = torch.einsum("bhj,hjd->bhd", weights, self.direction)
-        value = self.shift + slope * zeta + torch.einsum("bhd,h->bd", mean, height)
-        away = self.direction - mean[:, :, None]  # off the mean first: a variance as a difference of squares loses its digits
-        bent = torch.einsum("bhjd,bhje->bde", (height * steepness)[:, None, None] * weights[..., None] * away, away)
-        return value, bent + slope * torch.eye(self.dims, dtype=zeta.dtype, device=zeta.device)
+        logits = zeta @ (steepness[:, None] * self.direction).reshape(-1, dims).T + self.offset.reshape(-1)
+        weights = torch.softmax(
+            logits.reshape(batch, self.terms, self.units), dim=1
+        )  # terms before units: over a short last axis it is slow
+        value = self.shift + slope * zeta + weights.flatten(1) @ (height[:, None] * self.direction).reshape(-1, dims)
+        # Covariances as the mean of squares less the square of means: what rounding leaves of them is lost beside w I.
+        bend = (height * steepness)[:, None]
+        squares = (bend[..., None] * self.direction[..., None] * self.direction[..., None, :]).reshape(-1, dims * dims)
+        means = torch.einsum("bjh,jhd->bhd", weights, self.direction)
+        bent = (weights.flatten(1) @ squares).reshape(batch, dims, dims) - (bend * means).mT @ means
+        return value, bent + slope * torch.eye(dims, dtype=zeta.dtype, device=zeta.device)
 
 
 def _check_scale(scale: float) -> None:

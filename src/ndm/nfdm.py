@@ -47,7 +47,7 @@ from ndm.reverse import ReverseProcess
 from ndm.sample import Method, Sampler
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.times import TimeSampler
-from ndm.transform import Curve, GatedNetwork, SeparableTransform, Transform
+from ndm.transform import Curve, GatedNetwork, SeparableTransform, SumCurve, Transform
 
 
 class Stretch(nn.Module, ABC):
@@ -124,11 +124,13 @@ class SeparableScale(Scale):
         return self._shifted.network
 
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return self._shifted(x, level) - x
+        return self.with_derivative(x, level)[0]
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        shifted, derivative = self._shifted.with_derivative(x, level)
-        return shifted - x, derivative
+        return self._shifted.curve(x).added(level)
+
+    def curve(self, transform: Transform, x: Tensor) -> "ScaledCurve":
+        return _SeparableScaledCurve(transform, self, x, self._shifted.curve(x))
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,7 @@ class StretchedCurve(Curve):
 
 
 class ScaledCurve(StretchedCurve):
-    """t -> F(x, t) and t -> h(x, t), at fixed x.
-
-    Args:
-        transform: F.
-        scale: h.
-        x: the data ``(B, *event)``.
-    """
+    """t -> F(x, t) and t -> h(x, t), at fixed x ``(B, *event)``."""
 
     def __init__(self, transform: Transform, scale: Scale, x: Tensor):
         super().__init__(transform, x)
@@ -213,6 +209,20 @@ class ScaledCurve(StretchedCurve):
     def extra_drift(self, away: Tensor, level: NoiseLevel, rate: Tensor) -> Tensor:
         log_scale, derivative = self.log_scale_with_derivative(level)
         return (derivative + rate * torch.expm1(-2 * log_scale)) * away
+
+
+class _SeparableScaledCurve(ScaledCurve):
+    """The network of h evaluated once for all times; ``shifted`` is t -> x + h(x, t)."""
+
+    def __init__(self, transform: Transform, scale: Scale, x: Tensor, shifted: SumCurve):
+        super().__init__(transform, scale, x)
+        self._shifted = shifted
+
+    def log_scale(self, level: NoiseLevel) -> Tensor:
+        return self._shifted.added(level)[0]
+
+    def log_scale_with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self._shifted.added(level)
 
 
 class ScaledProcess(ForwardProcess):

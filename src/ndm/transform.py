@@ -237,7 +237,7 @@ class SeparableTransform(CurveTransform):
             )
         return channels if self.gain is None else self.gain * channels
 
-    def curve(self, x: Tensor) -> Curve:
+    def curve(self, x: Tensor) -> "SumCurve":
         return _SeparableCurve(self, x)
 
 
@@ -260,12 +260,17 @@ class SumCurve(Curve, ABC):
         with torch.autocast(self._x.device.type, enabled=False):  # products of matrices would run in half precision
             return torch.einsum("bk,bk...->b...", weights, self._channels)
 
+    def added(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """F(x, t) - x and its derivative in t."""
+        weights, slopes = self.weights(level)
+        return self._sum(weights), self._sum(slopes)
+
     def at(self, level: NoiseLevel) -> Tensor:
         return self._x + self._sum(self.weights(level)[0])
 
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        weights, slopes = self.weights(level)
-        return self._x + self._sum(weights), self._sum(slopes)
+        added, derivative = self.added(level)
+        return self._x + added, derivative
 
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
         return self.at(s), self.at(t)

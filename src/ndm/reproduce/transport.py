@@ -95,11 +95,11 @@ def loss(model: NDM, kind: str, x: Tensor) -> Tensor:
     return model.bound(x).loss
 
 
-def fit(model: NDM, kind: str, data: Mixture, steps: int, batch: int, label: str) -> NDM:
-    """Minimise the loss on fresh samples by AdamW; the moving average of the weights."""
+def fit(model: NDM, kind: str, data: Mixture, steps: int, batch: int, label: str, map_rate: float = 4 * RATE) -> NDM:
+    """Minimise the loss on fresh samples by AdamW, T and eta at a rate of their own; the moving average of the weights."""
     own = [p for name, p in model.named_parameters() if name.startswith(("predictor", "log_eta")) and isinstance(model, TransportNDM)]
     networks = [p for p in model.parameters() if not any(p is other for other in own)]
-    groups: list[dict[str, Any]] = [{"params": networks, "lr": RATE}, {"params": own, "lr": 4 * RATE}]  # a handful of scalars are faster
+    groups: list[dict[str, Any]] = [{"params": networks, "lr": RATE}, {"params": own, "lr": map_rate}]  # a handful of scalars are faster
     groups = [group for group in groups if group["params"]]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimiser, [group["lr"] for group in groups], total_steps=steps, pct_start=0.1)

@@ -45,7 +45,7 @@ AXES = (((-1.5, 1.5), (0.4, 0.6)), ((-1.25, 1.25), (0.7, 0.3)))
 ANGLE = math.radians(30)
 ROTATION = torch.tensor([[math.cos(ANGLE), -math.sin(ANGLE)], [math.sin(ANGLE), math.cos(ANGLE)]], dtype=torch.float64)
 KINDS = ("ddpm", "lines", "exact")
-STEPS, BATCH, POINTS, FINE_STEPS, DRAWS = 3000, 512, 4096, 64, 16
+STEPS, BATCH, MAP_RATE, POINTS, FINE_STEPS, DRAWS = 6000, 512, 0.05, 4096, 64, 16
 
 
 def corners() -> Mixture:
@@ -71,7 +71,7 @@ def trained(report: Report, kind: str) -> NDM:
     if not (folder / "config.json").exists():
         torch.manual_seed(part_seed(report.seed, 0))
         steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
-        fit(make(kind), kind, DATA, steps, batch, NAMES[kind]).save_pretrained(folder)
+        fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE).save_pretrained(folder)
     return NDM.from_pretrained(folder).double()
 
 
