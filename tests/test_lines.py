@@ -223,6 +223,17 @@ def test_what_it_is_not_for_is_refused() -> None:
         NFDM(made.schedule, SeparableTransform(MLP(1, outputs=2)), LineScale(), Predictor(MLP(1)), GaussianDecoder())  # type: ignore[arg-type]
 
 
+def test_the_line_of_a_point_is_sought_once_for_mean_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, (x, t) = model(SCHEDULES["linear"], 2), points(dims=2)
+    calls, origin = [], made.transport.origin
+    monkeypatch.setattr(made.transport, "origin", lambda *arguments: (calls.append(1), origin(*arguments))[1])
+    curve, level = stretch(made, x), made.process.level(t, x)
+    curve.with_derivative(level)
+    curve.stretched(torch.ones_like(x), level)
+    curve.at(made.process.level(1.0, x))
+    assert len(calls) == 1
+
+
 def test_a_network_may_stand_for_f_beside_the_stretched_noise() -> None:
     made, (x, t) = model(SCHEDULES["linear"], 2), points(dims=2)
     free = TransportNDM(made.schedule, SeparableTransform(MLP(2, outputs=2)), made.transport, GaussianDecoder(), LineScale()).double()

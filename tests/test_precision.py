@@ -5,9 +5,12 @@ import torch
 from torch import Tensor, nn
 
 import ndm
+from ndm.lines import LineScale, LineTransform
+from ndm.monotone import ConvexMap, MonotoneMap
 from ndm.nn import MLP, UNet
 from ndm.reverse import Reverse
 from ndm.transform import Transform
+from ndm.transport import TransportNDM
 from oracles import randomised
 
 LEVELS, SHAPE = 256, (4, 1, 8, 8)
@@ -69,3 +72,21 @@ def test_the_bound_under_autocast_is_that_of_float32(name: str, reverse: Reverse
         torch.testing.assert_close(
             found[key], value, rtol=1e-5, atol=1e-5 * float(value.detach().abs().max()), msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("scale", [None, LineScale], ids=["plain", "stretched"])
+def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(dims: int, scale: type[LineScale] | None) -> None:
+    torch.manual_seed(0)
+    transport = MonotoneMap() if dims == 1 else ConvexMap(dims)
+    decoder = ndm.GaussianDecoder()
+    model = TransportNDM(ndm.LinearLogSNR(-6.0, -5.0), LineTransform(), transport, decoder, None if scale is None else scale())
+    x = torch.randn(8, dims)
+
+    def bound() -> Tensor:
+        return model.bound(x, draws=2, generator=torch.Generator().manual_seed(1)).total
+
+    expected = bound()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bound()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)

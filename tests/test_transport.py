@@ -112,6 +112,7 @@ def test_a_new_convex_map_is_about_a_multiple(dims: int) -> None:
     zeta = torch.randn(4000, dims)
     image = ConvexMap(dims, 48, 4, scale=2.0)(zeta)
     assert 0.5 < (image * zeta).sum().item() / (zeta * zeta).sum().item() / 2.0 < 1.5
+    assert (image.mean(0).norm() / image.norm(dim=1).mean()).item() < 0.3, "no drift to a side"
 
 
 def test_a_line_that_is_not_found_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,9 +150,9 @@ def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 
 
 def jacobian(x: Tensor, mean: Tensor, rstd: Tensor, groups: int, gradient: Tensor, weight: Tensor | None, wanted: list[bool]) -> Any:
-    """J (w g), and the gradients of weight and bias."""
+    """J (w g), whether wanted or not, since PyTorch's kernel for channels_last crashes without, and the gradients of weight and bias."""
     x = dense(x)
-    return _aten.native_group_norm_backward(dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), wanted)
+    return _aten.native_group_norm_backward(dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), [True, *wanted[1:]])
 
 
 class GroupNorm(Function):

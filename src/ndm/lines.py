@@ -122,7 +122,7 @@ class StretchedGaussian(Gaussian):
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
     """Matrices ``(B, D, D)`` times flattened events ``(B, *event)``."""
-    return (matrix @ x.flatten(1)[..., None])[..., 0].reshape(x.shape)
+    return (matrix * x.flatten(1)[:, None]).sum(-1).reshape(x.shape)  # no product of matrices, which autocast would round
 
 
 def solved(matrix: Tensor, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class TransportMap(nn.Module, ABC):
     def displaced(self, z: Tensor, r: Tensor) -> Displaced:
         """Both ends of the lines through z ``(B, D)`` at ``r`` ``(B,)``, and the density there; differentiable, once, in z, r and the parameters."""
         learning = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             zeta = self.origin_with_gradient(z, r)
             zeta = zeta if zeta.requires_grad else zeta.requires_grad_()
             target, slope = self.with_jacobian(zeta)
@@ -179,18 +179,19 @@ class ConvexMap(TransportMap):
         batch, dims = zeta.shape
         if dims != self.dims:
             raise UserError(f"this ConvexMap is for events of {self.dims} numbers, got {dims}: set its dims")
-        slope, height, steepness = self.log_slope.exp(), self.log_height.exp(), self.log_steepness.exp()
-        logits = zeta @ (steepness[:, None] * self.direction).reshape(-1, dims).T + self.offset.reshape(-1)
-        weights = torch.softmax(
-            logits.reshape(batch, self.terms, self.units), dim=1
-        )  # terms before units: over a short last axis it is slow
-        value = self.shift + slope * zeta + weights.flatten(1) @ (height[:, None] * self.direction).reshape(-1, dims)
-        # Covariances as the mean of squares less the square of means: what rounding leaves of them is lost beside w I.
-        bend = (height * steepness)[:, None]
-        squares = (bend[..., None] * self.direction[..., None] * self.direction[..., None, :]).reshape(-1, dims * dims)
-        means = torch.einsum("bjh,jhd->bhd", weights, self.direction)
-        bent = (weights.flatten(1) @ squares).reshape(batch, dims, dims) - (bend * means).mT @ means
-        return value, bent + slope * torch.eye(dims, dtype=zeta.dtype, device=zeta.device)
+        with torch.autocast(zeta.device.type, enabled=False):  # products of matrices would run in half precision
+            slope, height, steepness = self.log_slope.exp(), self.log_height.exp(), self.log_steepness.exp()
+            logits = zeta @ (steepness[:, None] * self.direction).reshape(-1, dims).T + self.offset.reshape(-1)
+            weights = torch.softmax(
+                logits.reshape(batch, self.terms, self.units), dim=1
+            )  # terms before units: over a short last axis it is slow
+            value = self.shift + slope * zeta + weights.flatten(1) @ (height[:, None] * self.direction).reshape(-1, dims)
+            # Covariances as the mean of squares less the square of means: what rounding leaves of them is lost beside w I.
+            bend = (height * steepness)[:, None]
+            squares = (bend[..., None] * self.direction[..., None] * self.direction[..., None, :]).reshape(-1, dims * dims)
+            means = torch.einsum("bjh,jhd->bhd", weights, self.direction)
+            bent = (weights.flatten(1) @ squares).reshape(batch, dims, dims) - (bend * means).mT @ means
+            return value, bent + slope * torch.eye(dims, dtype=zeta.dtype, device=zeta.device)
 
 
 def _check_scale(scale: float) -> None:

@@ -380,8 +380,9 @@ class NFDM(NDM):
             )
 
     @property
-    def scale(self) -> Stretch:
+    def scale(self) -> Scale:
         """The scale, h."""
+        assert isinstance(self.process.scale, Scale)
         return self.process.scale
 
     @property

@@ -57,8 +57,12 @@ class Processes:
 
 
 def started_first() -> bool:
-    """Whether this process is alone or was started as the first of several, by Lightning, torchrun or Slurm."""
-    return all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID"))
+    """Whether this process is alone or was started as the first of several, by torchrun, Lightning or Slurm."""
+    for ranks in (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)):  # torchrun within Slurm numbers processes by itself
+        found = [os.environ[rank] for rank in ranks if rank in os.environ]
+        if found:
+            return all(rank == "0" for rank in found)
+    return True
 
 
 @contextlib.contextmanager

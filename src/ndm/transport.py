@@ -48,6 +48,7 @@ from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, latent
 from ndm.lines import clock, follow_lines
 from ndm.model import NDM
 from ndm.monotone import Displaced, TransportMap
+from ndm.monotone import MonotoneMap as MonotoneMap  # models that were saved name it here
 from ndm.nfdm import ScaledProcess, Stretch, Stretched, StretchedCurve
 from ndm.noise import ExampleNoise, Noise
 from ndm.reverse import ReverseProcess

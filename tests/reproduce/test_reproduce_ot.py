@@ -102,6 +102,10 @@ def test_a_bend_is_measured() -> None:
     t = torch.linspace(0, 1, 2001, dtype=F64)[:, None, None]
     path = torch.cat([2 * t + 0.3 * torch.sin(math.pi * t), -2 * t + 0.3 * torch.sin(math.pi * t)], 1)
     assert bend(path) == pytest.approx(0.3 * (2 / math.pi) / 2, rel=1e-3)
+    turned = torch.cat([path, 0.75 * path], -1)  # in the plane: 1.25 times as long, and as far away
+    assert bend(turned) == pytest.approx(bend(path))
+    bow = torch.cat([2 * t, 0.3 * torch.sin(math.pi * t)], -1)
+    assert bend(bow) == pytest.approx(0.3 * (2 / math.pi) / 2, rel=1e-3)
 
 
 def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 import ndm
 from ndm.cli import main
 from ndm.data import Digits
+from ndm.parallel import started_first
 from ndm.serialize import read_json
 from ndm.train.module import EMAUpdate
 
@@ -115,15 +117,47 @@ def test_two_cannot_train_into_one_folder(write_config: ConfigWriter, tmp_path: 
         deadline = time.monotonic() + 120
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        before = sorted(path.name for path in run.glob("logs/*"))
-        assert main(["train", "--out", str(run)]) == 2
+        before = sorted(path.name for path in run.glob("logs/*")), (run / "config.yaml").read_bytes()
+        assert main(["train", "--out", str(run), "--train.log_every", "7"]) == 2
         said = capsys.readouterr().err
         process.send_signal(signal.SIGKILL)
     assert "another process is training into this folder" in said and said.count("\n") == 1
-    assert sorted(path.name for path in run.glob("logs/*")) == before
+    assert (sorted(path.name for path in run.glob("logs/*")), (run / "config.yaml").read_bytes()) == before
     content = torch.load(checkpoint, weights_only=True)
     torch.save(content | {"global_step": 100_000}, checkpoint)
     assert main(["train", "--out", str(run)]) == 0, "one that is killed lets go"
+
+
+def test_a_folder_that_cannot_be_locked_is_trained_into(
+    write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("ndm.train.run.FileLock.acquire", refuse)
+    train(write_config(), tmp_path / "run")
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "4", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_one_of_several_processes_is_the_first(ranks: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert started_first() is first
 
 
 def test_two_processes_agree_with_one_on_the_same_global_batch(write_config: ConfigWriter, tmp_path: Path) -> None:

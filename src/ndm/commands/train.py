@@ -15,7 +15,7 @@ from ndm.model import NDM
 from ndm.parallel import started_first
 from ndm.report import bound_table
 from ndm.serialize import read_json, write_atomically
-from ndm.train.run import METRICS, train
+from ndm.train.run import METRICS, held, train
 from ndm.train.settings import TrainSettings
 
 MACHINE_SETTINGS = ("accelerator", "devices", "nodes", "strategy", "threads", "workers", "compile", "checkpoint_every", "log_every")
@@ -60,9 +60,11 @@ def run_train(words: Sequence[str]) -> None:
     if parts.train.threads:
         torch.set_num_threads(parts.train.threads)
     parts.data.describe()  # data that cannot be read must not leave a folder behind
-    if started_first():
-        write_atomically(out / CONFIG, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8"))
-    metrics = train(parts.model, parts.data, parts.train, out, arguments.seed)
+    with held(out):
+        check_same_run(out, config)  # again: until here another process could train into it
+        if started_first():
+            write_atomically(out / CONFIG, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8"))
+        metrics = train(parts.model, parts.data, parts.train, out, arguments.seed)
     if metrics is not None:
         print(bound_table(metrics))
         for name in ("histogram", "xz"):

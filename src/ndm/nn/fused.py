@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from ndm.forward_rules import dense, jacobian, per_channel, sizes, through
 from ndm.nesting import NOTHING, nesting
-from ndm.nn.layers import HALF, widened
+from ndm.nn.layers import HALF, normal, widened
 
 _aten = torch.ops.aten
 SMALLEST = 2**18
@@ -45,7 +45,7 @@ def _simple(x: Tensor) -> bool:
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
-    inner = nnf.group_norm(widened(x), groups, weight, bias, eps)
+    inner = normal(x, groups, weight, bias, eps)
     if scale is not None and shift is not None:
         inner = torch.addcmul(per_channel(widened(shift), x), inner, 1 + per_channel(widened(scale), x))
     return nnf.silu(inner).to(x.dtype)
@@ -54,11 +54,11 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shif
 class _NormSiLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, eps: float) -> Tensor:
-        value, mean, rstd = _aten.native_group_norm(dense(widened(x)), weight, bias, *sizes(x, groups), eps)
+        value, mean, rstd = _aten.native_group_norm(dense(widened(x)), widened(weight), widened(bias), *sizes(x, groups), eps)
         ctx.groups, ctx.eps = groups, eps
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         if scale is not None:
-            value.mul_(per_channel(1 + scale, x)).add_(per_channel(shift, x))
+            value.mul_(per_channel(1 + widened(scale), x)).add_(per_channel(widened(shift), x))
         return nnf.silu(value, inplace=True).to(x.dtype)
 
     @staticmethod
@@ -68,7 +68,9 @@ class _NormSiLU(Function):
             formula = functools.partial(_formula, groups=ctx.groups, eps=ctx.eps)
             return (*through(formula, (x, weight, bias, scale, shift), gradient), None, None)
         narrow = x.dtype
-        x, gradient = widened(x), widened(gradient)
+        x, weight, bias, gradient = (widened(value) for value in (x, weight, bias, gradient))
+        if scale is not None:
+            scale, shift = widened(scale), widened(shift)
         repeats = x.shape[1] // ctx.groups
         mean_c, rstd_c = (value.reshape(-1, ctx.groups).repeat_interleave(repeats, 1) for value in (mean, rstd))
         slope = rstd_c * weight  # norm(x) = slope x + start

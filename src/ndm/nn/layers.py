@@ -35,7 +35,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, channels // self.heads))
+        qkv = (
+            self.qkv(normal(x, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps).to(x.dtype))
+            .flatten(2)
+            .unflatten(1, (3, self.heads, channels // self.heads))
+        )
         q, k, v = qkv.transpose(-1, -2).unbind(1)
         mixed = _attend(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
         return x + self.out(mixed)
@@ -56,6 +60,13 @@ HALF = (torch.bfloat16, torch.float16)
 def widened(x: Tensor) -> Tensor:
     """Half precision in float32, anything else as it is."""
     return x.float() if x.dtype in HALF else x
+
+
+def normal(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group norm of ``(B, C, ...)``, of half precision in float32."""
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = x.contiguous()  # the backward pass of PyTorch's kernel for channels_last crashes where x wants no gradient
+    return nnf.group_norm(widened(x), groups, widened(weight), widened(bias), eps)
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

@@ -72,8 +72,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         ),
         Experiment(
             "ot-2d",
-            "the same in the plane, where a diffusion's flow is not the optimal map: four Gaussians whose optimal map is known",
-            {"small": "5 minutes of one core", "smoke": _SMOKE},
+            "the same in the plane: four Gaussians whose optimal map is known",
+            {"small": "10 minutes of one core", "smoke": _SMOKE},
             "transport_plane",
         ),
         Experiment(

@@ -75,18 +75,8 @@ class Plan:
         """The plan of a size and of the data."""
         plan: dict[str, Any] = {} if report.data is None else {"config": "mnist-small.yaml"}
         if report.smoke:
-            small = ("--model.predictor.network.channels", "8")
-            words = (
-                *small,
-                "--train.steps",
-                "4",
-                "--train.batch_size",
-                "16",
-                "--train.evaluation_limit",
-                "8",
-                "--train.evaluation_draws",
-                "1",
-            )
+            channels, steps = ("--model.predictor.network.channels", "8"), ("--train.steps", "4", "--train.batch_size", "16")
+            words = (*channels, *steps, "--train.evaluation_limit", "8", "--train.evaluation_draws", "1")
             return cls(
                 **plan,
                 words=words,
@@ -104,8 +94,8 @@ class Plan:
             )
         if report.data is None:
             return cls()
-        words = ("--train.steps", "3000", "--train.ema", "0.998", "--train.evaluation_limit", "500")  # a fifth of the configuration's
-        return cls(**plan, words=words, draws=8, limit=500, nll_limit=32, images=500, real=10_000)
+        of_data = ("--train.steps", "3000", "--train.ema", "0.998", "--train.evaluation_limit", "500")  # a fifth of the configuration's
+        return cls(**plan, words=of_data, draws=8, limit=500, nll_limit=32, images=500, real=10_000)
 
 
 def run(report: Report) -> None:

@@ -182,12 +182,25 @@ def data_nodes() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def expected_bound(model: NDM, nodes: int) -> dict[str, float]:
-    """The terms of the bound in their mean over data, times and noise, nats: Gauss-Hermite in x and noise, Clenshaw-Curtis in time.
+def integrated_bound(model: NDM, x: Tensor, noise: Callable[[], Tensor], nodes: int) -> dict[str, Tensor]:
+    """The terms of the bound for examples ``x`` ``(B, D)``, integrated over time by Clenshaw-Curtis; ``(B,)`` each, nats.
+
+    ``noise`` gives noise ``(B, D)`` for each time.
 
     The times are those of the likelihood (:func:`ndm.likelihood.trace_times`), even in t and in the noise level: where a schedule starts steeply,
-    as that of DDPM does, even times alone would lose a tenth of a nat.
+    as that of DDPM does, even times alone would lose a tenth of a nat, and random ones scatter widely.
     """
+    curve, eta = model.process.curve(x), model.learned_eta if isinstance(model, TransportNDM) else model.eta
+    diffusion = torch.zeros_like(x[:, 0])
+    for time, span in zip(*trace_times(model.process, nodes), strict=True):
+        draw = Draw(torch.full_like(x[:, 0], float(time)), noise())
+        diffusion += float(span) * diffusion_integrand(model.reverse_process, curve, draw, None, eta).bound
+    prior, reconstruction = prior_term(model.process, x, curve), reconstruction_term(model.process, model.decoder, x, noise(), curve)
+    return {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction, "nelbo": prior + diffusion + reconstruction}
+
+
+def expected_bound(model: NDM, nodes: int) -> dict[str, float]:
+    """The terms of the bound in their mean over data, times and noise, nats: Gauss-Hermite in x and noise, Clenshaw-Curtis in time."""
     x, share = data_nodes()
     node, weight = np.polynomial.hermite_e.hermegauss(20)
     noise = torch.from_numpy(node).repeat(len(x))[:, None]
@@ -195,14 +208,7 @@ def expected_bound(model: NDM, nodes: int) -> dict[str, float]:
         x.repeat_interleave(len(node), 0),
         share.repeat_interleave(len(node)) * torch.from_numpy(weight / weight.sum()).repeat(len(x)),
     )
-    curve, eta = model.process.curve(x), model.learned_eta if isinstance(model, TransportNDM) else model.eta
-    diffusion = 0.0
-    for time, span in zip(*trace_times(model.process, nodes), strict=True):
-        draw = Draw(torch.full_like(share, float(time)), noise)
-        diffusion += float(span) * float(share @ diffusion_integrand(model.reverse_process, curve, draw, None, eta).bound)
-    prior, reconstruction = prior_term(model.process, x), reconstruction_term(model.process, model.decoder, x, noise)
-    terms = {"prior": float(share @ prior), "diffusion": diffusion, "reconstruction": float(share @ reconstruction)}
-    return {**terms, "nelbo": sum(terms.values())}
+    return {name: float(share @ term) for name, term in integrated_bound(model, x, lambda: noise, nodes).items()}
 
 
 def measure(model: NDM, kind: str, smoke: bool, seed: int) -> dict[str, Any]:

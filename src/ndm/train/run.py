@@ -15,6 +15,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,38 +188,9 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
         The metrics, or None in processes other than the first.
 
     Raises:
-        UserError: model, data and settings do not fit one another, the checkpoint is damaged, or another process trains into the folder.
+        UserError: model, data and settings do not fit one another, or the checkpoint is damaged.
     """
     check_data(model, data, settings)
-    with held(out):
-        return _train(model, data, settings, out, seed)
-
-
-@contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Hold the folder of a run, since two that train into it would each write over the checkpoints of the other.
-
-    Of several processes that train together the first holds it for all. A process that is killed lets go.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    if not started_first():
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{out}: another process is training into this folder; wait for it to end, or choose another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> dict[str, Any] | None:
     first = fit(model, data, settings, out, seed)
     if not first:
         return None
@@ -244,6 +216,32 @@ def _train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, see
     write_transform(out / "transform.png", model, test.__getitems__(shown), seed=seed)
     write_json(out / METRICS, metrics)
     return metrics
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the folder of a run, since two that train into it would each write over the checkpoints of the other.
+
+    Of several processes that train together the first holds it for all. A process that is killed lets go.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if not started_first():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{out}: another process is training into this folder; wait for it to end, or choose another --out") from error
+    except (OSError, NotImplementedError) as error:
+        print(f"{out}: cannot be locked ({error}); see to it that no other process trains into it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def baselines(data: DataSource, split: str) -> dict[str, float]:
