@@ -5,7 +5,7 @@ r"""Group norm, modulation and SiLU as one operation that keeps its input alone 
 
 Autograd would keep the normalised and the modulated activations as well, half of what a U-Net holds in training. They are an affine map of
 x for each channel, one pass over x to get back. Activations in half precision are normalised in float32, of which nothing is kept: means
-over a group need its digits, and PyTorch's norm of half precision is five times slower than that of float32 on CPUs.
+over a group need its digits, and PyTorch's norm of half precision is several times slower than that of float32 on CPUs.
 """
 
 import functools

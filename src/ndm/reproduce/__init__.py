@@ -86,7 +86,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "steps",
             "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
-            {"small": "a quarter of an hour of two cores on digits, an hour of one on MNIST", "smoke": _SMOKE},
+            {"small": "a quarter of an hour of two cores on digits, an hour on MNIST", "smoke": _SMOKE},
             "steps",
             takes_data=True,
         ),

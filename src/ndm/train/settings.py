@@ -32,7 +32,7 @@ class TrainSettings:
     accumulate: int = 1
     """Split each batch into this many parts and add up their gradients, to save memory."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Numerical precision; bf16-mixed suits GPUs. The transformation F always runs in full precision."""
+    """Numerical precision; bf16-mixed suits GPUs, and CPUs with matrix instructions for it. The transformation F always runs in full precision."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu, ..."""
     devices: int | str = "auto"
