@@ -119,7 +119,12 @@ class _SiLUTangent(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, dx = ctx.saved_tensors
         gate = torch.sigmoid(x)
-        curvature = gate * (1 - gate) * (2 + x * (1 - 2 * gate))
+        if torch.is_grad_enabled():
+            curvature = gate * (1 - gate) * (2 + x * (1 - 2 * gate))
+        else:  # the same in one place: what is read and written is what this costs
+            curvature = torch.rsub(gate, 1, alpha=2).mul_(x).add_(2).mul_(gate)
+            curvature = curvature.addcmul_(curvature, gate, value=-1)
+            return gradient * curvature.mul_(dx), _silu_slope(gradient, x)  # gradients may come several at once, under vmap
         return gradient * dx * curvature, _silu_slope(gradient, x)
 
 
