@@ -4,7 +4,7 @@ pip install -c constraints.txt -e '.[bench]'
 pip install -c constraints.txt --no-deps denoising-diffusion-pytorch
 python bench/train_step.py [--size 28] [--batch 64] [--channels 32] [--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
 
-``variants.py`` says what is compared; ``ddpm_bf16`` is ``ddpm`` with its network under bf16 autocast. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio
+``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio
 within a round. Memory is the peak of a fresh process for each variant (see ``measure.py``), or the allocator's on a GPU.
 ``share_of_matmul_peak`` is the floating-point operations of the plain diffusion's step, forward and backward, over its best time, divided by
 the best rate of a float32 matrix product in the same run with the same threads.
@@ -42,9 +42,9 @@ OURS = (
 
 def make_step(name: str, setting: Setting) -> Callable[[], object]:
     """One training step of a variant: loss, gradients, AdamW."""
-    if name.endswith("_bf16"):
-        setting = replace(setting, bf16=True)
-    module, loss = training(name, setting)
+    base = name.removesuffix("_bf16")
+    setting = replace(setting, bf16=setting.bf16 or base != name)
+    module, loss = training(base, setting)
     x = setting.data()
     optimizer = torch.optim.AdamW(module.parameters(), 1e-4, fused=True)
 

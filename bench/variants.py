@@ -6,7 +6,7 @@
 no suffix                         F is the predictor's U-Net at half its width
 ``*_same_width``, ``*_mlp``       F is that U-Net at its full width, or an MLP of width 128
 ``*_discrete``                    T = 1000 steps, no time derivative
-``*_bf16``                        the predictor's network under bf16 autocast
+``*_bf16``                        that variant with its predictor's network under bf16 autocast
 ``diffusers``                     ``UNet2DModel``, noise prediction, ``DDPMScheduler.add_noise``
 ``denoising_diffusion_pytorch``   ``Unet`` in ``GaussianDiffusion``, noise prediction
 ``*_channels_last``               that peer with its weights and its images in channels_last, as our U-Net has them
@@ -64,7 +64,7 @@ def unet(channels: int, outputs: int | None = None, max_frequency: float = 32.0)
 
 
 def _transform(name: str, setting: Setting) -> Transform:
-    if name in ("ddpm", "ddpm_bf16"):
+    if name == "ddpm":
         return ndm.Identity()
     outputs = CHANNELS if "separable" in name else None
     if "mlp" in name:

@@ -119,12 +119,7 @@ class _SiLUTangent(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, dx = ctx.saved_tensors
         gate = torch.sigmoid(x)
-        if torch.is_grad_enabled():
-            curvature = gate * (1 - gate) * (2 + x * (1 - 2 * gate))
-        else:  # the same in one place: what is read and written is what this costs
-            curvature = torch.rsub(gate, 1, alpha=2).mul_(x).add_(2).mul_(gate)
-            curvature = curvature.addcmul_(curvature, gate, value=-1)
-            return gradient * curvature.mul_(dx), _silu_slope(gradient, x)  # gradients may come several at once, under vmap
+        curvature = gate * (1 - gate) * (2 + x * (1 - 2 * gate))
         return gradient * dx * curvature, _silu_slope(gradient, x)
 
 
@@ -154,10 +149,10 @@ def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return batch, channels, x.numel() // max(1, batch * channels), groups
 
 
-def jacobian(x: Tensor, mean: Tensor, rstd: Tensor, groups: int, gradient: Tensor, weight: Tensor | None, wanted: list[bool]) -> Any:
-    """J (w g), whether wanted or not, since PyTorch's kernel for channels_last crashes without, and the gradients of weight and bias."""
+def jacobian(x: Tensor, mean: Tensor, rstd: Tensor, groups: int, gradient: Tensor, weight: Tensor | None, wanted: Sequence[bool]) -> Any:
+    """J (w g), and those gradients of weight and bias that are wanted. Never these alone: PyTorch's kernel for channels_last crashes."""
     x = dense(x)
-    return _aten.native_group_norm_backward(dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), [True, *wanted[1:]])
+    return _aten.native_group_norm_backward(dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), [True, *wanted])
 
 
 class GroupNorm(Function):
@@ -189,7 +184,7 @@ class GroupNorm(Function):
                 return normal if bias is None else normal + per_channel(bias, x)
 
             return (*through(formula, (x, weight, bias), gradient), None, None)
-        return (*jacobian(x, mean, rstd, ctx.groups, gradient, weight, list(ctx.needs_input_grad[:3])), None, None)
+        return (*jacobian(x, mean, rstd, ctx.groups, gradient, weight, ctx.needs_input_grad[1:3]), None, None)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> tuple[Tensor, None, None]:
@@ -209,7 +204,7 @@ class _GroupNormTangent(Function):
 
     @staticmethod
     def forward(x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float) -> Tensor:
-        moved = jacobian(x, mean, rstd, groups, dx, None, [True, False, False])[0]
+        moved = jacobian(x, mean, rstd, groups, dx, None, [False, False])[0]
         return moved if weight is None else moved * per_channel(weight, x)
 
     @staticmethod

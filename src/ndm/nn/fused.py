@@ -84,5 +84,5 @@ class _NormSiLU(Function):
             dshift = g.sum(dims)
             dscale = slope * torch.mul(g, x, out=inner).sum(dims) + start * dshift
             g.mul_(per_channel(1 + scale, x))
-        found = jacobian(x, mean, rstd, ctx.groups, g, weight, list(ctx.needs_input_grad[:3]))
+        found = jacobian(x, mean, rstd, ctx.groups, g, weight, ctx.needs_input_grad[1:3])
         return (found[0].to(narrow), *found[1:], dscale, dshift, None, None)

@@ -72,13 +72,18 @@ def make(kind: str) -> NDM:
 
 
 def trained(report: Report, kind: str, seed: int) -> NDM:
-    """A model in evaluation mode, float64, trained on fresh samples of the data; read where an earlier call wrote it."""
-    folder = report.out / "runs" / f"{kind}-{seed}"
+    """A model, trained on fresh samples of the data; as :func:`kept` gives it."""
+    steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
+    label = f"{NAMES[kind]}, {seed + 1} of {seeds(report)}"
+    return kept(report, f"{kind}-{seed}", seed, lambda: fit(make(kind), kind, DATA, steps, batch, label))
+
+
+def kept(report: Report, name: str, seed: int, train: Callable[[], NDM]) -> NDM:
+    """The model of a run in evaluation mode, float64: trained, or read where an earlier call wrote it."""
+    folder = report.folder(name)
     if not (folder / "config.json").exists():
         torch.manual_seed(part_seed(report.seed, seed))
-        model = make(kind)
-        steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
-        fit(model, kind, DATA, steps, batch, f"{NAMES[kind]}, {seed + 1} of {seeds(report)}").save_pretrained(folder)
+        train().save_pretrained(folder)
     return NDM.from_pretrained(folder).double()
 
 

@@ -24,14 +24,16 @@ from torch import Tensor
 
 from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
+from ndm.evaluate import standard_error
 from ndm.lines import LineScale, LineTransform
 from ndm.model import NDM
 from ndm.monotone import ConvexMap
 from ndm.nn import MLP
 from ndm.noise import part_seed
 from ndm.predictor import Predictor
+from ndm.report import plus_minus
 from ndm.reproduce.report import Report
-from ndm.reproduce.transport import LOOKS, NAMES, STD, bend, few_steps, fit, integrated_bound, quantiles, trajectories
+from ndm.reproduce.transport import LOOKS, NAMES, STD, bend, few_steps, fit, integrated_bound, kept, quantiles, trajectories
 from ndm.schedule import DDPMLinear, LinearLogSNR
 from ndm.transform import Identity
 from ndm.transport import TransportNDM
@@ -66,13 +68,9 @@ def make(kind: str) -> NDM:
 
 
 def trained(report: Report, kind: str) -> NDM:
-    """A model in evaluation mode, float64, trained on fresh samples of the data; read where an earlier call wrote it."""
-    folder = report.out / "runs" / kind
-    if not (folder / "config.json").exists():
-        torch.manual_seed(part_seed(report.seed, 0))
-        steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
-        fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE).save_pretrained(folder)
-    return NDM.from_pretrained(folder).double()
+    """A model, trained on fresh samples of the data; as :func:`ndm.reproduce.transport.kept` gives it."""
+    steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
+    return kept(report, kind, 0, lambda: fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE))
 
 
 def optimal(z: Tensor) -> Tensor:
@@ -124,7 +122,7 @@ def measure(model: NDM, kind: str, fine: int, smoke: bool, seed: int) -> dict[st
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean and standard error over examples."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+    return float(values.mean()), standard_error(values)
 
 
 def run(report: Report) -> None:
@@ -165,7 +163,7 @@ def table(report: Report, found: dict[str, dict[str, Any]]) -> None:
     """The numbers, of the whole ODE and of one step."""
     rows = []
     for kind, one in found.items():
-        excess = ["{:.4f} ± {:.4f}".format(*one[key]) if key in one else "—" for key in ("nelbo_over_log_p", "nll_over_log_p")]
+        excess = [plus_minus(one[key][0], one[key][1], 4) if key in one else "—" for key in ("nelbo_over_log_p", "nll_over_log_p")]
         rows.append(
             [f"{NAMES[kind]}, ODE", *excess, f"{one['cost']:.4f}", f"{one['bend']:.1e}", f"{one['w2_least']:.4f}", f"{one['w2_most']:.4f}"]
         )
