@@ -119,8 +119,8 @@ class _SiLUTangent(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, dx = ctx.saved_tensors
         gate = torch.sigmoid(x)
-        curvature = gate * (1 - gate) * (2 + x * (1 - 2 * gate))
-        return gradient * dx * curvature, _silu_slope(gradient, x)
+        curved = _aten.sigmoid_backward(gradient * dx, gate) * (2 + torch.addcmul(x, x, gate, value=-2))
+        return curved, _silu_slope(gradient, x)
 
 
 def standardised(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -205,7 +205,7 @@ class _GroupNormTangent(Function):
     @staticmethod
     def forward(x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float) -> Tensor:
         moved = jacobian(x, mean, rstd, groups, dx, None, [False, False])[0]
-        return moved if weight is None else moved * per_channel(weight, x)
+        return moved if weight is None else moved.mul_(per_channel(weight, x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -234,7 +234,7 @@ def _tangent_gradients(
     w = x.new_ones(channels) if weight is None else weight
 
     def total(value: Tensor) -> Tensor:
-        return value.sum(dims) if dims else value
+        return value.sum(dims) if dims else value.clone()
 
     def over_group(value: Tensor) -> Tensor:
         """Mean over a group from sums over channels, ``(B, C)``, repeated for the channels of the group."""
@@ -242,7 +242,9 @@ def _tangent_gradients(
 
     s, mu = (value.reshape(batch, groups).repeat_interleave(channels // groups, 1) for value in (rstd, mean))
     normal = torch.addcmul(per_channel(-s * mu, x), x, per_channel(s, x))
-    sum_g, sum_dx, g_dx, g_normal, dx_normal = total(g), total(dx), total(g * dx), total(g * normal), total(dx * normal)
+    products = torch.empty_like(normal)
+    g_dx, g_normal, dx_normal = (total(torch.mul(one, other, out=products)) for one, other in ((g, dx), (g, normal), (dx, normal)))
+    sum_g, sum_dx = total(g), total(dx)
     mean_u, mean_dx, a, b = over_group(w * sum_g), over_group(sum_dx), over_group(w * g_normal), over_group(dx_normal)
     cross = s * (over_group(w * g_dx) - mean_u * mean_dx - a * b)
     dweight = None if weight is None else (s * (g_dx - mean_dx * sum_g - b * g_normal)).sum(0)

@@ -9,6 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ndm.errors import UserError
+from ndm.nesting import ONE_JVP, nesting
 
 
 def group_norm(channels: int, group_channels: int = 8) -> nn.GroupNorm:
@@ -64,7 +65,7 @@ def widened(x: Tensor) -> Tensor:
 
 def normal(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Group norm of ``(B, C, ...)``, of half precision in float32."""
-    if torch.is_grad_enabled() and not x.requires_grad:
+    if torch.is_grad_enabled() and not x.requires_grad and nesting() != ONE_JVP:  # in forward mode no x says that it wants one
         x = x.contiguous()  # the backward pass of PyTorch's kernel for channels_last crashes where x wants no gradient
     return nnf.group_norm(widened(x), groups, widened(weight), widened(bias), eps)
 
