@@ -42,6 +42,18 @@ COVARIANCE = torch.tensor([[2.0, 1.1], [1.1, 0.7]], dtype=F64)
 MEAN = torch.tensor([0.4, -0.9], dtype=F64)
 
 
+class Constant(nn.Module):
+    """A network that returns one output whatever comes in, and keeps the times it saw."""
+
+    def __init__(self, output: object):
+        super().__init__()
+        self.output, self.seen = output, None
+
+    def forward(self, z: Tensor, t: Tensor) -> object:
+        self.seen = t
+        return self.output
+
+
 class LinearTransform(Transform):
     """F(x, t) = (A_0 + t M) x + t c."""
 

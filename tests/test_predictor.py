@@ -10,20 +10,10 @@ from torch import Tensor, nn
 import ndm
 from ndm.errors import UserError
 from ndm.evaluate import Evaluation
-from ndm.predictor import Predictor, soft_round
+from ndm.nn import UNet
+from ndm.predictor import Predictor, neighbour_features
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
-from oracles import F64, Points
-
-
-class Constant(nn.Module):
-    def __init__(self, output: object):
-        super().__init__()
-        self.output, self.seen = output, None
-
-    def forward(self, z: Tensor, t: Tensor) -> object:
-        self.seen = t
-        return self.output
-
+from oracles import F64, Constant, Points, randomised
 
 TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
     "v": lambda x, noise, at: at.alpha * noise - at.sigma * x,
@@ -83,40 +73,6 @@ def test_no_signal_at_the_end_is_fine_for_v_and_x(target: str) -> None:
     assert torch.equal(guess, torch.full((2, 3), {"v": -0.5, "x": 0.5}[target]))
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256])
-@pytest.mark.parametrize("width", [0.02, 0.1, 0.3, 0.7, 0.99, 1.0, 1.5])
-def test_soft_rounding_is_the_mean_over_the_grid(levels: int, width: float) -> None:
-    """Over all of an endless grid whose values beyond the data have the weight of the last; weights fade out as the width reaches the spacing, where
-    the mean is m itself."""
-    generator = torch.Generator().manual_seed(0)
-    spacing, m = 2 / levels, 1.5 * torch.randn(200, dtype=F64, generator=generator)
-    log_weights = (
-        2 * torch.randn(levels + 10, dtype=F64, generator=generator) * (width < 0.5)
-    )  # far values count less the narrower the width
-    number = torch.arange(-40 * levels, 40 * levels, dtype=F64)
-    grid, log_w = (number + 0.5) * spacing - 1, log_weights[(number + 5).clamp(0, levels + 9).long()]
-    log_w, grid = log_w[grid.abs() < 16], grid[grid.abs() < 16]
-    logits = -0.5 * ((m[:, None] - grid) / (width * spacing)) ** 2 + max(0, 1 - width**2) * log_w
-    found = soft_round(m, torch.full_like(m, width * spacing), levels, log_weights)
-    torch.testing.assert_close(found, torch.softmax(logits, dim=1) @ grid, rtol=0, atol=1e-6 * spacing)
-
-
-def test_a_pixel_of_known_frequencies_is_predicted_by_its_posterior_mean() -> None:
-    """The network says nothing (v = 0 would be alpha z; here x̂ = z/alpha), the weights are the frequencies, the noise is low: no error beats it."""
-    levels, frequencies = 4, torch.tensor([0.7, 0.2, 0.0999, 0.0001], dtype=F64)
-    predictor = Predictor(Constant(torch.zeros(2000, 1, dtype=F64)), "eps", levels).double()
-    with torch.no_grad():
-        predictor.weights.fill_(-20.0)  # type: ignore[union-attr]
-        predictor.weights[5:-5] = frequencies.log() / 5  # type: ignore[index]
-    level = LinearLogSNR(-4.0, 5.0)(torch.zeros(2000, dtype=F64))  # s = 0.135, the spacing 0.5
-    z = torch.linspace(-1.2, 1.2, 2000, dtype=F64)[:, None] * level.alpha[:, None]
-    m, s = z / level.alpha[:, None], float(level.sigma[0] / level.alpha[0])
-    values = ndm.DiscretizedGaussian(levels).values
-    faded = 1 - (s / 0.5) ** 2
-    posterior = torch.softmax(-0.5 * ((m - values) / s) ** 2 + faded * frequencies.log(), dim=1)
-    torch.testing.assert_close(predictor(z, level)[:, 0], posterior @ values, rtol=0, atol=1e-6)
-
-
 class GaussianPrediction(nn.Module):
     """The v that says E[x|z] for x ~ N(0, s²) under z = alpha x + sigma eps."""
 
@@ -163,4 +119,63 @@ def test_rounding_to_another_grid_than_that_of_the_data_is_refused() -> None:
     ]
     for call in cases:
         with pytest.raises(UserError, match="levels="):
+            call()
+
+
+def test_neighbours_that_hold_one_value_differ_by_noise_alone() -> None:
+    """d is N(0, 2) inside of the image: E exp(-d²/4) = 1/sqrt(2), E (d exp(-d²/4))² = 2/3^(3/2); beyond it there is nothing."""
+    level = LinearLogSNR(-6.0, 5.0)(torch.full((4,), 0.2, dtype=F64))
+    noise = torch.randn(4, 2, 60, 60, dtype=F64, generator=torch.Generator().manual_seed(0))
+    at = level.expand(noise)
+    features = neighbour_features(at.alpha * 0.3 + at.sigma * noise, level)
+    assert len(features) == 12
+    for near, signed in zip(features[::2], features[1::2], strict=True):
+        inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+        assert float(near[inside].mean()) == pytest.approx(1 / math.sqrt(2), abs=0.005)
+        assert float(signed[inside].mean()) == pytest.approx(0, abs=0.01)
+        assert float((signed[inside] ** 2).mean()) == pytest.approx(2 / 3**1.5, abs=0.01)
+    for (down, right), near in zip([(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)], features[::2], strict=True):
+        outside = torch.ones(60, 60, dtype=torch.bool)
+        outside[: 60 - down, max(0, -right) : 60 - max(0, right)] = False
+        assert float(near[..., outside].max()) < 2e-4 < float(near[..., ~outside].max())
+
+
+def test_a_network_sees_how_far_neighbours_are_in_units_of_the_noise() -> None:
+    level = LinearLogSNR(-6.0, 5.0)(torch.full((1,), 0.2, dtype=F64))
+    sigma, z = float(level.sigma), torch.zeros(1, 1, 5, 5, dtype=F64)
+    z[0, 0, 2, 3] = 0.5 * sigma
+    seen = list[Tensor]()
+
+    class Keep(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen.append(x)
+            return x[:, :1]
+
+    Predictor(Keep(), neighbours=True)(z, level)
+    assert seen[0].shape == (1, 13, 5, 5) and torch.equal(seen[0][:, :1], z)
+    signed = seen[0][0, 2::2]
+    expected = torch.zeros(6, 5, 5, dtype=F64)
+    d = 0.5 * math.exp(-(0.5**2) / 4)
+    for channel, (down, right) in enumerate([(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)]):
+        expected[channel, 2 - down, 3 - right] = d  # from there the bright pixel is a neighbour
+        expected[channel, 2, 3] = -d  # the bright pixel's own neighbour is darker
+        inside = torch.zeros(5, 5, dtype=torch.bool)
+        inside[: 5 - down, max(0, -right) : 5 - max(0, right)] = True
+        torch.testing.assert_close(signed[channel][inside], expected[channel][inside])
+
+
+def test_context_reaches_the_network_and_wrong_shapes_are_refused() -> None:
+    level = LinearLogSNR(-6.0, 5.0)(torch.tensor([0.1, 0.6]))
+    net = randomised(UNet(1, 8, (1,), context=12, fourier=[1]), 0.3).float()
+    predictor, z = Predictor(net, neighbours=True), torch.randn(2, 1, 6, 6)
+    found = predictor(z, level)
+    with torch.no_grad():
+        net.first.weight[:, 3:] = 0
+    assert float((predictor(z, level) - found).detach().abs().max()) > 1e-3
+    for call, pattern in (
+        (lambda: Predictor(UNet(1, 8, (1,)), neighbours=True)(z, level), "image_channels and context|set image_channels"),
+        (lambda: Predictor(net)(z, level), r"1 \+ 12 of context.*set image_channels and context"),
+        (lambda: Predictor(net, neighbours=True)(torch.randn(2, 3), level), "pixels of images"),
+    ):
+        with pytest.raises(UserError, match=pattern):
             call()

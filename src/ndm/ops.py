@@ -5,6 +5,7 @@ r"""Event-shape helpers: a batch is ``(B, *event)``, a time is ``(B,)``, and not
 """
 
 from torch import Tensor
+from torch.nn import functional
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
@@ -20,3 +21,11 @@ def sum_event(value: Tensor) -> Tensor:
 def event_size(x: Tensor) -> int:
     """Number of dimensions D of one event of the batch ``x`` ``(B, *event)``."""
     return x[0].numel() if x.shape[0] else x.flatten(1).shape[1]
+
+
+def shifted(x: Tensor, offset: tuple[int, int], beyond: float) -> Tensor:
+    """What lies at an offset (down, right) of each pixel of ``x`` ``(..., H, W)``, at least three axes; outside of the image, ``beyond``."""
+    (down, right), (height, width) = offset, x.shape[-2:]
+    margin = max(abs(down), abs(right))
+    padded = functional.pad(x, [margin] * 4, value=beyond)
+    return padded[..., margin + down : margin + down + height, margin + right : margin + right + width]

@@ -11,15 +11,14 @@ The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the net
 rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1. Where the reverse
 process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
 
-Data on a grid of L values in [-1, 1] have a finest digit that a network hardly learns to round to: where noise is low, x̂ = z/alpha is a good
-answer, and a rounded one is much better. With ``levels`` the network's reading m is rounded softly, at the width that the noise leaves,
+With ``neighbours``, the network of images gets for each pixel i, beside z_i, how far some neighbours are in units of the noise,
 
 .. math::
-    \hat x = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m - v_k)^2}{2 s^2} + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr)_+ \log w_k\Bigr), \qquad
-    s = \frac{\sigma}{\alpha}, \qquad v_k = \frac{2k + 1}{L} - 1, \qquad \Delta = \frac{2}{L},
+    e^{-d^2/4}, \quad d\, e^{-d^2/4}, \qquad d = (z_{i+o} - z_i)/\sigma, \qquad o \in \{(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)\}:
 
-with learned weights w of the values, at first equal. For m = z/alpha and small s it is the posterior mean of a pixel whose values have the frequencies w; once s reaches the
-spacing it is m itself (to 1e-7 of it). The grid goes on a little beyond [-1, 1]: that no data lie there is learned.
+of two places that hold one value, d is N(0, 2). A network alone finds that hard to see, since noise ranges over many powers of ten.
+
+For data on a grid of L values, ``levels=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.rounding`.
 """
 
 from typing import Literal, get_args
@@ -28,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
+from ndm.ops import shifted
+from ndm.rounding import Rounding
 from ndm.schedule import NoiseLevel
 
 Target = Literal["v", "eps", "x"]
@@ -40,18 +41,23 @@ class Predictor(nn.Module):
         network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
         target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
         levels: round softly to the grid of data with so many levels, as many as the decoder has; None for data that lie on none.
+        neighbours: give the network of images ``(B, C, H, W)`` 12 C further channels of differences between neighbours
+            (:class:`ndm.nn.UNet` with ``context`` = 12 C).
+        repeats: with ``levels``, take values for likelier that the example holds elsewhere, in images nearby above all.
     """
 
-    def __init__(self, network: nn.Module, target: Target = "v", levels: int | None = None):
+    def __init__(
+        self, network: nn.Module, target: Target = "v", levels: int | None = None, repeats: bool = False, neighbours: bool = False
+    ):
         super().__init__()
         if target not in get_args(Target):
             raise UserError(f"target={target!r} is not known: choose one of {', '.join(get_args(Target))}")
         if not isinstance(network, nn.Module):
             raise UserError(f"network is a {type(network).__name__}: a predictor needs an nn.Module called as network(z, t)")
-        if levels is not None and levels < 2:
-            raise UserError(f"levels={levels}: give the number of values of the data, at least 2, or leave it out")
-        self.network, self.target, self.levels = network, target, levels
-        self.weights = None if levels is None else nn.Parameter(torch.zeros(levels + 2 * _REACH))
+        if repeats and levels is None:
+            raise UserError("repeats=True looks for values that occur again and needs to know the grid: give levels, too")
+        self.network, self.target, self.levels, self.repeats, self.neighbours = network, target, levels, repeats, neighbours
+        self.rounding = None if levels is None else Rounding(levels, repeats)
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
@@ -68,7 +74,8 @@ class Predictor(nn.Module):
         return first, second
 
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
-        output = self.network(z, level.t)
+        seen = torch.cat([z, *neighbour_features(z, level)], dim=1) if self.neighbours else z
+        output = self.network(seen, level.t)
         if not isinstance(output, torch.Tensor) or output.shape != shape:
             found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             mend = (
@@ -76,16 +83,13 @@ class Predictor(nn.Module):
                 if shape == z.shape
                 else "for reverse=direct-score give a network of this library outputs=2"
             )
-            raise UserError(f"the predictor's network maps {tuple(z.shape)} to {found}; it must return {tuple(shape)}: {mend}")
+            raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {tuple(shape)}: {mend}")
         return output.to(z.dtype)
 
     def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """What an output of the network says by the target, ``(B, *event)``."""
         reading = self._read(output, z, level)
-        if self.levels is None or self.weights is None:
-            return reading
-        at = level.expand(z)
-        return soft_round(reading, at.sigma / at.alpha, self.levels, _UNIT * self.weights.to(z.dtype))
+        return reading if self.rounding is None else self.rounding(reading, z, level)
 
     def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
@@ -98,25 +102,24 @@ class Predictor(nn.Module):
         return (z - at.sigma * output) / at.alpha
 
 
-def soft_round(m: Tensor, scale: Tensor, levels: int, log_weights: Tensor) -> Tensor:
-    """The mean of the grid's values near m, weighted by N(m, scale²) and by their own weights; in the shape of ``m``.
+def neighbour_features(z: Tensor, level: NoiseLevel) -> list[Tensor]:
+    """exp(-d²/4) and d exp(-d²/4) for each of six offsets, each in the shape of the images ``z`` ``(B, C, H, W)``.
 
-    Args:
-        m: any values.
-        scale: the width s, positive, broadcast to m; at alpha = 0 it may be infinite.
-        levels: L; values lie at (2k + 1)/L - 1.
-        log_weights: log w of the values k = -5 ... L + 4, ``(L + 10,)``; values beyond have the weight of the last.
+    Raises:
+        UserError: z are no images.
     """
-    spacing = 2 / levels
-    position = (m + 1) / spacing - 0.5  # in units of the spacing: values lie at whole numbers
-    nearest = position.detach().round()
-    near = torch.arange(-_REACH, _REACH + 1, dtype=m.dtype, device=m.device)
-    width = (scale / spacing).clamp(max=1.0)[..., None]
-    index = (nearest[..., None] + near + _REACH).clamp(0, len(log_weights) - 1).long()
-    logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights[index]
-    rounded = (nearest + (torch.softmax(logits, dim=-1) * near).sum(-1) + 0.5) * spacing - 1
-    return torch.where(scale < spacing, rounded, m)
+    if z.dim() != 4:
+        raise UserError(
+            f"neighbours=True looks at pixels of images (C, H, W), and an example has the shape {tuple(z.shape[1:])}; leave it out"
+        )
+    features, sigma = [], level.expand(z).sigma.clamp(min=_SMALLEST)
+    for offset in _OFFSETS:
+        d = ((shifted(z, offset, _BEYOND) - z) / sigma).clamp(-6, 6)
+        near = torch.exp(-0.25 * d * d)
+        features += [near, d * near]
+    return features
 
 
-_REACH = 5  # values to either side of the nearest that are looked at
-_UNIT = 5.0  # of the learned log-weights, nats: optimisers step alike in all parameters, and weights range over many powers of ten
+_OFFSETS = [(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)]
+_SMALLEST = 1e-6  # of sigma, which is 0 at t = 0 of some schedules
+_BEYOND = 1e4  # what lies outside of an image is far from everything in it

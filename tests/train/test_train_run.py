@@ -74,18 +74,19 @@ def test_a_run_leaves_what_it_promises(write_config: ConfigWriter, tmp_path: Pat
     assert (run / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_training_lowers_the_bound(write_config: ConfigWriter, tmp_path: Path) -> None:
-    config = write_config()
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_training_lowers_the_bound(optimizer: str, write_config: ConfigWriter, tmp_path: Path) -> None:
+    config = write_config(train={"optimizer": optimizer})
     for steps in (1, 400):
         train(config, tmp_path / f"run{steps}", "--train.steps", str(steps), "--train.learning_rate", "3e-3")
     first, last = (float(str(read_json(tmp_path / f"run{steps}" / "metrics.json")["nelbo_nats"])) for steps in (1, 400))
     assert last < first - 0.5
 
 
-def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(write_config: ConfigWriter, tmp_path: Path) -> None:
-    config = write_config(
-        train={"steps": 150, "batch_size": 16, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5, "evaluation_draws": 1}
-    )
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(optimizer: str, write_config: ConfigWriter, tmp_path: Path) -> None:
+    run = {"steps": 150, "batch_size": 16, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5, "evaluation_draws": 1}
+    config = write_config(train=run | {"optimizer": optimizer})
     killed, checkpoint = tmp_path / "killed", tmp_path / "killed/checkpoints/last.ckpt"
     with subprocess.Popen(command(config, killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120

@@ -42,6 +42,7 @@ class UNet(nn.Module):
 
     Args:
         image_channels: channels C of the image, in and out.
+        context: further channels that come in after those of the image, such as those of ``Predictor(neighbours=True)``; no Fourier features of them.
         channels: width of the first level.
         multiples: width of each level in multiples of ``channels``; its length is the number of levels.
         blocks: residual blocks a level on the way down; one more on the way up.
@@ -63,23 +64,25 @@ class UNet(nn.Module):
         max_frequency: float = 32.0,
         dropout: float = 0.0,
         outputs: int | None = None,
+        context: int = 0,
     ):
         super().__init__()
         check_outputs(outputs)
         self.outputs, levels = outputs, len(multiples)
         self.attention = attention if isinstance(attention, bool) else list(attention)
         attend = [attention] * levels if isinstance(attention, bool) else list(attention)
-        if image_channels < 1 or channels < 1 or blocks < 1 or levels < 1 or min(multiples) < 1 or len(attend) != levels:
+        if image_channels < 1 or context < 0 or channels < 1 or blocks < 1 or levels < 1 or min(multiples) < 1 or len(attend) != levels:
             raise UserError(
-                f"image_channels={image_channels}, channels={channels}, multiples={list(multiples)}, blocks={blocks}, attention={attention}: "
+                f"image_channels={image_channels}, context={context}, channels={channels}, multiples={list(multiples)}, blocks={blocks}, attention={attention}: "
                 "need positive numbers, and as many attention flags as multiples"
             )
-        self.image_channels, self.channels, self.blocks, self.max_frequency = image_channels, channels, blocks, max_frequency
+        self.image_channels, self.context, self.channels = image_channels, context, channels
+        self.blocks, self.max_frequency = blocks, max_frequency
         self.multiples, self.fourier, self.dropout = list(multiples), list(fourier), check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         embedding = 4 * channels
         self.time = TimeEmbedding(embedding, max_frequency=max_frequency)
-        self.first = nn.Conv2d(image_channels * self.features.multiple(), channels, 3, padding=1)
+        self.first = nn.Conv2d(image_channels * self.features.multiple() + context, channels, 3, padding=1)
 
         width, skips = channels, [channels]
         self.down = nn.ModuleList()
@@ -109,14 +112,16 @@ class UNet(nn.Module):
         zeroed(self.last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``."""
-        if x.dim() != 4 or x.shape[1] != self.image_channels:
-            raise UserError(
-                f"the U-Net takes images (B, {self.image_channels}, H, W), got a batch of shape {tuple(x.shape)}; "
-                "set image_channels to fit the data"
-            )
+        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``; with context, x is ``(B, C + context, H, W)``."""
+        if x.dim() != 4 or x.shape[1] != self.image_channels + self.context:
+            wanted = self.image_channels if not self.context else f"{self.image_channels} + {self.context} of context"
+            mend = "image_channels to fit the data" if not self.context else "image_channels and context to fit what the network is given"
+            raise UserError(f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape {tuple(x.shape)}; set {mend}")
         time = self.time(t)
-        h = self.first(self.features(x).contiguous(memory_format=torch.channels_last))
+        inputs = (
+            torch.cat([self.features(x[:, : self.image_channels]), x[:, self.image_channels :]], 1) if self.context else self.features(x)
+        )
+        h = self.first(inputs.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for module in self.down:
             h = module(h, time) if isinstance(module, _Block) else module(h)

@@ -159,7 +159,7 @@ class TrainingModule(LightningModule):
         uncompile_networks(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a warm-up, and with a rate of its own for F."""
+        """The optimiser with a warm-up, and with a rate of its own for F."""
         settings = self.settings
         transform = {id(p) for p in self.model.transform.parameters()}
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
@@ -167,7 +167,7 @@ class TrainingModule(LightningModule):
             if parameter.requires_grad:
                 # Weight decay is for matrices and kernels: it would pull norms, biases and the schedule off their meaning.
                 groups.setdefault((id(parameter) in transform, parameter.dim() >= 2), []).append(parameter)
-        optimizer = torch.optim.AdamW(
+        optimizer = self._optimizer(
             [
                 {
                     "params": parameters,
@@ -175,9 +175,7 @@ class TrainingModule(LightningModule):
                     "weight_decay": settings.weight_decay if decays else 0.0,
                 }
                 for (of_transform, decays), parameters in groups.items()
-            ],
-            betas=(0.9, 0.99),
-            fused=self._can_fuse() or None,
+            ]
         )
 
         def rate(step: int) -> float:
@@ -187,6 +185,13 @@ class TrainingModule(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        if self.settings.optimizer == "adamw":
+            return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=self._can_fuse() or None)
+        from pytorch_optimizer import SOAP  # a second to import
+
+        return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)
 
 
 class EMAUpdate:

@@ -15,12 +15,14 @@ class TrainSettings:
     """Number of optimiser steps."""
     batch_size: int = 64
     """Examples in one optimiser step, over all devices and accumulated batches together."""
+    optimizer: Literal["adamw", "soap"] = "adamw"
+    """adamw, or soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     transform_rate: float = 1.0
     """Learning rate of the transformation F, as a multiple of ``learning_rate``."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of matrices and kernels."""
     warmup: int = 100
     """Steps over which the learning rate rises linearly from zero."""
     decay: Literal["cosine", "constant"] = "cosine"
@@ -88,6 +90,10 @@ class TrainSettings:
         if "fsdp" in self.strategy and (self.ema or self.gradient_clip):
             raise UserError(
                 "train.strategy=fsdp shards the weights, which neither averaging nor clipping takes; set train.ema=0, train.gradient_clip=0"
+            )
+        if "fsdp" in self.strategy and self.optimizer == "soap":
+            raise UserError(
+                "train.strategy=fsdp shards the weights, whose matrices train.optimizer=soap looks at; set train.optimizer=adamw"
             )
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), for example 0.999")

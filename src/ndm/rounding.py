@@ -1,0 +1,128 @@
+r"""Rounding a prediction to the grid of the data, as softly as the noise asks for.
+
+Data on a grid of L values in [-1, 1] have a finest digit that a network hardly learns to round to: where noise is low, x̂ = z/alpha is a good
+answer, and a rounded one is much better. A reading m is rounded at the width s that the noise leaves,
+
+.. math::
+    \hat x_i = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m_i - v_k)^2}{2 s^2} + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr) \log W_{ik}\Bigr), \qquad
+    s = \frac{\sigma}{\alpha} < \Delta, \qquad v_k = \frac{2k + 1}{L} - 1, \qquad \Delta = \frac{2}{L},
+
+with weights W of the values; once s reaches the spacing, x̂ is m itself (which the formula tends to, to 1e-7 of the spacing). By default W are
+learned weights w of the values alone, at first equal: for m = z/alpha and small s, x̂ is the posterior mean of a number whose values have the
+frequencies w. The grid goes on a little beyond [-1, 1]: that no data lie there is learned.
+
+Values repeat within an example more often than by chance: images have flat parts, straight edges and few colours. With ``repeats``,
+
+.. math::
+    W_{ik} = w_k + c \sum_{j \ne i} r_{jk} + \sum_{o} c_o\, r_{i + o, k}, \qquad
+    r_{jk} = \operatorname{softmax}_k\Bigl(-\frac{(z_j/\alpha - v_k)^2}{2 s^2}\Bigr):
+
+what the rest of the example is likely to hold counts, as in a Pólya urn, and in images what the twelve nearest pixels hold counts for itself. r is
+what the latent alone says; all weights c are learned.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError
+from ndm.nesting import NOTHING, nesting
+from ndm.ops import expand, shifted
+from ndm.schedule import NoiseLevel
+
+
+class Rounding(nn.Module):
+    """x̂ from a reading m of it, for data on the grid.
+
+    Args:
+        levels: L, at least 2.
+        repeats: whether values that the example holds elsewhere count for more.
+    """
+
+    def __init__(self, levels: int, repeats: bool = False):
+        super().__init__()
+        if levels < 2:
+            raise UserError(f"levels={levels}: give the number of values of the data, at least 2, or leave it out")
+        self.levels, self.repeats = levels, repeats
+        self.weights = nn.Parameter(torch.zeros(levels + 2 * _REACH))
+        self.copies = nn.Parameter(torch.zeros(1 + len(_AROUND))) if repeats else None
+
+    def forward(self, m: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Round.
+
+        Args:
+            m: the reading, ``(B, *event)``.
+            z: the latents, ``(B, *event)``.
+            level: their noise.
+
+        Returns:
+            x̂, ``(B, *event)``.
+        """
+        signal = torch.where(level.alpha == 0, torch.ones_like(level.alpha), level.alpha)
+        width = torch.where(level.alpha == 0, torch.inf, level.sigma / signal) * (0.5 * self.levels)  # s in units of the spacing
+        width = width.clamp(min=_NARROWEST)
+        u = z / expand(signal, z)
+        if nesting() != NOTHING:  # no picking of rows there
+            at = expand(width, m)
+            return torch.where(at < 1, self._round(m, u, at.clamp(max=1.0)), m)
+        rows = (width < 1).nonzero()[:, 0]
+        if len(rows) == len(m):
+            return self._round(m, u, expand(width, m))
+        if not len(rows):
+            return m + 0 * sum(parameter.sum() for parameter in self.parameters())  # every weight takes part in every step
+        return m.index_copy(0, rows, self._round(m[rows], u[rows], expand(width[rows], m)))
+
+    def _round(self, m: Tensor, u: Tensor, width: Tensor) -> Tensor:
+        position = self._position(m)
+        nearest = position.detach().round()
+        near = _near(m)
+        values = nearest[..., None] + near
+        index = self._index(values)
+        log_weights = (_UNIT * self.weights.to(m.dtype))[index]
+        if self.copies is not None:
+            log_weights = torch.log(log_weights.exp() + self._elsewhere(self._position(u), width, values, index)).clamp(min=-80.0)
+        width = width[..., None]
+        logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights
+        return (nearest + (torch.softmax(logits, dim=-1) * near).sum(-1) + 0.5) * (2 / self.levels) - 1
+
+    def _elsewhere(self, position: Tensor, width: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        """What the other places of an example add to the weights of ``values`` ``(B, *event, n)``."""
+        assert self.copies is not None
+        nearest = position.detach().round()
+        logits = -0.5 * ((position - nearest)[..., None] - _near(position)) ** 2 / width[..., None] ** 2
+        log_total = torch.logsumexp(logits, dim=-1)
+        held = torch.exp(logits - log_total[..., None])  # r of the values around each place
+        places = self._index(nearest[..., None] + _near(position))
+        counts = torch.zeros(len(position), len(self.weights), dtype=position.dtype, device=position.device)
+        counts = counts.scatter_add(1, places.flatten(1), held.flatten(1))
+
+        def likely(at: Tensor, log_total: Tensor) -> Tensor:
+            """r of ``values`` for what lies at the position ``at``."""
+            return torch.exp(-0.5 * ((values - at[..., None]) / width[..., None]) ** 2 - log_total[..., None])
+
+        c = torch.exp(_UNIT * self.copies.to(position.dtype))
+        others = (counts.gather(1, index.flatten(1)).view_as(values) - likely(position, log_total)).clamp(min=0)
+        added = _START * c[0] * others
+        if position.dim() == 4:
+            for strength, offset in zip(c[1:], _AROUND, strict=True):
+                added = added + strength * likely(shifted(position, offset, _NOWHERE), shifted(log_total, offset, 0.0))
+        return added
+
+    def _position(self, x: Tensor) -> Tensor:
+        """In units of the spacing: values lie at whole numbers k."""
+        return (x + 1) * (0.5 * self.levels) - 0.5
+
+    def _index(self, k: Tensor) -> Tensor:
+        """Where the weight of a value is; values beyond have that of the last."""
+        return (k + _REACH).clamp(0, len(self.weights) - 1).long()
+
+
+def _near(like: Tensor) -> Tensor:
+    return torch.arange(-_REACH, _REACH + 1, dtype=like.dtype, device=like.device)
+
+
+_REACH = 5  # values to either side of the nearest that are looked at
+_UNIT = 5.0  # of the learned log-weights, nats: optimisers step alike in all parameters, and weights range over many powers of ten
+_START = 0.02  # what one other place that holds a value counts for at first, where the value alone and each nearest pixel count for 1
+_AROUND = [(down, right) for down in (-2, -1, 0, 1, 2) for right in (-2, -1, 0, 1, 2) if 0 < abs(down) + abs(right) <= 2]
+_NARROWEST = 1e-4  # width in spacings, where the noise is 0
+_NOWHERE = -1e4  # far from all values, in spacings
