@@ -9,7 +9,7 @@ under bf16 autocast if the configuration says so, while PyTorch's ``FlopCounterM
 that are alive. Both numbers are polynomials in the side s of the image, with terms 1, s² (convolutions) and s⁴ (attention), so
 three small sides give them exactly at any side; a batch of one and a batch of two tell what an example adds from what is there once.
 
-* Memory: weights, gradients, the two moments of AdamW and the moving average, 4 bytes each, and what is alive between the forward and the backward
+* Memory: weights, gradients, the state of the optimiser and the moving average, 4 bytes each number, and what is alive between the forward and the backward
   pass, for the examples that one device takes at once. Workspaces of operations and what the allocator leaves unused come on top.
 * Time: operations of the predictor over the peak in bf16, the rest (F, the encoder and the decoder, which the library keeps in full precision) over the
   peak in float32, both times a share that is assumed, not measured. 989 and 67 TFLOP/s are those of an NVIDIA H100 (SXM) for dense bf16 and
@@ -38,9 +38,10 @@ from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
 from ndm.model import NDM
 from ndm.nn import ConvEncoder, UNet
+from ndm.times import TimeDraw, TimeSampler
 
 BYTES = 4 * 5
-"""Of a parameter: weight, gradient, two moments, moving average."""
+"""Of a parameter: weight, gradient, two moments, moving average. SOAP keeps two matrices for each axis of a kernel besides."""
 EVENTS = {"CIFAR10": (3, 32), "MNIST": (1, 28), "Digits": (1, 8)}
 """Channels and side of data whose size is not an argument."""
 
@@ -87,6 +88,19 @@ class Live(TorchDispatchMode):
 
 def autocast(half: bool) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=half)
+
+
+class HalfWay(TimeSampler):
+    """Every time is 1/2: which examples a predictor rounds depends on their times, and no memory may depend on chance here."""
+
+    def forward(self, count: int, like: torch.Tensor, generator: torch.Generator | None = None) -> TimeDraw:
+        return TimeDraw(torch.full((count,), 0.5).to(like), torch.ones(count).to(like))
+
+
+def state_bytes(model: NDM, optimizer: str) -> int:
+    """Bytes of weights, gradients, optimiser and average."""
+    shapes = [p.shape for p in model.parameters() if p.dim() >= 2] if optimizer == "soap" else []
+    return BYTES * sum(p.numel() for p in model.parameters()) + 4 * sum(2 * side**2 for shape in shapes for side in shape)
 
 
 def step_cost(model: NDM, channels: int, side: int, batch: int, half: bool) -> Cost:
@@ -157,6 +171,7 @@ def main() -> None:
     ours = train_parser()
     parts = build(ours, parse(ours, ["--config", str(arguments.config), "--out", "unused", *words]))
     model, train = parts.model, parts.train
+    model.times = HalfWay()
     channels, side = image(parts, arguments.size)
     half = train.precision == "bf16-mixed"
     once, each = cost_at(model, channels, side, half)
@@ -166,7 +181,7 @@ def main() -> None:
         name: sum(p.numel() for p in part.parameters())
         for name, part in (("all", model), ("F", model.transform), ("predictor", model.predictor))
     }
-    rest = each.operations - each.predictor
+    rest, state = each.operations - each.predictor, state_bytes(model, train.optimizer)
     fast = arguments.peak if half else arguments.peak_full
 
     def hours(full: float) -> float:
@@ -176,10 +191,10 @@ def main() -> None:
     record = {
         "image": [channels, side, side],
         "parameters": counts,
-        "gigabytes_of_state": counts["all"] * BYTES / 1e9,
+        "gigabytes_of_state": state / 1e9,
         "gigabytes_kept_an_example": each.kept / 1e9,
         "examples_at_once": at_once,
-        "gigabytes": (counts["all"] * BYTES + once.kept + at_once * each.kept) / 1e9,
+        "gigabytes": (state + once.kept + at_once * each.kept) / 1e9,
         "tflop_an_example": each.operations / 1e12,
         "tflop_of_the_predictor": each.predictor / 1e12,
         "pflop_a_step": each.operations * train.batch_size / 1e15,
@@ -207,7 +222,7 @@ def show(record: dict, train: Namespace, half: bool) -> None:
     )
     print(f"parameters: {counts['all'] / 1e6:.1f} M, of which F {counts['F'] / 1e6:.1f} M, predictor {counts['predictor'] / 1e6:.1f} M")
     print(
-        f"memory of a device (estimate): {record['gigabytes']:.1f} GB: weights, gradients, AdamW and average {record['gigabytes_of_state']:.1f}, and "
+        f"memory of a device (estimate): {record['gigabytes']:.1f} GB: weights, gradients, optimiser and average {record['gigabytes_of_state']:.1f}, and "
         f"{record['examples_at_once']} examples of {record['gigabytes_kept_an_example']:.2f}"
     )
     part = record["tflop_of_the_predictor"] / record["tflop_an_example"]

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from ndm.errors import ForwardModeError
 from ndm.forward_mode import time_derivative
 from ndm.nesting import NOTHING, ONE_JVP, Nesting, nesting
-from ndm.nn import MLP, UNet
+from ndm.nn import MLP, Attention, UNet
 from ndm.nn import fused as fused_module
 from oracles import F64, randomised
 
@@ -20,9 +20,23 @@ STEP = 1e-5
 def make(name: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """A network, x, t, and a direction in x."""
     torch.manual_seed(0)
-    network = MLP(3, hidden=8, blocks=1) if name == "mlp" else UNet(channels=8, multiples=(1, 2), attention=(False, True))
-    shape = (3, 3) if name == "mlp" else (3, 1, 4, 4)
+    network, shape = {
+        "mlp": lambda: (MLP(3, hidden=8, blocks=1), (3, 3)),
+        "norm": lambda: (Normed(), (3, 4)),
+        "unet": lambda: (UNet(channels=8, multiples=(1, 2), attention=(False, True)), (3, 1, 4, 4)),
+    }[name]()
     return randomised(network, 0.1).double(), torch.randn(shape, dtype=F64), torch.rand(3, dtype=F64), torch.randn(shape, dtype=F64)
+
+
+class Normed(nn.Module):
+    """Group norm and SiLU between layers, in PyTorch's default memory format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.SiLU(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x + t[:, None])  # type: ignore[no-any-return]
 
 
 every_network = pytest.mark.parametrize("name", ["mlp", "unet"])
@@ -72,8 +86,9 @@ def test_within_reverse_mode_it_agrees_with_finite_differences(name: str) -> Non
     close(torch.tensordot(hessian, dx, dx.dim()), central(gradient, x, dx)[0])
 
 
-def test_gradients_of_several_outputs_at_once() -> None:
-    network, x, t, _ = make("mlp")
+@pytest.mark.parametrize("name", ["mlp", "norm"])
+def test_gradients_of_several_outputs_at_once(name: str) -> None:
+    network, x, t, _ = make(name)
     derivative = time_derivative(network, leaf := x.clone().requires_grad_(), t)[1]
     vectors = torch.randn(4, *x.shape, dtype=F64)
     expected = torch.stack([torch.autograd.grad(derivative, leaf, vector, retain_graph=True)[0] for vector in vectors])
@@ -159,3 +174,33 @@ def test_without_pytorchs_private_names_everything_takes_the_plain_way(owner: st
     monkeypatch.setattr(fused_module._NormSiLU, "apply", lambda *_: used.append(1))
     torch.testing.assert_close((network(x, t), *time_derivative(network, x, t)), expected)
     assert not used
+
+
+@pytest.mark.parametrize("size", [4, 128], ids=["plain", "fused"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_of_the_user_s_own(size: int, frozen: bool) -> None:
+    """Without time_derivative around it, norms are PyTorch's own: they must not see channels_last, forward or backward, whoever is frozen."""
+    _, _, t, _ = make("unet")
+    network = randomised(UNet(channels=8, multiples=(1, 2)), 0.1).double()  # without attention, whose fused form has no forward derivative
+    x, dx = (torch.randn(3, 1, size, size, dtype=F64) for _ in range(2))
+    for parameter in network.first.parameters():
+        parameter.requires_grad_(not frozen)
+    value, derivative = torch.func.jvp(lambda x: network(x, t), (x,), (dx,))  # type: ignore[misc]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(lambda x: network(x, t), (x,), (dx,))[1], derivative)  # type: ignore[misc]
+        torch.testing.assert_close(value, network(x, t))
+        difference = (network(x + STEP * dx, t) - network(x - STEP * dx, t)) / (2 * STEP)
+    close(derivative, difference)
+    derivative.square().sum().backward()
+    gradient = network.last.weight.grad
+    assert gradient is not None and bool(gradient.isfinite().all())
+
+
+def test_norms_of_constant_inputs_within_forward_mode_in_t() -> None:
+    norm, attention = randomised(nn.GroupNorm(2, 16), 0.3), randomised(Attention(16), 0.3)
+    x = torch.randn(3, 16, 5, 4, dtype=F64).to(memory_format=torch.channels_last)
+    for function in (lambda: fused_module.norm_silu(norm, x), lambda: attention(x)):
+        t = torch.rand(3, dtype=F64)
+        found = torch.func.jvp(lambda t: function() * t[:, None, None, None], (t,), (torch.ones_like(t),))[1]  # type: ignore[misc]  # noqa: B023
+        torch.testing.assert_close(found, function())
+        found.sum().backward()

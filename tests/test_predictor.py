@@ -173,9 +173,13 @@ def test_context_reaches_the_network_and_wrong_shapes_are_refused() -> None:
         net.first.weight[:, 3:] = 0
     assert float((predictor(z, level) - found).detach().abs().max()) > 1e-3
     for call, pattern in (
-        (lambda: Predictor(UNet(1, 8, (1,)), neighbours=True)(z, level), "image_channels and context|set image_channels"),
-        (lambda: Predictor(net)(z, level), r"1 \+ 12 of context.*set image_channels and context"),
+        (
+            lambda: Predictor(UNet(1, 8, (1,)), neighbours=True)(z, level),
+            r"\(B, 1, H, W\), got a batch of shape \(2, 13, 6, 6\).*context to 12 image_channels",
+        ),
+        (lambda: Predictor(net)(z, level), r"\(B, 1 \+ 12 of context, H, W\), got a batch of shape \(2, 1, 6, 6\).*else to 0"),
         (lambda: Predictor(net, neighbours=True)(torch.randn(2, 3), level), "pixels of images"),
+        (lambda: Predictor(UNet(13, 8, (1,)), neighbours=True)(z, level), r"must return \(2, 1, 6, 6\): .*context=12"),
     ):
         with pytest.raises(UserError, match=pattern):
             call()

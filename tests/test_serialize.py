@@ -55,7 +55,7 @@ DATA = torch.tensor([-0.875, -0.125, 0.375, 0.875])[torch.arange(48) % 4].reshap
 
 def make(schedule: str = "linear", transform: str = "mlp", decoder: str = "grid", times: str = "low", steps: int | None = None) -> NDM:
     torch.manual_seed(0)
-    predictor = Predictor(UNet(1, 4, (1,), fourier=[0]), "x")
+    predictor = Predictor(UNet(1, 4, (1,), fourier=[0], context=12), "x", neighbours=True)
     parts = SCHEDULES[schedule](), TRANSFORMS[transform](), predictor, DECODERS[decoder](), TIMES[times]()
     model = NDM(*parts, steps=steps, eta=0.75)
     with torch.no_grad():
@@ -84,6 +84,16 @@ def test_every_combination_of_parts_returns_bit_by_bit(schedule: str, transform:
         assert (back.steps, back.eta) == (model.steps, model.eta)
         assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
         assert json.dumps(to_config(back)) == json.dumps(to_config(model))
+
+
+def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
+    predictor = Predictor(UNet(1, 4, (1,), context=12), "v", 8, repeats=True, neighbours=True)
+    model = NDM(LinearLogSNR(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(bound(NDM.from_pretrained(tmp_path)), bound(model))
 
 
 def test_samples_return_too(tmp_path: Path) -> None:

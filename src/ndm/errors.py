@@ -5,6 +5,7 @@ message alone and ends with exit code 2; anything that is not a :class:`UserErro
 """
 
 import importlib
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -41,6 +42,16 @@ def check_whole(name: str, value: object, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name}={describe_value(value)}: give a whole number of at least {least}")
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Check that an argument is one of the known words.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in known:
+        raise UserError(f"{name}={describe_value(value)} is not known: choose one of {', '.join(known)}")
 
 
 def require(module: str, package: str, extra: str) -> None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ndm.errors import ForwardModeError
 from ndm.forward_rules import Convolution, GroupNorm, SiLU, standardised
-from ndm.nesting import NOTHING, ONE_JVP, nesting
+from ndm.nesting import NOTHING, ONE_JVP, RULES, nesting
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """Anything that maps ``(x, t)`` of shapes ``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
@@ -81,8 +81,12 @@ def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = N
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    with _PlainFormulas(), sdpa_kernel(SDPBackend.MATH):
-        yield
+    token = RULES.set(True)
+    try:
+        with _PlainFormulas(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        RULES.reset(token)
 
 
 class _PlainFormulas(TorchFunctionMode):

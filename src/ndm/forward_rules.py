@@ -234,7 +234,7 @@ def _tangent_gradients(
     w = x.new_ones(channels) if weight is None else weight
 
     def total(value: Tensor) -> Tensor:
-        return value.sum(dims) if dims else value.clone()
+        return value.sum(dims) if dims else value
 
     def over_group(value: Tensor) -> Tensor:
         """Mean over a group from sums over channels, ``(B, C)``, repeated for the channels of the group."""
@@ -242,9 +242,7 @@ def _tangent_gradients(
 
     s, mu = (value.reshape(batch, groups).repeat_interleave(channels // groups, 1) for value in (rstd, mean))
     normal = torch.addcmul(per_channel(-s * mu, x), x, per_channel(s, x))
-    products = torch.empty_like(normal)
-    g_dx, g_normal, dx_normal = (total(torch.mul(one, other, out=products)) for one, other in ((g, dx), (g, normal), (dx, normal)))
-    sum_g, sum_dx = total(g), total(dx)
+    sum_g, sum_dx, g_dx, g_normal, dx_normal = total(g), total(dx), total(g * dx), total(g * normal), total(dx * normal)
     mean_u, mean_dx, a, b = over_group(w * sum_g), over_group(sum_dx), over_group(w * g_normal), over_group(dx_normal)
     cross = s * (over_group(w * g_dx) - mean_u * mean_dx - a * b)
     dweight = None if weight is None else (s * (g_dx - mean_dx * sum_g - b * g_normal)).sum(0)

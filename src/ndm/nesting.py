@@ -4,6 +4,7 @@ PyTorch says so through private names alone. This is the only place that uses th
 is None: whoever has a faster way for one case then takes the plain way, which is right in all.
 """
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ class Nesting(NamedTuple):
     """Levels of forward mode."""
 
 
+RULES = ContextVar("rules", default=False)
+"""Whether norms are computed by rules of our own, as :func:`ndm.forward_mode.time_derivative` does."""
 NOTHING = Nesting(0, "", 0)
 """Plain operations and their backward passes."""
 ONE_JVP = Nesting(1, "Jvp", 1)

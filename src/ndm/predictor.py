@@ -14,9 +14,9 @@ process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
 With ``neighbours``, the network of images gets for each pixel i, beside z_i, how far some neighbours are in units of the noise,
 
 .. math::
-    e^{-d^2/4}, \quad d\, e^{-d^2/4}, \qquad d = (z_{i+o} - z_i)/\sigma, \qquad o \in \{(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)\}:
+    e^{-d^2/4}, \quad d\, e^{-d^2/4}, \qquad d = \Bigl[\frac{z_{i+o} - z_i}{\sigma}\Bigr]_{-6}^{6}, \qquad o \in \{(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)\}:
 
-of two places that hold one value, d is N(0, 2). A network alone finds that hard to see, since noise ranges over many powers of ten.
+of two places that hold one value, d is N(0, 2); what lies outside of the image counts for far. A network alone finds that hard to see, since noise ranges over many powers of ten.
 
 For data on a grid of L values, ``levels=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.rounding`.
 """
@@ -26,7 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ndm.errors import UserError
+from ndm.errors import UserError, check_choice
 from ndm.ops import shifted
 from ndm.rounding import Rounding
 from ndm.schedule import NoiseLevel
@@ -43,15 +43,15 @@ class Predictor(nn.Module):
         levels: round softly to the grid of data with so many levels, as many as the decoder has; None for data that lie on none.
         neighbours: give the network of images ``(B, C, H, W)`` 12 C further channels of differences between neighbours
             (:class:`ndm.nn.UNet` with ``context`` = 12 C).
-        repeats: with ``levels``, take values for likelier that the example holds elsewhere, in images nearby above all.
+        repeats: with ``levels``, take values for likelier that the example holds elsewhere, in images nearby above all; for transformations
+            that leave x as it is where noise is low.
     """
 
     def __init__(
         self, network: nn.Module, target: Target = "v", levels: int | None = None, repeats: bool = False, neighbours: bool = False
     ):
         super().__init__()
-        if target not in get_args(Target):
-            raise UserError(f"target={target!r} is not known: choose one of {', '.join(get_args(Target))}")
+        check_choice("target", target, get_args(Target))
         if not isinstance(network, nn.Module):
             raise UserError(f"network is a {type(network).__name__}: a predictor needs an nn.Module called as network(z, t)")
         if repeats and levels is None:
@@ -78,11 +78,11 @@ class Predictor(nn.Module):
         output = self.network(seen, level.t)
         if not isinstance(output, torch.Tensor) or output.shape != shape:
             found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            mend = (
-                "give it as many output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
-                if shape == z.shape
-                else "for reverse=direct-score give a network of this library outputs=2"
-            )
+            mend = "give it as many output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
+            if shape != z.shape:
+                mend = "for reverse=direct-score give a network of this library outputs=2"
+            elif self.neighbours:
+                mend = f"with neighbours=True give a network of this library context={seen.shape[1] - z.shape[1]}"
             raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {tuple(shape)}: {mend}")
         return output.to(z.dtype)
 

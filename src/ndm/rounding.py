@@ -17,12 +17,14 @@ Values repeat within an example more often than by chance: images have flat part
     W_{ik} = w_k + c \sum_{j \ne i} r_{jk} + \sum_{o} c_o\, r_{i + o, k}, \qquad
     r_{jk} = \operatorname{softmax}_k\Bigl(-\frac{(z_j/\alpha - v_k)^2}{2 s^2}\Bigr):
 
-what the rest of the example is likely to hold counts, as in a Pólya urn, and in images what the twelve nearest pixels hold counts for itself. r is
-what the latent alone says; all weights c are learned.
+what the rest of the example is likely to hold counts, all channels together, as in a Pólya urn, and in images ``(B, C, H, W)`` what the twelve
+nearest pixels of the channel hold counts for itself. r is what the latent alone says, taken for one of x: where noise is low, F(x, t) has to be close
+to x, as it is with the log-SNR gated and the time-separable form. All weights c are learned.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ndm.errors import UserError
 from ndm.nesting import NOTHING, nesting
@@ -55,52 +57,62 @@ class Rounding(nn.Module):
             level: their noise.
 
         Returns:
-            x̂, ``(B, *event)``.
+            x̂, ``(B, *event)``, in the dtype of m; half precision is rounded in float32.
         """
-        signal = torch.where(level.alpha == 0, torch.ones_like(level.alpha), level.alpha)
-        width = torch.where(level.alpha == 0, torch.inf, level.sigma / signal) * (0.5 * self.levels)  # s in units of the spacing
-        width = width.clamp(min=_NARROWEST)
-        u = z / expand(signal, z)
+        full = torch.promote_types(m.dtype, torch.float32)
+        signal, sigma = level.alpha.to(full), level.sigma.to(full)
+        width = torch.where(signal == 0, torch.inf, sigma / torch.where(signal == 0, 1, signal)) * (0.5 * self.levels)  # in spacings
+        width, narrow = width.clamp(_NARROWEST, 1.0), width < 1
+        u = z.to(full) / expand(torch.where(signal == 0, 1, signal), z)
         if nesting() != NOTHING:  # no picking of rows there
-            at = expand(width, m)
-            return torch.where(at < 1, self._round(m, u, at.clamp(max=1.0)), m)
-        rows = (width < 1).nonzero()[:, 0]
-        if len(rows) == len(m):
-            return self._round(m, u, expand(width, m))
+            return torch.where(expand(narrow, m), self._round(m.to(full), u, expand(width, m)).to(m.dtype), m)
+        rows = narrow.nonzero()[:, 0]
         if not len(rows):
-            return m + 0 * sum(parameter.sum() for parameter in self.parameters())  # every weight takes part in every step
-        return m.index_copy(0, rows, self._round(m[rows], u[rows], expand(width[rows], m)))
+            return m + 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum().to(
+                m.dtype
+            )  # every weight takes part in every step
+        parts = rows.split(max(1, _MOST // max(1, m[0].numel())))
+        rounded = torch.cat([self._part(m[part].to(full), u[part], expand(width[part], m), len(parts) > 1) for part in parts])
+        return m.index_copy(0, rows, rounded.to(m.dtype))
+
+    def _part(self, m: Tensor, u: Tensor, width: Tensor, many: bool) -> Tensor:
+        """Some rows; where they are many, nothing is kept for the backward pass but these inputs."""
+        if many and torch.is_grad_enabled():
+            return checkpoint(self._round, m, u, width, use_reentrant=False, preserve_rng_state=False)
+        return self._round(m, u, width)
 
     def _round(self, m: Tensor, u: Tensor, width: Tensor) -> Tensor:
         position = self._position(m)
         nearest = position.detach().round()
         near = _near(m)
         values = nearest[..., None] + near
-        index = self._index(values)
-        log_weights = (_UNIT * self.weights.to(m.dtype))[index]
+        log_weights = (_UNIT * self.weights.to(m.dtype))[self._index(values)]
         if self.copies is not None:
-            log_weights = torch.log(log_weights.exp() + self._elsewhere(self._position(u), width, values, index)).clamp(min=-80.0)
+            # A value that is all but ruled out keeps more weight than rounding errors of the counts have.
+            weights = log_weights.clamp(*_RANGE).exp() + self._elsewhere(self._position(u), width, values)
+            log_weights = torch.log(weights)
         width = width[..., None]
         logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights
         return (nearest + (torch.softmax(logits, dim=-1) * near).sum(-1) + 0.5) * (2 / self.levels) - 1
 
-    def _elsewhere(self, position: Tensor, width: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    def _elsewhere(self, position: Tensor, width: Tensor, values: Tensor) -> Tensor:
         """What the other places of an example add to the weights of ``values`` ``(B, *event, n)``."""
         assert self.copies is not None
         nearest = position.detach().round()
-        logits = -0.5 * ((position - nearest)[..., None] - _near(position)) ** 2 / width[..., None] ** 2
+        logits = -0.5 * (((position - nearest)[..., None] - _near(position)) / width[..., None]) ** 2
         log_total = torch.logsumexp(logits, dim=-1)
-        held = torch.exp(logits - log_total[..., None])  # r of the values around each place
-        places = self._index(nearest[..., None] + _near(position))
+        places = nearest[..., None] + _near(position)
+        held = torch.exp(logits - log_total[..., None]) * self._inside(places)  # r of the values around each place
         counts = torch.zeros(len(position), len(self.weights), dtype=position.dtype, device=position.device)
-        counts = counts.scatter_add(1, places.flatten(1), held.flatten(1))
+        counts = counts.scatter_add(1, self._index(places).flatten(1), held.flatten(1))
 
         def likely(at: Tensor, log_total: Tensor) -> Tensor:
             """r of ``values`` for what lies at the position ``at``."""
             return torch.exp(-0.5 * ((values - at[..., None]) / width[..., None]) ** 2 - log_total[..., None])
 
         c = torch.exp(_UNIT * self.copies.to(position.dtype))
-        others = (counts.gather(1, index.flatten(1)).view_as(values) - likely(position, log_total)).clamp(min=0)
+        counted = counts.gather(1, self._index(values).flatten(1)).view_as(values)
+        others = ((counted - likely(position, log_total)) * self._inside(values)).clamp(min=0)
         added = _START * c[0] * others
         if position.dim() == 4:
             for strength, offset in zip(c[1:], _AROUND, strict=True):
@@ -112,8 +124,12 @@ class Rounding(nn.Module):
         return (x + 1) * (0.5 * self.levels) - 0.5
 
     def _index(self, k: Tensor) -> Tensor:
-        """Where the weight of a value is; values beyond have that of the last."""
-        return (k + _REACH).clamp(0, len(self.weights) - 1).long()
+        """Where the weight of a value is; values beyond have that of the last. NaN is somewhere: what comes of it is NaN."""
+        return (k + _REACH).nan_to_num(0.0).clamp(0, len(self.weights) - 1).long()
+
+    def _inside(self, k: Tensor) -> Tensor:
+        """Whether a value has a weight, and a count, of its own."""
+        return (k >= -_REACH) & (k < self.levels + _REACH)
 
 
 def _near(like: Tensor) -> Tensor:
@@ -124,5 +140,7 @@ _REACH = 5  # values to either side of the nearest that are looked at
 _UNIT = 5.0  # of the learned log-weights, nats: optimisers step alike in all parameters, and weights range over many powers of ten
 _START = 0.02  # what one other place that holds a value counts for at first, where the value alone and each nearest pixel count for 1
 _AROUND = [(down, right) for down in (-2, -1, 0, 1, 2) for right in (-2, -1, 0, 1, 2) if 0 < abs(down) + abs(right) <= 2]
+_RANGE = (-12.0, 60.0)  # of log w where values may repeat
+_MOST = 2**18  # places at once: each takes up to two kilobytes
 _NARROWEST = 1e-4  # width in spacings, where the noise is 0
 _NOWHERE = -1e4  # far from all values, in spacings

@@ -80,6 +80,7 @@ def test_configuration_that_is_missing_broken_or_binary(tmp_path: Path, capsys: 
         ("--data.train_size=0", "train_size"),
         ("--train.batch_size=15", "batch_size"),
         ("--train.strategy=fsdp", "train.ema=0"),
+        ("--train.optimizer=sgd", "adamw"),
         ("--train.strategy=telepathy", "train.strategy"),
         ("--train.devices=-7", "train.devices"),
         ("--train.validate_every=1000", "validate_every"),

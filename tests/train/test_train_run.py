@@ -20,9 +20,13 @@ from safetensors.torch import load_file
 import ndm
 from ndm.cli import main
 from ndm.data import Digits
+from ndm.errors import UserError
+from ndm.nn import MLP
 from ndm.parallel import started_first
 from ndm.serialize import read_json
-from ndm.train.module import EMAUpdate
+from ndm.train.module import EMAUpdate, TrainingModule
+from ndm.train.settings import TrainSettings
+from oracles import Points
 
 ConfigWriter = Callable[..., Path]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -225,3 +229,32 @@ def test_events_that_are_no_pictures_finish_too(write_config: ConfigWriter, tmp_
 def test_a_copy_of_the_module_shares_its_data() -> None:
     data = Digits().split("train")
     assert copy.deepcopy(data) is data
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_rates_and_decay_belong_to_groups(optimizer: str) -> None:
+    """F has a rate of its own, and only matrices decay, the first step of a rate of zero apart."""
+    model = ndm.NDM(
+        ndm.LearnedSchedule(),
+        ndm.NetworkTransform(MLP(2, hidden=4, blocks=1)),
+        ndm.Predictor(MLP(2, hidden=4, blocks=1)),
+        ndm.GaussianDecoder(),
+    )
+    settings = TrainSettings(
+        steps=10, optimizer=optimizer, learning_rate=0.1, transform_rate=0.0, weight_decay=0.5, warmup=0, decay="constant"
+    )  # type: ignore[arg-type]
+    module = TrainingModule(model, settings, 0, Points(torch.zeros(4, 2)))
+    stepper = module.configure_optimizers()["optimizer"]
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for _ in range(2):  # SOAP's first step sets up its basis
+        for value in model.parameters():
+            value.grad = torch.zeros_like(value)
+        stepper.step()
+    for name, value in model.named_parameters():
+        factor = 0.95 ** (2 if optimizer == "adamw" else 1) if value.dim() >= 2 and ".transform." not in name else 1.0
+        torch.testing.assert_close(value.detach(), factor * before[name], msg=name)
+
+
+def test_soap_takes_what_shards_the_weights_for_no_option() -> None:
+    with pytest.raises(UserError, match="optimizer=adamw"):
+        TrainSettings(optimizer="soap", strategy="fsdp", ema=0, gradient_clip=0)

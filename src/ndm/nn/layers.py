@@ -9,7 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.nesting import ONE_JVP, nesting
+from ndm.nesting import NOTHING, RULES, nesting
 
 
 def group_norm(channels: int, group_channels: int = 8) -> nn.GroupNorm:
@@ -65,8 +65,10 @@ def widened(x: Tensor) -> Tensor:
 
 def normal(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Group norm of ``(B, C, ...)``, of half precision in float32."""
-    if torch.is_grad_enabled() and not x.requires_grad and nesting() != ONE_JVP:  # in forward mode no x says that it wants one
-        x = x.contiguous()  # the backward pass of PyTorch's kernel for channels_last crashes where x wants no gradient
+    # PyTorch's kernel for channels_last has no forward derivative, and its backward pass crashes where x wants no gradient. Within torch.func no x
+    # says that it wants one.
+    if not RULES.get() and not x.requires_grad and (torch.is_grad_enabled() or nesting() != NOTHING):
+        x = x.contiguous()
     return nnf.group_norm(widened(x), groups, widened(weight), widened(bias), eps)
 
 

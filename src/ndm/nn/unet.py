@@ -74,7 +74,7 @@ class UNet(nn.Module):
         if image_channels < 1 or context < 0 or channels < 1 or blocks < 1 or levels < 1 or min(multiples) < 1 or len(attend) != levels:
             raise UserError(
                 f"image_channels={image_channels}, context={context}, channels={channels}, multiples={list(multiples)}, blocks={blocks}, attention={attention}: "
-                "need positive numbers, and as many attention flags as multiples"
+                "need positive numbers (context may be 0), and as many attention flags as multiples"
             )
         self.image_channels, self.context, self.channels = image_channels, context, channels
         self.blocks, self.max_frequency = blocks, max_frequency
@@ -115,8 +115,10 @@ class UNet(nn.Module):
         """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``; with context, x is ``(B, C + context, H, W)``."""
         if x.dim() != 4 or x.shape[1] != self.image_channels + self.context:
             wanted = self.image_channels if not self.context else f"{self.image_channels} + {self.context} of context"
-            mend = "image_channels to fit the data" if not self.context else "image_channels and context to fit what the network is given"
-            raise UserError(f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape {tuple(x.shape)}; set {mend}")
+            raise UserError(
+                f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape {tuple(x.shape)}; set image_channels to fit the data, "
+                "and context to 12 image_channels if its predictor has neighbours=True, else to 0"
+            )
         time = self.time(t)
         inputs = (
             torch.cat([self.features(x[:, : self.image_channels]), x[:, self.image_channels :]], 1) if self.context else self.features(x)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ndm.data import EventDataset, keep_batch
 from ndm.elbo import Bound, bits_per_dim
-from ndm.errors import UserError
+from ndm.errors import UserError, require
 from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.ops import event_size
@@ -189,6 +189,7 @@ class TrainingModule(LightningModule):
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         if self.settings.optimizer == "adamw":
             return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=self._can_fuse() or None)
+        require("pytorch_optimizer", "pytorch_optimizer", "train")
         from pytorch_optimizer import SOAP  # a second to import
 
         return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)

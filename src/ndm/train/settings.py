@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from ndm.errors import UserError
+from ndm.errors import UserError, check_choice
+
+Optimiser = Literal["adamw", "soap"]
+Decay = Literal["cosine", "constant"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass
@@ -15,7 +19,7 @@ class TrainSettings:
     """Number of optimiser steps."""
     batch_size: int = 64
     """Examples in one optimiser step, over all devices and accumulated batches together."""
-    optimizer: Literal["adamw", "soap"] = "adamw"
+    optimizer: Optimiser = "adamw"
     """adamw, or soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -25,7 +29,7 @@ class TrainSettings:
     """Decoupled weight decay of matrices and kernels."""
     warmup: int = 100
     """Steps over which the learning rate rises linearly from zero."""
-    decay: Literal["cosine", "constant"] = "cosine"
+    decay: Decay = "cosine"
     """How the learning rate goes on after the warm-up: down to zero by a cosine, or constant."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient (0: no clipping)."""
@@ -33,7 +37,7 @@ class TrainSettings:
     """Decay of the exponential moving average of the weights, which is what gets evaluated and saved; it warms up (0: none)."""
     accumulate: int = 1
     """Split each batch into this many parts and add up their gradients, to save memory."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     """Numerical precision; bf16-mixed suits GPUs, and CPUs with matrix instructions for it. The transformation F always runs in full precision."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu, ..."""
@@ -74,6 +78,8 @@ class TrainSettings:
         Raises:
             UserError: a value is out of range.
         """
+        for name, known in (("optimizer", Optimiser), ("decay", Decay), ("precision", Precision)):
+            check_choice(f"train.{name}", getattr(self, name), get_args(known))
         for name in ("steps", "batch_size", "accumulate", "nodes", "checkpoint_every", "log_every", "evaluation_draws"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1")
@@ -87,13 +93,18 @@ class TrainSettings:
             raise UserError(f"train.validate_every={self.validate_every} is more than train.steps={self.steps}; give fewer steps, or null")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(f"train.learning_rate={self.learning_rate}: give a positive number, for example 1e-3")
-        if "fsdp" in self.strategy and (self.ema or self.gradient_clip):
+        if not 0 <= self.ema < 1:
+            raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), for example 0.999")
+        self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        if "fsdp" not in self.strategy:
+            return
+        if self.ema or self.gradient_clip:
             raise UserError(
                 "train.strategy=fsdp shards the weights, which neither averaging nor clipping takes; set train.ema=0, train.gradient_clip=0"
             )
-        if "fsdp" in self.strategy and self.optimizer == "soap":
+        if self.optimizer == "soap":
             raise UserError(
                 "train.strategy=fsdp shards the weights, whose matrices train.optimizer=soap looks at; set train.optimizer=adamw"
             )
-        if not 0 <= self.ema < 1:
-            raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), for example 0.999")
