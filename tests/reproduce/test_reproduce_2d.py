@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
@@ -225,6 +226,23 @@ def test_the_same_command_again_computes_nothing_twice(folders: dict[str, Path],
     after = results(folder)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert {**after, "seconds_of_this_call": None} == {**before, "seconds_of_this_call": None}
+
+
+def test_trainings_at_once_give_the_same_models(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["reproduce", "checkerboard", "--size", "smoke", "--out", str(tmp_path / "at-once"), "--seed", "3", "--jobs", "2"]
+    assert main(words) == 0
+    for name in ("ddpm", "ndm"):
+        alone, beside = (
+            load_file(folder / "runs" / name / "model/model.safetensors") for folder in (folders["checkerboard"], tmp_path / "at-once")
+        )
+        torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
+        assert "wrote" in (tmp_path / "at-once/runs" / name / "log.txt").read_text()
+    assert results(tmp_path / "at-once")["command"] == "ndm reproduce checkerboard --size smoke --seed 3 --jobs 2"
+    capsys.readouterr()
+    assert main([*words[:4], "--out", str(tmp_path / "wrong"), "--jobs", "2", "--", "--train.learning_rate", "1e30"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ndm: error: ") and "'ddpm', seed 0: " in error and "'ndm', seed 0: " in error and "not finite" in error
+    refused(capsys, [*words[1:4], "--out", str(tmp_path / "wrong"), "--jobs", "0"], "jobs")
 
 
 def test_what_is_kept_is_read_and_what_failed_is_computed_again(tmp_path: Path) -> None:

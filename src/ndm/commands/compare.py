@@ -125,7 +125,7 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
         job.check(sha256)
     failures = run_all(jobs, settings.jobs)
     protocol = f"batches of {training.batch_size}; budget: {settings.budget}"
-    _report(out, rows, plan, jobs, protocol)
+    _report(out, rows, plan, jobs, settings.measures(), protocol)
     if failures:
         name, reason = next(iter(failures.items()))
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed, the first of them {name}: {reason}; the others are in {out}/{RESULT}")
@@ -152,7 +152,7 @@ def _chosen(rows: list[Row], names: str | None) -> list[Row]:
     return [row for row in rows if row.name in wanted or row.baseline]
 
 
-def _report(out: Path, rows: list[Row], plan: dict[str, Any], jobs: list[Job], protocol: str) -> None:
+def _report(out: Path, rows: list[Row], plan: dict[str, Any], jobs: list[Job], wanted: Measures, protocol: str) -> None:
     """Print the table; write it, the numbers and the plot."""
     content, about = [], dict[str, Any]()
     for row in rows:
@@ -163,7 +163,7 @@ def _report(out: Path, rows: list[Row], plan: dict[str, Any], jobs: list[Job], p
     if not about:
         return
     baseline = next(row.name for row in rows if row.baseline)
-    summary, wanted = summarise(content, baseline), jobs[0].measures
+    summary = summarise(content, baseline)
     sentences = [
         f"{about['examples']} examples of {about['data']}/{wanted.split} (sha256 {about['data_sha256'][:12]}), {wanted.draws} times an example, {protocol}.",
         "Means and standard errors over seeds. A step is timed in a run of the trainer, all rows in turn; minutes are steps times that.",

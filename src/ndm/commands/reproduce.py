@@ -28,12 +28,14 @@ def run_reproduce(words: Sequence[str]) -> None:
     parser.add_argument("--data", help="folder of the data, for the experiments that need one or take one")
     parser.add_argument("--features", help="TorchScript file of the feature network for FID, for the experiments on natural images")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its share of the CPU threads")
     at = list(words).index("--") if "--" in words else len(words)
     arguments = parse(parser, words[:at])
     if arguments.list:
         print(listing())
         return
-    reproduce(arguments.name, arguments.size, arguments.out, arguments.data, arguments.features, arguments.seed, words[at + 1 :])
+    chosen = (arguments.name, arguments.size, arguments.out, arguments.data, arguments.features, arguments.seed, arguments.jobs)
+    reproduce(*chosen, words[at + 1 :])
 
 
 def listing() -> str:
@@ -54,6 +56,7 @@ def reproduce(
     data: str | None,
     features: str | None,
     seed: int,
+    jobs: int = 1,
     overrides: Sequence[str] = (),
 ) -> None:
     """Carry out an experiment.
@@ -66,6 +69,7 @@ def reproduce(
         raise UserError(f"{given}: {', '.join(EXPERIMENTS)} (ndm reproduce --list tells more)")
     require("matplotlib.figure", "matplotlib", "eval")
     check_whole("seed", seed, 0)
+    check_whole("jobs", jobs, 1)
     experiment = EXPERIMENTS[name]
     size = experiment.check_size(size)
     if experiment.needs_data and data is None and size != "smoke":
@@ -80,7 +84,10 @@ def reproduce(
     command = ["ndm", "reproduce", experiment.name, "--size", size, "--seed", str(seed)]
     for option, value in (("--data", data), ("--features", features)):
         command += [option, value] if value is not None else []
+    command += ["--jobs", str(jobs)] if jobs > 1 else []
     command += ["--", *overrides] if overrides else []
-    report = Report(experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command), data, features)
+    report = Report(
+        experiment.name, Path(out or f"runs/reproduce/{name}-{size}"), size, seed, words, shlex.join(command), data, features, jobs
+    )
     experiment.run(report)
     report.finish()

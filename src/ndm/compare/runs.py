@@ -20,6 +20,7 @@ from ndm.errors import UserError
 from ndm.evaluate import Evaluation, pick_device
 from ndm.report import Measurement
 from ndm.serialize import read_json, write_json
+from ndm.train.run import METRICS
 
 MEASURES = "measures.json"
 _CALIBRATION = 128  # examples that a reverse variance is fitted on
@@ -54,7 +55,8 @@ class Job:
     words: tuple[str, ...]
     """For ``ndm train``, without ``--seed`` and ``--out``."""
     folder: Path
-    measures: Measures
+    measures: Measures | None = None
+    """None: it is trained and no more."""
     quiet: bool = False
     """Write to the run's log file instead of the terminal."""
 
@@ -77,7 +79,9 @@ class Job:
             )
 
     def result(self) -> dict[str, Any] | None:
-        """What was measured, if it was by the same settings."""
+        """What was measured, if it was by the same settings; what training measured itself where no more is wanted."""
+        if self.measures is None:
+            return read_json(self.folder / METRICS) if (self.folder / METRICS).exists() else None
         found = self._read()
         fits = found.get("settings") == self.measures.record() and isinstance(found.get("measures"), dict)
         return found if fits else None
@@ -140,7 +144,8 @@ def _attempt(job: Job) -> str | None:
     try:
         with _output(job):
             run_train(job.train_words)
-            _measure(job)
+            if job.measures is not None:
+                _measure(job, job.measures)
     except UserError as error:
         return " ".join(str(error).split())
     except torch.OutOfMemoryError as error:
@@ -162,9 +167,8 @@ def _output(job: Job) -> Iterator[None]:
         yield
 
 
-def _measure(job: Job) -> None:
+def _measure(job: Job, wanted: Measures) -> None:
     """All bounds of a trained run, written into its folder."""
-    wanted = job.measures
     model, data = load_run(job.folder), load_data(job.folder)
     model.to(pick_device())
     description = data.describe()

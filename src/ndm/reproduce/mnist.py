@@ -49,6 +49,7 @@ def run(report: Report) -> None:
     models, lines = dict[str, NDM](), list[list[str]]()
     limit, draws = (8, 1) if report.smoke else (None, 2)
     data: DataSource
+    report.train_ahead({planned[name].folder: planned[name].words for name in ROWS})
     for name in ROWS:
         model, data = report.train_words(planned[name].folder, planned[name].words)
         models[name] = model.to(pick_device())

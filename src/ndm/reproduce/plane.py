@@ -104,8 +104,11 @@ def train_both(report: Report, config: str, budget: Budget, name: str = "", word
     """
     prefix = f"{name}-" if name else ""
     small = SMALL_TRANSFORM if report.smoke else ()
-    plain, _ = report.train(f"{prefix}ddpm", config, *words, *budget.words, *DDPM_WORDS)
-    learned, source = report.train(f"{prefix}ndm", config, *words, *budget.words, *small)
+    runs = {
+        f"{prefix}{name}": report.words_for(config, *words, *budget.words, *own) for name, own in (("ddpm", DDPM_WORDS), ("ndm", small))
+    }
+    report.train_ahead(runs)
+    (plain, _), (learned, source) = (report.train_words(name, words) for name, words in runs.items())
     return {PLAIN: plain, LEARNED: learned}, known(source)
 
 

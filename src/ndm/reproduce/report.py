@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ndm.commands.parsing import load_data, load_run
 from ndm.commands.train import run_train
 from ndm.compare.budget import machine
+from ndm.compare.runs import Job, run_all
 from ndm.data import DataSource
 from ndm.errors import UserError
 from ndm.model import NDM
@@ -57,6 +58,7 @@ class Report:
         command: what the user typed, for the record.
         data: folder of the user's data, for the experiments that take one; ``words`` hand it to the runs.
         features: TorchScript file of the feature network for FID, for the experiments that take one.
+        jobs: trainings at once.
 
     Raises:
         UserError: the folder holds another experiment, or the same with another size or seed.
@@ -72,8 +74,9 @@ class Report:
         command: str = "",
         data: str | None = None,
         features: str | None = None,
+        jobs: int = 1,
     ):
-        self.name, self.out, self.size, self.seed = name, out, size, seed
+        self.name, self.out, self.size, self.seed, self.jobs = name, out, size, seed, jobs
         self.words, self.command, self.data, self.features = tuple(words), command, data, features
         self._started = time.perf_counter()
         self._page: list[str] = []
@@ -108,7 +111,26 @@ class Report:
         Returns:
             The trained model in evaluation mode, and its data.
         """
-        return self.train_words(name, ["--config", str(configuration(config)), *words, *self.words])
+        return self.train_words(name, self.words_for(config, *words))
+
+    def words_for(self, config: str, *words: str) -> list[str]:
+        """The words of ``ndm train`` for :meth:`train`."""
+        return ["--config", str(configuration(config)), *words, *self.words]
+
+    def train_ahead(self, runs: Mapping[str, Sequence[str]]) -> None:
+        """Train several models at once, if the user wants that; :meth:`train_words` then finds them.
+
+        Args:
+            runs: by its folder under ``runs``, all words of each but ``--out`` and ``--seed``. A run writes to its ``log.txt``.
+
+        Raises:
+            UserError: one of them failed; the others are finished.
+        """
+        if self.jobs > 1:
+            jobs = [Job(name, self.seed, tuple(words), self.folder(name), quiet=True) for name, words in runs.items()]
+            failures = run_all(jobs, self.jobs)
+            if failures:
+                raise UserError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
 
     def train_words(self, name: str, words: Sequence[str]) -> tuple[NDM, DataSource]:
         """Train a model from all words of ``ndm train`` but ``--out`` and ``--seed``, as :meth:`train` does."""

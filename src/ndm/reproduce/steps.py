@@ -101,7 +101,9 @@ class Plan:
 def run(report: Report) -> None:
     """Train DDPM and NDM, measure bounds and sample quality, draw them."""
     plan = Plan.of(report)
-    trained = {name: report.train(name.lower(), plan.config, *words, *plan.words) for name, words in MODELS.items()}
+    runs = {name: report.words_for(plan.config, *words, *plan.words) for name, words in MODELS.items()}
+    report.train_ahead({name.lower(): words for name, words in runs.items()})
+    trained = {name: report.train_words(name.lower(), words) for name, words in runs.items()}
     models, data = {name: model for name, (model, _) in trained.items()}, next(iter(trained.values()))[1]
     sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
     report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}; the predictors are the same.")
