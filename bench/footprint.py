@@ -94,7 +94,7 @@ class HalfWay(TimeSampler):
     """Every time is 1/2: which examples a predictor rounds depends on their times, and no memory may depend on chance here."""
 
     def forward(self, count: int, like: torch.Tensor, generator: torch.Generator | None = None) -> TimeDraw:
-        return TimeDraw(torch.full((count,), 0.5).to(like), torch.ones(count).to(like))
+        return TimeDraw(like.new_full((count,), 0.5), like.new_ones(count))
 
 
 def state_bytes(model: NDM, optimizer: str) -> int:

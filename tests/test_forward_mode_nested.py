@@ -180,7 +180,8 @@ def test_without_pytorchs_private_names_everything_takes_the_plain_way(owner: st
 @pytest.mark.parametrize("frozen", [False, True])
 def test_forward_mode_of_the_user_s_own(size: int, frozen: bool) -> None:
     """Without time_derivative around it, norms are PyTorch's own: they must not see channels_last, forward or backward, whoever is frozen."""
-    _, _, t, _ = make("unet")
+    torch.manual_seed(0)
+    t = torch.rand(3, dtype=F64)
     network = randomised(UNet(channels=8, multiples=(1, 2)), 0.1).double()  # without attention, whose fused form has no forward derivative
     x, dx = (torch.randn(3, 1, size, size, dtype=F64) for _ in range(2))
     for parameter in network.first.parameters():

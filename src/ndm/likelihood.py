@@ -57,7 +57,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.decoder import Decoder, DiscretizedGaussian, NetworkDecoder
-from ndm.errors import UserError, check_whole
+from ndm.errors import UserError, check_choice, check_whole
 from ndm.forward import ForwardProcess, Gaussian
 from ndm.noise import ExampleNoise, Noise, standard_normal
 from ndm.noise import uniform as uniform_noise
@@ -97,8 +97,7 @@ class OdeSettings:
         Raises:
             UserError: a value is out of range.
         """
-        if self.solver not in FIXED_STEP_SOLVERS + ADAPTIVE_SOLVERS:
-            raise UserError(f"solver={self.solver!r} is not known: choose one of {', '.join(ADAPTIVE_SOLVERS + FIXED_STEP_SOLVERS)}")
+        check_choice("solver", self.solver, ADAPTIVE_SOLVERS + FIXED_STEP_SOLVERS)
         check_tolerances(self.rtol, self.atol)
         check_whole("nodes", self.nodes, 2)
         if self.nodes % 2:
@@ -289,8 +288,7 @@ def latent(process: ForwardProcess, decoder: Decoder, x: Tensor, how: Dequantiza
         if decoder.discrete:
             raise UserError("dequantization=none is for continuous data; the probability of a value on a grid needs variational or uniform")
         return expand(level.alpha, x) * x, scale
-    if how != "uniform":
-        raise UserError(f"dequantization={how!r} is not known: choose one of {', '.join(get_args(Dequantization))}")
+    check_choice("dequantization", how, get_args(Dequantization))
     if not isinstance(decoder, DiscretizedGaussian):
         raise UserError("dequantization=uniform is for values on a grid (decoder DiscretizedGaussian); use variational or none")
     low, width = decoder.bins(x)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError, check_choice
-from ndm.ops import shifted
+from ndm.ops import NEAREST, at_offsets
 from ndm.rounding import Rounding
 from ndm.schedule import NoiseLevel
 
@@ -113,13 +113,13 @@ def neighbour_features(z: Tensor, level: NoiseLevel) -> list[Tensor]:
             f"neighbours=True looks at pixels of images (C, H, W), and an example has the shape {tuple(z.shape[1:])}; leave it out"
         )
     features, sigma = [], level.expand(z).sigma.clamp(min=_SMALLEST)
-    for offset in _OFFSETS:
-        d = ((shifted(z, offset, _BEYOND) - z) / sigma).clamp(-6, 6)
+    for other in at_offsets(z, _OFFSETS, _BEYOND):
+        d = ((other - z) / sigma).clamp(-6, 6)
         near = torch.exp(-0.25 * d * d)
         features += [near, d * near]
     return features
 
 
-_OFFSETS = [(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)]
+_OFFSETS = [offset for offset in NEAREST if offset > (0, 0)]  # one of each pair of opposites: the other differs by its sign
 _SMALLEST = 1e-6  # of sigma, which is 0 at t = 0 of some schedules
 _BEYOND = 1e4  # what lies outside of an image is far from everything in it

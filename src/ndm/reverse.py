@@ -38,7 +38,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ndm.errors import UserError
+from ndm.errors import UserError, check_choice
 from ndm.forward import ForwardProcess, Gaussian
 from ndm.noise import Noise, uniform
 from ndm.ops import expand, sum_event
@@ -68,8 +68,7 @@ class ReverseProcess:
 
     def __post_init__(self) -> None:
         """Check the kind."""
-        if self.kind not in get_args(Reverse):
-            raise UserError(f"reverse={self.kind!r} is not known: choose one of {', '.join(get_args(Reverse))}")
+        check_choice("reverse", self.kind, get_args(Reverse))
         transform = self.process.transform
         if self.kind in ("tied", "diffenc") and not transform.keeps_shape:
             raise UserError(

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ndm.errors import UserError
 from ndm.nesting import NOTHING, nesting
-from ndm.ops import expand, shifted
+from ndm.ops import NEAREST, at_offsets, event_size, expand
 from ndm.schedule import NoiseLevel
 
 
@@ -46,7 +46,7 @@ class Rounding(nn.Module):
             raise UserError(f"levels={levels}: give the number of values of the data, at least 2, or leave it out")
         self.levels, self.repeats = levels, repeats
         self.weights = nn.Parameter(torch.zeros(levels + 2 * _REACH))
-        self.copies = nn.Parameter(torch.zeros(1 + len(_AROUND))) if repeats else None
+        self.copies = nn.Parameter(torch.zeros(1 + len(NEAREST))) if repeats else None
 
     def forward(self, m: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """Round.
@@ -60,18 +60,18 @@ class Rounding(nn.Module):
             x̂, ``(B, *event)``, in the dtype of m; half precision is rounded in float32.
         """
         full = torch.promote_types(m.dtype, torch.float32)
-        signal, sigma = level.alpha.to(full), level.sigma.to(full)
-        width = torch.where(signal == 0, torch.inf, sigma / torch.where(signal == 0, 1, signal)) * (0.5 * self.levels)  # in spacings
+        nothing = level.alpha == 0
+        signal = torch.where(nothing, 1, level.alpha).to(full)
+        width = torch.where(nothing, torch.inf, level.sigma.to(full) / signal) * (0.5 * self.levels)  # in spacings
         width, narrow = width.clamp(_NARROWEST, 1.0), width < 1
-        u = z.to(full) / expand(torch.where(signal == 0, 1, signal), z)
+        u = z.to(full) / expand(signal, z)
         if nesting() != NOTHING:  # no picking of rows there
             return torch.where(expand(narrow, m), self._round(m.to(full), u, expand(width, m)).to(m.dtype), m)
         rows = narrow.nonzero()[:, 0]
         if not len(rows):
-            return m + 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum().to(
-                m.dtype
-            )  # every weight takes part in every step
-        parts = rows.split(max(1, _MOST // max(1, m[0].numel())))
+            every_weight = torch.stack([parameter.sum() for parameter in self.parameters()]).sum()  # takes part in every step
+            return m + 0 * every_weight.to(m.dtype)
+        parts = rows.split(max(1, _MOST // max(1, event_size(m))))
         rounded = torch.cat([self._part(m[part].to(full), u[part], expand(width[part], m), len(parts) > 1) for part in parts])
         return m.index_copy(0, rows, rounded.to(m.dtype))
 
@@ -82,41 +82,36 @@ class Rounding(nn.Module):
         return self._round(m, u, width)
 
     def _round(self, m: Tensor, u: Tensor, width: Tensor) -> Tensor:
-        position = self._position(m)
-        nearest = position.detach().round()
-        near = _near(m)
-        values = nearest[..., None] + near
+        position, width = self._position(m), width[..., None]
+        nearest, values = _around(position)
         log_weights = (_UNIT * self.weights.to(m.dtype))[self._index(values)]
         if self.copies is not None:
             # A value that is all but ruled out keeps more weight than rounding errors of the counts have.
-            weights = log_weights.clamp(*_RANGE).exp() + self._elsewhere(self._position(u), width, values)
-            log_weights = torch.log(weights)
-        width = width[..., None]
-        logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights
-        return (nearest + (torch.softmax(logits, dim=-1) * near).sum(-1) + 0.5) * (2 / self.levels) - 1
+            log_weights = torch.log(log_weights.clamp(*_RANGE).exp() + self._elsewhere(self.copies, self._position(u), width, values))
+        logits = _log_density(position, values, width) + (1 - width**2) * log_weights
+        mean = nearest + (torch.softmax(logits, dim=-1) * _near(m)).sum(-1)
+        return (mean + 0.5) * (2 / self.levels) - 1
 
-    def _elsewhere(self, position: Tensor, width: Tensor, values: Tensor) -> Tensor:
+    def _elsewhere(self, copies: Tensor, position: Tensor, width: Tensor, values: Tensor) -> Tensor:
         """What the other places of an example add to the weights of ``values`` ``(B, *event, n)``."""
-        assert self.copies is not None
-        nearest = position.detach().round()
-        logits = -0.5 * (((position - nearest)[..., None] - _near(position)) / width[..., None]) ** 2
-        log_total = torch.logsumexp(logits, dim=-1)
-        places = nearest[..., None] + _near(position)
-        held = torch.exp(logits - log_total[..., None]) * self._inside(places)  # r of the values around each place
+        _, places = _around(position)
+        log_total = torch.logsumexp(_log_density(position, places, width), dim=-1)
+
+        def likely(values: Tensor, at: Tensor, log_total: Tensor) -> Tensor:
+            """r of ``values`` for what lies at the position ``at``."""
+            return torch.exp(_log_density(at, values, width) - log_total[..., None])
+
+        held = likely(places, position, log_total) * self._inside(places)
         counts = torch.zeros(len(position), len(self.weights), dtype=position.dtype, device=position.device)
         counts = counts.scatter_add(1, self._index(places).flatten(1), held.flatten(1))
-
-        def likely(at: Tensor, log_total: Tensor) -> Tensor:
-            """r of ``values`` for what lies at the position ``at``."""
-            return torch.exp(-0.5 * ((values - at[..., None]) / width[..., None]) ** 2 - log_total[..., None])
-
-        c = torch.exp(_UNIT * self.copies.to(position.dtype))
+        c = torch.exp(_UNIT * copies.to(position.dtype))
         counted = counts.gather(1, self._index(values).flatten(1)).view_as(values)
-        others = ((counted - likely(position, log_total)) * self._inside(values)).clamp(min=0)
+        others = ((counted - likely(values, position, log_total)) * self._inside(values)).clamp(min=0)
         added = _START * c[0] * others
         if position.dim() == 4:
-            for strength, offset in zip(c[1:], _AROUND, strict=True):
-                added = added + strength * likely(shifted(position, offset, _NOWHERE), shifted(log_total, offset, 0.0))
+            nearby = (at_offsets(x, NEAREST, beyond) for x, beyond in ((position, _NOWHERE), (log_total, 0.0)))
+            for strength, at, total in zip(c[1:], *nearby, strict=True):
+                added = added + strength * likely(values, at, total)
         return added
 
     def _position(self, x: Tensor) -> Tensor:
@@ -136,10 +131,20 @@ def _near(like: Tensor) -> Tensor:
     return torch.arange(-_REACH, _REACH + 1, dtype=like.dtype, device=like.device)
 
 
+def _around(position: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest value of each position, and the values around it, along a last axis of their own."""
+    nearest = position.detach().round()
+    return nearest, nearest[..., None] + _near(position)
+
+
+def _log_density(position: Tensor, values: Tensor, width: Tensor) -> Tensor:
+    """log N(position; values, width²) up to a constant, ``(B, *event, n)``."""
+    return -0.5 * ((position[..., None] - values) / width) ** 2
+
+
 _REACH = 5  # values to either side of the nearest that are looked at
 _UNIT = 5.0  # of the learned log-weights, nats: optimisers step alike in all parameters, and weights range over many powers of ten
 _START = 0.02  # what one other place that holds a value counts for at first, where the value alone and each nearest pixel count for 1
-_AROUND = [(down, right) for down in (-2, -1, 0, 1, 2) for right in (-2, -1, 0, 1, 2) if 0 < abs(down) + abs(right) <= 2]
 _RANGE = (-12.0, 60.0)  # of log w where values may repeat
 _MOST = 2**18  # places at once: each takes up to two kilobytes
 _NARROWEST = 1e-4  # width in spacings, where the noise is 0

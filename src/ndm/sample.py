@@ -19,7 +19,7 @@ import torchdiffeq
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.errors import UserError, require
+from ndm.errors import UserError, check_choice, require
 from ndm.forward import ForwardProcess
 from ndm.noise import standard_normal
 from ndm.ops import expand
@@ -290,8 +290,7 @@ def make_sampler(
     Raises:
         UserError: a name is not known, or the choices contradict one another.
     """
-    if method not in get_args(Method):
-        raise UserError(f"method={method!r} is not known: choose one of {', '.join(get_args(Method))}")
+    check_choice("method", method, get_args(Method))
     known = {"sde": SDE_SOLVERS, "ode": ODE_SOLVERS}.get(method, ())
     if solver is not None and solver not in known:
         allowed = f"choose one of {', '.join(known)}" if known else "it takes none"

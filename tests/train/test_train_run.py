@@ -233,7 +233,7 @@ def test_a_copy_of_the_module_shares_its_data() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "soap"])
 def test_rates_and_decay_belong_to_groups(optimizer: str) -> None:
-    """F has a rate of its own, and only matrices decay, the first step of a rate of zero apart."""
+    """F has a rate of its own, here zero, and only matrices decay. SOAP's first step sets up its basis and moves nothing."""
     model = ndm.NDM(
         ndm.LearnedSchedule(),
         ndm.NetworkTransform(MLP(2, hidden=4, blocks=1)),
@@ -246,7 +246,7 @@ def test_rates_and_decay_belong_to_groups(optimizer: str) -> None:
     module = TrainingModule(model, settings, 0, Points(torch.zeros(4, 2)))
     stepper = module.configure_optimizers()["optimizer"]
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    for _ in range(2):  # SOAP's first step sets up its basis
+    for _ in range(2):
         for value in model.parameters():
             value.grad = torch.zeros_like(value)
         stepper.step()
@@ -255,6 +255,6 @@ def test_rates_and_decay_belong_to_groups(optimizer: str) -> None:
         torch.testing.assert_close(value.detach(), factor * before[name], msg=name)
 
 
-def test_soap_takes_what_shards_the_weights_for_no_option() -> None:
+def test_soap_with_sharded_weights_is_refused() -> None:
     with pytest.raises(UserError, match="optimizer=adamw"):
         TrainSettings(optimizer="soap", strategy="fsdp", ema=0, gradient_clip=0)

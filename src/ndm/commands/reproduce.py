@@ -31,11 +31,10 @@ def run_reproduce(words: Sequence[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its share of the CPU threads")
     at = list(words).index("--") if "--" in words else len(words)
     arguments = parse(parser, words[:at])
-    if arguments.list:
+    if arguments.pop("list"):
         print(listing())
         return
-    chosen = (arguments.name, arguments.size, arguments.out, arguments.data, arguments.features, arguments.seed, arguments.jobs)
-    reproduce(*chosen, words[at + 1 :])
+    reproduce(**vars(arguments), overrides=words[at + 1 :])
 
 
 def listing() -> str:
@@ -56,8 +55,8 @@ def reproduce(
     data: str | None,
     features: str | None,
     seed: int,
-    jobs: int = 1,
-    overrides: Sequence[str] = (),
+    jobs: int,
+    overrides: Sequence[str],
 ) -> None:
     """Carry out an experiment.
 

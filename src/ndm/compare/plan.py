@@ -35,7 +35,7 @@ from jsonargparse import Namespace
 from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
 from ndm.data import DataSource
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, check_choice, describe_value
 from ndm.model import NDM
 from ndm.train.settings import TrainSettings
 from ndm.transform import Identity
@@ -199,8 +199,7 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
     Raises:
         UserError: the row to widen is not there, or two rows have one name.
     """
-    if budget not in get_args(Budget):
-        raise UserError(f"budget={budget!r} is not known: choose one of {', '.join(get_args(Budget))}")
+    check_choice("budget", budget, get_args(Budget))
     models = [make(row)[0] for row in rows]
     rows = [replace(row, parameters=_parameters(model)) for row, model in zip(rows, models, strict=True)]
     largest, chosen = max(row.parameters for row in rows), _plain(rows, models, extra.get("widen"))

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from ndm.data import EventDataset
-from ndm.errors import UserError, check_whole
+from ndm.errors import UserError, check_choice, check_whole
 
 Scale = Literal["bytes", "unit", "symmetric"]
 
@@ -177,8 +177,7 @@ def _prepare(x: Tensor, scale: Scale, size: int | None, channels: int | None) ->
 
 
 def _check_input(scale: str, size: int | None, channels: int | None) -> None:
-    if scale not in get_args(Scale):
-        raise UserError(f"scale={scale!r} is not known: choose one of {', '.join(get_args(Scale))}")
+    check_choice("scale", scale, get_args(Scale))
     for name, value in (("size", size), ("channels", channels)):
         if value is not None:
             check_whole(name, value, 1)

@@ -49,9 +49,9 @@ def run(report: Report) -> None:
     models, lines = dict[str, NDM](), list[list[str]]()
     limit, draws = (8, 1) if report.smoke else (None, 2)
     data: DataSource
-    report.train_ahead({planned[name].folder: planned[name].words for name in ROWS})
+    trained = report.train_all({planned[name].folder: planned[name].words for name in ROWS})
     for name in ROWS:
-        model, data = report.train_words(planned[name].folder, planned[name].words)
+        model, data = trained[planned[name].folder]
         models[name] = model.to(pick_device())
         evaluation = Evaluation(model, data.split("test"), seed=report.seed, limit=limit, progress=True)
         record = report.measure(planned[name].folder, partial(evaluation.nelbo, None, draws))

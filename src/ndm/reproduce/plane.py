@@ -104,11 +104,9 @@ def train_both(report: Report, config: str, budget: Budget, name: str = "", word
     """
     prefix = f"{name}-" if name else ""
     small = SMALL_TRANSFORM if report.smoke else ()
-    runs = {
-        f"{prefix}{name}": report.words_for(config, *words, *budget.words, *own) for name, own in (("ddpm", DDPM_WORDS), ("ndm", small))
-    }
-    report.train_ahead(runs)
-    (plain, _), (learned, source) = (report.train_words(name, words) for name, words in runs.items())
+    own = {f"{prefix}ddpm": DDPM_WORDS, f"{prefix}ndm": small}
+    trained = report.train_all({name: report.words_for(config, *words, *budget.words, *last) for name, last in own.items()})
+    (plain, _), (learned, source) = trained.values()
     return {PLAIN: plain, LEARNED: learned}, known(source)
 
 

@@ -117,20 +117,24 @@ class Report:
         """The words of ``ndm train`` for :meth:`train`."""
         return ["--config", str(configuration(config)), *words, *self.words]
 
-    def train_ahead(self, runs: Mapping[str, Sequence[str]]) -> None:
-        """Train several models at once, if the user wants that; :meth:`train_words` then finds them.
+    def train_all(self, runs: Mapping[str, Sequence[str]]) -> dict[str, tuple[NDM, DataSource]]:
+        """Train several models as :meth:`train_words` does, as many at once as the user wants; those then write to the ``log.txt`` of their runs.
 
         Args:
-            runs: by its folder under ``runs``, all words of each but ``--out`` and ``--seed``. A run writes to its ``log.txt``.
+            runs: all words of each but ``--out`` and ``--seed``, by its folder under ``runs``.
+
+        Returns:
+            Each model and its data, by the folder.
 
         Raises:
-            UserError: one of them failed; the others are finished.
+            UserError: one of several at once failed; the others are finished.
         """
         if self.jobs > 1:
             jobs = [Job(name, self.seed, tuple(words), self.folder(name), quiet=True) for name, words in runs.items()]
             failures = run_all(jobs, self.jobs)
             if failures:
                 raise UserError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+        return {name: self.train_words(name, words) for name, words in runs.items()}
 
     def train_words(self, name: str, words: Sequence[str]) -> tuple[NDM, DataSource]:
         """Train a model from all words of ``ndm train`` but ``--out`` and ``--seed``, as :meth:`train` does."""

@@ -101,10 +101,8 @@ class Plan:
 def run(report: Report) -> None:
     """Train DDPM and NDM, measure bounds and sample quality, draw them."""
     plan = Plan.of(report)
-    runs = {name: report.words_for(plan.config, *words, *plan.words) for name, words in MODELS.items()}
-    report.train_ahead({name.lower(): words for name, words in runs.items()})
-    trained = {name: report.train_words(name.lower(), words) for name, words in runs.items()}
-    models, data = {name: model for name, (model, _) in trained.items()}, next(iter(trained.values()))[1]
+    trained = report.train_all({name.lower(): report.words_for(plan.config, *words, *plan.words) for name, words in MODELS.items()})
+    models, data = {name: trained[name.lower()][0] for name in MODELS}, next(iter(trained.values()))[1]
     sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
     report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}; the predictors are the same.")
     bounds(report, plan, models, data)
