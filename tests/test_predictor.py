@@ -10,10 +10,9 @@ from torch import Tensor, nn
 import ndm
 from ndm.errors import UserError
 from ndm.evaluate import Evaluation
-from ndm.nn import UNet
-from ndm.predictor import Predictor, neighbour_features
+from ndm.predictor import Predictor
 from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
-from oracles import F64, Constant, Points, randomised
+from oracles import F64, Constant, Points
 
 TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
     "v": lambda x, noise, at: at.alpha * noise - at.sigma * x,
@@ -119,67 +118,4 @@ def test_rounding_to_another_grid_than_that_of_the_data_is_refused() -> None:
     ]
     for call in cases:
         with pytest.raises(UserError, match="levels="):
-            call()
-
-
-def test_neighbours_that_hold_one_value_differ_by_noise_alone() -> None:
-    """d is N(0, 2) inside of the image: E exp(-d²/4) = 1/sqrt(2), E (d exp(-d²/4))² = 2/3^(3/2); beyond it there is nothing."""
-    level = LinearLogSNR(-6.0, 5.0)(torch.full((4,), 0.2, dtype=F64))
-    noise = torch.randn(4, 2, 60, 60, dtype=F64, generator=torch.Generator().manual_seed(0))
-    at = level.expand(noise)
-    features = neighbour_features(at.alpha * 0.3 + at.sigma * noise, level)
-    assert len(features) == 12
-    for near, signed in zip(features[::2], features[1::2], strict=True):
-        inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
-        assert float(near[inside].mean()) == pytest.approx(1 / math.sqrt(2), abs=0.005)
-        assert float(signed[inside].mean()) == pytest.approx(0, abs=0.01)
-        assert float((signed[inside] ** 2).mean()) == pytest.approx(2 / 3**1.5, abs=0.01)
-    for (down, right), near in zip([(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)], features[::2], strict=True):
-        outside = torch.ones(60, 60, dtype=torch.bool)
-        outside[: 60 - down, max(0, -right) : 60 - max(0, right)] = False
-        assert float(near[..., outside].max()) < 2e-4 < float(near[..., ~outside].max())
-
-
-def test_a_network_sees_how_far_neighbours_are_in_units_of_the_noise() -> None:
-    level = LinearLogSNR(-6.0, 5.0)(torch.full((1,), 0.2, dtype=F64))
-    sigma, z = float(level.sigma), torch.zeros(1, 1, 5, 5, dtype=F64)
-    z[0, 0, 2, 3] = 0.5 * sigma
-    seen = list[Tensor]()
-
-    class Keep(nn.Module):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            seen.append(x)
-            return x[:, :1]
-
-    Predictor(Keep(), neighbours=True)(z, level)
-    assert seen[0].shape == (1, 13, 5, 5) and torch.equal(seen[0][:, :1], z)
-    signed = seen[0][0, 2::2]
-    expected = torch.zeros(6, 5, 5, dtype=F64)
-    d = 0.5 * math.exp(-(0.5**2) / 4)
-    for channel, (down, right) in enumerate([(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)]):
-        expected[channel, 2 - down, 3 - right] = d  # from there the bright pixel is a neighbour
-        expected[channel, 2, 3] = -d  # the bright pixel's own neighbour is darker
-        inside = torch.zeros(5, 5, dtype=torch.bool)
-        inside[: 5 - down, max(0, -right) : 5 - max(0, right)] = True
-        torch.testing.assert_close(signed[channel][inside], expected[channel][inside])
-
-
-def test_context_reaches_the_network_and_wrong_shapes_are_refused() -> None:
-    level = LinearLogSNR(-6.0, 5.0)(torch.tensor([0.1, 0.6]))
-    net = randomised(UNet(1, 8, (1,), context=12, fourier=[1]), 0.3).float()
-    predictor, z = Predictor(net, neighbours=True), torch.randn(2, 1, 6, 6)
-    found = predictor(z, level)
-    with torch.no_grad():
-        net.first.weight[:, 3:] = 0
-    assert float((predictor(z, level) - found).detach().abs().max()) > 1e-3
-    for call, pattern in (
-        (
-            lambda: Predictor(UNet(1, 8, (1,)), neighbours=True)(z, level),
-            r"\(B, 1, H, W\), got a batch of shape \(2, 13, 6, 6\).*context to 12 image_channels",
-        ),
-        (lambda: Predictor(net)(z, level), r"\(B, 1 \+ 12 of context, H, W\), got a batch of shape \(2, 1, 6, 6\).*else to 0"),
-        (lambda: Predictor(net, neighbours=True)(torch.randn(2, 3), level), "pixels of images"),
-        (lambda: Predictor(UNet(13, 8, (1,)), neighbours=True)(z, level), r"must return \(2, 1, 6, 6\): .*context=12"),
-    ):
-        with pytest.raises(UserError, match=pattern):
             call()

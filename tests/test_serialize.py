@@ -55,7 +55,7 @@ DATA = torch.tensor([-0.875, -0.125, 0.375, 0.875])[torch.arange(48) % 4].reshap
 
 def make(schedule: str = "linear", transform: str = "mlp", decoder: str = "grid", times: str = "low", steps: int | None = None) -> NDM:
     torch.manual_seed(0)
-    predictor = Predictor(UNet(1, 4, (1,), fourier=[0], context=12), "x", neighbours=True)
+    predictor = Predictor(UNet(1, 4, (1,), fourier=[0]), "x")
     parts = SCHEDULES[schedule](), TRANSFORMS[transform](), predictor, DECODERS[decoder](), TIMES[times]()
     model = NDM(*parts, steps=steps, eta=0.75)
     with torch.no_grad():

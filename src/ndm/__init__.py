@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ndm import nn
+from ndm.categorical import CategoricalPredictor
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
@@ -24,6 +25,7 @@ __all__ = [
     "NFDM",
     "Blur",
     "Bound",
+    "CategoricalPredictor",
     "Cosine",
     "DDPMLinear",
     "DiscretizedGaussian",

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ndm.categorical import CategoricalPredictor
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, bin_centers
 from ndm.elbo import Bound, Draw, Eta, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
@@ -23,7 +24,7 @@ from ndm.sample import Method, Sampler, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
 from ndm.times import LowDiscrepancyTimes, StepFunction, TimeDraw, TimeSampler
-from ndm.transform import Transform
+from ndm.transform import Identity, Transform
 
 
 class NDM(nn.Module):
@@ -73,7 +74,7 @@ class NDM(nn.Module):
                 f"{type(transform).__name__} maps data into a space of its own, from which {type(decoder).__name__} does not lead back; use "
                 f"decoder=NetworkDecoder(network, {type(decoder).__name__}(...))"
             )
-        _check_rounding(predictor, decoder, transform)
+        _check_grid(predictor, decoder, transform, reverse)
         self.info: dict[str, object] = {}
         """What ``config.json`` held beside the model, such as the description of its data."""
 
@@ -297,8 +298,8 @@ class NDM(nn.Module):
         return model.eval()
 
 
-def _check_rounding(predictor: Predictor, decoder: Decoder, transform: Transform) -> None:
-    """The grid that the predictor rounds to is that of the data."""
+def _check_grid(predictor: Predictor, decoder: Decoder, transform: Transform, reverse: str) -> None:
+    """The grid that the predictor knows is that of the data, and what it predicts lies there."""
     levels = getattr(predictor, "levels", None)  # a predictor of the user's own has none
     if levels is None:
         return
@@ -310,6 +311,11 @@ def _check_rounding(predictor: Predictor, decoder: Decoder, transform: Transform
         raise UserError(
             f"predictor.levels={levels} rounds to the centres of {levels} equal bins of [-1, 1], but the model has {have}; "
             "leave out predictor.levels, or give the decoder as many levels"
+        )
+    if isinstance(predictor, CategoricalPredictor) and reverse != "tied" and not isinstance(transform, Identity):
+        raise UserError(
+            f"CategoricalPredictor predicts x on its grid, and with reverse={reverse} the predictor stands for the latent's mean, which "
+            f"{type(transform).__name__} moves off it; use reverse=tied, or ndm.Predictor"
         )
 
 

@@ -11,13 +11,6 @@ The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the net
 rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1. Where the reverse
 process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
 
-With ``neighbours``, the network of images gets for each pixel i, beside z_i, how far some neighbours are in units of the noise,
-
-.. math::
-    e^{-d^2/4}, \quad d\, e^{-d^2/4}, \qquad d = \Bigl[\frac{z_{i+o} - z_i}{\sigma}\Bigr]_{-6}^{6}, \qquad o \in \{(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)\}:
-
-of two places that hold one value, d is N(0, 2); what lies outside of the image counts for far. A network alone finds that hard to see, since noise ranges over many powers of ten.
-
 For data on a grid of L values, ``levels=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.rounding`.
 """
 
@@ -27,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError, check_choice
-from ndm.ops import NEAREST, at_offsets
 from ndm.rounding import Rounding
 from ndm.schedule import NoiseLevel
 
@@ -41,23 +33,15 @@ class Predictor(nn.Module):
         network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
         target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
         levels: round softly to the grid of data with so many levels, as many as the decoder has; None for data that lie on none.
-        neighbours: give the network of images ``(B, C, H, W)`` 12 C further channels of differences between neighbours
-            (:class:`ndm.nn.UNet` with ``context`` = 12 C).
-        repeats: with ``levels``, take values for likelier that the example holds elsewhere, in images nearby above all; for transformations
-            that leave x as it is where noise is low.
     """
 
-    def __init__(
-        self, network: nn.Module, target: Target = "v", levels: int | None = None, repeats: bool = False, neighbours: bool = False
-    ):
+    def __init__(self, network: nn.Module, target: Target = "v", levels: int | None = None):
         super().__init__()
         check_choice("target", target, get_args(Target))
         if not isinstance(network, nn.Module):
             raise UserError(f"network is a {type(network).__name__}: a predictor needs an nn.Module called as network(z, t)")
-        if repeats and levels is None:
-            raise UserError("repeats=True looks for values that occur again and needs to know the grid: give levels, too")
-        self.network, self.target, self.levels, self.repeats, self.neighbours = network, target, levels, repeats, neighbours
-        self.rounding = None if levels is None else Rounding(levels, repeats)
+        self.network, self.target, self.levels = network, target, levels
+        self.rounding = None if levels is None else Rounding(levels)
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
@@ -74,22 +58,21 @@ class Predictor(nn.Module):
         return first, second
 
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
-        seen = torch.cat([z, *neighbour_features(z, level)], dim=1) if self.neighbours else z
-        output = self.network(seen, level.t)
+        output = self.network(z, level.t)
         if not isinstance(output, torch.Tensor) or output.shape != shape:
             found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            mend = "give it as many output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
-            if shape != z.shape:
-                mend = "for reverse=direct-score give a network of this library outputs=2"
-            elif self.neighbours:
-                mend = f"with neighbours=True give a network of this library context={seen.shape[1] - z.shape[1]}"
-            raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {tuple(shape)}: {mend}")
+            mend = (
+                "give it as many output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
+                if shape == z.shape
+                else "for reverse=direct-score give a network of this library outputs=2"
+            )
+            raise UserError(f"the predictor's network maps {tuple(z.shape)} to {found}; it must return {tuple(shape)}: {mend}")
         return output.to(z.dtype)
 
     def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """What an output of the network says by the target, ``(B, *event)``."""
         reading = self._read(output, z, level)
-        return reading if self.rounding is None else self.rounding(reading, z, level)
+        return reading if self.rounding is None else self.rounding(reading, level)
 
     def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
@@ -100,26 +83,3 @@ class Predictor(nn.Module):
         if bool((level.alpha == 0).any()):
             raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
         return (z - at.sigma * output) / at.alpha
-
-
-def neighbour_features(z: Tensor, level: NoiseLevel) -> list[Tensor]:
-    """exp(-d²/4) and d exp(-d²/4) for each of six offsets, each in the shape of the images ``z`` ``(B, C, H, W)``.
-
-    Raises:
-        UserError: z are no images.
-    """
-    if z.dim() != 4:
-        raise UserError(
-            f"neighbours=True looks at pixels of images (C, H, W), and an example has the shape {tuple(z.shape[1:])}; leave it out"
-        )
-    features, sigma = [], level.expand(z).sigma.clamp(min=_SMALLEST)
-    for other in at_offsets(z, _OFFSETS, _BEYOND):
-        d = ((other - z) / sigma).clamp(-6, 6)
-        near = torch.exp(-0.25 * d * d)
-        features += [near, d * near]
-    return features
-
-
-_OFFSETS = [offset for offset in NEAREST if offset > (0, 0)]  # one of each pair of opposites: the other differs by its sign
-_SMALLEST = 1e-6  # of sigma, which is 0 at t = 0 of some schedules
-_BEYOND = 1e4  # what lies outside of an image is far from everything in it

@@ -42,7 +42,7 @@ class UNet(nn.Module):
 
     Args:
         image_channels: channels C of the image, in and out.
-        context: further channels that come in after those of the image, such as those of ``Predictor(neighbours=True)``; no Fourier features of them.
+        context: further channels that come in after those of the image, such as those of :class:`ndm.CategoricalPredictor`; no Fourier features of them.
         channels: width of the first level.
         multiples: width of each level in multiples of ``channels``; its length is the number of levels.
         blocks: residual blocks a level on the way down; one more on the way up.
@@ -117,7 +117,7 @@ class UNet(nn.Module):
             wanted = self.image_channels if not self.context else f"{self.image_channels} + {self.context} of context"
             raise UserError(
                 f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape {tuple(x.shape)}; set image_channels to fit the data, "
-                "and context to 12 image_channels if its predictor has neighbours=True, else to 0"
+                "and context to 0, or to what ndm.CategoricalPredictor asks for"
             )
         time = self.time(t)
         inputs = (

@@ -1,0 +1,190 @@
+"""A training step of a configuration on this machine, MEASURED: time, memory, rate of arithmetic and its share of the peak.
+
+python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--also-compiled] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
+
+Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates the same numbers without the device.
+
+* A step is loss, gradients, the configuration's optimiser and clipping on random images, with its precision; the moving average, loading data
+  and logs are left out. Time is the median over steps, each until the device has finished; with SOAP, the mean over whole periods of its eigenbasis.
+* Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and backward (convolutions, matrix products and
+  attention by its matrix products), and grow in proportion to the batch.
+* The peak is the best rate of a bf16 matrix product (8192, or 1024 on a CPU; float32 if the precision is), measured here before the steps.
+* Memory is the most that PyTorch's allocator held (a GPU only).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from footprint import image
+from measure import seconds, synchronise
+from ndm.commands.parsing import build, parse
+from ndm.commands.train import train_parser
+from ndm.data.arrays import ArraySplit
+from ndm.model import NDM
+from ndm.train.compilation import compile_networks, uncompile_networks
+from ndm.train.module import TrainingModule
+
+WARM_UP = 3
+
+
+def random_images(model: NDM, batch: int, channels: int, side: int, device: str) -> Tensor:
+    """Images of the decoder's values, ``(B, C, side, side)``."""
+    levels = 256 if model.decoder.values is None else len(model.decoder.values)
+    return (2 * torch.randint(levels, (batch, channels, side, side), device=device) + 1).float() / levels - 1
+
+
+def peak(device: str, half: bool) -> float:
+    """Best rate of a matrix product, floating-point operations per second."""
+    size = 1024 if device == "cpu" else 8192
+    dtype = torch.bfloat16 if half else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+    a @ b
+    return 2.0 * size**3 / min(seconds(lambda: a @ b) for _ in range(20))
+
+
+def operations(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast]) -> float:
+    """Of one example, forward and backward."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with autocast():
+            loss = model.bound(x).loss.mean()
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / len(x)
+
+
+def stepper(model: NDM, settings: Namespace, x: Tensor, autocast: Callable[[], torch.autocast]) -> Callable[[], None]:
+    """One step of the optimiser that the configuration asks for."""
+    module = TrainingModule(model, settings, 0, ArraySplit(x))
+    optimizer = module.configure_optimizers()["optimizer"]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with autocast():
+            loss = model.bound(x).loss.mean() / x[0].numel()
+        loss.backward()
+        if settings.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        optimizer.step()
+
+    return step
+
+
+def taken(step: Callable[[], None], count: int, period: int) -> float:
+    """Seconds a step."""
+    for _ in range(WARM_UP + (period)):
+        step()
+    synchronise()
+    if not period:
+        return statistics.median(seconds(step) for _ in range(count))
+    count = -(-count // period) * period
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronise()
+    return (time.perf_counter() - start) / count
+
+
+def measured(
+    parts: Namespace, x: Tensor, compiled: bool, count: int, each: float, best: float, half: bool
+) -> dict[str, float | int | bool]:
+    """The record of one batch size."""
+    model, device = parts.model, x.device.type
+    autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=half)  # noqa: E731
+    start = time.perf_counter()
+    if compiled:
+
+        def trial() -> Tensor:
+            with autocast():
+                return model.bound(x, draws=1).loss.mean()
+
+        compile_networks(model, trial)
+    step = stepper(model, parts.train, x, autocast)
+    step()
+    synchronise()
+    first = time.perf_counter() - start
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took = taken(step, count, parts.train.soap_every if parts.train.optimizer == "soap" else 0)
+    uncompile_networks(model)
+    rate = each * len(x) / took
+    record: dict[str, float | int | bool] = {
+        "batch": len(x),
+        "compiled": compiled,
+        "seconds": took,
+        "examples_a_second": len(x) / took,
+        "flop_a_second": rate,
+        "share_of_peak": rate / best,
+        "seconds_until_the_first_step": first,
+    }
+    if device == "cuda":
+        record["bytes"] = torch.cuda.max_memory_allocated()
+    return record
+
+
+def show(record: dict) -> None:
+    memory = f"{record['bytes'] / 2**30:9.1f}" if "bytes" in record else f"{'':>9}"
+    print(
+        f"{record['batch']:>6}{'compiled' if record['compiled'] else '':>10}{1e3 * record['seconds']:10.1f}{record['examples_a_second']:12.0f}"
+        f"{record['flop_a_second'] / 1e12:9.2f}{record['share_of_peak']:8.1%}{memory}{record['seconds_until_the_first_step']:9.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--size", type=int, help="side of the images, where the configuration does not say it")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes; by default that of the configuration")
+    parser.add_argument("--also-compiled", action="store_true", help="each once more with its networks compiled")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--json", type=Path)
+    arguments, words = parser.parse_known_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    ours = train_parser()
+    parts = build(ours, parse(ours, ["--config", str(arguments.config), "--out", "unused", *words]))
+    channels, side = image(parts, arguments.size)
+    half = parts.train.precision == "bf16-mixed"
+    if parts.train.precision == "16-mixed":
+        sys.exit("config_step: give train.precision 32-true or bf16-mixed; 16-mixed scales its gradients, which is not measured here")
+    model = parts.model.to(device)
+    best = peak(device, half)
+    each = operations(model, random_images(model, 2, channels, side, device), lambda: torch.autocast(device, torch.bfloat16, enabled=half))
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{arguments.config.name}, {channels}x{side}x{side}, {parts.train.precision}, {parts.train.optimizer}, {where}, PyTorch {torch.__version__}"
+    )
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each / 1e9:.1f} GFLOP an example, matrix products {best / 1e12:.1f} TFLOP/s"
+    )
+    print(f"{'batch':>6}{'':>10}{'ms a step':>10}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}{'GiB':>9}{'start, s':>9}")
+    records = []
+    for batch in arguments.batches or [parts.train.batch_size]:
+        x = random_images(model, batch, channels, side, device)
+        for compiled in (False, True) if arguments.also_compiled else (False,):
+            records.append(measured(parts, x, compiled, arguments.steps, each, best, half))
+            show(records[-1])
+    if arguments.json:
+        context = {
+            "config": arguments.config.name,
+            "device": where,
+            "flop_an_example": each,
+            "peak": best,
+            "precision": parts.train.precision,
+        }
+        arguments.json.write_text(json.dumps({**context, "batches": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
