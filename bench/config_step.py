@@ -1,32 +1,37 @@
 """A training step of a configuration on this machine, MEASURED: time, memory, rate of arithmetic and its share of the peak.
 
-python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--also-compiled] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
+python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--also-compiled] [--profile] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
 
 Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates the same numbers without the device.
 
-* A step is loss, gradients, the configuration's optimiser and clipping on random images, with its precision; the moving average, loading data
-  and logs are left out. Time is the median over steps, each until the device has finished; with SOAP, the mean over whole periods of its eigenbasis.
+* A step is loss, gradients, their norm, a look at whether both are finite, and the configuration's optimiser, on random images, in its precision; the
+  moving average, loading data and logs are left out. Time is the median over three runs of steps, each the mean until the device has finished.
 * Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and backward (convolutions, matrix products and
   attention by its matrix products), and grow in proportion to the batch.
-* The peak is the best rate of a bf16 matrix product (8192, or 1024 on a CPU; float32 if the precision is), measured here before the steps.
-* Memory is the most that PyTorch's allocator held (a GPU only).
+* The peak is the best rate of a bf16 matrix product (8192, or 1024 on a CPU; float32 if the precision is, without TF32, which PyTorch's convolutions
+  use by default on GPUs), measured here before the steps.
+* Memory is the most that PyTorch's allocator held (a GPU only). ``--profile`` prints what one step's kernels take.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from footprint import image
+from footprint import examples_at_once, image
 from measure import seconds, synchronise
 from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
@@ -35,7 +40,7 @@ from ndm.model import NDM
 from ndm.train.compilation import compile_networks, uncompile_networks
 from ndm.train.module import TrainingModule
 
-WARM_UP = 3
+WARM_UP, PERIOD = 3, 10
 
 
 def random_images(model: NDM, batch: int, channels: int, side: int, device: str) -> Tensor:
@@ -67,55 +72,69 @@ def stepper(model: NDM, settings: Namespace, x: Tensor, autocast: Callable[[], t
     """One step of the optimiser that the configuration asks for."""
     module = TrainingModule(model, settings, 0, ArraySplit(x))
     optimizer = module.configure_optimizers()["optimizer"]
+    parameters = list(model.parameters())
 
     def step() -> None:
         optimizer.zero_grad()
         with autocast():
             loss = model.bound(x).loss.mean() / x[0].numel()
+        assert bool(loss.isfinite())
         loss.backward()
-        if settings.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        assert bool(torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip or math.inf).isfinite())
         optimizer.step()
 
     return step
 
 
-def taken(step: Callable[[], None], count: int, period: int) -> float:
+def taken(step: Callable[[], None], count: int) -> float:
     """Seconds a step."""
-    for _ in range(WARM_UP + (period)):
+    for _ in range(WARM_UP):
         step()
-    synchronise()
-    if not period:
-        return statistics.median(seconds(step) for _ in range(count))
-    count = -(-count // period) * period
-    start = time.perf_counter()
-    for _ in range(count):
+
+    def several() -> None:
+        for _ in range(count):
+            step()
+
+    return statistics.median(seconds(several) for _ in range(3)) / count
+
+
+def profiled(step: Callable[[], None]) -> None:
+    """Print what the kernels of one step take, and how many there are."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as found:
         step()
-    synchronise()
-    return (time.perf_counter() - start) / count
+        synchronise()
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+    kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    if kernels:
+        print(f"{len(kernels)} kernels, {sum(event.self_device_time_total for event in kernels) / 1e3:.1f} ms")
 
 
 def measured(
-    parts: Namespace, x: Tensor, compiled: bool, count: int, each: float, best: float, half: bool
+    parts: Namespace, x: Tensor, compiled: bool, arguments: argparse.Namespace, each: float, best: float
 ) -> dict[str, float | int | bool]:
     """The record of one batch size."""
     model, device = parts.model, x.device.type
-    autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=half)  # noqa: E731
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=parts.train.precision == "bf16-mixed")
     start = time.perf_counter()
     if compiled:
+        torch.compiler.reset()  # or other batch sizes than the first are compiled for any size
 
         def trial() -> Tensor:
             with autocast():
                 return model.bound(x, draws=1).loss.mean()
 
-        compile_networks(model, trial)
+        compiled = compile_networks(model, trial)
     step = stepper(model, parts.train, x, autocast)
     step()
     synchronise()
     first = time.perf_counter() - start
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    took = taken(step, count, parts.train.soap_every if parts.train.optimizer == "soap" else 0)
+    took = taken(step, -(-arguments.steps // PERIOD) * PERIOD if parts.train.optimizer == "soap" else arguments.steps)
+    if arguments.profile:
+        profiled(step)
     uncompile_networks(model)
     rate = each * len(x) / took
     record: dict[str, float | int | bool] = {
@@ -145,9 +164,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--size", type=int, help="side of the images, where the configuration does not say it")
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes; by default that of the configuration")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes; by default what one device of the configuration takes at once")
     parser.add_argument("--also-compiled", action="store_true", help="each once more with its networks compiled")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--profile", action="store_true", help="print what the kernels of a step take")
     parser.add_argument("--json", type=Path)
     arguments, words = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,10 +190,10 @@ def main() -> None:
     )
     print(f"{'batch':>6}{'':>10}{'ms a step':>10}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}{'GiB':>9}{'start, s':>9}")
     records = []
-    for batch in arguments.batches or [parts.train.batch_size]:
+    for batch in arguments.batches or [examples_at_once(parts.train)[1]]:
         x = random_images(model, batch, channels, side, device)
         for compiled in (False, True) if arguments.also_compiled else (False,):
-            records.append(measured(parts, x, compiled, arguments.steps, each, best, half))
+            records.append(measured(parts, x, compiled, arguments, each, best))
             show(records[-1])
     if arguments.json:
         context = {

@@ -38,7 +38,6 @@ from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
 from ndm.model import NDM
 from ndm.nn import ConvEncoder, UNet
-from ndm.times import TimeDraw, TimeSampler
 
 BYTES = 4 * 5
 """Of a parameter: weight, gradient, two moments, moving average. SOAP keeps two matrices for each axis of a kernel besides."""
@@ -88,13 +87,6 @@ class Live(TorchDispatchMode):
 
 def autocast(half: bool) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=half)
-
-
-class HalfWay(TimeSampler):
-    """Every time is 1/2: which examples a predictor rounds depends on their times, and no memory may depend on chance here."""
-
-    def forward(self, count: int, like: torch.Tensor, generator: torch.Generator | None = None) -> TimeDraw:
-        return TimeDraw(like.new_full((count,), 0.5), like.new_ones(count))
 
 
 def state_bytes(model: NDM, optimizer: str) -> int:
@@ -156,6 +148,12 @@ def image(parts: Namespace, side: int | None) -> tuple[int, int]:
     return known[0], side or known[1]
 
 
+def examples_at_once(train: Namespace) -> tuple[int, int]:
+    """Devices, and the examples that each takes at once."""
+    devices = (train.devices if isinstance(train.devices, int) else 1) * train.nodes
+    return devices, -(-train.batch_size // (devices * train.accumulate))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
@@ -171,12 +169,10 @@ def main() -> None:
     ours = train_parser()
     parts = build(ours, parse(ours, ["--config", str(arguments.config), "--out", "unused", *words]))
     model, train = parts.model, parts.train
-    model.times = HalfWay()
     channels, side = image(parts, arguments.size)
     half = train.precision == "bf16-mixed"
     once, each = cost_at(model, channels, side, half)
-    devices = (train.devices if isinstance(train.devices, int) else 1) * train.nodes
-    at_once = -(-train.batch_size // (devices * train.accumulate))
+    devices, at_once = examples_at_once(train)
     counts = {
         name: sum(p.numel() for p in part.parameters())
         for name, part in (("all", model), ("F", model.transform), ("predictor", model.predictor))

@@ -87,7 +87,7 @@ def test_every_combination_of_parts_returns_bit_by_bit(schedule: str, transform:
 
 
 def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
-    predictor = Predictor(UNet(1, 4, (1,), context=12), "v", 8, repeats=True, neighbours=True)
+    predictor = Predictor(UNet(1, 4, (1,)), "v", 8)
     model = NDM(LinearLogSNR(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -35,7 +35,8 @@ from ndm.schedule import NoiseLevel
 class CategoricalPredictor(Predictor):
     """x̂ as the posterior mean over the values of the grid, for images ``(B, C, H, W)``.
 
-    Takes L numbers for each dimension of the data, several times over: 0.8 MB each for one 28x28 image of 256 grey levels.
+    Takes L numbers for each dimension of the data, seven times over and more in training: 0.8 MB each for one 28x28 image of 256 grey levels. It takes latents for
+    noisy data, so F may leave x only where there is noise: the identity, :class:`ndm.GatedTransform` and :class:`ndm.SeparableTransform` as it comes.
 
     Args:
         network: gives K features for each dimension, ``(B, K, C, H, W)``, of ``(B, C + C embedding + palette, H, W)``, as :class:`ndm.nn.UNet` does
@@ -47,9 +48,10 @@ class CategoricalPredictor(Predictor):
 
     def __init__(self, network: nn.Module, levels: int, embedding: int = 16, palette: int = 16):
         features = getattr(network, "outputs", None)
-        if features is None:
+        if not isinstance(network, nn.Module) or not isinstance(features, int):
             raise UserError(
-                "CategoricalPredictor's network gives several features for each pixel: give a network of this library outputs, for example 64"
+                "CategoricalPredictor needs an nn.Module whose attribute outputs says how many features it gives for each pixel: "
+                "give a network of this library outputs, for example 64"
             )
         check_whole("levels", levels, 2)
         check_whole("embedding", embedding, 1)
@@ -77,28 +79,30 @@ class CategoricalPredictor(Predictor):
         logits = self.logits(self._features(z, own, counts, level).movedim(1, -1))
         with torch.autocast(z.device.type, enabled=False):
             c = torch.exp(_UNIT * self.copies.to(own.dtype))
-            urn = torch.addcmul(1 + c * counts[:, None, None, None], own, -c)  # 1 + c (n - r)
-            posterior = torch.softmax(likelihood + logits.to(own.dtype) + urn.log(), dim=-1)
+            urn = torch.log1p(c * (counts[:, None, None, None] - own))
+            posterior = torch.softmax(likelihood + logits.to(own.dtype) + urn, dim=-1)
             return (posterior @ self._grid(own)).to(z.dtype)
 
     def _features(self, z: Tensor, own: Tensor, counts: Tensor, level: NoiseLevel) -> Tensor:
         """What the network says, ``(B, K, C, H, W)``."""
-        embedded = self.values(own).movedim(-1, 2).flatten(1, 2)
-        palette = self.frequencies(torch.log1p(counts))[:, :, None, None].expand(-1, -1, *z.shape[2:])
+        embedded = self.values(own.to(self.values.weight.dtype)).movedim(-1, 2).flatten(1, 2)
+        palette = self.frequencies(torch.log1p(counts).to(self.values.weight.dtype))[:, :, None, None].expand(-1, -1, *z.shape[2:])
         seen = torch.cat([z, embedded.to(z.dtype), palette.to(z.dtype)], dim=1)
         features = self.network(seen, level.t)
         expected = (z.shape[0], self.logits.in_features, *z.shape[1:])
-        if features.shape != expected:
-            raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {tuple(features.shape)}; it must return {expected}")
+        if not isinstance(features, Tensor) or features.shape != expected:
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {expected}")
         return features
 
     def _log_likelihood(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """log N(z; alpha v_k, sigma²) up to what is the same for all k, ``(B, C, H, W, L)``; 0 where alpha is 0."""
+        """log N(z; alpha v_k, sigma²) up to a constant, ``(B, C, H, W, L)``; the same for all k where alpha is 0."""
         full = torch.promote_types(z.dtype, torch.float32)
-        alpha, sigma = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST)
-        v = self._grid(alpha)
-        by_value = expand(alpha / sigma**2, z) * z.to(full)
-        return torch.addcmul(expand(-0.5 * (alpha / sigma) ** 2, z)[..., None] * v**2, by_value[..., None], v)
+        alpha, deviation = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST) * 2**0.5
+        distance = torch.addcmul(
+            (z.to(full) / expand(deviation, z))[..., None], expand(-alpha / deviation, z)[..., None], self._grid(alpha)
+        )
+        return -(distance * distance)
 
     def _grid(self, like: Tensor) -> Tensor:
         """v, ``(L,)``."""

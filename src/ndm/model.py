@@ -24,7 +24,7 @@ from ndm.sample import Method, Sampler, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
 from ndm.times import LowDiscrepancyTimes, StepFunction, TimeDraw, TimeSampler
-from ndm.transform import Identity, Transform
+from ndm.transform import GatedTransform, Identity, SeparableTransform, Transform
 
 
 class NDM(nn.Module):
@@ -309,13 +309,26 @@ def _check_grid(predictor: Predictor, decoder: Decoder, transform: Transform, re
             "latents of its own" if not transform.keeps_shape else "no grid" if values is None else f"another grid, of {len(values)} values"
         )
         raise UserError(
-            f"predictor.levels={levels} rounds to the centres of {levels} equal bins of [-1, 1], but the model has {have}; "
-            "leave out predictor.levels, or give the decoder as many levels"
+            f"predictor.levels={levels} is the grid of the centres of {levels} equal bins of [-1, 1], but the model has {have}; "
+            "give the decoder as many levels, or use ndm.Predictor without levels"
         )
-    if isinstance(predictor, CategoricalPredictor) and reverse != "tied" and not isinstance(transform, Identity):
+    if isinstance(predictor, CategoricalPredictor):
+        _check_categorical(transform, reverse)
+
+
+def _check_categorical(transform: Transform, reverse: str) -> None:
+    """A predictor that takes latents for noisy data has such latents, and what it predicts is x."""
+    plain = isinstance(transform, Identity)
+    gated = isinstance(transform, GatedTransform) or (isinstance(transform, SeparableTransform) and transform.gate == "noise")
+    if not plain and not gated:
         raise UserError(
-            f"CategoricalPredictor predicts x on its grid, and with reverse={reverse} the predictor stands for the latent's mean, which "
-            f"{type(transform).__name__} moves off it; use reverse=tied, or ndm.Predictor"
+            f"CategoricalPredictor takes latents for noisy data, and {type(transform).__name__} moves data where there is little noise; use "
+            "Identity, GatedTransform or SeparableTransform with gate=noise, or ndm.Predictor"
+        )
+    if reverse not in (("tied", "direct") if plain else ("tied",)):
+        raise UserError(
+            f"CategoricalPredictor predicts x on its grid, and with reverse={reverse} the predictor stands for something else; use reverse=tied, "
+            "or ndm.Predictor"
         )
 
 

@@ -76,7 +76,7 @@ def from_config(config: object, where: str = "model", replace: Mapping[str, nn.M
     try:
         return cls(**{key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()})
     except TypeError as error:
-        raise UserError(f"{where}: {path} does not take the arguments of this file ({error}); update ndm") from error
+        raise UserError(f"{where}: {path} does not take the arguments of this file ({error}): another version of ndm wrote it") from error
 
 
 def _is_ours(path: str) -> bool:

@@ -137,7 +137,13 @@ def test_every_configuration_parses_and_builds(path, monkeypatch):
     if path.stem in (*images.FACTS, "mnist"):  # what the head states is what is there
         head = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
         count = sum(p.numel() for p in parts.model.parameters())
-        words = [f"{count / 1e6:.1f} M parameters", f"batch {train.batch_size}", f"{train.steps:,} steps", train.precision, "estimate"]
+        words = [
+            f"{count / 1e6:.1f} M parameters",
+            f"batch {train.batch_size}",
+            f"{train.steps:,} steps",
+            train.precision,
+            "Measured" if path.stem == "mnist" else "estimate",
+        ]
         words += [f"{train.devices} devices"] if isinstance(train.devices, int) else []
         assert all(word in head for word in words), [word for word in words if word not in head]
         assert path.stem == "mnist" or path.stem in EXPERIMENTS

@@ -32,6 +32,7 @@ from ndm.train.run import make_trainer
 
 PLAN = "plan.json"
 _ROUNDS, _STEPS, _WARM = 3, 8, 3
+_PERIOD = 10  # steps after which SOAP looks for a new basis
 
 
 class _Clock(Callback):
@@ -53,9 +54,10 @@ def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
     for _ in tqdm(range(_ROUNDS), desc="timing steps", unit="round", disable=not progress, delay=1, leave=False):
         for name, (model, data, settings) in parts.items():
             uneven = settings.optimizer == "soap"
-            steps = _WARM + settings.soap_every + 1 if uneven else _STEPS  # a whole period of SOAP's bases
             # A tiny learning rate: a run that would diverge is told so when it is trained, not here.
-            short = replace(settings, steps=steps, validate_every=None, checkpoint_every=10**9, learning_rate=1e-12)
+            short = replace(
+                settings, steps=_WARM + _PERIOD + 1 if uneven else _STEPS, validate_every=None, checkpoint_every=10**9, learning_rate=1e-12
+            )
             with tempfile.TemporaryDirectory() as folder:
                 trainer, clock = make_trainer(short, Path(folder), progress=False), _Clock()
                 trainer.callbacks.append(clock)  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ from ndm.viz import draw_over_time, image_grid, new_figure, transform_over_time
 
 ROWS = ("VDM", "VDM, widened", "NDM")
 TIMES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0)
-_STEPS = {"quick": 2500, "smoke": 4}
+_STEPS = {"quick": 800, "smoke": 4}
 _SMOKE = (
     *("--model.predictor.network.channels=4", "--model.transform.network.channels=4", "--train.batch_size=4"),
     *("--train.evaluation_limit=4", "--train.sample_images=4", "--train.sample_steps=2"),
@@ -43,7 +43,7 @@ def run(report: Report) -> None:
     if report.smoke:
         words = [*report.made_up_data(write_mnist), *words]
     if report.size in _STEPS:
-        words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.997", *words]
+        words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.99", *words]
     rows, extra = read_rows(configuration("compare-mnist-baselines.yaml"), tuple(words))
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
     models, lines = dict[str, NDM](), list[list[str]]()

@@ -192,7 +192,7 @@ class TrainingModule(LightningModule):
         require("pytorch_optimizer", "pytorch_optimizer", "train")
         from pytorch_optimizer import SOAP  # a second to import
 
-        return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=self.settings.soap_every)
+        return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)
 
 
 class EMAUpdate:

@@ -21,8 +21,6 @@ class TrainSettings:
     """Examples in one optimiser step, over all devices and accumulated batches together."""
     optimizer: Optimiser = "adamw"
     """adamw, or soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it."""
-    soap_every: int = 10
-    """Steps between two updates of soap's eigenbasis: on GPUs, where its QR decompositions are slow, more save time."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     transform_rate: float = 1.0
@@ -82,7 +80,7 @@ class TrainSettings:
         """
         for name, known in (("optimizer", Optimiser), ("decay", Decay), ("precision", Precision)):
             check_choice(f"train.{name}", getattr(self, name), get_args(known))
-        for name in ("steps", "batch_size", "accumulate", "nodes", "soap_every", "checkpoint_every", "log_every", "evaluation_draws"):
+        for name in ("steps", "batch_size", "accumulate", "nodes", "checkpoint_every", "log_every", "evaluation_draws"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: give an integer of at least 1")
         for name in ("warmup", "workers", "gradient_clip", "weight_decay", "transform_rate"):
