@@ -79,7 +79,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "mnist",
             "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
-            {"small": "an hour of two cores", "quick": "ten minutes of two cores", "smoke": _SMOKE},
+            {"small": "an hour of two cores", "quick": "a quarter of an hour of two cores", "smoke": _SMOKE},
             "mnist",
             needs_data=True,
         ),

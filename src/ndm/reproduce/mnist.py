@@ -88,7 +88,7 @@ def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping
 def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> None:
     """FID, KID, precision and recall of samples, by the features of a classifier of the digits."""
     train, test, shape = data.split("train"), data.split("test"), data.describe().event_shape
-    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 100, 1000)}.get(report.size, (1000, 100, 1000))
+    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 50, 1000)}.get(report.size, (500, 50, 1000))
     classifier = find_classifier(report.out / "classifier", data, report.seed, progress=True, steps=classifier_steps)
     network = classifier_features(classifier)
     real = network(train.__getitems__(spread(len(train), 10 * images)), progress=True)
@@ -114,7 +114,7 @@ def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: 
     test, shape = data.split("test"), data.describe().event_shape
     _over_time(report, {name: models[name] for name in ("VDM", "NDM")}, test.__getitems__([0, len(test) // 2]))
     _curves(report, folders)
-    count, steps = (4, 2) if report.smoke else (64, 250)
+    count, steps = (4, 2) if report.smoke else (64, 100)
     figure = new_figure(13.2, 3.8)
     panels = {name: draw_samples(model, count, shape, seed=report.seed, steps=steps, progress=True) for name, model in models.items()}
     for axis, (name, x) in zip(figure.subplots(1, 4), {"test images": test.__getitems__(range(count)), **panels}.items(), strict=True):
