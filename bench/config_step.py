@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from footprint import examples_at_once, image
+from footprint import examples_at_once, image, random_images
 from measure import seconds, synchronise
 from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
@@ -41,12 +41,6 @@ from ndm.train.compilation import compile_networks, uncompile_networks
 from ndm.train.module import TrainingModule
 
 WARM_UP, PERIOD = 3, 10
-
-
-def random_images(model: NDM, batch: int, channels: int, side: int, device: str) -> Tensor:
-    """Images of the decoder's values, ``(B, C, side, side)``."""
-    levels = 256 if model.decoder.values is None else len(model.decoder.values)
-    return (2 * torch.randint(levels, (batch, channels, side, side), device=device) + 1).float() / levels - 1
 
 
 def peak(device: str, half: bool) -> float:
@@ -180,7 +174,9 @@ def main() -> None:
         sys.exit("config_step: give train.precision 32-true or bf16-mixed; 16-mixed scales its gradients, which is not measured here")
     model = parts.model.to(device)
     best = peak(device, half)
-    each = operations(model, random_images(model, 2, channels, side, device), lambda: torch.autocast(device, torch.bfloat16, enabled=half))
+    each = operations(
+        model, random_images(model, 2, channels, side).to(device), lambda: torch.autocast(device, torch.bfloat16, enabled=half)
+    )
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
         f"{arguments.config.name}, {channels}x{side}x{side}, {parts.train.precision}, {parts.train.optimizer}, {where}, PyTorch {torch.__version__}"
@@ -191,7 +187,7 @@ def main() -> None:
     print(f"{'batch':>6}{'':>10}{'ms a step':>10}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}{'GiB':>9}{'start, s':>9}")
     records = []
     for batch in arguments.batches or [examples_at_once(parts.train)[1]]:
-        x = random_images(model, batch, channels, side, device)
+        x = random_images(model, batch, channels, side).to(device)
         for compiled in (False, True) if arguments.also_compiled else (False,):
             records.append(measured(parts, x, compiled, arguments, each, best))
             show(records[-1])

@@ -95,10 +95,15 @@ def state_bytes(model: NDM, optimizer: str) -> int:
     return BYTES * sum(p.numel() for p in model.parameters()) + 4 * sum(2 * side**2 for shape in shapes for side in shape)
 
 
+def random_images(model: NDM, batch: int, channels: int, side: int) -> Tensor:
+    """Images of the decoder's values, ``(B, C, side, side)``."""
+    levels = 256 if model.decoder.values is None else len(model.decoder.values)
+    return (2 * torch.randint(levels, (batch, channels, side, side)) + 1).float() / levels - 1
+
+
 def step_cost(model: NDM, channels: int, side: int, batch: int, half: bool) -> Cost:
     """Cost of one step on random images."""
-    levels = 256 if model.decoder.values is None else len(model.decoder.values)
-    x = (2 * torch.randint(levels, (batch, channels, side, side)) + 1).float() / levels - 1
+    x = random_images(model, batch, channels, side)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter, Live() as live:
             with autocast(half):

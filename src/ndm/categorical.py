@@ -26,6 +26,7 @@ nothing here is trained by cross entropy.
 import torch
 from torch import Tensor, nn
 
+from ndm.decoder import bin_centers
 from ndm.errors import UserError, check_whole
 from ndm.ops import expand
 from ndm.predictor import Predictor
@@ -106,8 +107,7 @@ class CategoricalPredictor(Predictor):
 
     def _grid(self, like: Tensor) -> Tensor:
         """v, ``(L,)``."""
-        levels = self.logits.out_features
-        return (2 * torch.arange(levels, dtype=like.dtype, device=like.device) + 1) / levels - 1
+        return bin_centers(self.logits.out_features, like.dtype, like.device)
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """There is one output.

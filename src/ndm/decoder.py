@@ -28,9 +28,9 @@ MOST_LOGITS = 2**26
 """Sampling looks at so many probabilities at once."""
 
 
-def bin_centers(levels: int) -> Tensor:
-    """The centres of ``levels`` equal bins of [-1, 1], float64: where integer data 0 ... levels-1 lie."""
-    return (2 * torch.arange(levels, dtype=torch.float64) + 1) / levels - 1
+def bin_centers(levels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """The centres of ``levels`` equal bins of [-1, 1]: where integer data 0 ... levels-1 lie."""
+    return (2 * torch.arange(levels, dtype=dtype, device=device) + 1) / levels - 1
 
 
 class Decoder(nn.Module, ABC):

@@ -54,9 +54,8 @@ class Rounding(nn.Module):
         position, width = (m + 1) * (0.5 * self.levels) - 0.5, width[..., None]  # values lie at whole numbers
         nearest = position.detach().round()
         near = torch.arange(-_REACH, _REACH + 1, dtype=m.dtype, device=m.device)
-        index = (
-            (nearest[..., None] + near + _REACH).nan_to_num(0.0).clamp(0, len(self.weights) - 1).long()
-        )  # beyond, the weight of the last
+        # Values beyond have the weight of the last.
+        index = (nearest[..., None] + near + _REACH).nan_to_num(0.0).clamp(0, len(self.weights) - 1).long()
         log_weights = (_UNIT * self.weights.to(m.dtype))[index]
         logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights
         mean = nearest + (torch.softmax(logits, dim=-1) * near).sum(-1)

@@ -94,14 +94,8 @@ class Plan:
             )
         if report.data is None:
             return cls()
-        of_data = (
-            "--train.steps",
-            "3000",
-            "--train.ema",
-            "0.998",
-            "--train.evaluation_limit",
-            "500",
-        )  # three quarters of the configuration's
+        # Three quarters of the configuration's steps.
+        of_data = ("--train.steps", "3000", "--train.ema", "0.998", "--train.evaluation_limit", "500")
         return cls(**plan, words=of_data, draws=8, limit=500, nll_limit=32, images=500, real=10_000)
 
 
