@@ -115,6 +115,17 @@ def test_derivatives_are_those_of_the_formula() -> None:
     torch.testing.assert_close(moved.detach(), change.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_examples_weighed_in_blocks_without_a_gradient_are_those_weighed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five examples of different noise, two at once and one left over."""
+    predictor, level = full(), LinearLogSNR(-6.0, 5.0)(torch.linspace(0.1, 0.9, 5, dtype=F64))
+    z = torch.randn(5, 2, 4, 4, dtype=F64)
+    together = predictor(z, level).detach()
+    monkeypatch.setattr("ndm.weighing._CPU_BLOCK", 2 * z[0].numel() * 6)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(z, level), together, rtol=0, atol=1e-12)
+        torch.testing.assert_close(predictor(z[:0], level.rows(slice(0, 0))), together[:0])
+
+
 def test_latents_without_signal_or_without_noise() -> None:
     """Without noise, x̂ is the nearest value; without signal, the mean of what the network says; all gradients are finite."""
     level = replace(ndm.FlowMatching()(torch.tensor([0.0, 1.0])), sigma=torch.tensor([0.0, 1.0]))

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ndm.decoder import bin_centers
 from ndm.errors import UserError, check_whole
-from ndm.ops import expand
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
+from ndm.weighing import posterior_mean, summarise
 
 
 class CategoricalPredictor(Predictor):
@@ -73,41 +73,30 @@ class CategoricalPredictor(Predictor):
             raise UserError(
                 f"CategoricalPredictor looks at images (C, H, W), and an example has the shape {tuple(z.shape[1:])}; use ndm.Predictor"
             )
+        full = torch.promote_types(z.dtype, torch.float32)
         with torch.autocast(z.device.type, enabled=False):
-            likelihood = self._log_likelihood(z, level)
-            own = torch.softmax(likelihood, dim=-1)
-            counts = own.sum((1, 2, 3))
-        logits = self.logits(self._features(z, own, counts, level).movedim(1, -1))
+            alpha, unit = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST) * 2**0.5
+            v = bin_centers(self.logits.out_features, full, z.device)
+            s, w = z.to(full).flatten(1) / unit[:, None], (alpha / unit)[:, None] * v
+            embedded, counts = summarise(s, w, self.values.weight.T.to(full))
+        features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, level).movedim(1, -1).flatten(1, -2)
+        if torch.is_autocast_enabled(z.device.type):
+            features = features.to(torch.get_autocast_dtype(z.device.type))
         with torch.autocast(z.device.type, enabled=False):
-            c = torch.exp(_UNIT * self.copies.to(own.dtype))
-            urn = torch.log1p(c * (counts[:, None, None, None] - own))
-            posterior = torch.softmax(likelihood + logits.to(own.dtype) + urn, dim=-1)
-            return (posterior @ self._grid(own)).to(z.dtype)
+            c = torch.exp(_UNIT * self.copies.to(full))
+            x = posterior_mean(s, w, counts, c, v, features, self.logits.weight.to(full), self.logits.bias.to(full))
+            return x.view_as(z).to(z.dtype)
 
-    def _features(self, z: Tensor, own: Tensor, counts: Tensor, level: NoiseLevel) -> Tensor:
-        """What the network says, ``(B, K, C, H, W)``."""
-        embedded = self.values(own.to(self.values.weight.dtype)).movedim(-1, 2).flatten(1, 2)
-        palette = self.frequencies(torch.log1p(counts).to(self.values.weight.dtype))[:, :, None, None].expand(-1, -1, *z.shape[2:])
-        seen = torch.cat([z, embedded.to(z.dtype), palette.to(z.dtype)], dim=1)
+    def _features(self, z: Tensor, embedded: Tensor, counts: Tensor, level: NoiseLevel) -> Tensor:
+        """What the network says of z, of e ``(B, C, H, W, E)`` and of n; ``(B, K, C, H, W)``."""
+        palette = self.frequencies(torch.log1p(counts).to(self.frequencies.weight.dtype))[:, :, None, None].expand(-1, -1, *z.shape[2:])
+        seen = torch.cat([z, embedded.movedim(-1, 2).flatten(1, 2).to(z.dtype), palette.to(z.dtype)], dim=1)
         features = self.network(seen, level.t)
         expected = (z.shape[0], self.logits.in_features, *z.shape[1:])
         if not isinstance(features, Tensor) or features.shape != expected:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {expected}")
         return features
-
-    def _log_likelihood(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """log N(z; alpha v_k, sigma²) up to a constant, ``(B, C, H, W, L)``; the same for all k where alpha is 0."""
-        full = torch.promote_types(z.dtype, torch.float32)
-        alpha, deviation = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST) * 2**0.5
-        distance = torch.addcmul(
-            (z.to(full) / expand(deviation, z))[..., None], expand(-alpha / deviation, z)[..., None], self._grid(alpha)
-        )
-        return -(distance * distance)
-
-    def _grid(self, like: Tensor) -> Tensor:
-        """v, ``(L,)``."""
-        return bin_centers(self.logits.out_features, like.dtype, like.device)
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """There is one output.

@@ -125,15 +125,23 @@ class DiscretizedGaussian(Decoder):
         return torch.log_softmax(-0.5 * (standardised * (at.alpha / at.sigma)[..., None]) ** 2, dim=-1)
 
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        at, grid, reach = level.expand(z), self.grid(z), self._reach(level)
-        place, scale, value = z / at.alpha, at.alpha / at.sigma, grid[self.index(x)]
-        if 2 * reach + 1 < len(grid):  # the far levels would take most of the time and memory of a training step
-            nearest = torch.bucketize(place.detach().contiguous(), (grid[1:] + grid[:-1]) / 2)
-            first = (nearest - reach).clamp(0, len(grid) - 2 * reach - 1)
-            grid = grid[first[..., None] + torch.arange(2 * reach + 1, device=z.device)]
-        exponent = -0.5 * ((place[..., None] - grid) * scale[..., None]) ** 2
+        at = level.expand(z)
+        place, scale, value = z / at.alpha, at.alpha / at.sigma, self.grid(z)[self.index(x)]
+        _, exponent = self._likely(place, scale, self._reach(level))
         peak = exponent.detach().amax(-1)  # taken off first: far from the grid the exponents are large, and their differences small
         return sum_event(-0.5 * ((place - value) * scale) ** 2 - peak - torch.logsumexp(exponent - peak[..., None], dim=-1))
+
+    def _likely(self, place: Tensor, scale: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """The nearest level of each place and so many on either side, and their log-probabilities up to a constant; each ``(*place, 2 reach + 1)``.
+
+        Where the grid has no more, the levels are ``(L,)``. The far ones would take most of the time and memory of a training step.
+        """
+        grid = self.grid(place)
+        if 2 * reach + 1 < len(grid):
+            nearest = torch.bucketize(place.detach().contiguous(), (grid[1:] + grid[:-1]) / 2)
+            first = (nearest - reach).clamp(0, len(grid) - 2 * reach - 1)
+            grid = grid[first[..., None] + torch.arange(2 * reach + 1, device=place.device)]
+        return grid, -0.5 * ((place[..., None] - grid) * scale[..., None]) ** 2
 
     def _reach(self, level: NoiseLevel) -> int:
         """So many levels on either side of the nearest one hold all of the probability, up to rounding.
@@ -149,12 +157,15 @@ class DiscretizedGaussian(Decoder):
         return min(len(self.values), math.ceil(math.sqrt(-2 * math.log(negligible)) / gap))
 
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
-        at_once, parts = max(1, MOST_LOGITS // max(1, event_size(z) * len(self.values))), []
+        reach, parts = self._reach(level), []
+        at_once = max(1, MOST_LOGITS // max(1, event_size(z) * min(len(self.values), 2 * reach + 1)))
         for start in range(0, len(z), at_once):  # 64 images of 256 x 256 at once would take tens of gigabytes
-            rows = slice(start, start + at_once)
-            probabilities = self.logits(z[rows], level.rows(rows)).exp().flatten(0, -2)
-            parts.append(torch.multinomial(probabilities, 1, generator=generator))
-        return self.grid(z)[torch.cat(parts)].reshape(z.shape) if parts else z
+            at = level.rows(slice(start, start + at_once)).expand(z)
+            levels, exponent = self._likely(z[start : start + at_once] / at.alpha, at.alpha / at.sigma, reach)
+            probabilities = torch.softmax(exponent, dim=-1)
+            chosen = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+            parts.append(levels.expand_as(exponent).gather(-1, chosen.view(*exponent.shape[:-1], 1))[..., 0])
+        return torch.cat(parts) if parts else z
 
 
 class NetworkDecoder(Decoder):

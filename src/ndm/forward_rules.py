@@ -68,8 +68,8 @@ class Convolution(Function):
         return sum(terms[1:], terms[0])
 
 
-def through(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], gradient: Tensor) -> list[Tensor | None]:
-    """Gradients of a plain formula in those of its inputs that want one, such that they can be differentiated again."""
+def through(formula: Callable[..., Any], inputs: Sequence[Tensor | None], gradient: Tensor | Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a plain formula, of one output or several, in those of its inputs that want one, such that they can be differentiated again."""
     wanted = {index: value for index, value in enumerate(inputs) if value is not None and value.requires_grad}
     found = dict(zip(wanted, torch.autograd.grad(formula(*inputs), list(wanted.values()), gradient, create_graph=True), strict=True))
     return [found.get(index) for index in range(len(inputs))]

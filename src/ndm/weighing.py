@@ -1,0 +1,163 @@
+r"""Bayes' rule over the L values of a grid, in blocks of examples that fit the cache, with a backward pass that computes anew what it needs.
+
+For numbers s_i = z_i/(sqrt(2) sigma) and values w_k = alpha v_k/(sqrt(2) sigma) in the same unit,
+
+.. math::
+    r_{ik} = \operatorname{softmax}_k\bigl(-(s_i - w_k)^2\bigr), \qquad e_i = \sum_k r_{ik} E_k, \qquad n_k = \sum_i r_{ik},
+
+    p_{ik} = \operatorname{softmax}_k\bigl(\ell_{ik} + \log(1 + c (n_k - r_{ik})) - (s_i - w_k)^2\bigr), \qquad \hat x_i = \sum_k p_{ik} v_k,
+
+with l a linear map of K features of each place. Everything with an index k has L times as many numbers as the data. Autograd would hold a dozen
+of them for the whole batch, and wait for memory most of the time; here nothing of that size outlives a block. With g = d loss/d x̂,
+
+.. math::
+    \frac{\partial}{\partial \ell_{ik}} = p_{ik} (v_k - \hat x_i) g_i =: a_{ik}, \qquad
+    \frac{\partial}{\partial (n_k - r_{ik})} = \frac{c\, a_{ik}}{1 + c (n_k - r_{ik})} =: b_{ik} .
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from torch.autograd import Function
+
+from ndm.forward_rules import through
+from ndm.nesting import NOTHING, nesting
+
+_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**26
+"""Numbers with an index k in a block: 256 kB, so that half a dozen of them stay in a core's own cache; 256 MB."""
+
+
+def summarise(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """e ``(B, D, M)`` and n ``(B, L)`` of s ``(B, D)``, w ``(B, L)`` and E ``(L, M)``."""
+    return _Summary.apply(s, w, embedding) if _plain() else _summary(s, w, embedding)
+
+
+def posterior_mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x̂ ``(B, D)`` of s ``(B, D)``, w and n ``(B, L)``, c ``()``, v ``(L,)``, and of logits by features ``(B, D, K)``, weight ``(L, K)``, bias ``(L,)``.
+
+    Features may be of another precision than the rest, and the product with the weight then is.
+    """
+    inputs = (s, w, n, c, v, features, weight, bias)
+    return _PosteriorMean.apply(*inputs) if _plain() else _mean(*inputs)
+
+
+def _plain() -> bool:
+    """Whether there is no compiler, transform of torch.func or forward mode."""
+    return not torch.compiler.is_compiling() and nesting() == NOTHING
+
+
+def _summary(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    r = torch.softmax(-(s[..., None] - w[:, None]).square(), dim=-1)
+    return r @ embedding, r.sum(1)
+
+
+def _mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    square = (s[..., None] - w[:, None]).square()
+    r = torch.softmax(-square, dim=-1)
+    logits = nnf.linear(features, weight.to(features.dtype)).to(r.dtype) + bias
+    # log1p takes thrice as long, for digits that the sum does not keep.
+    return torch.softmax(logits + torch.log(1 + c * (n[:, None] - r)) - square, dim=-1) @ v
+
+
+def _blocks(s: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Parts of the batch: of one example's places, or of all places of several examples."""
+    most = (_CPU_BLOCK if s.device.type == "cpu" else _GPU_BLOCK) // w.shape[1]
+    places = max(1, min(s.shape[1], most))
+    examples = max(1, most // max(1, s.shape[1]))
+    for first in range(0, len(s), examples):
+        for start in range(0, s.shape[1], places):
+            yield slice(first, first + examples), slice(start, start + places)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """softmax over k that takes whatever is less than e^-50 of the largest for that: CPUs take a hundred times as long for denormal numbers."""
+    weights = (x - x.amax(-1, keepdim=True)).clamp_(min=-50).exp_()
+    return weights.mul_(weights.sum(-1, keepdim=True).reciprocal_())
+
+
+class _Block:
+    """s - w, minus its square, r and what comes of them, each ``(b, d, L)``, for a block; no autograd."""
+
+    def __init__(self, s: Tensor, w: Tensor):
+        self.difference = s[..., None] - w[:, None]
+        self.exponent = self.difference.square().neg_()
+        self.r = _softmax(self.exponent)
+
+    def weigh(self, n: Tensor, c: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """p, and self.less = n - r, self.odds = 1 + c (n - r)."""
+        self.less = n[:, None] - self.r
+        self.odds = (self.less * c).add_(1)
+        logits = nnf.linear(features, weight).to(self.r.dtype).add_(bias)
+        return _softmax(logits.add_(self.odds.log()).add_(self.exponent))
+
+    def slope(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of s and w by that of the exponent, which is overwritten."""
+        moved = gradient.mul_(self.difference)
+        return moved.sum(2).mul_(-2), moved.sum(1).mul_(2)
+
+
+def _through_softmax(gradient: Tensor, value: Tensor) -> Tensor:
+    return torch._softmax_backward_data(gradient, value, -1, value.dtype)
+
+
+class _Summary(Function):
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(s, w, embedding)
+        e, n = s.new_empty(*s.shape, embedding.shape[1]), torch.zeros_like(w)
+        for b, d in _blocks(s, w):
+            r = _Block(s[b, d], w[b]).r
+            e[b, d] = r @ embedding
+            n[b] += r.sum(1)
+        return e, n
+
+    @staticmethod
+    def backward(ctx: Any, de: Tensor, dn: Tensor) -> tuple[Any, ...]:
+        inputs = s, w, embedding = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            return tuple(through(_summary, inputs, (de, dn)))
+        ds, dw, dembedding = (torch.zeros_like(value) for value in inputs)
+        for b, d in _blocks(s, w):
+            block = _Block(s[b, d], w[b])
+            dembedding.addmm_(block.r.flatten(0, 1).T, de[b, d].flatten(0, 1))
+            slopes = block.slope(_through_softmax((de[b, d] @ embedding.T).add_(dn[b, None]), block.r))
+            ds[b, d] = slopes[0]
+            dw[b] += slopes[1]
+        return ds, dw, dembedding
+
+
+class _PosteriorMean(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        s, w, n, c, v, features, weight, bias = inputs
+        x, narrow = torch.empty_like(s), weight.to(features.dtype)
+        for b, d in _blocks(s, w):
+            x[b, d] = _Block(s[b, d], w[b]).weigh(n[b], c, features[b, d], narrow, bias) @ v
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        inputs = s, w, n, c, v, features, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            return tuple(through(_mean, inputs, gradient))
+        ds, dw, dn, dc, dfeatures, dweight, dbias = (torch.zeros_like(value) for value in (s, w, n, c, features, weight, bias))
+        narrow = weight.to(features.dtype)
+        for b, d in _blocks(s, w):
+            block = _Block(s[b, d], w[b])
+            a = _through_softmax(gradient[b, d, None] * v, block.weigh(n[b], c, features[b, d], narrow, bias))
+            low = a.to(features.dtype).flatten(0, 1)
+            dfeatures[b, d] = (low @ narrow).view_as(features[b, d])
+            dweight += low.T @ features[b, d].flatten(0, 1)
+            dbias += a.sum((0, 1))
+            odd = torch.div(a, block.odds, out=block.odds)
+            dc += torch.dot(odd.flatten(), block.less.flatten())
+            odd.mul_(c)
+            dn[b] += odd.sum(1)
+            slopes = block.slope(a.sub_(_through_softmax(odd, block.r)))
+            ds[b, d] = slopes[0]
+            dw[b] += slopes[1]
+        return ds, dw, dn, dc, None, dfeatures, dweight, dbias
