@@ -115,6 +115,27 @@ def test_derivatives_are_those_of_the_formula() -> None:
     torch.testing.assert_close(moved.detach(), change.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_that_can_be_differentiated_again_are_the_same() -> None:
+    """Of latents, weights and a learned schedule, which reach the prediction on several ways; and within autocast."""
+    predictor, schedule = full(), ndm.LearnedSchedule(-6.0, 5.0, learn_ends=True).double()
+    z = torch.randn(3, 2, 4, 4, dtype=F64, requires_grad=True)
+    wanted = [z, *predictor.parameters(), *schedule.parameters()]
+    loss = predictor(z, schedule(torch.tensor([0.1, 0.4, 0.8], dtype=F64))).square().sum()
+    once = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    again = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    for first, second in zip(once, again, strict=True):
+        assert (first is None) == (second is None)
+        if first is not None and second is not None:
+            torch.testing.assert_close(second.detach(), first)
+    predictor.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = predictor(z.float(), LinearLogSNR(-6.0, 5.0)(torch.tensor([0.1, 0.4, 0.8]))).square().sum()
+        inside = torch.autograd.grad(loss, list(predictor.parameters()), retain_graph=True)
+    outside = torch.autograd.grad(loss, list(predictor.parameters()))
+    for first, second in zip(inside, outside, strict=True):
+        assert torch.equal(first, second)
+
+
 def test_examples_weighed_in_blocks_without_a_gradient_are_those_weighed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five examples of different noise, two at once and one left over."""
     predictor, level = full(), LinearLogSNR(-6.0, 5.0)(torch.linspace(0.1, 0.9, 5, dtype=F64))

@@ -121,15 +121,18 @@ def test_bins_are_equal_parts_of_the_interval() -> None:
     assert {round(b - a, 12) for a, b in pairwise(bin_centers(256).tolist())} == {round(2 / 256, 12)}
 
 
-def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples alternate between no noise and so much that every level is likely; the noiseless ones must come back."""
-    decoder = DiscretizedGaussian(4)
-    x = decoder.values[torch.randint(4, (7, 5), generator=torch.Generator().manual_seed(0))]
-    quiet, loud = start(-14.0, 1), start(8.0, 1)
+@pytest.mark.parametrize(("count", "loudest"), [(4, 8.0), (256, -6.0)], ids=["all levels", "near ones"])
+def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(count: int, loudest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples alternate between no noise and so much that several levels are likely; the noiseless ones must come back."""
+    decoder = DiscretizedGaussian(count)
+    x = decoder.values[torch.randint(count, (7, 5), generator=torch.Generator().manual_seed(0))]
+    quiet, loud = start(-18.0, 1), start(loudest, 1)
     level = quiet
     for index in range(1, 7):
         level = level.cat(loud if index % 2 else quiet)
-    monkeypatch.setattr("ndm.decoder.MOST_LOGITS", 3 * 5 * 4)  # three examples at once, and one left over
+    monkeypatch.setattr(
+        "ndm.decoder.MOST_LOGITS", 3 * 5 * min(count, 2 * decoder._reach(level) + 1)
+    )  # three examples at once, and one left over
     drawn = decoder.sample(level.expand(x).alpha * x, level, torch.Generator().manual_seed(1))
     assert drawn.shape == x.shape and torch.equal(drawn[::2], x[::2]) and not torch.equal(drawn[1::2], x[1::2])
 

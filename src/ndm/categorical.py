@@ -36,7 +36,8 @@ from ndm.weighing import posterior_mean, summarise
 class CategoricalPredictor(Predictor):
     """x̂ as the posterior mean over the values of the grid, for images ``(B, C, H, W)``.
 
-    Takes L numbers for each dimension of the data, seven times over and more in training: 0.8 MB each for one 28x28 image of 256 grey levels. It takes latents for
+    Computes with L numbers for each dimension of the data, some examples at a time (:mod:`ndm.weighing`); within torch.func, forward mode and compiled code it
+    holds them for the whole batch, a dozen of them for a gradient: 0.8 MB each for one 28x28 image of 256 grey levels. It takes latents for
     noisy data, so F may leave x only where there is noise: the identity, :class:`ndm.GatedTransform` and :class:`ndm.SeparableTransform` as it comes.
 
     Args:
@@ -80,7 +81,7 @@ class CategoricalPredictor(Predictor):
             s, w = z.to(full).flatten(1) / unit[:, None], (alpha / unit)[:, None] * v
             embedded, counts = summarise(s, w, self.values.weight.T.to(full))
         features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, level).movedim(1, -1).flatten(1, -2)
-        if torch.is_autocast_enabled(z.device.type):
+        if torch.is_autocast_enabled(z.device.type) and features.dtype != torch.float64:
             features = features.to(torch.get_autocast_dtype(z.device.type))
         with torch.autocast(z.device.type, enabled=False):
             c = torch.exp(_UNIT * self.copies.to(full))

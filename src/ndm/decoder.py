@@ -165,7 +165,7 @@ class DiscretizedGaussian(Decoder):
             probabilities = torch.softmax(exponent, dim=-1)
             chosen = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
             parts.append(levels.expand_as(exponent).gather(-1, chosen.view(*exponent.shape[:-1], 1))[..., 0])
-        return torch.cat(parts) if parts else z
+        return torch.cat(parts).to(z.dtype) if parts else z
 
 
 class NetworkDecoder(Decoder):

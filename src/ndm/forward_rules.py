@@ -70,8 +70,15 @@ class Convolution(Function):
 
 def through(formula: Callable[..., Any], inputs: Sequence[Tensor | None], gradient: Tensor | Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of a plain formula, of one output or several, in those of its inputs that want one, such that they can be differentiated again."""
-    wanted = {index: value for index, value in enumerate(inputs) if value is not None and value.requires_grad}
-    found = dict(zip(wanted, torch.autograd.grad(formula(*inputs), list(wanted.values()), gradient, create_graph=True), strict=True))
+    # An input may depend on another one, and the way through it must not count.
+    aliases = [None if value is None else value.view_as(value) for value in inputs]
+    wanted = {index: value for index, value in enumerate(aliases) if value is not None and value.requires_grad}
+    outputs = formula(*aliases)
+    pairs = [(outputs, gradient)] if isinstance(outputs, Tensor) else zip(outputs, gradient, strict=True)
+    outputs, gradients = zip(*((output, by) for output, by in pairs if output.requires_grad), strict=True)
+    found = dict(
+        zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), gradients, create_graph=True, allow_unused=True), strict=True)
+    )
     return [found.get(index) for index in range(len(inputs))]
 
 

@@ -8,7 +8,8 @@ For numbers s_i = z_i/(sqrt(2) sigma) and values w_k = alpha v_k/(sqrt(2) sigma)
     p_{ik} = \operatorname{softmax}_k\bigl(\ell_{ik} + \log(1 + c (n_k - r_{ik})) - (s_i - w_k)^2\bigr), \qquad \hat x_i = \sum_k p_{ik} v_k,
 
 with l a linear map of K features of each place. Everything with an index k has L times as many numbers as the data. Autograd would hold a dozen
-of them for the whole batch, and wait for memory most of the time; here nothing of that size outlives a block. With g = d loss/d x̂,
+of them for the whole batch, and wait for memory most of the time; here nothing of that size outlives a block, unless gradients are to be differentiated
+again, or within torch.func and forward mode. With g = d loss/d x̂,
 
 .. math::
     \frac{\partial}{\partial \ell_{ik}} = p_{ik} (v_k - \hat x_i) g_i =: a_{ik}, \qquad
@@ -26,8 +27,8 @@ from torch.autograd import Function
 from ndm.forward_rules import through
 from ndm.nesting import NOTHING, nesting
 
-_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**26
-"""Numbers with an index k in a block: 256 kB, so that half a dozen of them stay in a core's own cache; 256 MB."""
+_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
+"""Numbers with an index k in a block, of which a backward pass holds about eight: 1 MB each in float32, 64 MB."""
 
 
 def summarise(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +57,10 @@ def _summary(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     square = (s[..., None] - w[:, None]).square()
-    r = torch.softmax(-square, dim=-1)
-    logits = nnf.linear(features, weight.to(features.dtype)).to(r.dtype) + bias
+    less = (n[:, None] - torch.softmax(-square, dim=-1)).clamp(min=0)  # n may have been summed up in another order
+    logits = nnf.linear(features, weight.to(features.dtype)).to(s.dtype) + bias
     # log1p takes thrice as long, for digits that the sum does not keep.
-    return torch.softmax(logits + torch.log(1 + c * (n[:, None] - r)) - square, dim=-1) @ v
+    return torch.softmax(logits + torch.log(1 + c * less) - square, dim=-1) @ v
 
 
 def _blocks(s: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -108,6 +109,8 @@ class _Summary(Function):
     def forward(ctx: Any, s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(s, w, embedding)
         e, n = s.new_empty(*s.shape, embedding.shape[1]), torch.zeros_like(w)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(n)
         for b, d in _blocks(s, w):
             r = _Block(s[b, d], w[b]).r
             e[b, d] = r @ embedding
@@ -117,16 +120,18 @@ class _Summary(Function):
     @staticmethod
     def backward(ctx: Any, de: Tensor, dn: Tensor) -> tuple[Any, ...]:
         inputs = s, w, embedding = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            return tuple(through(_summary, inputs, (de, dn)))
-        ds, dw, dembedding = (torch.zeros_like(value) for value in inputs)
-        for b, d in _blocks(s, w):
-            block = _Block(s[b, d], w[b])
-            dembedding.addmm_(block.r.flatten(0, 1).T, de[b, d].flatten(0, 1))
-            slopes = block.slope(_through_softmax((de[b, d] @ embedding.T).add_(dn[b, None]), block.r))
-            ds[b, d] = slopes[0]
-            dw[b] += slopes[1]
-        return ds, dw, dembedding
+        with torch.autocast(s.device.type, enabled=False):
+            if torch.is_grad_enabled():  # to be differentiated again
+                return tuple(through(_summary, inputs, (de, dn)))
+            ds, dw, dembedding = (torch.zeros_like(value) for value in inputs)
+            for b, d in _blocks(s, w):
+                block = _Block(s[b, d], w[b])
+                dembedding.addmm_(block.r.flatten(0, 1).T, de[b, d].flatten(0, 1))
+                if any(ctx.needs_input_grad[:2]):
+                    slopes = block.slope(_through_softmax((de[b, d] @ embedding.T).add_(dn[b, None]), block.r))
+                    ds[b, d] = slopes[0]
+                    dw[b] += slopes[1]
+            return ds, dw, dembedding
 
 
 class _PosteriorMean(Function):
@@ -142,22 +147,23 @@ class _PosteriorMean(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         inputs = s, w, n, c, v, features, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            return tuple(through(_mean, inputs, gradient))
-        ds, dw, dn, dc, dfeatures, dweight, dbias = (torch.zeros_like(value) for value in (s, w, n, c, features, weight, bias))
-        narrow = weight.to(features.dtype)
-        for b, d in _blocks(s, w):
-            block = _Block(s[b, d], w[b])
-            a = _through_softmax(gradient[b, d, None] * v, block.weigh(n[b], c, features[b, d], narrow, bias))
-            low = a.to(features.dtype).flatten(0, 1)
-            dfeatures[b, d] = (low @ narrow).view_as(features[b, d])
-            dweight += low.T @ features[b, d].flatten(0, 1)
-            dbias += a.sum((0, 1))
-            odd = torch.div(a, block.odds, out=block.odds)
-            dc += torch.dot(odd.flatten(), block.less.flatten())
-            odd.mul_(c)
-            dn[b] += odd.sum(1)
-            slopes = block.slope(a.sub_(_through_softmax(odd, block.r)))
-            ds[b, d] = slopes[0]
-            dw[b] += slopes[1]
-        return ds, dw, dn, dc, None, dfeatures, dweight, dbias
+        with torch.autocast(s.device.type, enabled=False):
+            if torch.is_grad_enabled():  # to be differentiated again
+                return tuple(through(_mean, inputs, gradient))
+            ds, dw, dn, dc, dfeatures, dweight, dbias = (torch.zeros_like(value) for value in (s, w, n, c, features, weight, bias))
+            narrow = weight.to(features.dtype)
+            for b, d in _blocks(s, w):
+                block = _Block(s[b, d], w[b])
+                a = _through_softmax(gradient[b, d, None] * v, block.weigh(n[b], c, features[b, d], narrow, bias))
+                low = a.to(features.dtype).flatten(0, 1)
+                dfeatures[b, d] = (low @ narrow).view_as(features[b, d])
+                dweight += low.T @ features[b, d].flatten(0, 1)
+                dbias += a.sum((0, 1))
+                odd = torch.div(a, block.odds, out=block.odds)
+                dc += torch.dot(odd.flatten(), block.less.flatten())
+                if any(ctx.needs_input_grad[:3]):
+                    dn[b] += odd.mul_(c).sum(1)
+                    slopes = block.slope(a.sub_(_through_softmax(odd, block.r)))
+                    ds[b, d] = slopes[0]
+                    dw[b] += slopes[1]
+            return ds, dw, dn, dc, None, dfeatures, dweight, dbias

@@ -231,6 +231,17 @@ def test_another_configuration_in_the_same_folder(
     assert (finished / "config.yaml").read_bytes() == before
 
 
+def test_a_run_of_a_version_that_had_fewer_settings_goes_on(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With their defaults; another value of one is refused."""
+    run = copy_of(finished, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["train"].pop("optimizer") == "adamw"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "--out", str(run)]) == 0
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    refused(capsys, ["train", "--out", str(run), "--train.optimizer=soap"], "train.optimizer", "'adamw'", "'soap'")
+
+
 @pytest.mark.parametrize(
     ("words", "culprit"),
     [

@@ -1,5 +1,6 @@
 """``ndm train``: train a model, or go on with an interrupted run."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,10 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
     if not (out / CONFIG).exists():
         return
-    stored = read_config(out)
-    old, new = _flat(stored), _flat(config)
+    old, new = _flat(read_config(out)), _flat(config)
+    if new.keys() - old.keys():  # perhaps settings that the version which wrote it did not have
+        with contextlib.suppress(UserError):
+            old = _flat(resolved(["--config", str(out / CONFIG), "--out", str(out)]))
     ignored = {f"train.{name}" for name in MACHINE_SETTINGS}
     changed = sorted(key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key))
     if changed:

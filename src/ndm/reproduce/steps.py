@@ -96,7 +96,7 @@ class Plan:
             return cls()
         # Three quarters of the configuration's steps.
         of_data = ("--train.steps", "3000", "--train.ema", "0.998", "--train.evaluation_limit", "500")
-        return cls(**plan, words=of_data, draws=8, limit=500, nll_limit=32, images=500, real=10_000)
+        return cls(**plan, words=of_data, draws=8, limit=500, nll_limit=32, images=250, real=10_000)
 
 
 def run(report: Report) -> None:
