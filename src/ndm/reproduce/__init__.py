@@ -67,13 +67,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "ot-1d",
             "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
-            {"small": "12 minutes of one core", "smoke": _SMOKE},
+            {"small": "a quarter of an hour of one core", "smoke": _SMOKE},
             "transport",
         ),
         Experiment(
             "ot-2d",
             "the same in the plane: four Gaussians whose optimal map is known",
-            {"small": "10 minutes of one core", "smoke": _SMOKE},
+            {"small": "12 minutes of one core", "smoke": _SMOKE},
             "transport_plane",
         ),
         Experiment(
@@ -86,7 +86,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "steps",
             "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
-            {"small": "a quarter of an hour of two cores on digits, an hour on MNIST", "smoke": _SMOKE},
+            {"small": "a quarter of an hour of two cores on digits, an hour or more on MNIST (an estimate)", "smoke": _SMOKE},
             "steps",
             takes_data=True,
         ),
