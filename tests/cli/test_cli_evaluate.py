@@ -104,14 +104,15 @@ def test_the_batch_size_does_not_change_the_number_and_a_limit_is_told(
 ) -> None:
     first, second = (
         evaluate(
-            digits_run, tmp_path / "e.json", "--nll", "--nelbo", "--solver", "rk4", "--limit", "30", "--draws", "2", "--batch_size", size
+            *(digits_run, tmp_path / "e.json", "--nll", "--nelbo", "--solver", "rk4", "--nodes", "16"),
+            *("--limit", "15", "--draws", "2", "--batch_size", size),
         )
-        for size in ("7", "30")
+        for size in ("4", "15")
     )
     for name in ("nll_bpd", "nelbo_bpd", "nll_bpd_stderr", "nelbo_bpd_stderr"):
         assert first[name] == pytest.approx(second[name], rel=2e-4)
-    assert (first["num_examples"], first["split_size"], first["limit"]) == (30, 359, 30)
-    assert "30 of 359 (--limit)" in capsys.readouterr().out
+    assert (first["num_examples"], first["split_size"], first["limit"]) == (15, 359, 15)
+    assert "15 of 359 (--limit)" in capsys.readouterr().out
 
 
 def test_two_processes_agree_with_one_and_do_not_wait_for_each_other(digits_run: Path, tmp_path: Path) -> None:
