@@ -74,7 +74,7 @@ def _blocks(s: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """softmax over k that takes whatever is less than e^-50 of the largest for that: CPUs take a hundred times as long for denormal numbers."""
+    """softmax over k that takes whatever is less than e^-50 of the largest for that: CPUs take many times as long for denormal numbers."""
     weights = (x - x.amax(-1, keepdim=True)).clamp_(min=-50).exp_()
     return weights.mul_(weights.sum(-1, keepdim=True).reciprocal_())
 
