@@ -120,9 +120,7 @@ class DiscretizedGaussian(Decoder):
     def logits(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """Log-probabilities of every level; ``(B, *event, L)``, nats."""
         at = level.expand(z)
-        grid = self.grid(z)
-        standardised = (z / at.alpha)[..., None] - grid
-        return torch.log_softmax(-0.5 * (standardised * (at.alpha / at.sigma)[..., None]) ** 2, dim=-1)
+        return torch.log_softmax(self._likely(z / at.alpha, at.alpha / at.sigma, len(self.values))[1], dim=-1)
 
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)

@@ -94,10 +94,11 @@ class _Block:
         logits = nnf.linear(features, weight).to(self.r.dtype).add_(bias)
         return _softmax(logits.add_(self.odds.log()).add_(self.exponent))
 
-    def slope(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of s and w by that of the exponent, which is overwritten."""
+    def add_slopes(self, gradient: Tensor, ds: Tensor, dw: Tensor) -> None:
+        """Add the gradients of s and w to what is there, by that of the exponent, which is overwritten."""
         moved = gradient.mul_(self.difference)
-        return moved.sum(2).mul_(-2), moved.sum(1).mul_(2)
+        ds.sub_(moved.sum(2), alpha=2)
+        dw.add_(moved.sum(1), alpha=2)
 
 
 def _through_softmax(gradient: Tensor, value: Tensor) -> Tensor:
@@ -128,9 +129,7 @@ class _Summary(Function):
                 block = _Block(s[b, d], w[b])
                 dembedding.addmm_(block.r.flatten(0, 1).T, de[b, d].flatten(0, 1))
                 if any(ctx.needs_input_grad[:2]):
-                    slopes = block.slope(_through_softmax((de[b, d] @ embedding.T).add_(dn[b, None]), block.r))
-                    ds[b, d] = slopes[0]
-                    dw[b] += slopes[1]
+                    block.add_slopes(_through_softmax((de[b, d] @ embedding.T).add_(dn[b, None]), block.r), ds[b, d], dw[b])
             return ds, dw, dembedding
 
 
@@ -163,7 +162,5 @@ class _PosteriorMean(Function):
                 dc += torch.dot(odd.flatten(), block.less.flatten())
                 if any(ctx.needs_input_grad[:3]):
                     dn[b] += odd.mul_(c).sum(1)
-                    slopes = block.slope(a.sub_(_through_softmax(odd, block.r)))
-                    ds[b, d] = slopes[0]
-                    dw[b] += slopes[1]
+                    block.add_slopes(a.sub_(_through_softmax(odd, block.r)), ds[b, d], dw[b])
             return ds, dw, dn, dc, None, dfeatures, dweight, dbias
