@@ -1,6 +1,8 @@
 """``ndm reproduce steps``: everything works, evaluations are counted where they happen, and what was computed is not computed again."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +95,50 @@ def test_counting_evaluations_of_predictor_and_transformation(method: str, cost:
         assert count["predictor"] == 6 * 5 * cost, "nothing counts afterwards"
 
 
-def test_data_are_of_the_user_or_of_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(*words: str) -> str:
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that says what is wrong."""
+
+    def line(*words: str) -> str:
         capsys.readouterr()
         assert main(["reproduce", *words]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         return lines[0]
 
+    return line
+
+
+def test_runs_that_are_there_are_measured_alike(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    ddpm, ndm, again = str(out / "runs" / "ddpm"), str(out / "runs" / "ndm"), tmp_path / "again"
+    command = ["steps", "--size", "smoke", "--out", str(again)]
+    monkeypatch.setattr("ndm.reproduce.report.run_train", lambda *_: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr("ndm.reproduce.steps.quality", lambda *_: None)
+    assert main(["reproduce", *command, "--runs", ddpm, ndm]) == 0
+    first, second = read(out), read(again)
+    assert {k: v["bpd"] for k, v in second["measurements"].items()} == {k: v["bpd"] for k, v in first["measurements"].items()}
+    assert f"--runs {ddpm} {ndm}" in second["command"]
+    assert "models is" in refused(*command), "the folder holds the measures of other models"
+    assert "models is" in refused(*command[:-1], str(out), "--runs", ddpm, ndm)
+
+
+def test_runs_that_cannot_be_compared_are_refused(out: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    ddpm, ndm, command = str(out / "runs" / "ddpm"), str(out / "runs" / "ndm"), ["steps", "--size", "smoke", "--out"]
+    assert "the first transforms its data" in refused(*command, str(tmp_path / "a"), "--runs", ndm, ddpm)
+    assert "there is no run" in refused(*command, str(tmp_path / "b"), "--runs", ddpm, str(tmp_path / "none"))
+    assert "leave it out beside --runs" in refused(*command, str(tmp_path / "c"), "--runs", ddpm, ndm, "--data", str(tmp_path))
+    assert "nothing is trained" in refused(*command, str(tmp_path / "d"), "--runs", ddpm, ndm, "--", "--train.steps", "3")
+    assert "trains its models itself" in refused("ot-1d", *command[1:], str(tmp_path / "e"), "--runs", ddpm, ndm)
+    other = tmp_path / "other"
+    shutil.copytree(ndm, other)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("test_fraction: 0.2", "test_fraction: 0.3"))
+    assert "trained on different data" in refused(*command, str(tmp_path / "f"), "--runs", ddpm, str(other))
+
+
+def test_data_are_of_the_user_or_of_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:
     empty = str(tmp_path / "empty")
     Path(empty).mkdir()
     assert "train-images-idx3-ubyte" in refused("steps", "--size", "smoke", "--data", empty, "--out", str(tmp_path / "a"))
@@ -108,4 +146,4 @@ def test_data_are_of_the_user_or_of_the_experiment(tmp_path: Path, capsys: pytes
     assert "has the sizes small, smoke" in refused("steps", "--size", "huge", "--out", str(tmp_path / "c"))
     assert main(["reproduce", "--list"]) == 0
     listing = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert [line.endswith("(or --data FOLDER)") for line in listing if line.split(":")[0] in ("checkerboard", "steps")] == [False, True]
+    assert ["(or --data FOLDER)" in line for line in listing if line.split(":")[0] in ("checkerboard", "steps")] == [False, True]

@@ -27,6 +27,8 @@ class Experiment:
     """Whether the user has to say where the data are."""
     takes_data: bool = False
     """Whether the user may say where other data are than those that the experiment has by itself."""
+    takes_runs: bool = False
+    """Whether it can measure runs that the user names instead of training."""
     takes_features: bool = False
     """Whether FID is measured by a feature network that the user names."""
 
@@ -89,6 +91,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             {"small": "a quarter of an hour of two cores on digits, an hour or more on MNIST (an estimate)", "smoke": _SMOKE},
             "steps",
             takes_data=True,
+            takes_runs=True,
         ),
         *(
             Experiment(

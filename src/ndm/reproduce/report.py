@@ -28,7 +28,7 @@ from ndm.errors import UserError
 from ndm.model import NDM
 from ndm.parallel import started_first
 from ndm.report import Measurement
-from ndm.serialize import read_json, write_atomically, write_json
+from ndm.serialize import fingerprint, read_json, write_atomically, write_json
 from ndm.train.run import METRICS
 from ndm.viz import write_figure
 
@@ -59,9 +59,10 @@ class Report:
         data: folder of the user's data, for the experiments that take one; ``words`` hand it to the runs.
         features: TorchScript file of the feature network for FID, for the experiments that take one.
         jobs: trainings at once.
+        runs: folders of trained runs to measure, for the experiments that take them.
 
     Raises:
-        UserError: the folder holds another experiment, or the same with another size or seed.
+        UserError: the folder holds another experiment, or the same with another size, seed or models.
     """
 
     def __init__(
@@ -75,21 +76,25 @@ class Report:
         data: str | None = None,
         features: str | None = None,
         jobs: int = 1,
+        runs: Sequence[str] = (),
     ):
         self.name, self.out, self.size, self.seed, self.jobs = name, out, size, seed, jobs
         self.words, self.command, self.data, self.features = tuple(words), command, data, features
+        self.runs = tuple(Path(run) for run in runs)
         self._started = time.perf_counter()
         self._page: list[str] = []
         self._figures: list[str] = []
         self._numbers: dict[str, Any] = {}
         self._measurements: dict[str, Any] = {}
         self._checks: list[dict[str, Any]] = []
-        about = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
+        about: dict[str, Any] = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
+        if self.runs:
+            about["models"] = [fingerprint(load_run(run))[:16] for run in self.runs]
         stored = read_json(out / "experiment.json") if (out / "experiment.json").exists() else about
-        for key, value in about.items():
-            if stored.get(key) != value:
+        for key in about | stored:
+            if stored.get(key) != about.get(key):
                 raise UserError(
-                    f"{out} holds another experiment: {key} is {stored.get(key)!r} there and {value!r} here; choose another --out"
+                    f"{out} holds another experiment: {key} is {stored.get(key)!r} there and {about.get(key)!r} here; choose another --out"
                 )
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; give a folder")

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ndm.commands.parsing import load_data, load_run
 from ndm.commands.sample import draw_samples
 from ndm.data import DataSource, spread
 from ndm.elbo import bits_per_dim
+from ndm.errors import UserError
 from ndm.evaluate import Evaluation, standard_error
 from ndm.likelihood import OdeSettings
 from ndm.model import NDM
@@ -32,6 +34,8 @@ from ndm.report import Measurement, plus_minus
 from ndm.reproduce.report import QUALITY, Report
 from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
 from ndm.sample import Method
+from ndm.serialize import to_config
+from ndm.transform import Identity
 
 MODELS: Mapping[str, tuple[str, ...]] = {"DDPM": ("--model.transform", "ndm.Identity"), "NDM": ()}
 """Models and their words for ndm train."""
@@ -73,7 +77,8 @@ class Plan:
     @classmethod
     def of(cls, report: Report) -> "Plan":
         """The plan of a size and of the data."""
-        plan: dict[str, Any] = {} if report.data is None else {"config": "mnist-small.yaml"}
+        digits = report.data is None and not report.runs
+        plan: dict[str, Any] = {} if digits else {"config": "mnist-small.yaml"}
         if report.smoke:
             channels, steps = ("--model.predictor.network.channels", "8"), ("--train.steps", "4", "--train.batch_size", "16")
             words = (*channels, *steps, "--train.evaluation_limit", "8", "--train.evaluation_draws", "1")
@@ -92,7 +97,7 @@ class Plan:
                 pictures=(1, 2),
                 rows=1,
             )
-        if report.data is None:
+        if digits:
             return cls()
         # Three quarters of the configuration's steps.
         of_data = ("--train.steps", "3000", "--train.ema", "0.998", "--train.evaluation_limit", "500")
@@ -102,14 +107,41 @@ class Plan:
 def run(report: Report) -> None:
     """Train DDPM and NDM, measure bounds and sample quality, draw them."""
     plan = Plan.of(report)
-    trained = report.train_all({name.lower(): report.words_for(plan.config, *words, *plan.words) for name, words in MODELS.items()})
-    models, data = {name: trained[name.lower()][0] for name in MODELS}, next(iter(trained.values()))[1]
+    models, data = given(report) if report.runs else trained(report, plan)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
-    report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}; the predictors are the same.")
+    alike = to_config(models["DDPM"].predictor) == to_config(models["NDM"].predictor)
+    report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}{'; the predictors are the same' * alike}.")
     bounds(report, plan, models, data)
     quality(report, plan, models, data)
     figure = sample_figure(pictures(report, plan, models, data))
     report.figure("samples", figure, "Samples of one seed; above each grid, evaluations of the predictor")
+
+
+def trained(report: Report, plan: Plan) -> tuple[dict[str, NDM], DataSource]:
+    """DDPM and NDM trained here, and their data."""
+    found = report.train_all({name.lower(): report.words_for(plan.config, *words, *plan.words) for name, words in MODELS.items()})
+    return {name: found[name.lower()][0] for name in MODELS}, found["ndm"][1]
+
+
+def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
+    """DDPM and NDM of the runs that the user names, and their data.
+
+    Raises:
+        UserError: the first is no DDPM, or the two were trained on different data or on no images.
+    """
+    models = {name: load_run(run) for name, run in zip(MODELS, report.runs, strict=True)}
+    first, second = (load_data(run) for run in report.runs)
+    where, what = f"--runs {' '.join(map(str, report.runs))}", first.describe()
+    if not isinstance(models["DDPM"].transform, Identity):
+        raise UserError(
+            f"{where}: the first transforms its data; name a run with --model.transform ndm.Identity first, then that of the NDM"
+        )
+    if second.describe() != what:
+        both = " and ".join(f"{one.name} ({one.version})" for one in (what, second.describe()))
+        raise UserError(f"{where}: trained on different data, {both}; name two runs on the same")
+    if len(what.event_shape) != 3:
+        raise UserError(f"{where}: {what.name} has examples of shape {what.event_shape}; name runs on images")
+    return models, first
 
 
 def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
