@@ -39,8 +39,8 @@ def _bounds(axis: Any, records: Mapping[str, Mapping[str, Any]], models: Sequenc
     for name in models:
         key, colour = name.lower(), COLOURS[name]
         plain = [records[f"{key}-{horizon or CONTINUOUS}"] for horizon in horizons]
-        fitted = [records[f"{key}-{horizon}-fitted"] for horizon in finite]
-        lines = {f"{name}, variance v": (where, plain, "o", "-"), f"{name}, fitted variance": (finite, fitted, "s", "--")}
+        fits = {horizon: records[f"{key}-{horizon}-fitted"] for horizon in finite if f"{key}-{horizon}-fitted" in records}
+        lines = {f"{name}, variance v": (where, plain, "o", "-"), f"{name}, fitted variance": ([*fits], [*fits.values()], "s", "--")}
         for label, (x, points, mark, line) in lines.items():
             values, errors = [one["bpd"] for one in points], [one["bpd_stderr"] or 0.0 for one in points]
             axis.errorbar(x, values, errors, color=colour, marker=mark, linestyle=line, markersize=5, linewidth=1.6, capsize=2, label=label)
