@@ -30,9 +30,9 @@ class Says(nn.Module):
         return self.features[None, :, None, None, None].expand(len(x), -1, self.channels, *x.shape[2:])
 
 
-def saying(log_frequencies: Tensor, channels: int = 1, log_c: float = -50.0) -> CategoricalPredictor:
+def saying(log_frequencies: Tensor, channels: int = 1, log_c: float = -50.0, palettes: int = 0) -> CategoricalPredictor:
     """One whose logits are those numbers everywhere; unless log c says otherwise, copies count for nothing."""
-    predictor = CategoricalPredictor(Says(torch.ones(1, dtype=F64), channels), len(log_frequencies), 3, 2).double()
+    predictor = CategoricalPredictor(Says(torch.ones(1, dtype=F64), channels), len(log_frequencies), 3, 2, palettes).double()
     with torch.no_grad():
         predictor.logits.weight.copy_(log_frequencies[:, None])
         predictor.copies.fill_(log_c / 5)
@@ -94,10 +94,58 @@ def test_odds_of_two_values_are_those_of_an_urn() -> None:
     torch.testing.assert_close(found[:-1], x.flatten()[:-1], rtol=0, atol=1e-9)
 
 
+SHARES = torch.tensor([0.3, 0.7], dtype=F64)
+KINDS = torch.tensor([[0.6, 0.01, 0.3, 0.01, 0.07, 0.01], [0.6, 0.3, 0.01, 0.07, 0.01, 0.01]], dtype=F64)
+
+
+def of_two_kinds() -> CategoricalPredictor:
+    predictor = saying(torch.zeros(6, dtype=F64), palettes=2)
+    assert predictor.mixture is not None
+    with torch.no_grad():
+        predictor.mixture.frequencies.copy_(KINDS.log() + 3)
+        predictor.mixture.shares.copy_(SHARES.log())
+    return predictor
+
+
+@pytest.mark.parametrize("gamma", [-6.0, -2.0, 0.0, 3.0])
+def test_examples_of_two_kinds_are_predicted_by_their_posterior_mean(gamma: float) -> None:
+    """By Bayes' rule for the kind and then for each place, with all places but that one, or nearly so with all."""
+    predictor, level = of_two_kinds(), at(gamma, 4)
+    alpha, sigma = float(level.alpha[0]), float(level.sigma[0])
+    generator, values = torch.Generator().manual_seed(0), ndm.DiscretizedGaussian(6).values.double()
+    x = values[torch.stack([torch.multinomial(KINDS[kind], 900, True, generator=generator) for kind in (0, 0, 1, 1)])]
+    z = alpha * x + sigma * torch.randn(x.shape, dtype=F64, generator=generator)
+    likely = torch.exp(-0.5 * ((z[..., None] - alpha * values) / sigma) ** 2)  # (4, 900, 6)
+    of_place = torch.einsum("bik,hk->bih", likely, KINDS)
+    evidence = SHARES.log() + of_place.log().sum(1)
+    kinds = (evidence[:, None] - of_place.log()).softmax(-1)  # by all other places
+    weights = torch.einsum("bih,hk,bik->bik", kinds, KINDS, likely)
+    expected = (weights @ values) / weights.sum(-1)
+    found = predictor(z.reshape(4, 1, 30, 30), level).detach().flatten(1)
+    error = float((found - expected).square().mean().sqrt() / expected.std())
+    assert error < (1e-3 if gamma < 0 else 0.02), "a place's own say matters where kinds are in doubt"
+    if gamma < 0:
+        assert evidence.argmax(1).tolist() == [0, 0, 1, 1]
+    else:
+        assert gamma < 3 or float(evidence.softmax(-1).min()) > 0.02, "nothing is certain"
+
+
+def test_without_signal_kinds_count_by_their_shares_and_the_network_sees_them() -> None:
+    predictor = of_two_kinds()
+    level = replace(ndm.FlowMatching()(torch.tensor([1.0], dtype=F64)), sigma=torch.ones(1, dtype=F64))
+    found = predictor(torch.full((1, 1, 2, 2), 0.4, dtype=F64), level)
+    mean = SHARES @ KINDS @ ndm.DiscretizedGaussian(6).values.double()
+    torch.testing.assert_close(found.detach(), mean.expand(1, 1, 2, 2))
+    assert predictor.kinds is not None
+    counts = torch.full((6,), 4 / 6, dtype=F64)
+    seen = predictor.frequencies(torch.log1p(counts)) + predictor.kinds.weight @ SHARES
+    torch.testing.assert_close(predictor.network.seen[0, -2:, 0, 0], seen.detach())
+
+
 def full(levels: int = 6, outputs: int = 4, noisy: float = 0.5) -> CategoricalPredictor:
     """With a small U-Net and weights at random."""
     torch.manual_seed(0)
-    predictor = CategoricalPredictor(UNet(2, 8, (1,), outputs=outputs, context=2 * 3 + 2), levels, 3, 2)
+    predictor = CategoricalPredictor(UNet(2, 8, (1,), outputs=outputs, context=2 * 3 + 2), levels, 3, 2, palettes=3)
     with torch.no_grad():
         for parameter in predictor.parameters():
             parameter.add_(noisy * torch.randn_like(parameter))
@@ -207,7 +255,8 @@ def test_a_value_counts_for_much_and_for_all_others_at_once() -> None:
 
 def test_a_model_returns_bit_by_bit_and_trains(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    predictor = CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=5), 8, 4, 1)
+    predictor = CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=5), 8, 4, 1, palettes=2)
+    predictor.initialise([ndm.DiscretizedGaussian(8).values[torch.randint(8, (4, 1, 4, 4))]])
     network = UNet(1, 4, (1,), outputs=2)
     model = ndm.NDM(LinearLogSNR(-8.0, 3.0), ndm.SeparableTransform(network), predictor, ndm.DiscretizedGaussian(8))
     x = ndm.DiscretizedGaussian(8).values[torch.randint(8, (4, 1, 4, 4))].float()
@@ -229,6 +278,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: CategoricalPredictor(None, 8), "needs an nn.Module"),  # type: ignore[arg-type]
         (lambda: CategoricalPredictor(network, 1), "levels=1"),
         (lambda: CategoricalPredictor(network, 8, embedding=0), "embedding=0"),
+        (lambda: CategoricalPredictor(network, 8, palettes=-1), "palettes=-1"),
         (
             lambda: CategoricalPredictor(network, 8, palette=8)(torch.zeros(2, 1, 4, 4), level),
             r"\(2, 25, 4, 4\); set image_channels .*context",

@@ -18,16 +18,22 @@ likely to occur:
     n_k = \sum_i r_{ik}, \qquad h = A \log(1 + n) + a :
 
 where noise is low, a table of values is looked up, and where it is high, r is flat. Values repeat within an example more often than by chance (images have flat
-parts and few colours), so that the logits get log(1 + c (n_k - r_ik)) on top, as from a Pólya urn, with a learned c. r takes the latent for
-one of x, so F(x, t) has to be close to x where noise is low, as it is with the log-SNR gated and the time-separable form. The loss stays the variational bound;
-nothing here is trained by cross entropy.
+parts and few colours), so that the logits get log(b_k + c (n_k - r_ik)) on top, as from a Pólya urn, with a learned c. What is in the urn at first is b = 1,
+or what the latents say of the kind of example, among some that differ in their frequencies of values (:mod:`ndm.palettes`); the network sees p(h | z) then, too.
+(Place i itself has a say in p(h | z), where the formula above would leave it out: one of D, and D times the work to leave out.)
+
+r takes the latent for one of x, so F(x, t) has to be close to x where noise is low, as it is with the log-SNR gated and the time-separable form. The loss stays
+the variational bound; nothing here is trained by cross entropy.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ndm.decoder import bin_centers
 from ndm.errors import UserError, check_whole
+from ndm.palettes import Palettes
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
 from ndm.weighing import posterior_mean, summarise
@@ -46,9 +52,10 @@ class CategoricalPredictor(Predictor):
         levels: L, at least 2, as many as the decoder has.
         embedding: numbers that the network sees of each value, the length of E_k.
         palette: numbers that the network sees of the frequencies of values in the example, the length of h.
+        palettes: kinds of examples with frequencies of their own, or 0. All are alike until :meth:`initialise` has seen data, as ``ndm train`` does.
     """
 
-    def __init__(self, network: nn.Module, levels: int, embedding: int = 16, palette: int = 16):
+    def __init__(self, network: nn.Module, levels: int, embedding: int = 16, palette: int = 16, palettes: int = 0):
         features = getattr(network, "outputs", None)
         if not isinstance(network, nn.Module) or not isinstance(features, int):
             raise UserError(
@@ -58,10 +65,13 @@ class CategoricalPredictor(Predictor):
         check_whole("levels", levels, 2)
         check_whole("embedding", embedding, 1)
         check_whole("palette", palette, 1)
+        check_whole("palettes", palettes, 0)
         super().__init__(network, "x")
-        self.levels, self.embedding, self.palette = levels, embedding, palette
+        self.levels, self.embedding, self.palette, self.palettes = levels, embedding, palette, palettes
         self.values = nn.Linear(levels, embedding, bias=False)
         self.frequencies = nn.Linear(levels, palette)
+        self.mixture = Palettes(palettes, levels) if palettes else None
+        self.kinds = nn.Linear(palettes, palette, bias=False) if palettes else None
         self.logits = nn.Linear(features, levels)
         self.copies = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.values.weight)
@@ -79,25 +89,45 @@ class CategoricalPredictor(Predictor):
             alpha, unit = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST) * 2**0.5
             v = bin_centers(self.logits.out_features, full, z.device)
             s, w = z.to(full).flatten(1) / unit[:, None], (alpha / unit)[:, None] * v
-            embedded, counts = summarise(s, w, self.values.weight.T.to(full))
-        features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, level).movedim(1, -1).flatten(1, -2)
+            q = v.new_empty(0, len(v)) if self.mixture is None else self.mixture.odds(full)
+            embedded, counts, u = summarise(s, w, self.values.weight.T.to(full), q)
+            kinds = None if self.mixture is None else self.mixture.kinds(u)
+            base = torch.ones_like(counts) if kinds is None else (kinds[:, :, None] * q).sum(1)
+        features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, kinds, level).movedim(1, -1).flatten(1, -2)
         if torch.is_autocast_enabled(z.device.type) and features.dtype != torch.float64:
             features = features.to(torch.get_autocast_dtype(z.device.type))
         with torch.autocast(z.device.type, enabled=False):
             c = torch.exp(_UNIT * self.copies.to(full))
-            x = posterior_mean(s, w, counts, c, v, features, self.logits.weight.to(full), self.logits.bias.to(full))
+            x = posterior_mean(s, w, counts, base, c, v, features, self.logits.weight.to(full), self.logits.bias.to(full))
             return x.view_as(z).to(z.dtype)
 
-    def _features(self, z: Tensor, embedded: Tensor, counts: Tensor, level: NoiseLevel) -> Tensor:
-        """What the network says of z, of e ``(B, C, H, W, E)`` and of n; ``(B, K, C, H, W)``."""
-        palette = self.frequencies(torch.log1p(counts).to(self.frequencies.weight.dtype))[:, :, None, None].expand(-1, -1, *z.shape[2:])
-        seen = torch.cat([z, embedded.movedim(-1, 2).flatten(1, 2).to(z.dtype), palette.to(z.dtype)], dim=1)
+    def _features(self, z: Tensor, embedded: Tensor, counts: Tensor, kinds: Tensor | None, level: NoiseLevel) -> Tensor:
+        """What the network says of z, of e ``(B, C, H, W, E)``, of n and of p(h | z); ``(B, K, C, H, W)``."""
+        palette = self.frequencies(torch.log1p(counts).to(self.frequencies.weight.dtype))
+        if self.kinds is not None and kinds is not None:
+            palette = palette + self.kinds(kinds.to(self.kinds.weight.dtype))
+        everywhere = palette[:, :, None, None].expand(-1, -1, *z.shape[2:])
+        seen = torch.cat([z, embedded.movedim(-1, 2).flatten(1, 2).to(z.dtype), everywhere.to(z.dtype)], dim=1)
         features = self.network(seen, level.t)
         expected = (z.shape[0], self.logits.in_features, *z.shape[1:])
         if not isinstance(features, Tensor) or features.shape != expected:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {expected}")
         return features
+
+    def initialise(self, batches: Iterable[Tensor], seed: int = 0) -> None:
+        """Find the palettes, from ``(N, C, H, W)`` after ``(N, C, H, W)`` on the grid; nothing without palettes. Training goes on from there.
+
+        Some thousand examples are enough: hundreds for each palette.
+        """
+        if self.mixture is not None:
+            self.mixture.initialise(torch.cat([self._counts(x) for x in batches]), seed)
+
+    def _counts(self, x: Tensor) -> Tensor:
+        """How often each value occurs in each example, ``(N, L)``."""
+        levels = self.logits.out_features
+        index = ((x.flatten(1).double() + 1) * levels / 2 - 0.5).round().long().clamp_(0, levels - 1).cpu()
+        return torch.zeros(len(x), levels).scatter_add_(1, index, torch.ones(1).expand(index.shape))
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """There is one output.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ import ndm
 from ndm.cli import main
 from ndm.data import Digits
 from ndm.errors import UserError
-from ndm.nn import MLP
+from ndm.nn import MLP, UNet
 from ndm.parallel import started_first
 from ndm.serialize import read_json
 from ndm.train.module import EMAUpdate, TrainingModule
+from ndm.train.run import fit
 from ndm.train.settings import TrainSettings
 from oracles import Points
 
@@ -209,6 +211,24 @@ def test_validation_leaves_training_untouched(write_config: ConfigWriter, tmp_pa
 def test_accumulation_logs_every_so_many_optimiser_steps(write_config: ConfigWriter, tmp_path: Path) -> None:
     train(write_config(), tmp_path / "run", "--train.accumulate", "4", "--train.log_every", "6")
     assert sum(bool(row.get("train/nelbo_bpd")) for row in log_rows(tmp_path / "run")) == 4  # 24 steps, a row every 6
+
+
+def test_the_predictor_sees_the_data_before_the_first_step_and_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    data, levels = Digits(), 17
+    predictor = ndm.CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=6), levels, 4, 2, palettes=3)
+    model = ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(levels))
+    settings = TrainSettings(steps=1, batch_size=2, accelerator="cpu", devices=1, learning_rate=1e-9, weight_decay=0.0)
+    fit(model, data, settings, tmp_path, 5)
+    assert predictor.mixture is not None
+    expected = ndm.CategoricalPredictor(predictor.network, levels, 4, 2, palettes=3)
+    expected.initialise([data.split("train").__getitems__(range(1438))], 5)
+    assert expected.mixture is not None
+    for name, value in expected.mixture.state_dict().items():
+        assert float(value.std()) > 0.1
+        torch.testing.assert_close(predictor.mixture.state_dict()[name], value, rtol=0, atol=1e-4)
+    monkeypatch.setattr(predictor, "initialise", lambda *_: pytest.fail("it has been trained"))
+    fit(model, data, replace(settings, steps=2), tmp_path, 5)
 
 
 def test_events_that_are_no_pictures_finish_too(write_config: ConfigWriter, tmp_path: Path) -> None:

@@ -27,9 +27,11 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from tqdm import tqdm
 
 from ndm.baselines import histogram_bpd, xz_bpd
-from ndm.data import DataSource
+from ndm.data import DataSource, EventDataset, spread
 from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
@@ -164,6 +166,8 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
         first_step = read_checkpoint(checkpoint)["global_step"]
         if trainer.is_global_zero:
             print(f"{out}: going on from step {first_step} of {settings.steps}", flush=True)
+    else:
+        initialise(model, data.split("train"), seed, progress=trainer.is_global_zero)
     if first_step < settings.steps:
         validation = data.split(settings.validation_split) if settings.validate_every else None
         module = TrainingModule(model, settings, seed, data.split("train"), validation)
@@ -172,6 +176,20 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
         except SystemExit as error:  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from error
     return trainer.is_global_zero
+
+
+def initialise(model: NDM, examples: EventDataset, seed: int = 0, progress: bool = False) -> None:
+    """Let the predictor see up to 20,000 examples before the first step, for :meth:`ndm.Predictor.initialise`; it may not ask for any."""
+
+    def batches() -> Iterator[Tensor]:
+        chosen = spread(len(examples), 20_000)
+        with tqdm(total=len(chosen), desc="looking at the data", unit="example", disable=not progress, delay=1, leave=False) as bar:
+            for start in range(0, len(chosen), 500):
+                x = examples.__getitems__(chosen[start : start + 500])
+                yield x
+                bar.update(len(x))
+
+    model.predictor.initialise(batches(), seed)
 
 
 def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int = 0) -> dict[str, Any] | None:
