@@ -31,7 +31,7 @@ def test_kinds_are_found() -> None:
         with torch.no_grad():
             palettes = found(x, kinds=8, seed=seed)
             q = palettes.odds(F64) / 4
-            belongs = palettes.kinds(x @ q.log().T)
+            belongs = palettes.posterior(x @ q.log().T)
             torch.testing.assert_close(belongs.mean(0), palettes.shares.softmax(0), rtol=0, atol=0.01)
             seen = belongs @ q
             for kind, part in ((0, seen[::10]), (1, seen[1::10]), (2, seen[9::10])):
@@ -49,7 +49,7 @@ def test_no_round_lowers_the_posterior_density_of_frequencies_and_shares(monkeyp
         palettes = found(x, kinds=4)
         log_q, log_shares = palettes.frequencies.detach(), palettes.shares.detach().log_softmax(0)
         objective = float(torch.logsumexp(x @ log_q.T + log_shares, 1).sum() + (log_q @ prior).sum() + log_shares.sum())
-        assert objective > last - 1e-9
+        assert objective > last + 1e-6
         last = objective
 
 
@@ -57,5 +57,5 @@ def test_fewer_examples_than_kinds_and_values_that_do_not_occur() -> None:
     palettes = found(torch.tensor([[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 4.0, 0.0]]), kinds=5)
     odds = palettes.odds(F64).detach()
     assert bool(palettes.frequencies.isfinite().all()) and float(odds.min()) > 0
-    seen = (palettes.kinds(2 * odds[:, 2:3].T.log()).detach() @ odds)[0]
+    seen = (palettes.posterior(2 * odds[:, 2:3].T.log()).detach() @ odds)[0]
     assert float(seen[2]) > 1.5 > float(seen[0]), "two places with the second example's value"

@@ -33,6 +33,16 @@ def bin_centers(levels: int, dtype: torch.dtype = torch.float64, device: torch.d
     return (2 * torch.arange(levels, dtype=dtype, device=device) + 1) / levels - 1
 
 
+def to_grid(levels_of_x: Tensor, levels: int) -> Tensor:
+    """Integer levels 0 ... levels-1 to their bin centres in [-1, 1], float32."""
+    return bin_centers(levels).float()[levels_of_x.long()]
+
+
+def from_grid(x: Tensor, levels: int) -> Tensor:
+    """Nearest integer level of each value, int64: the inverse of :func:`to_grid`."""
+    return (((x.double() + 1) * levels - 1) / 2).round().clamp(0, levels - 1).long()
+
+
 class Decoder(nn.Module, ABC):
     """p(x|z_0), an interface of two methods."""
 

@@ -6,7 +6,7 @@ likelihood of the latent of place i for each value, normalised over k (:mod:`ndm
 .. math::
     p(h \mid z) \propto \pi_h \prod_i \sum_k r_{ik} q_{hk}, \qquad b_k = L \sum_h p(h \mid z)\, q_{hk},
 
-so that b is 1 where nothing is known. Images that were scaled, stretched in contrast or saved with few colours have values that depend on
+so that b averages 1 over k, and is what all examples have where the latents know nothing. Images that were scaled, stretched in contrast or saved with few colours have values that depend on
 how that was done, alike in the whole image.
 
 Gradients alone find no palettes: from a random start, one is a little better than all others and takes all examples. They are found before training by
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _ROUNDS = 40  # of expectation maximisation; most is found after ten
+_UNIFORM = 1e-6  # well above the rounding of n - r, whose logarithm is taken with it
 _PRIOR = 20.0  # places with the frequencies of all examples, that each palette starts from
 
 
@@ -35,10 +36,10 @@ class Palettes(nn.Module):
         self.shares = nn.Parameter(torch.zeros(kinds))
 
     def odds(self, dtype: torch.dtype) -> Tensor:
-        """L q, ``(H, L)``: frequencies over those of a uniform distribution."""
-        return torch.softmax(self.frequencies.to(dtype), dim=1) * self.frequencies.shape[1]
+        """L q, ``(H, L)``: frequencies over those of a uniform distribution, which is mixed in a little: no value is impossible."""
+        return torch.softmax(self.frequencies.to(dtype), dim=1) * self.frequencies.shape[1] * (1 - _UNIFORM) + _UNIFORM
 
-    def kinds(self, u: Tensor) -> Tensor:
+    def posterior(self, u: Tensor) -> Tensor:
         """p(h | z) ``(B, H)`` of u_h, the logarithm of the product over places of sum_k r_ik L q_hk, ``(B, H)``."""
         return torch.softmax(u + self.shares.to(u.dtype), dim=1)
 
@@ -50,7 +51,7 @@ class Palettes(nn.Module):
             counts: how often each value occurs in each example, ``(N, L)``.
             seed: of the examples that the palettes start from.
         """
-        x = counts.to(self.frequencies)
+        x = counts.to(self.frequencies.device, torch.float64)
         kinds = len(self.frequencies)
         generator = torch.Generator().manual_seed(seed)
         start = torch.randperm(len(x), generator=generator)[torch.arange(kinds) % len(x)]

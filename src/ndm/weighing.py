@@ -14,7 +14,9 @@ again, or within torch.func and forward mode. With g = d loss/d x̂,
 
 .. math::
     \frac{\partial}{\partial \ell_{ik}} = p_{ik} (v_k - \hat x_i) g_i =: a_{ik}, \qquad
-    \frac{\partial}{\partial (n_k - r_{ik})} = \frac{c\, a_{ik}}{b_k + c (n_k - r_{ik})} .
+    \frac{\partial}{\partial b_k} = \sum_i \frac{a_{ik}}{b_k + c (n_k - r_{ik})}, \qquad
+    \frac{\partial}{\partial (n_k - r_{ik})} = \frac{c\, a_{ik}}{b_k + c (n_k - r_{ik})}, \qquad
+    \frac{\partial u_h}{\partial r_{ik}} = \frac{q_{hk}}{\sum_j r_{ij} q_{hj}} .
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from ndm.forward_rules import through
 from ndm.nesting import NOTHING, nesting
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
-"""Numbers with an index k in a block, of which a backward pass holds about eight: 1 MB each in float32, 64 MB."""
+"""Numbers with an index k in a block, of which a backward pass holds about nine: 1 MB each in float32, 64 MB."""
 
 
 def summarise(s: Tensor, w: Tensor, embedding: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +64,6 @@ def _mean(s: Tensor, w: Tensor, n: Tensor, base: Tensor, c: Tensor, v: Tensor, f
     square = (s[..., None] - w[:, None]).square()
     less = (n[:, None] - torch.softmax(-square, dim=-1)).clamp(min=0)  # n may have been summed up in another order
     logits = nnf.linear(features, weight.to(features.dtype)).to(s.dtype) + bias
-    # log1p takes thrice as long, for digits that the sum does not keep.
     return torch.softmax(logits + torch.log(base[:, None] + c * less) - square, dim=-1) @ v
 
 
@@ -119,7 +120,8 @@ class _Summary(Function):
             r = _Block(s[b, d], w[b]).r
             e[b, d] = r @ embedding
             n[b] += r.sum(1)
-            u[b] += (r @ q.T).log_().sum(1)
+            if len(q):
+                u[b] += (r @ q.T).log_().sum(1)
         return e, n, u
 
     @staticmethod
@@ -132,10 +134,12 @@ class _Summary(Function):
             for b, d in _blocks(s, w):
                 block = _Block(s[b, d], w[b])
                 dembedding.addmm_(block.r.flatten(0, 1).T, de[b, d].flatten(0, 1))
-                dlikely = (block.r @ q.T).reciprocal_().mul_(du[b, None])
+                dlikely = (block.r @ q.T).reciprocal_().mul_(du[b, None])  # of sum_k r_ik q_hk
                 dq.addmm_(dlikely.flatten(0, 1).T, block.r.flatten(0, 1))
                 if any(ctx.needs_input_grad[:2]):
-                    dr = (de[b, d] @ embedding.T).add_(dlikely @ q).add_(dn[b, None])
+                    dr = (de[b, d] @ embedding.T).add_(dn[b, None])
+                    if len(q):
+                        dr.add_(dlikely @ q)
                     block.add_slopes(_through_softmax(dr, block.r), ds[b, d], dw[b])
             return ds, dw, dembedding, dq
 

@@ -116,26 +116,29 @@ def test_runs_that_are_there_are_measured_alike(
     command = ["steps", "--size", "smoke", "--out", str(again)]
     monkeypatch.setattr("ndm.reproduce.report.run_train", lambda *_: pytest.fail("nothing is to be trained"))
     monkeypatch.setattr("ndm.reproduce.steps.quality", lambda *_: None)
+    assert "give first a run that does not transform" in refused(*command, "--runs", ndm, ddpm)
+    assert not again.exists(), "what is refused leaves nothing behind"
     assert main(["reproduce", *command, "--runs", ddpm, ndm]) == 0
     first, second = read(out), read(again)
     assert {k: v["bpd"] for k, v in second["measurements"].items()} == {k: v["bpd"] for k, v in first["measurements"].items()}
     assert f"--runs {ddpm} {ndm}" in second["command"]
-    assert "models is" in refused(*command), "the folder holds the measures of other models"
-    assert "models is" in refused(*command[:-1], str(out), "--runs", ddpm, ndm)
+    assert list(second["runs"]) == [ddpm, ndm]
+    assert "runs measured is" in refused(*command), "the folder holds the measures of other models"
+    assert "runs measured is 'not said' there" in refused(*command[:-1], str(out), "--runs", ddpm, ndm)
 
 
 def test_runs_that_cannot_be_compared_are_refused(out: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     ddpm, ndm, command = str(out / "runs" / "ddpm"), str(out / "runs" / "ndm"), ["steps", "--size", "smoke", "--out"]
-    assert "the first transforms its data" in refused(*command, str(tmp_path / "a"), "--runs", ndm, ddpm)
+    assert "then one that does" in refused(*command, str(tmp_path / "a"), "--runs", ddpm, ddpm)
     assert "there is no run" in refused(*command, str(tmp_path / "b"), "--runs", ddpm, str(tmp_path / "none"))
     assert "leave it out beside --runs" in refused(*command, str(tmp_path / "c"), "--runs", ddpm, ndm, "--data", str(tmp_path))
     assert "nothing is trained" in refused(*command, str(tmp_path / "d"), "--runs", ddpm, ndm, "--", "--train.steps", "3")
     assert "trains its models itself" in refused("ot-1d", *command[1:], str(tmp_path / "e"), "--runs", ddpm, ndm)
     other = tmp_path / "other"
     shutil.copytree(ndm, other)
-    config = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(config.replace("test_fraction: 0.2", "test_fraction: 0.3"))
-    assert "trained on different data" in refused(*command, str(tmp_path / "f"), "--runs", ddpm, str(other))
+    description = (other / "data.json").read_text()
+    (other / "data.json").write_text(description.replace("80/20", "70/30"))
+    assert "trained on different data: version is" in refused(*command, str(tmp_path / "f"), "--runs", ddpm, str(other))
 
 
 def test_data_are_of_the_user_or_of_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:

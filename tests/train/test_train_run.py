@@ -216,19 +216,22 @@ def test_accumulation_logs_every_so_many_optimiser_steps(write_config: ConfigWri
 def test_the_predictor_sees_the_data_before_the_first_step_and_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     data, levels = Digits(), 17
-    predictor = ndm.CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=6), levels, 4, 2, palettes=3)
+    predictor = ndm.CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=6), levels, 4, 2, kinds=3)
     model = ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(levels))
     settings = TrainSettings(steps=1, batch_size=2, accelerator="cpu", devices=1, learning_rate=1e-9, weight_decay=0.0)
     fit(model, data, settings, tmp_path, 5)
-    assert predictor.mixture is not None
-    expected = ndm.CategoricalPredictor(predictor.network, levels, 4, 2, palettes=3)
+    assert predictor.palettes is not None
+    expected = ndm.CategoricalPredictor(predictor.network, levels, 4, 2, kinds=3)
     expected.initialise([data.split("train").__getitems__(range(1438))], 5)
-    assert expected.mixture is not None
-    for name, value in expected.mixture.state_dict().items():
+    assert expected.palettes is not None
+    for name, value in expected.palettes.state_dict().items():
         assert float(value.std()) > 0.1
-        torch.testing.assert_close(predictor.mixture.state_dict()[name], value, rtol=0, atol=1e-4)
-    monkeypatch.setattr(predictor, "initialise", lambda *_: pytest.fail("it has been trained"))
-    fit(model, data, replace(settings, steps=2), tmp_path, 5)
+        torch.testing.assert_close(predictor.palettes.state_dict()[name], value, rtol=0, atol=1e-4)
+    monkeypatch.setattr(ndm.CategoricalPredictor, "initialise", lambda *_: pytest.fail("it has been trained"))
+    fresh = ndm.NDM(model.schedule, model.transform, expected, model.decoder)
+    expected.palettes.frequencies.data.zero_()
+    fit(fresh, data, replace(settings, steps=2), tmp_path, 5)
+    torch.testing.assert_close(expected.palettes.frequencies, predictor.palettes.frequencies, rtol=0, atol=1e-4)
 
 
 def test_events_that_are_no_pictures_finish_too(write_config: ConfigWriter, tmp_path: Path) -> None:

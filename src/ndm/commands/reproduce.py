@@ -48,7 +48,7 @@ def listing() -> str:
     lines = []
     for one in EXPERIMENTS.values():
         word = " (--data FOLDER)" if one.needs_data else " (or --data FOLDER)" if one.takes_data else ""
-        word += " (trained: --runs DDPM NDM)" if one.takes_runs else ""
+        word += " (or trained runs: --runs DDPM NDM)" if one.takes_runs else ""
         word += " (FID: --features FILE)" if one.takes_features else ""
         lines.append(f"{one.name}: {one.shows}{word}")
         lines += [f"    --size {size:<6} {text}" for size, text in one.sizes.items()]

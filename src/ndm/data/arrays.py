@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded, to_grid
+from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded
+from ndm.decoder import to_grid
 from ndm.errors import UserError
 
 

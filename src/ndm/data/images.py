@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded, to_grid
+from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded
+from ndm.decoder import to_grid
 from ndm.errors import UserError, check_whole, describe_value, require
 
 LEVELS = 256

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.data.source import ContentHash, EventDataset, to_grid
+from ndm.data.source import ContentHash, EventDataset
+from ndm.decoder import to_grid
 from ndm.errors import UserError
 from ndm.serialize import write_atomically
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ndm.decoder import bin_centers
+from ndm.decoder import from_grid
 from ndm.errors import UserError, describe_value
 
 
@@ -197,16 +197,6 @@ class DataSource(ABC):
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_loaded"}
-
-
-def to_grid(levels_of_x: Tensor, levels: int) -> Tensor:
-    """Integer levels 0 ... levels-1 to their bin centres in [-1, 1], float32."""
-    return bin_centers(levels).float()[levels_of_x.long()]
-
-
-def from_grid(x: Tensor, levels: int) -> Tensor:
-    """Nearest integer level of each value, int64: the inverse of :func:`to_grid`."""
-    return (((x.double() + 1) * levels - 1) / 2).round().clamp(0, levels - 1).long()
 
 
 class ContentHash:

@@ -35,7 +35,7 @@ from ndm.viz import write_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS, PAGE = "results.json", "README.md"
+RESULTS, PAGE, ABOUT = "results.json", "README.md", "experiment.json"
 FORMATS = (".png", ".pdf")
 QUALITY = {"FID": "fid", "KID": "kid", "precision": "precision", "recall": "recall"}
 """Measures of sample quality: heading and field."""
@@ -87,18 +87,16 @@ class Report:
         self._numbers: dict[str, Any] = {}
         self._measurements: dict[str, Any] = {}
         self._checks: list[dict[str, Any]] = []
-        about: dict[str, Any] = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
+        self._about: dict[str, Any] = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
         if self.runs:
-            about["models"] = [fingerprint(load_run(run))[:16] for run in self.runs]
-        stored = read_json(out / "experiment.json") if (out / "experiment.json").exists() else about
-        for key in about | stored:
-            if stored.get(key) != about.get(key):
-                raise UserError(
-                    f"{out} holds another experiment: {key} is {stored.get(key)!r} there and {about.get(key)!r} here; choose another --out"
-                )
+            self._about["runs measured"] = {str(run): fingerprint(load_run(run)) for run in self.runs}
+        stored = read_json(out / ABOUT) if (out / ABOUT).exists() else self._about
+        for key in self._about | stored:
+            if stored.get(key) != self._about.get(key):
+                there, here = (one.get(key, "not said") for one in (stored, self._about))
+                raise UserError(f"{out} holds another experiment: {key} is {there!r} there and {here!r} here; choose another --out")
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; give a folder")
-        write_json(out / "experiment.json", about)
 
     @property
     def smoke(self) -> bool:
@@ -134,6 +132,7 @@ class Report:
         Raises:
             UserError: one of several at once failed; the others are finished.
         """
+        self._claim()
         if self.jobs > 1:
             jobs = [Job(name, self.seed, tuple(words), self.folder(name), quiet=True) for name, words in runs.items()]
             failures = run_all(jobs, self.jobs)
@@ -145,6 +144,7 @@ class Report:
         """Train a model from all words of ``ndm train`` but ``--out`` and ``--seed``, as :meth:`train` does."""
         folder = self.folder(name)
         print(f"{self.name}: {name}", flush=True)
+        self._claim()
         trained = (folder / METRICS).exists()
         run_train([*words, "--out", str(folder), "--seed", str(self.seed)])
         if not (started_first() or trained):
@@ -157,6 +157,7 @@ class Report:
             return []
         folder = self.out / "data"
         if not folder.exists():
+            self._claim()
             write(folder, self.seed)
         return ["--data.path", str(folder)]
 
@@ -168,8 +169,14 @@ class Report:
         """What ``compute`` gives, JSON-ready; kept in a file, so that an interrupted experiment does not compute it again."""
         path = self.out / "parts" / f"{key}.json"
         if not path.exists():
+            self._claim()
             write_json(path, compute())
         return read_json(path)
+
+    def _claim(self) -> None:
+        """Say in the folder what is in it; not before something is, so that an experiment that is refused leaves nothing behind."""
+        if not (self.out / ABOUT).exists():
+            write_json(self.out / ABOUT, self._about)
 
     def say(self, text: str) -> None:
         """Add Markdown to the page."""
@@ -226,6 +233,7 @@ class Report:
             "seed": self.seed,
             "command": self.command,
             "machine": machine(),
+            **({"runs": self._about["runs measured"]} if self.runs else {}),
             "numbers": self._numbers,
             "measurements": self._measurements,
             "checks": self._checks,

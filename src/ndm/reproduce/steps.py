@@ -4,7 +4,7 @@ r"""Few steps: the bound against the number of steps T, and sample quality again
     \text{NELBO}_T \to \text{NELBO}_\infty \quad (T \to \infty), \qquad
     \text{evaluations of } \hat x = \text{steps} \times (1 \text{ for ancestral, DDIM; } 2 \text{ for Heun on the ODE}) .
 
-DDPM is the same predictor with F = x; it is VDM with a fixed schedule as well. A tied NDM evaluates F besides: at s and t in each step of ancestral
+DDPM is F = x, with the same predictor unless the user names other runs; it is VDM with a fixed schedule as well. A tied NDM evaluates F besides: at s and t in each step of ancestral
 sampling and DDIM, once with its time derivative in each evaluation of the ODE. Evaluations are counted where they happen, in the networks.
 """
 
@@ -34,8 +34,9 @@ from ndm.report import Measurement, plus_minus
 from ndm.reproduce.report import QUALITY, Report
 from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
 from ndm.sample import Method
-from ndm.serialize import to_config
+from ndm.serialize import read_json, to_config
 from ndm.transform import Identity
+from ndm.viz import is_image
 
 MODELS: Mapping[str, tuple[str, ...]] = {"DDPM": ("--model.transform", "ndm.Identity"), "NDM": ()}
 """Models and their words for ndm train."""
@@ -108,12 +109,13 @@ class Plan:
 
 
 def run(report: Report) -> None:
-    """Train DDPM and NDM, measure bounds and sample quality, draw them."""
+    """Train DDPM and NDM, or take the user's; measure bounds and sample quality, draw them."""
     plan = Plan.of(report)
     models, data = given(report) if report.runs else trained(report, plan)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
     alike = to_config(models["DDPM"].predictor) == to_config(models["NDM"].predictor)
-    report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}{'; the predictors are the same' * alike}.")
+    predictors = "the predictors are built alike" if alike else "the predictors differ"
+    report.say(f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes}; {predictors}.")
     bounds(report, plan, models, data)
     quality(report, plan, models, data)
     figure = sample_figure(pictures(report, plan, models, data))
@@ -130,21 +132,23 @@ def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
     """DDPM and NDM of the runs that the user names, and their data.
 
     Raises:
-        UserError: the first is no DDPM, or the two were trained on different data or on no images.
+        UserError: the first is no DDPM or the second is one, or the two were trained on different data or on no images with labels.
     """
     models = {name: load_run(run) for name, run in zip(MODELS, report.runs, strict=True)}
-    first, second = (load_data(run) for run in report.runs)
-    where, what = f"--runs {' '.join(map(str, report.runs))}", first.describe()
-    if not isinstance(models["DDPM"].transform, Identity):
+    data, where = load_data(report.runs[0]), f"--runs {' '.join(map(str, report.runs))}"
+    what, other = data.describe().to_dict(), read_json(report.runs[1] / "data.json")
+    if [isinstance(model.transform, Identity) for model in models.values()] != [True, False]:
         raise UserError(
-            f"{where}: the first transforms its data; name a run with --model.transform ndm.Identity first, then that of the NDM"
+            f"{where}: give first a run that does not transform its data, with --model.transform ndm.Identity, then one that does"
         )
-    if second.describe() != what:
-        both = " and ".join(f"{one.name} ({one.version})" for one in (what, second.describe()))
-        raise UserError(f"{where}: trained on different data, {both}; name two runs on the same")
-    if len(what.event_shape) != 3:
-        raise UserError(f"{where}: {what.name} has examples of shape {what.event_shape}; name runs on images")
-    return models, first
+    for key in what:
+        if what[key] != other.get(key):
+            raise UserError(f"{where}: trained on different data: {key} is {what[key]!r} and {other.get(key)!r}; name two runs on the same")
+    if not is_image(data.describe().event_shape) or data.split("train").labels is None or len(data.describe().classes) < 2:
+        raise UserError(
+            f"{where}: {what['name']} are no images with labels, which the features for the quality of samples are learned from"
+        )
+    return models, data
 
 
 def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:

@@ -43,7 +43,7 @@ from ndm.train.settings import TrainSettings
 from ndm.viz import is_image, write_samples, write_transform
 
 CHECKPOINT, METRICS = Path("checkpoints/last.ckpt"), Path("metrics.json")
-BASELINE_VALUES = 8_000_000
+BASELINE_VALUES, INITIAL_VALUES = 8_000_000, 50_000_000
 
 
 def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
@@ -166,7 +166,7 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
         first_step = read_checkpoint(checkpoint)["global_step"]
         if trainer.is_global_zero:
             print(f"{out}: going on from step {first_step} of {settings.steps}", flush=True)
-    else:
+    if not first_step:
         initialise(model, data.split("train"), seed, progress=trainer.is_global_zero)
     if first_step < settings.steps:
         validation = data.split(settings.validation_split) if settings.validate_every else None
@@ -179,13 +179,17 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
 
 
 def initialise(model: NDM, examples: EventDataset, seed: int = 0, progress: bool = False) -> None:
-    """Let the predictor see up to 20,000 examples before the first step, for :meth:`ndm.Predictor.initialise`; it may not ask for any."""
+    """Let the predictor see up to 20,000 examples before the first step, for :meth:`ndm.Predictor.initialise`, which need not ask for any.
+
+    Of large examples fewer. Several processes do so each by itself, and find the same.
+    """
 
     def batches() -> Iterator[Tensor]:
-        chosen = spread(len(examples), 20_000)
+        dims = examples.__getitems__([0])[0].numel()
+        chosen, size = spread(len(examples), min(20_000, INITIAL_VALUES // dims + 1)), INITIAL_VALUES // 50 // dims + 1
         with tqdm(total=len(chosen), desc="looking at the data", unit="example", disable=not progress, delay=1, leave=False) as bar:
-            for start in range(0, len(chosen), 500):
-                x = examples.__getitems__(chosen[start : start + 500])
+            for start in range(0, len(chosen), size):
+                x = examples.__getitems__(chosen[start : start + size])
                 yield x
                 bar.update(len(x))
 
