@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
         "checkpoint_every": 8,
         "log_every": 4,
         "evaluation_draws": 2,
+        "sample_steps": 4,
     },
 }
 

@@ -88,7 +88,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "steps",
             "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
-            {"small": "a quarter of an hour of two cores on digits, an hour or more on MNIST (an estimate)", "smoke": _SMOKE},
+            {
+                "small": "a quarter of an hour of two cores on digits; on MNIST two trainings of 20 to 30 minutes of a core, which --runs spares, and 80 more",
+                "smoke": _SMOKE,
+            },
             "steps",
             takes_data=True,
             takes_runs=True,

@@ -66,7 +66,7 @@ SMOKE = Budget(
     words=(
         *("--train.steps", "10", "--train.batch_size", "32", "--train.evaluation_limit", "32", "--train.evaluation_draws", "1"),
         *("--model.predictor.network.hidden", "16", "--model.predictor.network.blocks", "1"),
-        *("--data.train_size", "500", "--data.test_size", "300"),
+        *("--data.train_size", "500", "--data.test_size", "300", "--train.sample_steps", "4"),
     ),
     draws=4,
     points=48,

@@ -84,7 +84,7 @@ class Plan:
         plan: dict[str, Any] = {} if digits else {"config": "mnist-small.yaml"}
         if report.smoke:
             channels, steps = ("--model.predictor.network.channels", "8"), ("--train.steps", "4", "--train.batch_size", "16")
-            words = (*channels, *steps, "--train.evaluation_limit", "8", "--train.evaluation_draws", "1")
+            words = (*channels, *steps, "--train.evaluation_limit", "8", "--train.evaluation_draws", "1", "--train.sample_steps", "4")
             return cls(
                 **plan,
                 words=words,
