@@ -89,7 +89,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "steps",
             "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
             {
-                "small": "a quarter of an hour of two cores on digits; on MNIST two trainings of 20 to 30 minutes of a core, which --runs spares, and 80 more",
+                "small": "a quarter of an hour of two cores on digits; on MNIST an hour of a core, and two trainings of half an hour, which --runs spares",
                 "smoke": _SMOKE,
             },
             "steps",
