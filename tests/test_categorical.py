@@ -92,10 +92,11 @@ def test_the_network_sees_values_frequencies_and_kinds(channels: int, kinds: int
         torch.testing.assert_close(seen[example, -2:], palette[:, None, None].expand(-1, 2, 3), rtol=1e-5, atol=1e-6)
 
 
-def test_odds_of_two_values_are_those_of_an_urn() -> None:
-    """Three of seven pixels lie on the fourth value, one on the seventh; the last lies between the fourth and the fifth, where it counts itself for nothing."""
+@pytest.mark.parametrize("kinds", [0, 2])
+def test_odds_of_two_values_are_those_of_an_urn(kinds: int) -> None:
+    """With no kinds, and with kinds that are all alike. Three of seven pixels lie on the fourth value, one on the seventh; the last lies between the fourth and the fifth, where it counts itself for nothing."""
     count, values = 2.0, ndm.DiscretizedGaussian(8).values.double()
-    predictor, level = saying(torch.zeros(8, dtype=F64), log_c=math.log(count)), at(-11.0, 1)
+    predictor, level = saying(torch.zeros(8, dtype=F64), log_c=math.log(count), kinds=kinds), at(-11.0, 1)
     x = torch.cat([values[[0, 3, 3, 3, 6, 7, 7]], (values[3:4] + values[4:5]) / 2]).reshape(1, 1, 2, 4)
     odds = 1 + 3 * count
     found = predictor(x * level.expand(x).alpha, level).flatten().detach()
