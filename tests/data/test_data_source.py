@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader
 
 from ndm.data import MNIST, Checkerboard, DataSource, Digits, HuggingFace, ImageFolder, Mixture, Pinwheel, Table, TwoMoons, keep_batch
 from ndm.data.arrays import discrete
-from ndm.data.source import from_grid, to_grid
 from ndm.data.splits import check_classes, split_by_class
-from ndm.decoder import DiscretizedGaussian, bin_centers
+from ndm.decoder import DiscretizedGaussian, bin_centers, from_grid, to_grid
 from ndm.errors import UserError
 
 SMALL: dict[str, Any] = {"train_size": 40, "test_size": 20}
