@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import ndm.nn.fused
 from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
-from ndm.decoder import bin_centers
+from ndm.decoder import to_grid
 from ndm.model import NDM
 from ndm.nn import ConvEncoder, UNet
 
@@ -99,7 +99,7 @@ def state_bytes(model: NDM, optimizer: str) -> int:
 def random_images(model: NDM, batch: int, channels: int, side: int) -> Tensor:
     """Images of the decoder's values, ``(B, C, side, side)``."""
     levels = 256 if model.decoder.values is None else len(model.decoder.values)
-    return bin_centers(levels, torch.float32)[torch.randint(levels, (batch, channels, side, side))]
+    return to_grid(torch.randint(levels, (batch, channels, side, side)), levels)
 
 
 def step_cost(model: NDM, channels: int, side: int, batch: int, half: bool) -> Cost:

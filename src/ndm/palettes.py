@@ -6,8 +6,8 @@ likelihood of the latent of place i for each value, normalised over k (:mod:`ndm
 .. math::
     p(h \mid z) \propto \pi_h \prod_i \sum_k r_{ik} q_{hk}, \qquad b_k = L \sum_h p(h \mid z)\, q_{hk},
 
-so that b averages 1 over k, and is what all examples have where the latents know nothing. Images that were scaled, stretched in contrast or saved with few colours have values that depend on
-how that was done, alike in the whole image.
+so that b averages 1 over k, and is what all examples have where the latents know nothing. Images that were scaled, stretched in contrast or
+saved with few colours have values that depend on how that was done, alike in the whole image.
 
 Gradients alone find no palettes: from a random start, one is a little better than all others and takes all examples. They are found before training by
 expectation maximisation on how often the values occur in each example (Dempster, Laird and Rubin, 1977), with a Dirichlet prior around the

@@ -120,8 +120,7 @@ class _Summary(Function):
             r = _Block(s[b, d], w[b]).r
             e[b, d] = r @ embedding
             n[b] += r.sum(1)
-            if len(q):
-                u[b] += (r @ q.T).log_().sum(1)
+            u[b] += (r @ q.T).log_().sum(1)
         return e, n, u
 
     @staticmethod

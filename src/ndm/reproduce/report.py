@@ -81,6 +81,7 @@ class Report:
         self.name, self.out, self.size, self.seed, self.jobs = name, out, size, seed, jobs
         self.words, self.command, self.data, self.features = tuple(words), command, data, features
         self.runs = tuple(Path(run) for run in runs)
+        self.models = tuple(load_run(run) for run in self.runs)
         self._started = time.perf_counter()
         self._page: list[str] = []
         self._figures: list[str] = []
@@ -89,7 +90,7 @@ class Report:
         self._checks: list[dict[str, Any]] = []
         self._about: dict[str, Any] = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
         if self.runs:
-            self._about["runs measured"] = {str(run): fingerprint(load_run(run)) for run in self.runs}
+            self._about["runs measured"] = {str(run): fingerprint(model) for run, model in zip(self.runs, self.models, strict=True)}
         stored = read_json(out / ABOUT) if (out / ABOUT).exists() else self._about
         for key in self._about | stored:
             if stored.get(key) != self._about.get(key):

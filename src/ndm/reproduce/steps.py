@@ -4,8 +4,8 @@ r"""Few steps: the bound against the number of steps T, and sample quality again
     \text{NELBO}_T \to \text{NELBO}_\infty \quad (T \to \infty), \qquad
     \text{evaluations of } \hat x = \text{steps} \times (1 \text{ for ancestral, DDIM; } 2 \text{ for Heun on the ODE}) .
 
-DDPM is F = x, with the same predictor unless the user names other runs; it is VDM with a fixed schedule as well. A tied NDM evaluates F besides: at s and t in each step of ancestral
-sampling and DDIM, once with its time derivative in each evaluation of the ODE. Evaluations are counted where they happen, in the networks.
+DDPM is F = x, with the same predictor unless the user names other runs; it is VDM with a fixed schedule as well. A tied NDM evaluates F
+besides: at s and t in each step of ancestral sampling and DDIM, once with its time derivative in each evaluation of the ODE. Evaluations are counted where they happen, in the networks.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm.commands.parsing import load_data, load_run
+from ndm.commands.parsing import load_data
 from ndm.commands.sample import draw_samples
 from ndm.data import DataSource, spread
 from ndm.elbo import bits_per_dim
@@ -134,7 +134,7 @@ def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
     Raises:
         UserError: the first is no DDPM or the second is one, or the two were trained on different data or on no images with labels.
     """
-    models = {name: load_run(run) for name, run in zip(MODELS, report.runs, strict=True)}
+    models = dict(zip(MODELS, report.models, strict=True))
     data, where = load_data(report.runs[0]), f"--runs {' '.join(map(str, report.runs))}"
     what, other = data.describe().to_dict(), read_json(report.runs[1] / "data.json")
     if [isinstance(model.transform, Identity) for model in models.values()] != [True, False]:
