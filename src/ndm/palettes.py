@@ -14,6 +14,8 @@ expectation maximisation on how often the values occur in each example (Dempster
 frequencies in all examples, and trained from there.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ class Palettes(nn.Module):
         levels: number of values, L.
     """
 
+    no_weight_decay = ("frequencies",)  # it would make all values alike
+
     def __init__(self, kinds: int, levels: int):
         super().__init__()
         self.frequencies = nn.Parameter(torch.zeros(kinds, levels))
@@ -40,8 +44,10 @@ class Palettes(nn.Module):
         return torch.softmax(self.frequencies.to(dtype), dim=1) * self.frequencies.shape[1] * (1 - _UNIFORM) + _UNIFORM
 
     def posterior(self, u: Tensor) -> Tensor:
-        """p(h | z) ``(B, H)`` of u_h, the logarithm of the product over places of sum_k r_ik L q_hk, ``(B, H)``."""
-        return torch.softmax(u + self.shares.to(u.dtype), dim=1)
+        """p(h | z) ``(B, H)`` of u_h, the logarithm of the product over places of sum_k r_ik L q_hk, ``(B, H)``; zero for less than eps^2 of the largest."""
+        logits = u + self.shares.to(u.dtype)
+        least = logits.detach().amax(1, keepdim=True) + 2 * math.log(torch.finfo(u.dtype).eps)
+        return torch.softmax(logits.masked_fill(logits < least, -math.inf), dim=1)  # slow denormal numbers otherwise, in the gradients, too
 
     @torch.no_grad()
     def initialise(self, counts: Tensor, seed: int = 0) -> None:

@@ -19,6 +19,7 @@ again, or within torch.func and forward mode. With g = d loss/d x̂,
     \frac{\partial u_h}{\partial r_{ik}} = \frac{q_{hk}}{\sum_j r_{ij} q_{hj}} .
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,8 +79,8 @@ def _blocks(s: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """softmax over k that takes whatever is less than e^-50 of the largest for that: CPUs take many times as long for denormal numbers."""
-    weights = (x - x.amax(-1, keepdim=True)).clamp_(min=-50).exp_()
+    """softmax over k that takes whatever is less than eps^2 of the largest for zero: CPUs take many times as long for denormal numbers."""
+    weights = torch.threshold_(x - x.amax(-1, keepdim=True), 2 * math.log(torch.finfo(x.dtype).eps), -math.inf).exp_()
     return weights.mul_(weights.sum(-1, keepdim=True).reciprocal_())
 
 

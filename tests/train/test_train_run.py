@@ -278,6 +278,25 @@ def test_rates_and_decay_belong_to_groups(optimizer: str) -> None:
         torch.testing.assert_close(value.detach(), factor * before[name], msg=name)
 
 
+def test_palettes_do_not_decay() -> None:
+    """A matrix of logarithms of frequencies: smaller ones would say that values are more alike."""
+    network = UNet(image_channels=1, context=8, outputs=4, channels=4, multiples=[1], blocks=1)
+    predictor = ndm.CategoricalPredictor(network, levels=16, embedding=4, palette=4, kinds=3)
+    predictor.palettes.initialise(torch.rand(20, 16))
+    module = TrainingModule(
+        ndm.NDM(ndm.LinearLogSNR(), ndm.Identity(), predictor, ndm.DiscretizedGaussian(16)),
+        TrainSettings(weight_decay=0.5),
+        0,
+        Points(torch.zeros(4, 2)),
+    )
+    decay = {
+        id(value): group["weight_decay"] for group in module.configure_optimizers()["optimizer"].param_groups for value in group["params"]
+    }
+    found = {name: decay[id(value)] for name, value in predictor.named_parameters() if not name.startswith("network.")}
+    assert {name for name, value in found.items() if value} == {"values.weight", "frequencies.weight", "of_kind.weight", "logits.weight"}
+    assert len(decay) == len(list(module.model.parameters()))
+
+
 def test_soap_with_sharded_weights_is_refused() -> None:
     with pytest.raises(UserError, match="optimizer=adamw"):
         TrainSettings(optimizer="soap", strategy="fsdp", ema=0, gradient_clip=0)

@@ -162,11 +162,13 @@ class TrainingModule(LightningModule):
         """The optimiser with a warm-up, and with a rate of its own for F."""
         settings = self.settings
         transform = {id(p) for p in self.model.transform.parameters()}
+        exempt = {id(module.get_parameter(name)) for module in self.model.modules() for name in getattr(module, "no_weight_decay", ())}
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 # Weight decay is for matrices and kernels: it would pull norms, biases and the schedule off their meaning.
-                groups.setdefault((id(parameter) in transform, parameter.dim() >= 2), []).append(parameter)
+                decays = parameter.dim() >= 2 and id(parameter) not in exempt
+                groups.setdefault((id(parameter) in transform, decays), []).append(parameter)
         optimizer = self._optimizer(
             [
                 {

@@ -26,7 +26,7 @@ class TrainSettings:
     transform_rate: float = 1.0
     """Learning rate of the transformation F, as a multiple of ``learning_rate``."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices and kernels."""
+    """Decoupled weight decay of matrices and kernels, less those that a module names in its attribute ``no_weight_decay``."""
     warmup: int = 100
     """Steps over which the learning rate rises linearly from zero."""
     decay: Decay = "cosine"
