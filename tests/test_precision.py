@@ -5,10 +5,14 @@ import torch
 from torch import Tensor, nn
 
 import ndm
+from ndm.commands.sample import draw_samples
+from ndm.errors import UserError
 from ndm.lines import LineScale, LineTransform
 from ndm.monotone import ConvexMap, MonotoneMap
 from ndm.nn import MLP, UNet
 from ndm.reverse import Reverse
+from ndm.sample import Method
+from ndm.train.settings import Precision
 from ndm.transform import Transform
 from ndm.transport import TransportNDM
 from oracles import randomised
@@ -90,3 +94,33 @@ def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(dims: int, s
     with torch.autocast("cpu", torch.bfloat16):
         found = bound()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ancestral", "ddim", "sde", "ode"])
+@pytest.mark.parametrize("name", ["identity", "network", "separable", "blur"])
+def test_samples_under_autocast_are_those_of_float32(name: str, method: Method) -> None:
+    torch.manual_seed(0)
+    transform = randomised(transformations()[name]).float()
+    model = ndm.NDM(ndm.LinearLogSNR(-13.0, 5.0), transform, ndm.Predictor(Exact()), ndm.DiscretizedGaussian(LEVELS))
+
+    def samples(precision: Precision) -> Tensor:
+        return draw_samples(model, 4, SHAPE[1:], method, steps=5, precision=precision)
+
+    full = samples("32-true")
+    for precision in ("bf16-mixed", "16-mixed"):
+        found = samples(precision)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_in_half_precision_have_a_network_in_half_precision() -> None:
+    """Told by the rounding of a network's weights, and refused for a precision there is none of."""
+    torch.manual_seed(0)
+    model = ndm.NDM(ndm.LinearLogSNR(-13.0, 5.0), ndm.Identity(), ndm.Predictor(UNet(1, 8, (1, 2))), ndm.GaussianDecoder())
+    with torch.no_grad():
+        for value in model.predictor.parameters():
+            value.normal_(0, 0.1)
+    full, half = (draw_samples(model, 4, SHAPE[1:], steps=3, precision=precision) for precision in ("32-true", "bf16-mixed"))
+    assert 1e-5 < (full - half).abs().mean() / full.abs().mean() < 0.1
+    with pytest.raises(UserError, match="bf16-mixed"):
+        draw_samples(model, 4, SHAPE[1:], precision="bf16")  # type: ignore[arg-type]

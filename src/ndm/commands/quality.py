@@ -16,6 +16,7 @@ from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, comp
 from ndm.quality.features import Scale, torchscript_features
 from ndm.sample import Method
 from ndm.serialize import write_json
+from ndm.train.settings import Precision
 
 CLASSIFIER = "classifier"
 """Folder of the run where the classifier is kept that was trained for it."""
@@ -46,6 +47,7 @@ def quality(
     seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
+    precision: Precision = "32-true",
     json: str | None = None,
 ) -> None:
     """Draw samples from a trained run of images, and compare them with real images.
@@ -67,6 +69,7 @@ def quality(
         seed: of the samples, and of what the measures draw at random; the classifier always has seed 0.
         batch_size: images at once; samples depend on it.
         device: auto, cpu or cuda.
+        precision: of sampling: 32-true, or bf16-mixed or 16-mixed, where the predictor's network runs in half precision.
         json: file to write all numbers to, as JSON.
     """
     if json is not None and Path(json).is_dir():
@@ -80,7 +83,7 @@ def quality(
         raise UserError(f"{description.name} is no data of images; ndm quality measures images, for other data there is ndm evaluate")
     warn_of_changed_data(model.info.get("data"), description)
     network = _network(features, folder, data, features_scale, features_size, features_channels, str(place))
-    sampler: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver}
+    sampler: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "precision": precision}
     samples = draw_samples(model, n, description.event_shape, method, seed=seed, batch_size=batch_size, **sampler, progress=True)
     found = _compare(samples, data, split, network, neighbours, seed, batch_size)
     print(_table(found))
