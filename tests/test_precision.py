@@ -5,14 +5,13 @@ import torch
 from torch import Tensor, nn
 
 import ndm
-from ndm.commands.sample import draw_samples
 from ndm.errors import UserError
 from ndm.lines import LineScale, LineTransform
 from ndm.monotone import ConvexMap, MonotoneMap
 from ndm.nn import MLP, UNet
+from ndm.precision import Precision
 from ndm.reverse import Reverse
-from ndm.sample import Method
-from ndm.train.settings import Precision
+from ndm.sample import Method, draw_samples
 from ndm.transform import Transform
 from ndm.transport import TransportNDM
 from oracles import randomised

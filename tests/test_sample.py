@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ndm.decoder import GaussianDecoder
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
@@ -309,3 +309,16 @@ def test_the_model_samples_the_reverse_process_whose_bound_it_trains() -> None:
 def test_only_adaptive_solvers_choose_their_steps(solver: str) -> None:
     with pytest.raises(UserError, match="adaptive"):
         AdaptiveODE(solver)
+
+
+@pytest.mark.parametrize("decoder", [GaussianDecoder(), DiscretizedGaussian(16)], ids=["continuous", "discrete"])
+def test_samples_that_are_not_finite_are_refused(decoder: Decoder) -> None:
+    """A network that overflows, as in half precision, or a solver that diverges."""
+
+    class Overflows(nn.Module):
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            return z / 0.0
+
+    model = NDM(LinearLogSNR(-4.0, 3.0), Identity(), Predictor(Overflows(), "x"), decoder)
+    with pytest.raises(UserError, match="not finite.*more steps"):
+        model.sample((2, 3), steps=4, seed=0)

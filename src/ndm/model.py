@@ -206,6 +206,9 @@ class NDM(nn.Module):
 
         Returns:
             Samples of p(x), ``(B, *event)``, on the model's device.
+
+        Raises:
+            UserError: the choices contradict one another, or what comes out is not finite.
         """
         if isinstance(method, Sampler):
             sampler = method
@@ -224,6 +227,10 @@ class NDM(nn.Module):
             z = torch.empty(self.transform.latent_shape(like.new_empty(shape)), dtype=like.dtype, device=like.device)
             z = standard_normal(z, generator)
             z = sampler(self.reverse_process, z, generator, progress)
+            if not bool(z.isfinite().all()):
+                raise UserError(
+                    "samples are not finite: the sampler diverges with these steps, or half precision does; take more steps, another method or 32-true"
+                )
             return self.decoder.sample(z, self.process.level(0.0, z), generator)
         finally:
             self.train(training)

@@ -12,7 +12,7 @@ section 15.1) and of order 2 on the ODE; ancestral steps and Euler are of order 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torchdiffeq
@@ -21,11 +21,15 @@ from tqdm import tqdm
 
 from ndm.errors import UserError, check_choice, require
 from ndm.forward import ForwardProcess
-from ndm.noise import standard_normal
+from ndm.noise import part_seed, standard_normal
 from ndm.ops import expand
+from ndm.precision import Precision, autocast
 from ndm.reverse import ReverseProcess
 from ndm.schedule import NoiseLevel
 from ndm.times import StepFunction
+
+if TYPE_CHECKING:
+    from ndm.model import NDM
 
 Method = Literal["ancestral", "ddim", "sde", "ode"]
 SDE_SOLVERS = ("euler", "heun", "torchsde-euler", "torchsde-srk")
@@ -307,3 +311,26 @@ def make_sampler(
     name = solver or known[0]
     rate = noise if method == "sde" else 0.0
     return GridSampler(Heun(rate) if name == "heun" else Euler(rate), steps)
+
+
+def draw_samples(
+    model: "NDM",
+    n: int,
+    event_shape: tuple[int, ...],
+    method: Method = "ancestral",
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    precision: Precision = "32-true",
+    progress: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Samples ``(n, *event)`` on the CPU, batch after batch; options as for :meth:`ndm.NDM.sample`. They depend on the batch size."""
+    parts = []
+    with tqdm(total=n, desc="samples", unit="sample", disable=not progress or n <= batch_size, leave=False) as bar:
+        for index, start in enumerate(range(0, n, batch_size)):
+            shape = (min(batch_size, n - start), *event_shape)
+            with autocast(model.like.device, precision):
+                parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index), progress=progress).cpu())
+            bar.update(shape[0])
+    return torch.cat(parts)

@@ -4,6 +4,7 @@ import copy
 import csv
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,45 @@ def test_kill_in_mid_run_then_resume_equals_an_uninterrupted_run(optimizer: str,
     ours, theirs = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("killed", "whole"))
     for name, value in ours["current_model_state"].items():  # the trained weights beside their average
         assert torch.equal(value, theirs["current_model_state"][name]), name
+
+
+def test_a_run_does_not_go_on_with_other_data(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row less draws another split, with rows in the test split that were trained on."""
+    run, table = tmp_path / "run", tmp_path / "table.npy"
+    rows = np.random.default_rng(0).normal(size=(50, 2))
+    np.save(table, rows)
+    config = write_config(data={"class_path": "ndm.data.Table", "init_args": {"path": str(table)}})
+    train(config, run)
+    (run / "metrics.json").unlink()  # as if interrupted before its end
+    kept = (run / "checkpoints/last.ckpt").read_bytes(), (run / "data.json").read_bytes()
+    np.save(table, rows[:-1])
+    assert main(["train", "--out", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "table changed since" in said and said.count("\n") == 1
+    assert ((run / "checkpoints/last.ckpt").read_bytes(), (run / "data.json").read_bytes()) == kept
+    np.save(table, rows)
+    assert main(["train", "--out", str(run)]) == 0
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.json").unlink()
+    np.save(table, rows[:-1])
+    assert main(["train", "--out", str(run)]) == 0, "from the beginning with any data"
+    assert read_json(run / "data.json")["splits"] == {"train": 39, "test": 10}
+
+
+def test_what_comes_after_the_last_step_may_change_until_it_is_done(
+    write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = write_config(), tmp_path / "run"
+    train(config, run)
+    assert main(["train", "--out", str(run), "--train.evaluation_limit", "7"]) == 2
+    assert "another configuration: train.evaluation_limit" in capsys.readouterr().err
+    before = weights(run)
+    (run / "metrics.json").unlink()
+    assert main(["train", "--out", str(run), "--train.learning_rate", "0.1"]) == 2
+    assert main(["train", "--out", str(run), "--train.evaluation_limit", "7", "--train.evaluation_draws", "3"]) == 0
+    metrics, stored = read_json(run / "metrics.json"), yaml.safe_load((run / "config.yaml").read_text())["train"]
+    assert (metrics["num_examples"], stored["evaluation_limit"], stored["evaluation_draws"]) == (7, 7, 3)
+    assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
 
 
 def test_two_cannot_train_into_one_folder(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

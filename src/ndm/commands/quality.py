@@ -8,15 +8,14 @@ from torch import Tensor
 
 from ndm.commands.evaluate import warn_of_changed_data
 from ndm.commands.parsing import load_data, load_run, parse, run_parser
-from ndm.commands.sample import draw_samples
 from ndm.data import DataSource, EventDataset
 from ndm.errors import UserError, check_whole
 from ndm.evaluate import pick_device
+from ndm.precision import Precision
 from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier, load_classifier
 from ndm.quality.features import Scale, torchscript_features
-from ndm.sample import Method
+from ndm.sample import Method, draw_samples
 from ndm.serialize import write_json
-from ndm.train.settings import Precision
 
 CLASSIFIER = "classifier"
 """Folder of the run where the classifier is kept that was trained for it."""

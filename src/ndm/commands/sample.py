@@ -1,23 +1,18 @@
 """``ndm sample``: draw samples from a trained run."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ndm.commands.parsing import load_run, parse, run_parser
 from ndm.data import DataDescription
-from ndm.errors import UserError, check_choice, check_whole
+from ndm.errors import UserError, check_whole
 from ndm.evaluate import pick_device
-from ndm.model import NDM
-from ndm.noise import part_seed
-from ndm.sample import Method
+from ndm.precision import Precision
+from ndm.sample import Method, draw_samples
 from ndm.serialize import write_atomically
-from ndm.train.settings import Precision
 from ndm.viz import write_samples
 
 
@@ -69,41 +64,16 @@ def sample(
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
     model = load_run(Path(run)).to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
-    options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol, "progress": True}
-    samples = draw_samples(model, n, description.event_shape, method, seed=seed, batch_size=batch_size, precision=precision, **options)
+    options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
+    samples = draw_samples(
+        model, n, description.event_shape, method, seed=seed, batch_size=batch_size, precision=precision, progress=True, **options
+    )
     if target.suffix.lower() == ".png":
         write_samples(target, samples)
     else:
         values = description.to_source_units(samples)
         write_atomically(target, lambda path: _write_array(path, values.numpy()))
     print(f"wrote {n} samples to {target}")
-
-
-def draw_samples(
-    model: NDM,
-    n: int,
-    event_shape: tuple[int, ...],
-    method: Method = "ancestral",
-    *,
-    seed: int = 0,
-    batch_size: int = 256,
-    precision: Precision = "32-true",
-    **options: Any,
-) -> Tensor:
-    """Samples ``(n, *event)`` on the CPU, batch after batch; options as for :meth:`ndm.NDM.sample`. They depend on the batch size."""
-    parts = []
-    for index, start in enumerate(range(0, n, batch_size)):
-        shape = (min(batch_size, n - start), *event_shape)
-        with _autocast(model.like.device, precision):
-            parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index)).cpu())
-    return torch.cat(parts)
-
-
-def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    check_choice("precision", precision, get_args(Precision))
-    if precision == "32-true":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:

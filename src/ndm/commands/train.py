@@ -21,6 +21,8 @@ from ndm.train.settings import TrainSettings
 
 MACHINE_SETTINGS = ("accelerator", "devices", "nodes", "strategy", "threads", "workers", "compile", "checkpoint_every", "log_every")
 """Settings that say how a run is carried out rather than what it computes: they may change when a run goes on."""
+FINAL_SETTINGS = ("evaluation_draws", "evaluation_limit", "evaluation_split", "sample_images", "sample_steps")
+"""Settings of what comes after the last step: they may change until it is done."""
 
 
 def train_parser() -> ArgumentParser:
@@ -113,7 +115,7 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
     if new.keys() - old.keys():  # perhaps settings that the version which wrote it did not have
         with contextlib.suppress(UserError):
             old = _flat(resolved(["--config", str(out / CONFIG), "--out", str(out)]))
-    ignored = {f"train.{name}" for name in MACHINE_SETTINGS}
+    ignored = {f"train.{name}" for name in (*MACHINE_SETTINGS, *(() if (out / METRICS).exists() else FINAL_SETTINGS))}
     changed = sorted(key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key))
     if changed:
         key = changed[0]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ndm.commands.sample import draw_samples
 from ndm.compare.plan import plan_rows, read_rows
 from ndm.data import DataSource, spread
 from ndm.evaluate import Evaluation, pick_device
@@ -25,6 +24,7 @@ from ndm.quality import classifier_features, compare_features, find_classifier
 from ndm.report import plus_minus
 from ndm.reproduce.handful import write_mnist
 from ndm.reproduce.report import Report, configuration
+from ndm.sample import draw_samples
 from ndm.serialize import read_json
 from ndm.viz import draw_over_time, image_grid, new_figure, transform_over_time
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ndm.commands.parsing import load_data
-from ndm.commands.sample import draw_samples
 from ndm.data import DataSource, spread
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError
@@ -33,7 +32,7 @@ from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, comp
 from ndm.report import Measurement, plus_minus
 from ndm.reproduce.report import QUALITY, Report
 from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
-from ndm.sample import Method
+from ndm.sample import Method, draw_samples
 from ndm.serialize import read_json, to_config
 from ndm.transform import Identity
 from ndm.viz import is_image

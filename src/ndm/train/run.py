@@ -2,7 +2,7 @@
 
 =========================  ==================================================================
 ``config.yaml``            what was asked for, defaults filled in
-``data.json``              what the data are, with their checksum
+``data.json``              what the data are, with their checksum; written first
 ``checkpoints/last.ckpt``  everything needed to go on: weights, moving average, optimiser, step
 ``logs/``                  every term of the bound, as CSV and for TensorBoard
 ``model/``                 the trained weights (moving average) as safetensors and JSON
@@ -31,19 +31,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.baselines import histogram_bpd, xz_bpd
-from ndm.data import DataSource, EventDataset, spread
+from ndm.data import DataDescription, DataSource, EventDataset, spread
 from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
 from ndm.model import NDM
 from ndm.parallel import started_first
-from ndm.serialize import write_atomically, write_json
+from ndm.sample import draw_samples
+from ndm.serialize import read_json, write_atomically, write_json
 from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
 from ndm.train.settings import TrainSettings
 from ndm.viz import is_image, write_samples, write_transform
 
-CHECKPOINT, METRICS = Path("checkpoints/last.ckpt"), Path("metrics.json")
-BASELINE_VALUES, INITIAL_VALUES = 8_000_000, 50_000_000
+CHECKPOINT, DATA, METRICS = Path("checkpoints/last.ckpt"), Path("data.json"), Path("metrics.json")
+BASELINE_VALUES, INITIAL_VALUES, SAMPLE_VALUES = 8_000_000, 50_000_000, 200_000
 
 
 def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
@@ -77,6 +78,24 @@ def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
         model.bound(data.split("train").__getitems__([0, 0]), draws=1)
     model.train()
     torch.random.set_rng_state(state)
+
+
+def keep_description(data: DataSource, out: Path) -> None:
+    """Write what the data are, unless a run goes on that has done so.
+
+    Raises:
+        UserError: it began with other data.
+    """
+    now = data.describe()
+    if (out / CHECKPOINT).exists() and (out / DATA).exists():
+        then = DataDescription.from_dict(read_json(out / DATA))
+        if then.sha256 != now.sha256:
+            raise UserError(
+                f"{now.name} changed since {out} began (sha256 {then.sha256[:12]} then, {now.sha256[:12]} now): examples that it was trained on may "
+                "be among those that it is tested on; bring the data back, or choose another --out"
+            )
+    elif started_first():
+        write_json(out / DATA, now.to_dict())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -197,7 +216,7 @@ def initialise(model: NDM, examples: EventDataset, seed: int = 0, progress: bool
 
 
 def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int = 0) -> dict[str, Any] | None:
-    """Train, save, evaluate and draw; goes on where an interrupted run stopped.
+    """Train, save, draw and evaluate; goes on where an interrupted run stopped.
 
     Args:
         model: the model, freshly made.
@@ -210,9 +229,10 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
         The metrics, or None in processes other than the first.
 
     Raises:
-        UserError: model, data and settings do not fit one another, or the checkpoint is damaged.
+        UserError: model, data and settings do not fit one another, the data changed, or the checkpoint is damaged.
     """
     check_data(model, data, settings)
+    keep_description(data, out)
     first = fit(model, data, settings, out, seed)
     if not first:
         return None
@@ -222,22 +242,34 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     weights, seconds = checkpoint["state_dict"], checkpoint.get("seconds", 0.0)
     model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
     model.to(pick_device(settings.accelerator)).eval()
-    write_json(out / "data.json", description)
     model.save_pretrained(out / "model", {"data": description})
+    draw(model, data, settings, out, seed)
     test = data.split(settings.evaluation_split)
     record = evaluate_bound(model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True)
     metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
     metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
-    shape = data.describe().event_shape
+    write_json(out / METRICS, metrics)
+    return metrics
+
+
+def draw(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> None:
+    """The pictures of a run, with no more examples at once than training has, unless they are small, and in its precision."""
+    test, shape = data.split(settings.evaluation_split), data.describe().event_shape
     images = is_image(shape)
-    samples = model.sample(
-        ((settings.sample_images or 64) if images else 4096, *shape), steps=settings.sample_steps, seed=seed, progress=True
+    count, size = (settings.sample_images or 64) if images else 4096, settings.batch_size // settings.accumulate
+    samples = draw_samples(
+        model,
+        count,
+        shape,
+        steps=settings.sample_steps,
+        seed=seed,
+        batch_size=max(size, SAMPLE_VALUES // math.prod(shape)),
+        precision=settings.precision,
+        progress=True,
     )
     write_samples(out / "samples.png", samples, None if images else test.__getitems__(range(min(len(test), 4096))))
     shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
     write_transform(out / "transform.png", model, test.__getitems__(shown), seed=seed)
-    write_json(out / METRICS, metrics)
-    return metrics
 
 
 @contextlib.contextmanager

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ndm.errors import UserError, check_choice
+from ndm.precision import Precision
 
 Optimiser = Literal["adamw", "soap"]
 Decay = Literal["cosine", "constant"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass
