@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from ndm.cli import main
 from ndm.commands.parsing import load_data, load_run
+from ndm.commands.train import resolved
 from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
 from ndm.evaluate import Evaluation
@@ -203,7 +206,14 @@ def test_bad_words_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
     refused(capsys, ["checkerboard", "--data", "somewhere", *out], "--data somewhere")
     refused(capsys, ["checkerboard", "--nonsense", *out], "nonsense")
     refused(capsys, ["checkerboard", "--size", "smoke", *out, "--", "--train.steps", "none"], "steps")
-    refused(capsys, ["checkerboard", "--size", "smoke", "--out", str(tmp_path / "other"), "--", "--data", "ndm.data.Digits"])
+    refused(
+        capsys, ["distribution-2d", "--size", "smoke", *out, "--", "--data", "ndm.data.TwoMoons"], "-- --data: distribution-2d sets that"
+    )
+    refused(capsys, ["checkerboard", *out, "--", "--model.transform=ndm.Identity"], "the learned model would be the plain one")
+    refused(capsys, ["ot-1d", *out, "--", "--train.steps", "9"], "-- --train.steps 9: ot-1d does not train by ndm train")
+    refused(capsys, ["ot-2d", *out, "--jobs", "2"], "--jobs 2", "one model at a time")
+    refused(capsys, ["cifar10", "--data", "somewhere", *out, "--jobs", "2"], "--jobs 2", "one model at a time")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("x")
     refused(capsys, ["checkerboard", "--size", "smoke", "--out", str(tmp_path / "file")], "is a file")
 
@@ -256,6 +266,39 @@ def test_what_is_kept_is_read_and_what_failed_is_computed_again(tmp_path: Path) 
     assert not (tmp_path / "parts" / "part.json").exists()
     assert report.keep("part", lambda: {"a": 0.1}) == {"a": 0.1}
     assert Report("name", tmp_path, "small").keep("part", fail) == {"a": 0.1}
+
+
+def test_what_was_computed_with_another_model_is_computed_again(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["checkerboard"], tmp_path / "runs")
+
+    def report(of: str) -> Report:
+        one = Report("checkerboard", tmp_path, "smoke", 3)
+        shutil.rmtree(tmp_path / "runs" / "model", ignore_errors=True)
+        shutil.copytree(tmp_path / "runs/runs" / of, tmp_path / "runs/model")
+        one.train_words("model", ["--config", str(tmp_path / "runs/model/config.yaml")])
+        return one
+
+    assert report("ddpm").keep("part", lambda: {"a": 1}) == {"a": 1}
+    assert report("ddpm").keep("part", lambda: {"a": 2}) == {"a": 1}
+    assert report("ndm").keep("part", lambda: {"a": 3}) == {"a": 3}
+
+
+def test_words_of_the_user_make_no_ddpm_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come before those that make a model what the experiment calls it, in every experiment with a plain diffusion."""
+    found: dict[str, str] = {}
+
+    def stop(self: Report, runs: Mapping[str, Sequence[str]]) -> None:
+        found.update({name: resolved([*words, "--out", "-"])["model"]["transform"]["class_path"] for name, words in runs.items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "train_all", stop)
+    for name in ("checkerboard", "distribution-2d", "steps"):
+        found.clear()
+        words = ["--size", "smoke", "--out", str(tmp_path / name), "--", "--model.transform", "ndm.FadingMask"]
+        assert main(["reproduce", name, *words]) == 130
+        plain, learned = ([kind for key, kind in found.items() if ("ndm" in key) is is_ndm] for is_ndm in (False, True))
+        assert plain and all(kind.endswith(".Identity") for kind in plain)
+        assert learned and all(kind.endswith(".FadingMask") for kind in learned)
 
 
 def test_a_page_says_which_targets_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

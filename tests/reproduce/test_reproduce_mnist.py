@@ -2,15 +2,19 @@
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ndm.cli import main
 from ndm.commands.parsing import load_data, load_run
+from ndm.commands.train import resolved
 from ndm.evaluate import Evaluation
 from ndm.reproduce.handful import write_mnist
 from ndm.reproduce.mnist import learning_curve
+from ndm.reproduce.report import Report, configuration
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,7 @@ def test_the_bounds_are_those_of_an_evaluation_of_the_saved_models(out: Path) ->
     sizes = {name: one["parameters"] for name, one in results["measurements"].items()}
     assert sizes["vdm"] < sizes["ndm"] <= sizes["vdm-widened"]
     for name, record in results["measurements"].items():
+        assert record["data_sha256"] == load_data(out / "runs" / name).describe().sha256
         run = out / "runs" / name
         again = Evaluation(load_run(run), load_data(run).split("test"), limit=8).nelbo(None, 1)
         assert record["bpd"] == pytest.approx(again.bpd, rel=1e-5)
@@ -47,6 +52,23 @@ def test_the_same_command_again_trains_and_measures_nothing(out: Path, capsys: p
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert main(["reproduce", "mnist", "--size", "quick", "--data", str(out.parent / "data"), "--out", str(out)]) == 2
     assert "another experiment: size is 'smoke'" in capsys.readouterr().err
+
+
+def test_the_paper_size_is_the_configuration_for_a_gpu(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+
+    def stop(self: Report, runs: Mapping[str, Sequence[str]]) -> None:
+        found.update({name: resolved([*words, "--out", "-"]) for name, words in runs.items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "train_all", stop)
+    assert main(["reproduce", "mnist", "--size", "paper", "--data", str(out.parent / "data"), "--out", str(tmp_path / "out")]) == 130
+    assert list(found) == ["vdm", "vdm-widened", "ndm"]
+    expected = resolved(["--config", str(configuration("mnist.yaml")), "--data.path", str(out.parent / "data"), "--out", "-"])
+    expected["train"]["evaluation_limit"] = 1000
+    assert found["ndm"] == expected
+    channels = [one["model"]["predictor"]["init_args"]["network"]["init_args"]["channels"] for one in found.values()]
+    assert channels[0] == channels[2] == 128 < channels[1]
 
 
 def test_without_data_one_line_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def reproduce(
     experiment = EXPERIMENTS[name]
     size = experiment.check_size(size)
     _check_files(experiment, size, data, features)
+    _check_words(experiment, jobs, overrides)
     _check_runs(experiment, runs, data, overrides)
     words = [*(["--data.path", data] if data is not None else []), *overrides]
     command = ["ndm", "reproduce", experiment.name, "--size", size, "--seed", str(seed)]
@@ -103,6 +104,16 @@ def _check_files(experiment: Experiment, size: str, data: str | None, features: 
         raise UserError(f"--features {features}: {experiment.name} takes no feature network; leave it out")
     if features is not None and not Path(features).is_file():
         raise UserError(f"--features {features}: there is no such file; name a TorchScript file, as torch.jit.save writes it")
+
+
+def _check_words(experiment: Experiment, jobs: int, overrides: Sequence[str]) -> None:
+    if overrides and not experiment.takes_words:
+        raise UserError(f"-- {shlex.join(overrides)}: {experiment.name} does not train by ndm train; leave the words after -- out")
+    if jobs > 1 and not experiment.takes_jobs:
+        raise UserError(f"--jobs {jobs}: {experiment.name} trains one model at a time; leave it out")
+    own = [word for word in overrides if word.split("=")[0] in ("--data", "--data.class_path", "--config", "--out", "--seed")]
+    if own:
+        raise UserError(f"-- {own[0]}: {experiment.name} sets that itself; leave it out")
 
 
 def _check_runs(experiment: Experiment, runs: Sequence[str] | None, data: str | None, overrides: Sequence[str]) -> None:

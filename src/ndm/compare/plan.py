@@ -66,12 +66,13 @@ class Row:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "row"
 
 
-def read_rows(path: Path, overrides: tuple[str, ...] = ()) -> tuple[list[Row], dict[str, Any]]:
+def read_rows(path: Path, overrides: tuple[str, ...] = (), base: Path | None = None) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a comparison file.
 
     Args:
         path: the file.
         overrides: words for every row, before those of the row.
+        base: the configuration to take in the place of the one that the file names.
 
     Returns:
         The rows, and what else the file says (``widen``, ``width``).
@@ -90,7 +91,7 @@ def read_rows(path: Path, overrides: tuple[str, ...] = ()) -> tuple[list[Row], d
     unknown = sorted(set(content) - set(KEYS))
     if unknown:
         raise UserError(f"{path}: {unknown[0]!r} is not known; choose from {', '.join(KEYS)}")
-    base = path.parent / content["base"]
+    base = base or path.parent / content["base"]
     if not base.is_file():
         raise UserError(f"{path}: the base {base} does not exist; give its path relative to {path.name}")
     rows = [Row(str(name), ("--config", str(base), *overrides, *_words(path, name, row))) for name, row in content["rows"].items()]

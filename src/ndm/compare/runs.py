@@ -172,7 +172,7 @@ def _measure(job: Job, wanted: Measures) -> None:
     model, data = load_run(job.folder), load_data(job.folder)
     model.to(pick_device())
     description = data.describe()
-    evaluation = Evaluation(model, data.split(wanted.split), limit=wanted.limit, progress=True)
+    evaluation = Evaluation(model, data.split(wanted.split), limit=wanted.limit, progress=True, about=description.about(wanted.split))
     train = data.split("train")
     found = {"continuous": evaluation.nelbo(None, wanted.draws)}
     for steps in wanted.horizons:

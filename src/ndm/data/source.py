@@ -67,6 +67,10 @@ class DataDescription:
         """Sum of log a_i: nats per example to add to a negative log-likelihood of x to have that of v."""
         return math.fsum(math.log(value) for value in self.scale)
 
+    def about(self, split: str) -> dict[str, str]:
+        """What the protocol of a measurement on a split says of the data."""
+        return {"data": self.name, "split": split, "data_sha256": self.sha256}
+
     def to_source_units(self, x: Tensor) -> Tensor:
         """V of x ``(..., *event)``, in the shape and dtype of x: standardisation undone, or low + integer level of discrete data."""
         if self.levels is not None:

@@ -31,6 +31,10 @@ class Experiment:
     """Whether it can measure runs that the user names instead of training."""
     takes_features: bool = False
     """Whether FID is measured by a feature network that the user names."""
+    takes_words: bool = True
+    """Whether it trains as ``ndm train`` does, with words of the user's."""
+    takes_jobs: bool = True
+    """Whether it trains several models, which may be trained at once."""
 
     def check_size(self, size: str | None) -> str:
         """The size, or the default.
@@ -71,17 +75,26 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
             {"small": "a quarter of an hour of one core", "smoke": _SMOKE},
             "transport",
+            takes_words=False,
+            takes_jobs=False,
         ),
         Experiment(
             "ot-2d",
             "the same in the plane: four Gaussians whose optimal map is known",
             {"small": "12 minutes of one core", "smoke": _SMOKE},
             "transport_plane",
+            takes_words=False,
+            takes_jobs=False,
         ),
         Experiment(
             "mnist",
             "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
-            {"small": "an hour of two cores", "quick": "a quarter of an hour of two cores", "smoke": _SMOKE},
+            {
+                "small": "an hour of two cores",
+                "quick": "a quarter of an hour of two cores",
+                "paper": "three trainings of two hours of one H200 each (an estimate, from 2,150 of 20,000 steps)",
+                "smoke": _SMOKE,
+            },
             "mnist",
             needs_data=True,
         ),
@@ -104,6 +117,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                 "images",
                 needs_data=True,
                 takes_features=True,
+                takes_jobs=False,
             )
             for name, what, published, time in (
                 ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "26 to 177 hours of 8 H100"),

@@ -27,7 +27,7 @@ from ndm.noise import part_seed
 from ndm.quality import compare_features, torchscript_features
 from ndm.report import plus_minus
 from ndm.reproduce.handful import write_cifar, write_faces, write_imagenet
-from ndm.reproduce.report import Report
+from ndm.reproduce.report import Report, learned_words
 from ndm.viz import image_grid, new_figure, transform_figure
 
 
@@ -118,7 +118,7 @@ def run(report: Report) -> None:
     """Train, measure, draw."""
     facts = FACTS[report.name]
     words = data_words(report, facts)
-    model, data = report.train("ndm", f"{report.name}.yaml", *words)
+    model, data = report.train_words("ndm", learned_words(report.words_for(f"{report.name}.yaml", *words)))
     model.to(pick_device(read_config(report.out / "runs" / "ndm")["train"]["accelerator"]))
     introduce(report, facts, data)
     likelihood(report, facts, model, data)
@@ -147,10 +147,9 @@ def introduce(report: Report, facts: Facts, data: DataSource) -> None:
 def likelihood(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
     """NELBO and NLL beside the published numbers."""
     description, test = data.describe(), data.split("test")
-    about = {"data": description.name, "split": "test", "data_sha256": description.sha256}
 
     def evaluation(limit: int | None) -> Evaluation:
-        return Evaluation(model, test, seed=report.seed, limit=limit, progress=True, about=about)
+        return Evaluation(model, test, seed=report.seed, limit=limit, progress=True, about=description.about("test"))
 
     smoke, settings = report.smoke, OdeSettings(nodes=4, probes=1, rtol=1e-2, atol=1e-2) if report.smoke else OdeSettings()
     nelbo = report.measure("nelbo", lambda: evaluation(4 if smoke else None).nelbo(None, draws=2 if smoke else facts.draws))

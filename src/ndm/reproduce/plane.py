@@ -26,7 +26,7 @@ from ndm.evaluate import Evaluation, standard_error
 from ndm.likelihood import OdeSettings
 from ndm.model import NDM
 from ndm.report import plus_minus
-from ndm.reproduce.report import Report
+from ndm.reproduce.report import Report, learned_words
 from ndm.sample import GridSampler, Heun, Step
 
 PLAIN, LEARNED = "DDPM", "NDM"
@@ -104,8 +104,11 @@ def train_both(report: Report, config: str, budget: Budget, name: str = "", word
     """
     prefix = f"{name}-" if name else ""
     small = SMALL_TRANSFORM if report.smoke else ()
-    own = {f"{prefix}ddpm": DDPM_WORDS, f"{prefix}ndm": small}
-    trained = report.train_all({name: report.words_for(config, *words, *budget.words, *last) for name, last in own.items()})
+    runs = {
+        f"{prefix}ddpm": report.words_for(config, *words, *budget.words, last=DDPM_WORDS),
+        f"{prefix}ndm": learned_words(report.words_for(config, *words, *budget.words, *small)),
+    }
+    trained = report.train_all(runs)
     (plain, _), (learned, source) = trained.values()
     return {PLAIN: plain, LEARNED: learned}, known(source)
 
@@ -125,7 +128,7 @@ def measure(models: Mapping[str, NDM], source: ToySource, budget: Budget, seed: 
     record: dict[str, Any] = {"entropy": source.entropy()}
     values: dict[str, list[Tensor]] = {"nelbo": [], "nll": []}
     for name, model in models.items():
-        about = {"model": name, "data": description.name, "split": "test", "data_sha256": description.sha256}
+        about = {"model": name, **description.about("test")}
         one: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "measurements": {}}
         for kind, limit in (("nelbo", budget.bound_points), ("nll", budget.points)):
             evaluation = Evaluation(model, test, seed, limit, batch_size=_BATCH, progress=True, about=about)

@@ -11,6 +11,8 @@
 ``results.json`` is written last, so that it marks a finished experiment.
 """
 
+import hashlib
+import json
 import math
 import sys
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndm.commands.parsing import load_data, load_run
-from ndm.commands.train import run_train
+from ndm.commands.train import resolved, run_train
 from ndm.compare.budget import machine
 from ndm.compare.runs import Job, run_all
 from ndm.data import DataSource
@@ -46,6 +48,20 @@ def configuration(name: str) -> Path:
     return Path(str(files("ndm") / "configs" / name))
 
 
+def learned_words(words: Sequence[str]) -> list[str]:
+    """The words of ``ndm train`` for a model that is to transform its data, as they are.
+
+    Raises:
+        UserError: they leave it F(x, t) = x.
+    """
+    config = resolved([*words, "--out", "-"])
+    if config["model"]["transform"]["class_path"].endswith(".Identity"):
+        raise UserError(
+            "--model.transform ndm.Identity: the learned model would be the plain one, which is trained beside it; leave it out"
+        )
+    return list(words)
+
+
 class Report:
     """The folder of one experiment while it is being filled.
 
@@ -54,7 +70,7 @@ class Report:
         out: the folder.
         size: ``smoke``, ``small``, ``paper`` or another of the experiment's sizes.
         seed: seed of everything random.
-        words: words for every training run, after those of the experiment.
+        words: words for every training run, before those that make a model what the experiment calls it.
         command: what the user typed, for the record.
         data: folder of the user's data, for the experiments that take one; ``words`` hand it to the runs.
         features: TorchScript file of the feature network for FID, for the experiments that take one.
@@ -88,6 +104,7 @@ class Report:
         self._numbers: dict[str, Any] = {}
         self._measurements: dict[str, Any] = {}
         self._checks: list[dict[str, Any]] = []
+        self._trained: dict[str, str] = {}  # fingerprints of the models so far
         self._about: dict[str, Any] = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
         if self.runs:
             self._about["runs measured"] = {str(run): fingerprint(model) for run, model in zip(self.runs, self.models, strict=True)}
@@ -104,22 +121,15 @@ class Report:
         """Whether this is the variant of a few seconds."""
         return self.size == "smoke"
 
-    def train(self, name: str, config: str, *words: str) -> tuple[NDM, DataSource]:
-        """Train a model, or read the one that an earlier call trained.
+    def words_for(self, config: str, *words: str, last: Sequence[str] = ()) -> list[str]:
+        """All words of ``ndm train`` for a run but ``--out`` and ``--seed``.
 
         Args:
-            name: folder of the run, under ``runs``.
             config: a configuration that comes with the library.
-            words: overrides, as for ``ndm train``; those of the user come after them.
-
-        Returns:
-            The trained model in evaluation mode, and its data.
+            words: overrides, before those of the user.
+            last: overrides that make the model what the experiment calls it: after those of the user.
         """
-        return self.train_words(name, self.words_for(config, *words))
-
-    def words_for(self, config: str, *words: str) -> list[str]:
-        """The words of ``ndm train`` for :meth:`train`."""
-        return ["--config", str(configuration(config)), *words, *self.words]
+        return ["--config", str(configuration(config)), *words, *self.words, *last]
 
     def train_all(self, runs: Mapping[str, Sequence[str]]) -> dict[str, tuple[NDM, DataSource]]:
         """Train several models as :meth:`train_words` does, as many at once as the user wants; those then write to the ``log.txt`` of their runs.
@@ -142,7 +152,15 @@ class Report:
         return {name: self.train_words(name, words) for name, words in runs.items()}
 
     def train_words(self, name: str, words: Sequence[str]) -> tuple[NDM, DataSource]:
-        """Train a model from all words of ``ndm train`` but ``--out`` and ``--seed``, as :meth:`train` does."""
+        """Train a model, or read the one that an earlier call trained.
+
+        Args:
+            name: folder of the run, under ``runs``.
+            words: see :meth:`words_for`.
+
+        Returns:
+            The trained model in evaluation mode, and its data.
+        """
         folder = self.folder(name)
         print(f"{self.name}: {name}", flush=True)
         self._claim()
@@ -150,7 +168,9 @@ class Report:
         run_train([*words, "--out", str(folder), "--seed", str(self.seed)])
         if not (started_first() or trained):
             sys.exit(0)  # one of several processes that trained together: the first goes on alone
-        return load_run(folder), load_data(folder)
+        model = load_run(folder)
+        self._trained[name] = fingerprint(model)
+        return model, load_data(folder)
 
     def made_up_data(self, write: Callable[[Path, int], None]) -> list[str]:
         """Words of ``ndm train`` for data that ``write(folder, seed)`` makes, once, inside the folder; none if the user named data."""
@@ -167,12 +187,23 @@ class Report:
         return self.out / "runs" / name
 
     def keep(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``compute`` gives, JSON-ready; kept in a file, so that an interrupted experiment does not compute it again."""
-        path = self.out / "parts" / f"{key}.json"
-        if not path.exists():
+        """What ``compute`` gives, JSON-ready; kept in a file, so that an interrupted experiment does not compute it again.
+
+        Unless a model was trained anew since: what was computed with another is not taken for it.
+        """
+        path, made = self.out / "parts" / f"{key}.json", self._models()
+        kept = read_json(path) if path.exists() else {}
+        if kept.get("models") != made or not isinstance(kept.get("found"), dict):
             self._claim()
-            write_json(path, compute())
-        return read_json(path)
+            write_json(path, {"models": made, "found": compute()})
+            kept = read_json(path)
+        found = kept["found"]
+        assert isinstance(found, dict)
+        return found
+
+    def _models(self) -> str:
+        """SHA-256 of the models that were trained so far."""
+        return hashlib.sha256(json.dumps(self._trained, sort_keys=True).encode()).hexdigest()
 
     def _claim(self) -> None:
         """Say in the folder what is in it; not before something is, so that an experiment that is refused leaves nothing behind."""

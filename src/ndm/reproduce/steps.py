@@ -30,15 +30,15 @@ from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier
 from ndm.report import Measurement, plus_minus
-from ndm.reproduce.report import QUALITY, Report
+from ndm.reproduce.plane import DDPM_WORDS, LEARNED, PLAIN
+from ndm.reproduce.report import QUALITY, Report, learned_words
 from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
 from ndm.sample import Method, draw_samples
 from ndm.serialize import read_json, to_config
 from ndm.transform import Identity
 from ndm.viz import is_image
 
-MODELS: Mapping[str, tuple[str, ...]] = {"DDPM": ("--model.transform", "ndm.Identity"), "NDM": ()}
-"""Models and their words for ndm train."""
+MODELS = (PLAIN, LEARNED)
 SAMPLERS: Mapping[str, tuple[Method, int, int]] = {
     "ancestral": ("ancestral", 1, 100),
     "DDIM": ("ddim", 1, 100),
@@ -123,7 +123,11 @@ def run(report: Report) -> None:
 
 def trained(report: Report, plan: Plan) -> tuple[dict[str, NDM], DataSource]:
     """DDPM and NDM trained here, and their data."""
-    found = report.train_all({name.lower(): report.words_for(plan.config, *words, *plan.words) for name, words in MODELS.items()})
+    runs = {
+        "ddpm": report.words_for(plan.config, *plan.words, last=DDPM_WORDS),
+        "ndm": learned_words(report.words_for(plan.config, *plan.words)),
+    }
+    found = report.train_all(runs)
     return {name: found[name.lower()][0] for name in MODELS}, found["ndm"][1]
 
 
@@ -153,13 +157,14 @@ def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
 def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
     """NELBO against T, plain and with the fitted reverse variance, and the NLL; figure 1."""
     kept: dict[str, dict[str, Any]] = {}
+    about = data.describe().about("test")
     for name, model in models.items():
-        evaluation = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.limit, progress=True)
+        evaluation = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.limit, progress=True, about=about)
         for horizon in plan.horizons:
             for fit in (None, data.split("train")) if horizon in plan.fitted else (None,):
                 key = f"{name.lower()}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
                 kept[key] = report.keep(f"nelbo-{key}", partial(_kept, evaluation.nelbo, horizon, plan.draws, fit))
-        likelihood = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.nll_limit, progress=True)
+        likelihood = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.nll_limit, progress=True, about=about)
         kept[f"{name.lower()}-nll"] = report.keep(f"nll-{name.lower()}", partial(_kept, likelihood.nll, settings=plan.ode))
     for key, one in kept.items():
         report.measured(key, one["record"])
