@@ -319,3 +319,14 @@ def randomised(module: Module, scale: float = 0.3, seed: int = 0) -> Module:
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, dtype=F64, generator=generator))
     return module
+
+
+class OwnNetwork(nn.Module):
+    """A network that is not of the library, for data ``(B, 2)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.linear(torch.cat([z, t[:, None]], dim=1))

@@ -320,5 +320,5 @@ def test_samples_that_are_not_finite_are_refused(decoder: Decoder) -> None:
             return z / 0.0
 
     model = NDM(LinearLogSNR(-4.0, 3.0), Identity(), Predictor(Overflows(), "x"), decoder)
-    with pytest.raises(UserError, match="not finite.*more steps"):
+    with pytest.raises(UserError, match=r"not finite.*more steps"):
         model.sample((2, 3), steps=4, seed=0)

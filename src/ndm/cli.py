@@ -1,7 +1,7 @@
 """The command line: ``ndm COMMAND ...``.
 
-Each command is a typed function in :mod:`ndm.commands`; its arguments and their help come from its signature. Bad input ends in one line
-on standard error and exit code 2, an interruption in exit code 130. Anything else is a bug and keeps its traceback.
+Each command is a typed function in :mod:`ndm.commands`; its arguments and their help come from its signature. Bad input, and too little
+memory, end in one line on standard error and exit code 2, an interruption in exit code 130. Anything else is a bug and keeps its traceback.
 """
 
 import argparse
@@ -34,17 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    trains = words[:1] in (["train"], ["compare"], ["reproduce"])
     try:
         return _dispatch(words)
     except UserError as error:
         print(f"ndm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nndm: interrupted; a training run goes on from its last checkpoint when the same command is given again", file=sys.stderr)
+        print(f"\nndm: interrupted{'; the same command again goes on from what is there' if trains else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `ndm ... | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not (isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason):
+            raise
+        fewer = "train.batch_size, or a larger train.accumulate" if trains else "--batch_size"
+        print(f"ndm: error: there is not enough memory; give a smaller {fewer} ({reason[:100]})", file=sys.stderr)
+        return 2
 
 
 def _dispatch(words: list[str]) -> int:

@@ -28,6 +28,10 @@ class ForwardModeError(UserError):
     """A network cannot be differentiated in time by forward-mode automatic differentiation."""
 
 
+class ForeignModuleError(UserError):
+    """A saved model has a part that is not of this library."""
+
+
 def describe_value(value: object) -> str:
     """Return a one-line ``repr`` of a value, shortened to 80 characters."""
     text = " ".join(repr(value).split())

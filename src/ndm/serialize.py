@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ndm.errors import UserError
+from ndm.errors import ForeignModuleError, UserError
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = 1
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # of the RuntimeError by which torch.save says that a disk is full
 
 
 def class_path(cls: type) -> str:
@@ -52,7 +53,8 @@ def from_config(config: object, where: str = "model", replace: Mapping[str, nn.M
         replace: modules of the user for given places, instead of what the description says there.
 
     Raises:
-        UserError: the description names a class that is not part of this library and no module was given for it.
+        ForeignModuleError: the description names a class that is not part of this library and no module was given for it.
+        UserError: it cannot be rebuilt.
     """
     if replace and where in replace:
         return replace[where]
@@ -62,7 +64,7 @@ def from_config(config: object, where: str = "model", replace: Mapping[str, nn.M
         return config
     path, arguments = config.get("class_path"), config.get("init_args")
     if not isinstance(path, str) or not _is_ours(path) or arguments is None:
-        raise UserError(
+        raise ForeignModuleError(
             f"{where} is a {path}, which is not part of ndm and is never imported from a file; build it yourself and pass "
             f"modules={{'{where}': network}}"
         )
@@ -84,11 +86,13 @@ def _is_ours(path: str) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then rename it: the file is whole or not there.
+    """Let ``write`` make a temporary file beside ``path``, then rename it: the file is whole or not there, after a power cut, too.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to, or is full.
     """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -98,15 +102,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        try:
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
+            raise
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or _one_line(error)}; is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
 
 
 def write_json(path: Path, data: object) -> None:
@@ -174,11 +185,20 @@ def load_model(path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | 
     model = from_config(config.pop("model", None), "model", replace)
     if not isinstance(model, nn.Module):
         raise UserError(f"{folder / CONFIG_NAME} describes no model; it is damaged, or not a file of ndm")
-    model.load_state_dict(_read_weights(folder / WEIGHTS_NAME, model.state_dict()))
+    model.load_state_dict(read_weights(folder / WEIGHTS_NAME, model.state_dict()))
     return model, config
 
 
-def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, by name.
+
+    Args:
+        path: the file.
+        expected: tensors of the names and shapes that it must have.
+
+    Raises:
+        UserError: it is missing, damaged or does not fit.
+    """
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:

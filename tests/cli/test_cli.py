@@ -1,6 +1,7 @@
 """The contract of the command line: help, samples, evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,35 @@ def test_library_and_command_line_draw_from_the_same_model(digits_run: Path) -> 
     bounds = [model.bound(x, generator=torch.Generator().manual_seed(0), draws=2).total for _ in range(2)]
     assert torch.equal(*bounds)
     assert model.info["data"]["name"] == "digits"  # type: ignore[index]
+
+
+def test_a_run_that_is_not_finished_is_used_as_far_as_it_is(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its checkpoint, which holds the average of the weights; a model folder serves as well."""
+    half = shutil.copytree(digits_run, tmp_path / "half")
+    shutil.rmtree(half / "model")
+    (half / "metrics.json").unlink()
+    for name, run in (("half", half), ("whole", digits_run), ("model", digits_run / "model")):
+        assert main(["sample", str(run), "--n", "4", "--steps", "3", "--out", str(tmp_path / f"{name}.npy")]) == 0
+        warned = f"{half} is not finished; this is its model after 3 steps"
+        assert (warned in capsys.readouterr().err) is (name == "half")
+    samples = [np.load(tmp_path / f"{name}.npy") for name in ("half", "whole", "model")]
+    np.testing.assert_array_equal(samples[0], samples[1])
+    np.testing.assert_array_equal(samples[2], samples[1])
+    shutil.rmtree(half / "checkpoints")
+    assert main(["sample", str(half), "--n", "4", "--out", str(tmp_path / "none.npy")]) == 2
+    assert "holds no trained model yet" in capsys.readouterr().err
+
+
+def test_a_run_with_a_network_of_the_user_serves_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``config.yaml`` says where it is; a model folder alone does not have it imported."""
+    model = TINY["model"] | {"predictor": {"class_path": "ndm.Predictor", "init_args": {"network": {"class_path": "oracles.OwnNetwork"}}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY | {"model": model}))
+    run = tmp_path / "run"
+    assert main(["train", "--config", str(tmp_path / "config.yaml"), "--out", str(run)]) == 0
+    trained = float(json.loads((run / "metrics.json").read_text())["nelbo_bpd"])
+    assert main(["evaluate", str(run), "--draws", "2", "--json", str(tmp_path / "e.json")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["nelbo_bpd"] == pytest.approx(trained, rel=1e-5)
+    assert main(["sample", str(run), "--n", "4", "--steps", "3", "--out", str(tmp_path / "x.npy")]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(run / "model"), "--n", "4", "--out", str(tmp_path / "y.npy")]) == 2
+    assert "OwnNetwork, which is not part of ndm" in capsys.readouterr().err

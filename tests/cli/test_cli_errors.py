@@ -2,7 +2,9 @@
 
 import gzip
 import os
+import signal
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import yaml
 from PIL import Image
 
 from ndm.cli import main
+from ndm.errors import UserError
+from ndm.serialize import write_atomically
 
 ConfigWriter = Callable[..., Path]
 
@@ -283,3 +287,37 @@ def test_wrong_use_of_a_run(
 def test_a_full_or_forbidden_place_to_write(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("not a folder")
     refused(capsys, ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "file" / "x.npy")], "file")
+    (tmp_path / "x.npy").mkdir()
+    refused(capsys, ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "x.npy")], "x.npy is a folder")
+    refused(capsys, ["train", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "file" / "run")], "cannot be made")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files")
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(bytes(10**5)), lambda path: torch.save(torch.zeros(10**5), path)])
+def test_a_file_for_which_there_is_no_place(write: Callable[[Path], object], tmp_path: Path) -> None:
+    """As on a full disk: one line, what was there stays, nothing is left over. By a limit on the size of files."""
+    import resource
+
+    target, limits, ignored = tmp_path / "x", resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    target.write_text("before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*x: .*full"):
+            write_atomically(target, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and target.read_text() == "before"
+
+
+def test_too_little_memory(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", str(finished), "--n", str(10**13), "--batch_size", str(10**13), "--out", str(tmp_path / "x.npy")]
+    refused(capsys, words, "not enough memory", "--batch_size")
+
+
+def test_what_a_killed_process_left_is_cleared_away(finished: Path, tmp_path: Path) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    (run / "checkpoints/.last-abc.ckpt").write_bytes(bytes(1000))
+    assert main(["train", "--out", str(run)]) == 0
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]

@@ -130,7 +130,7 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
         batch_size=settings.batch_size,
         processes=group,
         progress=True,
-        about={"run": str(folder), "data": description.name, "split": settings.split, "data_sha256": description.sha256},
+        about={"run": str(folder), **description.about(settings.split)},
     )
     measurements = measure(evaluation, settings, data)
     if group.first:

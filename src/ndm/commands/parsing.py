@@ -1,6 +1,7 @@
 """Words, YAML files and the folders of runs, turned into arguments and objects (jsonargparse: class paths, overrides)."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ndm.data import DataSource
-from ndm.errors import UserError
+from ndm.errors import ForeignModuleError, UserError
 from ndm.model import NDM
+from ndm.serialize import CONFIG_NAME, WEIGHTS_NAME, read_json, read_weights
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -72,16 +74,39 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def load_run(run: Path) -> NDM:
-    """The trained model of a run.
+    """The trained model of a run, of its last checkpoint where the run is not finished, or of a model folder; in evaluation mode.
+
+    A network that is not of this library is imported from where ``config.yaml`` says, as it is when the run goes on.
 
     Raises:
-        UserError: there is no such run, or it is not finished.
+        UserError: there is none, or it is damaged.
     """
     if not run.is_dir():
         raise UserError(f"there is no run {run}; make one with: ndm train --config configs/digits.yaml --out {run}")
-    if not (run / "model").is_dir():
+    if (run / CONFIG_NAME).is_file():
+        return NDM.from_pretrained(run)
+    if (run / "model" / CONFIG_NAME).is_file():
+        try:
+            return NDM.from_pretrained(run / "model")
+        except ForeignModuleError:
+            model = _model_of(run)
+            model.load_state_dict(read_weights(run / "model" / WEIGHTS_NAME, model.state_dict()))
+            model.info = {"data": read_json(run / "model" / CONFIG_NAME).get("data")}
+            return model.eval()
+    from ndm.train.run import CHECKPOINT, DATA, weights_of  # here: Lightning takes seconds to import
+
+    if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no trained model yet; go on with: ndm train --out {run}")
-    return NDM.from_pretrained(run / "model")
+    model = _model_of(run)
+    step = weights_of(run, model)
+    model.info = {"data": read_json(run / DATA)}
+    print(f"ndm: warning: {run} is not finished; this is its model after {step:,} steps", file=sys.stderr)
+    return model.eval()
+
+
+def _model_of(run: Path) -> NDM:
+    """The model that the configuration of a run describes, untrained."""
+    return _part(run, "model", lambda parser: parser.add_class_arguments(NDM, "model"))
 
 
 def load_data(run: Path) -> DataSource:
@@ -90,11 +115,16 @@ def load_data(run: Path) -> DataSource:
     Raises:
         UserError: the configuration is missing or damaged.
     """
+    return _part(run, "data", lambda parser: parser.add_subclass_arguments(DataSource, "data", required=True))
+
+
+def _part(run: Path, name: str, add: Callable[[ArgumentParser], object]) -> Any:
+    """What a section of the configuration of a run describes."""
     parser = ArgumentParser(prog="ndm", exit_on_error=False)
-    parser.add_subclass_arguments(DataSource, "data", required=True)
+    add(parser)
     config = read_config(run)
     try:
-        arguments = parser.parse_object({"data": config.get("data")})
+        arguments = parser.parse_object({name: config.get(name)})
     except ArgumentError as error:
         raise UserError(f"{run / CONFIG}: {' '.join(str(error).split())}") from error
-    return build(parser, arguments).data
+    return build(parser, arguments)[name]

@@ -59,6 +59,8 @@ def sample(
     target = Path(out)
     if target.suffix.lower() not in (".png", ".npy"):
         raise UserError(f"--out {out}: the file must end in .png or .npy")
+    if target.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file")
     check_whole("seed", seed, 0)
     if n < 1 or batch_size < 1:
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")

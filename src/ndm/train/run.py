@@ -116,6 +116,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def weights_of(out: Path, model: NDM) -> int:
+    """Give a model the weights of the last checkpoint of a run, averaged where it averages; returns the step.
+
+    The checkpoint holds them whatever the strategy.
+
+    Raises:
+        UserError: it is damaged, or of another model.
+    """
+    checkpoint = read_checkpoint(out / CHECKPOINT)
+    try:
+        model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint {out / CHECKPOINT} does not fit the model of its configuration; it is of another version of ndm"
+        ) from error
+    return int(checkpoint["global_step"])
+
+
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: Lightning's own way copies from /tmp when that is another disk."""
 
@@ -237,10 +255,8 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     if not first:
         return None
     description = data.describe().to_dict()
-    # The checkpoint holds the averaged weights whatever the strategy, also when training ended in an earlier call.
-    checkpoint = read_checkpoint(out / CHECKPOINT)
-    weights, seconds = checkpoint["state_dict"], checkpoint.get("seconds", 0.0)
-    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    seconds = read_checkpoint(out / CHECKPOINT).get("seconds", 0.0)
+    weights_of(out, model)
     model.to(pick_device(settings.accelerator)).eval()
     model.save_pretrained(out / "model", {"data": description})
     draw(model, data, settings, out, seed)
@@ -284,7 +300,10 @@ def held(out: Path) -> Iterator[None]:
     if not started_first():
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror or error}; choose a folder that you can write to") from error
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -292,6 +311,8 @@ def held(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: another process is training into this folder; wait for it to end, or choose another --out") from error
     except (OSError, NotImplementedError) as error:
         print(f"{out}: cannot be locked ({error}); see to it that no other process trains into it", file=sys.stderr)
+    for left in (out / CHECKPOINT.parent).glob(f".{CHECKPOINT.stem}-*{CHECKPOINT.suffix}"):  # by a process that was killed while it saved
+        left.unlink(missing_ok=True)
     try:
         yield
     finally:
