@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ndm.apps.compress.archive import read_archive
 from ndm.apps.compress.items import Item, read_items, write_items
@@ -83,6 +83,15 @@ def test_a_folder_of_images_comes_back(model: Path, tmp_path: Path, capsys: pyte
     for before, after in expected.items():
         np.testing.assert_array_equal(np.asarray(Image.open(source / before)), np.asarray(Image.open(tmp_path / "back" / after)))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_photographs_are_compressed_upright(tmp_path: Path) -> None:
+    """What comes back has no EXIF data that would turn it."""
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(tmp_path / "x.png", exif=exif)
+    (item,) = read_items([str(tmp_path)], (3, 6, 5), 256, 0)
+    np.testing.assert_array_equal(item.levels, pixels.transpose(2, 0, 1).reshape(1, -1))
 
 
 def test_arrays_keep_dtype_shape_names_and_offset(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ndm.data import HuggingFace, ImageFolder
 from ndm.errors import MissingExtraError, UserError
@@ -69,6 +69,31 @@ def test_checksum_changes_with_one_pixel_and_not_with_the_place(tmp_path):
     changed[0, 0, 0] ^= 1
     write(tmp_path / "b" / "imgs" / "03.png", png(changed))
     assert ImageFolder(str(tmp_path / "b" / "imgs")).describe().sha256 != first.sha256
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(tmp_path, orientation):
+    """Whatever way the camera was held: EXIF's eight orientations against the turns that undo them."""
+    upright = picture(0)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, "PNG", exif=exif)
+    for name in "abcdefghij":
+        write(tmp_path / f"{name}.png", buffer.getvalue())
+    source = ImageFolder(str(tmp_path))
+    assert source.describe().event_shape == (3, 6, 5)
+    np.testing.assert_array_equal(pixels_of(source, "train")[0], upright.transpose(2, 0, 1))
 
 
 def test_own_splits_and_classes_are_found(tmp_path):

@@ -112,6 +112,20 @@ def test_integer_arrays_of_any_rank_come_back(tmp_path, levels, low):
     assert flat.describe().sha256 == Table(path, levels=levels, low=low).describe().sha256
 
 
+def test_columns_of_whole_numbers(tmp_path):
+    """Integers of a Parquet file are levels, or nothing; a CSV file does not say what it holds, so that there is a warning."""
+    names, values = ["a", "b"], np.random.default_rng(0).integers(0, 5, (30, 2))
+    parquet = Table(write_parquet(tmp_path / "t.parquet", dict(zip(names, values.T, strict=True))), levels=5)
+    csv = Table(write_csv(tmp_path / "t.csv", values, names), levels=5)
+    assert parquet.describe().sha256 == csv.describe().sha256
+    whole = VALUES.copy()
+    whole[:, 1] = np.round(100 * whole[:, 1])
+    with pytest.warns(UserWarning, match=r"\['b'\] all values are whole numbers"):
+        Table(write_csv(tmp_path / "u.csv", whole)).describe()
+    Table(write_csv(tmp_path / "u.csv", whole), columns=["a", "c"]).describe()
+    Table(write_npy(tmp_path / "u.npy", whole)).describe()  # floating point, as it was meant
+
+
 def with_cell(row, column, value):
     values = VALUES.copy()
     values[row, column] = value
@@ -134,7 +148,10 @@ FAULTS = {
     "suffix": (lambda d: Table(text(d / "t.xlsx", "")), ["'.xlsx'", ".parquet"]),
     "nan in csv": (lambda d: Table(write_csv(d / "t.csv", with_cell(4, 1, math.nan))), ["row 4", "'b'", "nan", "finite"]),
     "inf in npy": (lambda d: Table(write_npy(d / "t.npy", with_cell(7, 2, -math.inf))), ["row 7", "column 2", "-inf"]),
-    "null in parquet": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1, 2, None], "b": [1, 2, 3]})), ["row 2", "'a'", "nan"]),
+    "null in parquet": (
+        lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5, None], "b": [1.5, 2.5, 3.5]})),
+        ["row 2", "'a'", "nan"],
+    ),
     "text column in csv": (lambda d: Table(text(d / "t.csv", "a,b\n1,x\n2,y\n")), ["'b'", "'x'", "row 0", "columns="]),
     "empty cell in csv": (lambda d: Table(text(d / "t.csv", "a,b\n1,2\n2,\n")), ["'b'", "''", "row 1"]),
     "text column in parquet": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.0], "b": ["x"]})), ["'b'", "string", "columns="]),
@@ -154,6 +171,8 @@ FAULTS = {
     "keys": (lambda d: np.savez(d / "t.npz", u=VALUES, v=VALUES) or Table(str(d / "t.npz")), ["u, v", "key="]),
     "wrong key": (lambda d: np.savez(d / "t.npz", u=VALUES) or Table(str(d / "t.npz"), key="w"), ["'w'", "u"]),
     "integers": (lambda d: Table(write_npy(d / "t.npy", np.arange(6).reshape(3, 2))), ["int64", "levels="]),
+    "integers in parquet": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [1, 2]})), ["'b'", "int64", "levels="]),
+    "truth values": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [True, False]})), ["'b'", "bool", "columns="]),
     "above levels": (
         lambda d: Table(write_npy(d / "t.npy", np.array([[0, 1], [2, 16]])), levels=16),
         ["16", "row 1", "column 1", "0 to 15"],

@@ -5,7 +5,7 @@ r"""Images that stay encoded until they are needed: the common part of image fol
 
 When a source is read, the header of every image is checked and its bytes enter the checksum; pixels are decoded batch by batch.
 Images of more than 8 bits a value are refused, since decoding would drop bits without notice. Transparency is dropped; colours become
-grey, or grey becomes three equal channels, as ``channels`` says.
+grey, or grey becomes three equal channels, as ``channels`` says. Photographs are turned upright, as their EXIF data say.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from ndm.errors import UserError, check_whole, describe_value, require
 
 LEVELS = 256
 _MODES = {1: "L", 3: "RGB"}
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations by a quarter of a turn
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
 
 
@@ -64,7 +65,7 @@ class EncodedImages(EventDataset):
 
         try:
             with Image.open(io.BytesIO(self.read(index))) as image:
-                pixels = image.convert(_MODES[self.channels])
+                pixels = ImageOps.exif_transpose(image).convert(_MODES[self.channels])
                 if self.size is not None:
                     pixels = ImageOps.fit(pixels, (self.size, self.size), Image.Resampling.BICUBIC)
         except _DECODING_ERRORS as error:
@@ -75,17 +76,18 @@ class EncodedImages(EventDataset):
         """Check an image without decoding its pixels.
 
         Returns:
-            Its (height, width) and the SHA-256 of its bytes.
+            Its (height, width) upright, and the SHA-256 of its bytes.
 
         Raises:
             UserError: the image cannot be read, or has more than 8 bits a value.
         """
-        from PIL import Image
+        from PIL import ExifTags, Image
 
         try:
             data = self.read(index)
             with Image.open(io.BytesIO(data)) as image:
                 mode, width, height = image.mode, image.width, image.height
+                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _ON_ITS_SIDE  # that of PNG images decodes them
                 image.verify()
         except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
             raise _unreadable(self.where(index), error) from error
@@ -93,7 +95,7 @@ class EncodedImages(EventDataset):
         deep_png = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
         if deep_png or mode.startswith("I") or mode == "F":
             raise UserError(f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use Table with levels=65536")
-        return (height, width), hashlib.sha256(data).digest()
+        return (width, height) if turned else (height, width), hashlib.sha256(data).digest()
 
 
 def check_image_arguments(channels: int, size: int | None) -> None:

@@ -5,11 +5,13 @@ r"""Tables of numbers: NumPy arrays, CSV and Parquet.
 
 A table is continuous unless ``levels`` is given. Integers without ``levels`` are refused when the file says that they are integers: a
 density can be made as large as one likes at whole numbers, so its likelihood would mean nothing. Store them as floating-point numbers
-to treat them as continuous all the same. Files with pickles or objects inside are refused.
+to treat them as continuous all the same. A column of a CSV file that holds whole numbers alone is warned of. Files with pickles or objects inside are
+refused.
 """
 
 import csv
 import math
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,8 +119,10 @@ class Table(DataSource):
             raise UserError(f"{path} does not exist or is not a file; check the path")
         if file.suffix.lower() == ".csv":
             array, names = _read_csv(file, self.columns)
+            if self.levels is None:
+                _warn_of_whole_numbers(array, names, path)
         elif file.suffix.lower() == ".parquet":
-            array, names = _read_parquet(file, self.columns)
+            array, names = _read_parquet(file, self.columns, integers=self.levels is not None)
         else:
             array, names = self._read_numpy(file), None
         if not array.size:
@@ -173,19 +177,33 @@ class Table(DataSource):
         return data
 
 
-def arrow_columns(table: "pyarrow.Table", columns: Sequence[str | int] | None, where: str) -> tuple[np.ndarray, list[str]]:
+def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path: str) -> None:
+    found = np.flatnonzero((array == np.round(array)).all(axis=0) & (array != array[0]).any(axis=0))
+    whole = [names[i] if names else i for i in found.tolist()]
+    if whole:
+        warnings.warn(
+            f"{path}: of the columns {describe_value(whole)} all values are whole numbers, and a density at whole numbers can be made as large as one "
+            "likes; give levels= if all columns are of that kind, or leave them out with columns=",
+            stacklevel=2,
+        )
+
+
+def arrow_columns(
+    table: "pyarrow.Table", columns: Sequence[str | int] | None, where: str, integers: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """Columns of an Arrow table as numbers; missing values become NaN.
 
     Args:
         table: the table.
         columns: names or numbers of the columns; all when None.
         where: of the table, for messages.
+        integers: whether columns may be of integers or booleans.
 
     Returns:
         Values ``(N, D)``, float64, and the names of the columns.
 
     Raises:
-        UserError: a column is not there, or does not hold numbers.
+        UserError: a column is not there, or does not hold such numbers.
     """
     import pyarrow
 
@@ -195,11 +213,16 @@ def arrow_columns(table: "pyarrow.Table", columns: Sequence[str | int] | None, w
         kind, types = table.schema.field(name).type, pyarrow.types
         if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)):
             raise UserError(f"{where}: column {name!r} holds {kind}, not numbers; name the columns to use with columns=")
+        if not integers and (types.is_integer(kind) or types.is_boolean(kind)):
+            raise UserError(
+                f"{where}: column {name!r} holds integers ({kind}), which have no density; give levels= if all columns are of that kind, leave it out "
+                "with columns=, or store floating-point numbers to treat them as continuous"
+            )
         values.append(table[name].cast(pyarrow.float64(), safe=False).to_numpy())
     return np.stack(values, axis=1) if values else np.empty((table.num_rows, 0)), names
 
 
-def _read_parquet(file: Path, columns: Sequence[str | int] | None) -> tuple[np.ndarray, list[str]]:
+def _read_parquet(file: Path, columns: Sequence[str | int] | None, integers: bool) -> tuple[np.ndarray, list[str]]:
     require("pyarrow", "pyarrow", "data")
     import pyarrow
     import pyarrow.parquet
@@ -208,7 +231,7 @@ def _read_parquet(file: Path, columns: Sequence[str | int] | None) -> tuple[np.n
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as Parquet ({_one_line(error)}); write it again") from error
-    return arrow_columns(table, columns, str(file))
+    return arrow_columns(table, columns, str(file), integers)
 
 
 def _read_csv(file: Path, columns: Sequence[str | int] | None) -> tuple[np.ndarray, list[str] | None]:
