@@ -1,5 +1,6 @@
 """``ndm evaluate``: the contract of its numbers, and two processes that agree with one."""
 
+import csv
 import json
 import os
 import socket
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from conftest import TINY
 from ndm.cli import main
+from ndm.commands.parsing import load_data
 from ndm.report import check_relations
 
 MLP = {"class_path": "ndm.nn.MLP", "init_args": {"dims": 64, "hidden": 32, "blocks": 1, "max_frequency": 2.0}}
@@ -132,3 +135,32 @@ def test_two_processes_agree_with_one_and_do_not_wait_for_each_other(digits_run:
     for name in ("nll_bpd", "nll_bpd_stderr", "nelbo_bpd", "nelbo_bpd_stderr", "nfe_mean", "num_examples"):
         assert together[name] == pytest.approx(alone[name], rel=1e-9), name
     assert together["nelbo_discrete_bpd"]["5"] == pytest.approx(alone["nelbo_discrete_bpd"]["5"], rel=1e-9)
+
+
+def test_examples_of_the_user_are_measured_one_by_one(table_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of the test split in a file of their own have the numbers of the test split, and a row that lies far off has the worst."""
+    source = load_data(table_run)
+    x = source.to_source_units(source.split("test").__getitems__(range(100)).double()).numpy()
+    np.save(tmp_path / "x.npy", x)
+    words = ["--nll", "--nelbo", "--draws", "2", "--solver", "rk4", "--nodes", "8"]
+    expected = evaluate(table_run, tmp_path / "e.json", *words)
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "model"):  # the data of the run need not be there
+        (tmp_path / "run" / name).symlink_to(table_run / name)
+    found = evaluate(tmp_path / "run", tmp_path / "f.json", *words, "--data", str(tmp_path / "x.npy"), "--csv", str(tmp_path / "v.csv"))
+    for key in ("nelbo_bpd", "nll_bpd", "nelbo_nats_source_units", "nll_nats_source_units"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5)
+    assert (found["data"], found["split"], found["num_examples"]) == ("x", "all", 100)
+    with (tmp_path / "v.csv").open() as file:
+        head, *rows = csv.reader(file)
+    assert head[0] == "example" and len(head) == 3 and [row[0] for row in rows] == [str(n) for n in range(100)]
+    for column, key in ((1, "nelbo_nats_source_units"), (2, "nll_nats_source_units")):
+        assert np.mean([float(row[column]) for row in rows]) == pytest.approx(found[key], rel=1e-6)
+    x[7] = 9.0
+    np.save(tmp_path / "x.npy", x)
+    evaluate(table_run, tmp_path / "f.json", *words, "--data", str(tmp_path / "x.npy"), "--csv", str(tmp_path / "v.csv"))
+    values = np.loadtxt(tmp_path / "v.csv", delimiter=",", skiprows=1, usecols=-1)
+    assert int(values.argmax()) == 7
+    capsys.readouterr()
+    assert main(["evaluate", str(table_run), "--data", str(tmp_path / "x.npy"), "--split", "train"]) == 2
+    assert "split=train does not go with data=" in capsys.readouterr().err

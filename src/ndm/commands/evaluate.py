@@ -1,5 +1,6 @@
 """``ndm evaluate``: bounds and likelihoods of a trained run, each with its error and its protocol, checked against one another."""
 
+import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,7 @@ from jsonargparse import ActionYesNo
 
 from ndm.commands.parsing import load_data, load_run, parse, run_parser, step_numbers
 from ndm.data import DataDescription, DataSource
+from ndm.data.other import ALL, read_like
 from ndm.elbo import MOST_STEPS
 from ndm.errors import UserError, check_whole
 from ndm.evaluate import Evaluation, pick_device
@@ -34,6 +36,9 @@ class EvaluateSettings:
     """Folder of the run."""
     split: str = "test"
     """The split of the data."""
+    data: str | None = None
+    """Other examples to measure, all of them, in the place of a split: a .npy, .npz, .csv or .parquet file in the units of the data that the model was
+    trained on, or for images of 256 levels a folder."""
     nelbo: bool = False
     """Measure the NELBO."""
     nll: bool = False
@@ -60,6 +65,8 @@ class EvaluateSettings:
     """Seed of times, noise, latents and probes; the same seed gives the same numbers, whatever the batch size."""
     device: str = "auto"
     """Device: auto, cpu or cuda."""
+    csv: str | None = None
+    """CSV file to write the numbers of each example to, in nats: of a likelihood, -log p."""
     json: str | None = None
     """File to write all numbers and protocols to, as JSON."""
     markdown: str | None = None
@@ -73,6 +80,8 @@ class EvaluateSettings:
         Raises:
             UserError: a value is out of range.
         """
+        if self.data is not None and self.split != "test":
+            raise UserError(f"split={self.split} does not go with data={self.data}, all of which is measured; leave one of them out")
         for name, least in (("seed", 0), ("iw", 1), ("iw_steps", 1), ("draws", 1)):
             check_whole(name, getattr(self, name), least)
         self.horizons()
@@ -112,29 +121,35 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
     Raises:
         UserError: the run, the split or the device is not there, or a bound is not finite.
     """
-    for name in ("json", "markdown"):
+    for name in ("json", "markdown", "csv"):
         target = getattr(settings, name)
         if target is not None and Path(target).is_dir():
             raise UserError(f"--{name} {target} is a folder; give a file")
     folder = Path(settings.run)
     model = load_run(folder).to(device=pick_device(settings.device), dtype=getattr(torch, settings.dtype))
-    data = load_data(folder)
-    description = data.describe()
-    if group.first:
-        warn_of_changed_data(model.info.get("data"), description)
+    data, split = load_data(folder), settings.split
+    if settings.data is not None:
+        other, split = read_like(data, settings.data, DataDescription.from_dict(model.info.get("data"))), ALL
+        description, examples = other.description, other.splits[split]
+    else:
+        description, examples = data.describe(), data.split(split)
+        if group.first:
+            warn_of_changed_data(model.info.get("data"), description)
     evaluation = Evaluation(
         model,
-        data.split(settings.split),
+        examples,
         seed=settings.seed,
         limit=settings.limit,
         batch_size=settings.batch_size,
         processes=group,
         progress=True,
-        about={"run": str(folder), **description.about(settings.split)},
+        about={"run": str(folder), **description.about(split)},
     )
     measurements = measure(evaluation, settings, data)
     if group.first:
         report(measurements, settings, description)
+        if settings.csv is not None:
+            write_examples(Path(settings.csv), measurements, evaluation, description)
 
 
 def warn_of_changed_data(stored: object, now: DataDescription) -> None:
@@ -190,11 +205,11 @@ def report(measurements: Sequence[Measurement], settings: EvaluateSettings, desc
     first = measurements[0].protocol
     print(text_table(measurements))
     part = f" of {first['split_size']} (--limit)" if first["num_examples"] < first["split_size"] else ""
-    print(f"{first['num_examples']}{part} examples of {description.name}/{settings.split}, seed {settings.seed}, {first['dtype']}")
+    print(f"{first['num_examples']}{part} examples of {description.name}/{first['split']}, seed {settings.seed}, {first['dtype']}")
     record = {
         "run": first["run"],
         "data": description.name,
-        "split": settings.split,
+        "split": first["split"],
         **flat_record(measurements),
         "data_sha256": description.sha256,
         "torch_version": first["versions"]["torch"],
@@ -223,6 +238,25 @@ def report(measurements: Sequence[Measurement], settings: EvaluateSettings, desc
     if settings.markdown is not None:
         write_atomically(Path(settings.markdown), lambda path: path.write_text(markdown_table(measurements), encoding="utf-8"))
         print(f"wrote {settings.markdown}")
+
+
+def write_examples(path: Path, measurements: Sequence[Measurement], evaluation: Evaluation, description: DataDescription) -> None:
+    """Write a row for each example: its number in the data, the file that it comes from if there is one, and all measurements.
+
+    In nats, of continuous data those of the density in the units of the data.
+    """
+    where = getattr(evaluation.data, "where", None)
+    columns = [(one.values + description.log_scale).tolist() for one in measurements]
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["example", *(["file"] if where else []), *(one.label for one in measurements)])
+            for number, values in zip(evaluation.numbers, zip(*columns, strict=True), strict=True):
+                writer.writerow([number, *([where(number)] if where else []), *values])
+
+    write_atomically(path, write)
+    print(f"wrote {path}")
 
 
 def _warn(text: str) -> None:

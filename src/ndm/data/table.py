@@ -89,13 +89,13 @@ class Table(DataSource):
         self.event_shape = event_shape
 
     def load(self) -> Loaded:
-        array, names = self._read(self.path)
+        array, names = self.read(self.path)
         if self.test_path is None:
             parts = draw_split(np.zeros(len(array), dtype=int), (), self.path, self.test_fraction, self.seed)
             arrays = {split: array[part] for split, part in parts.items()}
             version = f"{Path(self.path).name}, {split_words(self.test_fraction, self.seed)}"
         else:
-            test, test_names = self._read(self.test_path)
+            test, test_names = self.read(self.test_path)
             if test.shape[1:] != array.shape[1:] or test_names != names:
                 ours, theirs = (describe_value(own or shape) for own, shape in ((names, array.shape[1:]), (test_names, test.shape[1:])))
                 raise UserError(f"{self.test_path} has the columns {theirs} but {self.path} has {ours}; both must have the same")
@@ -110,8 +110,12 @@ class Table(DataSource):
         least = self.low or 0
         return discrete(name, version, {split: part - least for split, part in arrays.items()}, self.levels, float(least))
 
-    def _read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
-        """The checked values of a file, ``(N, *event)``, and the names of the columns where it has them."""
+    def read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
+        """The checked values of a file, ``(N, *event)``, in its own units, and the names of the columns where it has them.
+
+        Raises:
+            UserError: it is missing, damaged or not what was declared.
+        """
         file = Path(path)
         if file.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path} ends in {file.suffix!r}; tables end in {', '.join(SUFFIXES)}")
