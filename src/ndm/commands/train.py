@@ -16,7 +16,7 @@ from ndm.model import NDM
 from ndm.parallel import started_first
 from ndm.report import bound_table
 from ndm.serialize import read_json, write_atomically
-from ndm.train.run import METRICS, held, train
+from ndm.train.run import CHECKPOINT, METRICS, check_data, held, train
 from ndm.train.settings import TrainSettings
 
 MACHINE_SETTINGS = ("accelerator", "devices", "nodes", "strategy", "threads", "workers", "compile", "checkpoint_every", "log_every")
@@ -62,7 +62,7 @@ def run_train(words: Sequence[str]) -> None:
     parts = build(parser, arguments)
     if parts.train.threads:
         torch.set_num_threads(parts.train.threads)
-    parts.data.describe()  # data that cannot be read must not leave a folder behind
+    check_data(parts.model, parts.data, parts.train)  # what cannot be trained must not leave a folder behind
     with held(out):
         check_same_run(out, config)  # again: until here another process could train into it
         if started_first():
@@ -102,14 +102,14 @@ def _stored_config(words: Sequence[str]) -> Path | None:
 
 
 def check_same_run(out: Path, config: dict[str, Any]) -> None:
-    """Refuse to go on with a run under another configuration.
+    """Refuse to go on with a run under another configuration; one that has no checkpoint yet has nothing to go on with.
 
     Raises:
         UserError: the folder holds one, or is a file.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    if not (out / CONFIG).exists():
+    if not ((out / CONFIG).exists() and ((out / CHECKPOINT).exists() or (out / METRICS).exists())):
         return
     old, new = _flat(read_config(out)), _flat(config)
     if new.keys() - old.keys():  # perhaps settings that the version which wrote it did not have

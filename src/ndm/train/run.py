@@ -234,7 +234,7 @@ def initialise(model: NDM, examples: EventDataset, seed: int = 0, progress: bool
 
 
 def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int = 0) -> dict[str, Any] | None:
-    """Train, save, draw and evaluate; goes on where an interrupted run stopped.
+    """Train, save, draw and evaluate; goes on where an interrupted run stopped. To be checked before by :func:`check_data`.
 
     Args:
         model: the model, freshly made.
@@ -247,9 +247,8 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
         The metrics, or None in processes other than the first.
 
     Raises:
-        UserError: model, data and settings do not fit one another, the data changed, or the checkpoint is damaged.
+        UserError: the data changed, the checkpoint is damaged, or training failed in a way that the user can mend.
     """
-    check_data(model, data, settings)
     keep_description(data, out)
     first = fit(model, data, settings, out, seed)
     if not first:
