@@ -15,6 +15,7 @@ from ndm.noise import part_seed
 from ndm.quality import compare_features, torchscript_features
 from ndm.reproduce import EXPERIMENTS, handful, images
 from ndm.reproduce.report import configuration
+from ndm.sample import draw_samples
 
 DIMS = {"cifar10": 3 * 32**2, "imagenet32": 3 * 32**2, "imagenet64": 3 * 64**2, "celebahq64": 3 * 16**2, "celebahq256": 3 * 32**2}
 
@@ -157,7 +158,8 @@ class Pooled(torch.nn.Module):
         return torch.cat([values.mean(2), values.std(2)], dim=1)
 
 
-def test_fid_is_measured_by_the_network_that_the_user_names(tmp_path, capsys):
+def test_fid_is_measured_by_the_network_that_the_user_names(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images, "_CHUNK", 5)
     torch.jit.script(Pooled()).save(str(tmp_path / "features.pt"))
     out, words = tmp_path / "out", ["reproduce", "cifar10", "--size", "smoke", "--out", str(tmp_path / "out")]
     assert main([*words, "--features", str(tmp_path / "features.pt")]) == 0
@@ -166,11 +168,18 @@ def test_fid_is_measured_by_the_network_that_the_user_names(tmp_path, capsys):
     data, model = load_data(run), load_run(run)
     network = torchscript_features(tmp_path / "features.pt", (3, 32, 32))
     real = network(data.split("train").__getitems__(spread(50, 8)))
-    samples = model.sample((8, 3, 32, 32), "ancestral", steps=2, seed=part_seed(0, 7, 0))
+    samples = torch.cat(
+        [draw_samples(model, count, (3, 32, 32), steps=2, seed=part_seed(0, 7, index)) for index, count in enumerate((5, 3))]
+    )
     for name, x in (("samples", samples), ("test images", data.split("test").__getitems__(spread(10, 8)))):
         assert found[name]["fid"] == pytest.approx(compare_features(real, network(x), network).fid, rel=1e-4, abs=1e-6)
         assert found[name]["real_images"] == found[name]["generated_images"] == 8
     assert found["samples"]["features_sha256"] == hashlib.sha256((tmp_path / "features.pt").read_bytes()).hexdigest()
+    for path in (out / "results.json", *out.glob("parts/quality-*.json")):
+        path.unlink()  # as if interrupted while features were compared
+    monkeypatch.setattr(images, "draw_samples", lambda *_, **__: pytest.fail("samples whose features are there are not drawn again"))
+    assert main([*words, "--features", str(tmp_path / "features.pt")]) == 0
+    assert results_of(out)["numbers"]["quality"] == found
     capsys.readouterr()
     assert main([*words[:-1], str(tmp_path / "other"), "--features", str(tmp_path / "missing.pt")]) == 2
     assert main(["reproduce", "mnist", "--data", "x", "--features", "x.pt", "--out", str(tmp_path / "other")]) == 2

@@ -10,6 +10,7 @@ lack of the latter is a well-known way to get an FID that nobody can reproduce (
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -61,19 +62,28 @@ class FeatureNetwork:
         return _prepare(x, self.scale, self.size, self.channels)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | EventDataset, batch_size: int = 256, progress: bool = False) -> Tensor:
-        """Features of images in [-1, 1], ``(N, C, H, W)`` or a split, as ``(N, d)``, float64, on the CPU.
+    def __call__(
+        self, images: Tensor | EventDataset, batch_size: int = 256, progress: bool = False, examples: Sequence[int] | None = None
+    ) -> Tensor:
+        """Features of images in [-1, 1], ``(N, C, H, W)`` or a split, of which a batch is in memory at once, as ``(N, d)``, float64, on the CPU.
+
+        Args:
+            images: the images.
+            batch_size: how many at once.
+            progress: show a progress bar.
+            examples: numbers of those to take; None for all.
 
         Raises:
             UserError: the images do not fit the network, or features are not finite.
         """
         check_whole("batch_size", batch_size, 1)
+        numbers = range(len(images)) if examples is None else examples
         first = next(iter([*self.module.parameters(), *self.module.buffers()]), torch.empty(0))
         parts = []
-        starts = range(0, len(images), batch_size)
+        starts = range(0, len(numbers), batch_size)
         for start in tqdm(starts, desc="features", unit="batch", disable=not progress, delay=1, leave=False):
-            chosen = range(start, min(start + batch_size, len(images)))
-            batch = images[start : start + batch_size] if isinstance(images, Tensor) else images.__getitems__(list(chosen))
+            chosen = list(numbers[start : start + batch_size])
+            batch = images[chosen] if isinstance(images, Tensor) else images.__getitems__(chosen)
             parts.append(_features(self.module, self.prepare(batch).to(first.device), self.name).double().cpu())
         features = torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=torch.float64)
         bad = int((~features.isfinite()).any(1).sum())

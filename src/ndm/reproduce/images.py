@@ -8,8 +8,10 @@ ODE on part of it, and puts both beside the numbers that were published. ``smoke
 set and shrinks the model: it shows that everything works, and its numbers mean nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ndm.quality import compare_features, torchscript_features
 from ndm.report import plus_minus
 from ndm.reproduce.handful import write_cifar, write_faces, write_imagenet
 from ndm.reproduce.report import Report, learned_words
+from ndm.sample import draw_samples
 from ndm.viz import image_grid, new_figure, transform_figure
 
 
@@ -186,14 +189,18 @@ def quality(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
     images, steps = (8, 2) if report.smoke else (facts.quality_images, facts.sample_steps)
     network = torchscript_features(report.features, description.event_shape, device=model.like.device)
     options: dict[str, Any] = {"seed": report.seed, "progress": True}
+    precision = read_config(report.folder("ndm"))["train"]["precision"]
+
+    def chunk(index: int) -> Tensor:
+        count, seed = min(_CHUNK, images - index * _CHUNK), part_seed(report.seed, _QUALITY, index)
+        x = draw_samples(model, count, description.event_shape, steps=steps, seed=seed, batch_size=64, precision=precision)
+        return network(x, 64)
 
     def measure() -> dict[str, Any]:
-        real, batch, parts = network(train.__getitems__(spread(len(train), images)), 64, True), 64, []
-        for index, start in enumerate(tqdm(range(0, images, batch), desc="sampling for FID", unit="batch", disable=None)):
-            shape = (min(batch, images - start), *description.event_shape)
-            parts.append(network(model.sample(shape, "ancestral", steps=steps, seed=part_seed(report.seed, _QUALITY, index))))
-        held_out = network(test.__getitems__(spread(len(test), images)), 64, True)
-        found = {"samples": torch.cat(parts), "test images": held_out}
+        chunks = tqdm(range(math.ceil(images / _CHUNK)), desc="sampling for FID", unit=f"{_CHUNK} images", disable=None)
+        samples = torch.cat([report.keep_tensor(f"features-{network.sha256[:12]}-{index:03d}", partial(chunk, index)) for index in chunks])
+        real, held_out = (network(split, 64, True, spread(len(split), images)) for split in (train, test))
+        found = {"samples": samples, "test images": held_out}
         return {name: compare_features(real, features, network, **options).to_dict() for name, features in found.items()}
 
     found = report.keep(f"quality-{network.sha256[:12]}", measure)
@@ -207,6 +214,7 @@ def quality(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
 
 
 _QUALITY = 7  # stream of noise
+_CHUNK = 1000  # samples whose features are kept together: hours of sampling go on where they were interrupted
 
 
 def pictures(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:

@@ -2,7 +2,7 @@
 
 =====================  =====================================================================
 ``runs/NAME/``         each training run, as ``ndm train`` leaves it
-``parts/KEY.json``     what took long to compute; the same command again reads it
+``parts/``             what took long to compute; the same command again reads it
 ``FIGURE.png, .pdf``   the figures
 ``results.json``       numbers with their protocols, the command, the seed and the machine
 ``README.md``          a page with all of them
@@ -20,6 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ndm.commands.parsing import load_data, load_run
 from ndm.commands.train import resolved, run_train
@@ -199,6 +203,18 @@ class Report:
             kept = read_json(path)
         found = kept["found"]
         assert isinstance(found, dict)
+        return found
+
+    def keep_tensor(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` gives, kept as :meth:`keep` does, as safetensors."""
+        path, made = self.out / "parts" / f"{key}.safetensors", self._models()
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("models") == made:
+                    return file.get_tensor("found")
+        self._claim()
+        found = compute().contiguous()
+        write_atomically(path, lambda temporary: save_file({"found": found}, temporary, {"models": made}))
         return found
 
     def _models(self) -> str:
