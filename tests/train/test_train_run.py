@@ -157,6 +157,24 @@ def test_what_comes_after_the_last_step_may_change_until_it_is_done(
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
 
 
+def test_training_starts_from_the_weights_of_a_run(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, model = tmp_path / "first", tmp_path / "again", tmp_path / "model"
+    train(write_config(), first)
+    still = ["--train.steps", "1", "--train.learning_rate", "1e-12", "--train.ema", "0"]
+    for folder, source in ((again, first), (model, first / "model")):
+        train(write_config(), folder, "--train.start_from", str(source), *still)
+        found, expected = ({name: value for name, value in weights(one).items() if "times." not in name} for one in (folder, first))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    wide = ["--model.predictor.network.hidden", "40", "--train.start_from", str(first)]
+    assert main(command(write_config(), tmp_path / "wide", *wide)[3:]) == 2
+    error = capsys.readouterr().err
+    assert "train.start_from=" in error and "predictor.network" in error and error.count("\n") == 1
+    assert not (tmp_path / "wide").exists()
+    shutil.rmtree(first)  # what has a checkpoint does not need it any more
+    (again / "metrics.json").unlink()
+    assert main(["train", "--out", str(again)]) == 0
+
+
 def test_two_cannot_train_into_one_folder(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt"
     config = write_config(train={"steps": 100_000, "batch_size": 4, "accelerator": "cpu", "devices": 1, "checkpoint_every": 5})

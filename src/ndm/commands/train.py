@@ -9,7 +9,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from ndm.commands.parsing import CONFIG, build, parse, read_config
+from ndm.commands.parsing import CONFIG, build, load_run, parse, read_config
 from ndm.data import DataSource
 from ndm.errors import UserError, check_whole
 from ndm.model import NDM
@@ -63,6 +63,8 @@ def run_train(words: Sequence[str]) -> None:
     if parts.train.threads:
         torch.set_num_threads(parts.train.threads)
     check_data(parts.model, parts.data, parts.train)  # what cannot be trained must not leave a folder behind
+    if parts.train.start_from is not None and not (out / CHECKPOINT).exists():
+        start_from(parts.model, parts.train.start_from)
     with held(out):
         check_same_run(out, config)  # again: until here another process could train into it
         if started_first():
@@ -77,6 +79,22 @@ def run_train(words: Sequence[str]) -> None:
             f"{metrics['num_examples']} {metrics['split']} examples, {metrics['parameters']:,} parameters, trained {metrics['training_seconds']:.0f} s"
         )
         print(f"wrote {out}/model, metrics.json, samples.png, transform.png")
+
+
+def start_from(model: NDM, run: str) -> None:
+    """Give a model the weights of a run.
+
+    Raises:
+        UserError: there is no such run, or its model is built otherwise.
+    """
+    weights, own = load_run(Path(run)).state_dict(), model.state_dict()
+    for name in {**own, **weights}:
+        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (weights, own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"train.start_from={run}: {name} is {shapes[0]} there and {shapes[1]} here; give the model of {run}, or leave it out"
+            )
+    model.load_state_dict(weights)
 
 
 def resolved(words: Sequence[str]) -> dict[str, Any]:

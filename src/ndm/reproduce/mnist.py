@@ -135,7 +135,11 @@ def _over_time(report: Report, models: Mapping[str, NDM], x: torch.Tensor) -> No
         part.suptitle("DDPM (VDM), $F(x,t)=x$" if name == "VDM" else name)
         states = transform_over_time(model, x, TIMES, report.seed)
         draw_over_time(part, states, TIMES, 10, 10)
-    report.figure("over-time", figure, "F(x, t), z_t and the prediction over time for two test images, the same noise at every time")
+    report.figure(
+        "over-time",
+        figure,
+        "F(x, t), z_t and the prediction over time for two test images, the same noise at every time; clipped to the range of the data",
+    )
 
 
 def _curves(report: Report, folders: Mapping[str, Path]) -> None:
@@ -151,7 +155,8 @@ def _curves(report: Report, folders: Mapping[str, Path]) -> None:
     axis.set_ylim(top=2.0)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    report.figure("learning", figure, "The bound while training, before averaging of the weights")
+    caption = "The bound while training, before averaging of the weights: means over twenty logged batches, up to 2 bits/dim"
+    report.figure("learning", figure, caption)
 
 
 def learning_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -172,7 +172,8 @@ def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSour
     report.figure(
         "nelbo",
         bound_figure(records, list(models), plan.horizons),
-        "NELBO of the T-step model, with the posterior's variance v and with one fitted on the train split; bars: standard error over examples",
+        "NELBO of the T-step model, with the posterior's variance v and with one fitted on the train split; bars: standard error over "
+        f"{records['ddpm-' + CONTINUOUS]['num_examples']} examples. Dotted: NLL in continuous time, of {records['ddpm-nll']['num_examples']} of them",
     )
     dims = math.prod(data.describe().event_shape)
     less = {horizon: _difference(kept, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons}

@@ -203,7 +203,7 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
         first_step = read_checkpoint(checkpoint)["global_step"]
         if trainer.is_global_zero:
             print(f"{out}: going on from step {first_step} of {settings.steps}", flush=True)
-    if not first_step:
+    if not first_step and settings.start_from is None:
         initialise(model, data.split("train"), seed, progress=trainer.is_global_zero)
     if first_step < settings.steps:
         validation = data.split(settings.validation_split) if settings.validate_every else None
