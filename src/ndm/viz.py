@@ -8,6 +8,7 @@ For one example x each column is a time t; the rows show
 Needs matplotlib (extra ``eval``). Images keep their own pixels: they are enlarged by whole numbers and never smoothed.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,29 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
         draw_points(axis, points, limit)
         axis.set_title(title)
     write_figure(path, figure)
+
+
+def write_images(folder: Path, pixels: np.ndarray) -> None:
+    """Write each of some images uint8 ``(N, 1 or 3, H, W)`` as a PNG file ``000000.png``, ... of a new folder: all of them, or none.
+
+    Raises:
+        UserError: the folder cannot be made, or exists.
+    """
+    require("PIL", "pillow", "data")
+    from PIL import Image
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+            made = Path(name) / folder.name
+            made.mkdir()
+            for index, image in enumerate(pixels):
+                Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(made / f"{index:06d}.png")
+            made.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; choose a new folder in a place that you can write to"
+        ) from error
 
 
 def common_limit(batches: Sequence[Tensor], share: float = 0.995, margin: float = 1.08) -> float:

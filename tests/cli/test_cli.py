@@ -14,6 +14,7 @@ import ndm
 from conftest import TINY
 from ndm.cli import COMMANDS, main
 from ndm.data import Digits
+from ndm.viz import write_images
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,33 @@ def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:
     cells = [small[1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column] for row in range(2) for column in range(2)]
     for value, cell in zip(values[:, 0], cells, strict=True):
         np.testing.assert_array_equal(np.round(cell / 255 * 17 - 0.5), value)
+
+
+def test_a_folder_gets_a_file_for_each_image(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same samples as in an array, which holds whole numbers that ``ndm compress`` takes; grey for grey."""
+    for name in ("x.npy", "x"):
+        assert main(["sample", str(digits_run), "--n", "5", "--steps", "3", "--out", str(tmp_path / name)]) == 0
+    values = np.load(tmp_path / "x.npy")
+    assert values.dtype == np.uint8 and sorted(path.name for path in (tmp_path / "x").iterdir()) == [f"{n:06d}.png" for n in range(5)]
+    for number, value in enumerate(values[:, 0]):
+        image = np.asarray(Image.open(tmp_path / f"x/{number:06d}.png"))
+        np.testing.assert_array_equal(np.round(image / 255 * 17 - 0.5), value)
+    assert main(["sample", str(digits_run), "--n", "5", "--out", str(tmp_path / "x")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["sample", str(digits_run), "--n", "5", "--out", str(tmp_path / "x.csv")]) == 2
+    assert "no row of a table" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.npy"]
+
+
+def test_bytes_in_files_are_those_of_the_data(tmp_path: Path) -> None:
+    for channels in (1, 3):
+        pixels = np.random.default_rng(0).integers(0, 256, (2, channels, 6, 5), dtype=np.uint8)
+        write_images(tmp_path / f"{channels}", pixels)
+        for number, expected in enumerate(pixels):
+            image = np.asarray(Image.open(tmp_path / f"{channels}/{number:06d}.png"))
+            np.testing.assert_array_equal(
+                image if channels == 1 else image.transpose(2, 0, 1), expected.squeeze() if channels == 1 else expected
+            )
 
 
 def test_library_and_command_line_draw_from_the_same_model(digits_run: Path) -> None:

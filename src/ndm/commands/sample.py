@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ndm.commands.parsing import load_run, parse, run_parser
 from ndm.data import DataDescription
@@ -13,7 +14,7 @@ from ndm.evaluate import pick_device
 from ndm.precision import Precision
 from ndm.sample import Method, draw_samples
 from ndm.serialize import write_atomically
-from ndm.viz import write_samples
+from ndm.viz import is_image, to_pixels, write_images, write_samples
 
 
 def run_sample(words: Sequence[str]) -> None:
@@ -42,7 +43,8 @@ def sample(
 
     Args:
         run: folder of the run.
-        out: file to write: .png for a picture, .npy for the values in the units of the data.
+        out: what to write: a .png file for one picture of all, .npy or .csv for the values in the units of the data (whole numbers of discrete data; .csv for
+            vectors), or a new folder, without an ending, for a PNG file of each image.
         n: number of samples.
         method: ancestral (DDPM), ddim, sde or ode.
         steps: steps of the time grid; by default the model's own number, or 100.
@@ -57,25 +59,57 @@ def sample(
             samples differ a little.
     """
     target = Path(out)
-    if target.suffix.lower() not in (".png", ".npy"):
-        raise UserError(f"--out {out}: the file must end in .png or .npy")
-    if target.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
+    _check_target(target)
     check_whole("seed", seed, 0)
     if n < 1 or batch_size < 1:
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
     model = load_run(Path(run)).to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
+    if not target.suffix and not is_image(description.event_shape):
+        raise UserError(
+            f"--out {out} is a folder for image files, and samples of {description.name} are no images; give a file that ends in .npy or .csv"
+        )
+    if target.suffix.lower() == ".csv" and len(description.event_shape) != 1:
+        raise UserError(
+            f"--out {out}: samples of {description.name} have the shape {description.event_shape}, no row of a table; give an .npy file"
+        )
     options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
     samples = draw_samples(
         model, n, description.event_shape, method, seed=seed, batch_size=batch_size, precision=precision, progress=True, **options
     )
-    if target.suffix.lower() == ".png":
-        write_samples(target, samples)
-    else:
-        values = description.to_source_units(samples)
-        write_atomically(target, lambda path: _write_array(path, values.numpy()))
+    _write(target, samples, description)
     print(f"wrote {n} samples to {target}")
+
+
+def _check_target(target: Path) -> None:
+    suffix = target.suffix.lower()
+    if suffix not in (".png", ".npy", ".csv", ""):
+        raise UserError(f"--out {target}: the file must end in .png, .npy or .csv, or be a new folder, without an ending")
+    if target.is_dir() and suffix:
+        raise UserError(f"--out {target} is a folder; give a file")
+    if target.exists() and not suffix:
+        raise UserError(f"--out {target} exists already; give a new folder, or a file that ends in .png, .npy or .csv")
+
+
+def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
+    """Write samples ``(n, *event)`` in the form that the name of the file says."""
+    suffix = target.suffix.lower()
+    if suffix == ".png":
+        write_samples(target, samples)
+        return
+    values = description.to_source_units(samples).numpy()
+    if description.levels is not None:
+        least, most = (int(value or 0) for value in (description.low, description.high))
+        values = values.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))
+    if not suffix:
+        write_images(
+            target,
+            values.astype(np.uint8) if description.levels == 256 else to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2),
+        )
+    elif suffix == ".csv":
+        write_atomically(target, lambda path: np.savetxt(path, values, delimiter=",", fmt="%d" if description.levels else "%.9g"))
+    else:
+        write_atomically(target, lambda path: _write_array(path, values))
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:
