@@ -14,14 +14,14 @@ from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archi
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import decode, encode
-from ndm.apps.compress.items import read_items, write_items
-from ndm.commands.parsing import parse
+from ndm.apps.compress.items import check_places, read_items, write_items
+from ndm.commands.parsing import load_run, parse
 from ndm.data import DataDescription
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError, check_whole, require
 from ndm.evaluate import pick_device
 from ndm.model import NDM
-from ndm.serialize import fingerprint, write_atomically
+from ndm.serialize import CONFIG_NAME, fingerprint, write_atomically
 
 
 def run_compress(words: Sequence[str]) -> None:
@@ -62,9 +62,8 @@ def load_codec_model(path: str) -> tuple[NDM, DataDescription]:
     """
     require("constriction", "constriction", "compress")
     folder = Path(path)
-    if not (folder / "config.json").exists() and (folder / "model").is_dir():
-        folder = folder / "model"  # the run itself was given
-    model = NDM.from_pretrained(folder)
+    # Of a run that is not finished the model changes, and what was compressed with it would be lost.
+    model = load_run(folder) if (folder / "model" / CONFIG_NAME).is_file() else NDM.from_pretrained(folder)
     description = DataDescription.from_dict(model.info.get("data"))
     if not isinstance(model.decoder, DiscretizedGaussian) or description.levels is None:
         raise UserError(
@@ -92,7 +91,7 @@ def compress(
 
     Args:
         inputs: images, folders of images, .npy or .npz files.
-        model: folder of the model, RUN/model.
+        model: folder of the model, RUN/model, or of a finished run.
         out: the archive to write.
         steps: T, latents for each pixel; by default the fewest whose archive is within 1% of the smallest.
         batch_size: images coded side by side: more are faster and take more initial bits; by default as many as keep these within 2%.
@@ -109,6 +108,8 @@ def compress(
     low, levels = int(description.low or 0), description.levels or 0
     if Path(out).is_dir():
         raise UserError(f"{out} is a folder; give the archive to write")
+    if any(Path(name).exists() and Path(out).exists() and Path(name).samefile(out) for name in inputs):
+        raise UserError(f"{out} is to be compressed itself; give another name for the archive")
     items = read_items(inputs, description.event_shape, levels, low)
     index = np.concatenate([item.levels for item in items if item.levels is not None])
     place = _device(device)
@@ -172,6 +173,7 @@ def decompress(archive: str, model: str, out: str, rows: int = 64, batch_size: i
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder")
+    check_places(found.items, folder)
     place = _device(device)
     chain = Chain(network.to(place), found.plan, found.event_shape, rows, place)
     try:

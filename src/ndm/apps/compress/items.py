@@ -181,6 +181,19 @@ def _array_item(path: Path, name: str, kind: str, key: str, array: np.ndarray, e
     return Item(name, kind, len(rows), array.dtype.name, array.shape, key, levels=rows.astype(np.int64) - low)
 
 
+def check_places(items: Sequence[Item], folder: Path) -> list[str]:
+    """The files that items go to, below a folder.
+
+    Raises:
+        UserError: one is there already.
+    """
+    places = list(dict.fromkeys(item.place for item in items))
+    for place in places:
+        if (folder / place).exists():
+            raise UserError(f"{folder / place} exists already; choose another folder")
+    return places
+
+
 def write_items(items: Sequence[Item], index: np.ndarray, event_shape: tuple[int, ...], low: int, folder: Path) -> list[Path]:
     """Write files into a folder: all of them, or none.
 
@@ -195,10 +208,7 @@ def write_items(items: Sequence[Item], index: np.ndarray, event_shape: tuple[int
         UserError: a file is there already, or cannot be written.
         ValueError: the descriptions do not fit the images.
     """
-    places = list(dict.fromkeys(item.place for item in items))
-    for place in places:
-        if (folder / place).exists():
-            raise UserError(f"{folder / place} exists already; choose another folder")
+    places = check_places(items, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
