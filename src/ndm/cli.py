@@ -5,6 +5,7 @@ memory, end in one line on standard error and exit code 2, an interruption in ex
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -46,11 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `ndm ... | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"ndm: error: the disk is full ({error.filename or error}); make room, and give the same command again", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if not (isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason):
             raise
-        fewer = "train.batch_size, or a larger train.accumulate" if trains else "--batch_size"
+        fewer = "train.batch_size, or a larger train.accumulate" if trains else "--rows" if "compress" in words[0] else "--batch_size"
         print(f"ndm: error: there is not enough memory; give a smaller {fewer} ({reason[:100]})", file=sys.stderr)
         return 2
 

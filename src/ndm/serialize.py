@@ -2,9 +2,11 @@ r"""A model as plain files: ``config.json`` says what it is made of, ``model.saf
 
 Every part of a model keeps each argument of its constructor as an attribute of the same name, so a part is described by
 ``{"class_path": ..., "init_args": {...}}``, the form that YAML configurations use too, and rebuilt by calling the constructor.
-Only classes of this library are ever imported from a file; a network of the user's own is passed in by the user.
+Only classes of this library are ever imported from a model folder; a network of the user's own is passed in by the user. (The ``config.yaml`` of a run
+may name classes of the user's, which are imported where the run is used: runs are to be taken from those whose code one would run.)
 """
 
+import errno
 import hashlib
 import importlib
 import inspect
@@ -23,6 +25,8 @@ from ndm.errors import ForeignModuleError, UserError
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of the errors by which a system says that there is no place for a file."""
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # of the RuntimeError by which torch.save says that a disk is full
 
 
@@ -65,7 +69,7 @@ def from_config(config: object, where: str = "model", replace: Mapping[str, nn.M
     path, arguments = config.get("class_path"), config.get("init_args")
     if not isinstance(path, str) or not _is_ours(path) or arguments is None:
         raise ForeignModuleError(
-            f"{where} is a {path}, which is not part of ndm and is never imported from a file; build it yourself and pass "
+            f"{where} is a {path}, which is not part of ndm and is never imported from a model folder; build it yourself and pass "
             f"modules={{'{where}': network}}"
         )
     module, _, name = path.rpartition(".")
@@ -108,10 +112,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
             raise
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or _one_line(error)}; is the disk full?") from error
+        known = isinstance(error, OSError) and error.errno not in FULL
+        mend = "choose another name, or a folder that you can write to" if known else "is the disk full?"
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or _one_line(error)}; {mend}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from ndm.cli import main
 from ndm.errors import UserError
@@ -293,7 +294,14 @@ def test_a_full_or_forbidden_place_to_write(finished: Path, tmp_path: Path, caps
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of files")
-@pytest.mark.parametrize("write", [lambda path: path.write_bytes(bytes(10**5)), lambda path: torch.save(torch.zeros(10**5), path)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(10**5)),
+        lambda path: torch.save(torch.zeros(10**5), path),
+        lambda path: save_file({"x": torch.zeros(10**5)}, path),
+    ],
+)
 def test_a_file_for_which_there_is_no_place(write: Callable[[Path], object], tmp_path: Path) -> None:
     """As on a full disk: one line, what was there stays, nothing is left over. By a limit on the size of files."""
     import resource
@@ -311,7 +319,7 @@ def test_a_file_for_which_there_is_no_place(write: Callable[[Path], object], tmp
 
 
 def test_too_little_memory(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sample", str(finished), "--n", str(10**13), "--batch_size", str(10**13), "--out", str(tmp_path / "x.npy")]
+    words = ["sample", str(finished), "--n", str(10**16), "--batch_size", str(10**16), "--out", str(tmp_path / "x.npy")]
     refused(capsys, words, "not enough memory", "--batch_size")
 
 

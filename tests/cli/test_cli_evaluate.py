@@ -156,6 +156,8 @@ def test_examples_of_the_user_are_measured_one_by_one(table_run: Path, tmp_path:
     assert head[0] == "example" and len(head) == 3 and [row[0] for row in rows] == [str(n) for n in range(100)]
     for column, key in ((1, "nelbo_nats_source_units"), (2, "nll_nats_source_units")):
         assert np.mean([float(row[column]) for row in rows]) == pytest.approx(found[key], rel=1e-6)
+    alone = evaluate(table_run / "model", tmp_path / "g.json", "--draws", "2", "--data", str(tmp_path / "x.npy"))
+    assert alone["nelbo_bpd"] == pytest.approx(expected["nelbo_bpd"], rel=1e-5)
     x[7] = 9.0
     np.save(tmp_path / "x.npy", x)
     evaluate(table_run, tmp_path / "f.json", *words, "--data", str(tmp_path / "x.npy"), "--csv", str(tmp_path / "v.csv"))

@@ -71,10 +71,12 @@ def test_checksum_changes_with_one_pixel_and_not_with_the_place(tmp_path):
     assert ImageFolder(str(tmp_path / "b" / "imgs")).describe().sha256 != first.sha256
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_upright(tmp_path, orientation):
+def test_photographs_are_upright(tmp_path, orientation, kind):
     """Whatever way the camera was held: EXIF's eight orientations against the turns that undo them."""
-    upright = picture(0)
+    upright = np.kron(picture(0, 3, 2), np.ones((8, 8, 1), dtype=np.uint8))  # whole blocks of JPEG's
+    upright[..., :] = upright[..., :1]  # and grey
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -88,12 +90,22 @@ def test_photographs_are_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, "PNG", exif=exif)
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, kind, exif=exif)
     for name in "abcdefghij":
-        write(tmp_path / f"{name}.png", buffer.getvalue())
+        write(tmp_path / f"{name}.{kind.lower()}", buffer.getvalue())
     source = ImageFolder(str(tmp_path))
-    assert source.describe().event_shape == (3, 6, 5)
-    np.testing.assert_array_equal(pixels_of(source, "train")[0], upright.transpose(2, 0, 1))
+    assert source.describe().event_shape == (3, 24, 16)
+    np.testing.assert_allclose(pixels_of(source, "train")[0], upright.transpose(2, 0, 1), atol=3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_data_turn_nothing(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(0)).save(buffer, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff broken")
+    for name in "abcdefghij":
+        write(tmp_path / f"{name}.jpg", buffer.getvalue())
+    source = ImageFolder(str(tmp_path))
+    assert source.describe().event_shape == (3, 6, 5) and len(pixels_of(source, "train")) == 8
 
 
 def test_own_splits_and_classes_are_found(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ndm.data import DataSource, Digits, ImageFolder, Table, TwoMoons
+from ndm.data import DataDescription, DataSource, Digits, ImageFolder, Table, TwoMoons
 from ndm.data.other import read_like
 from ndm.errors import UserError
 
@@ -55,6 +55,25 @@ def test_columns_and_scales_are_those_of_the_training(tmp_path: Path) -> None:
     x = read_like(source, str(tmp_path / "new.csv"), trained).splits["all"].__getitems__(range(4))
     torch.testing.assert_close(x[:, 0], torch.arange(4.0))
     torch.testing.assert_close(x[:, 1], torch.tensor([(n + 0.25 - trained.offset[1]) / trained.scale[1] for n in range(4)]))
+
+
+def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
+    """Also where the training took all of them: another order would be another distribution."""
+    source = Table(table(tmp_path).path)
+    trained = source.describe()
+    assert trained.columns == ("a", "b", "c")
+    rows = np.random.default_rng(1).normal(3, 2, (5, 3))
+    np.save(tmp_path / "plain.npy", rows)
+    np.savetxt(tmp_path / "turned.csv", rows[:, ::-1], delimiter=",", header="c,b,a", comments="", fmt="%.17g")
+    plain, turned = (
+        read_like(source, str(tmp_path / name), trained).splits["all"].__getitems__(range(5)) for name in ("plain.npy", "turned.csv")
+    )
+    torch.testing.assert_close(turned, plain)
+    again = read_like(None, str(tmp_path / "turned.csv"), DataDescription.from_dict(trained.to_dict()))
+    torch.testing.assert_close(again.splits["all"].__getitems__(range(5)), plain)
+    (tmp_path / "other.csv").write_text("c,b,x\n0.5,1.5,2.5\n")
+    with pytest.raises(UserError, match="no column 'a'"):
+        read_like(source, str(tmp_path / "other.csv"), trained)
 
 
 def test_images_of_a_folder_are_cut_and_scaled_as_those_of_the_training(tmp_path: Path) -> None:

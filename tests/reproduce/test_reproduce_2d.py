@@ -210,6 +210,13 @@ def test_bad_words_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
         capsys, ["distribution-2d", "--size", "smoke", *out, "--", "--data", "ndm.data.TwoMoons"], "-- --data: distribution-2d sets that"
     )
     refused(capsys, ["checkerboard", *out, "--", "--model.transform=ndm.Identity"], "the learned model would be the plain one")
+    refused(
+        capsys,
+        ["mnist", "--size", "smoke", *out[:1], str(tmp_path / "mnist"), "--", "--model.transform=ndm.Identity"],
+        "would be the plain one",
+    )
+    fading = ["--model.transform=ndm.FadingMask", "--model.predictor=ndm.Predictor", "--model.predictor.network=ndm.nn.UNet"]
+    refused(capsys, ["mnist", "--size", "smoke", *out[:1], str(tmp_path / "mnist"), "--", *fading], "give F a network")
     refused(capsys, ["ot-1d", *out, "--", "--train.steps", "9"], "-- --train.steps 9: ot-1d does not train by ndm train")
     refused(capsys, ["ot-2d", *out, "--jobs", "2"], "--jobs 2", "one model at a time")
     refused(capsys, ["cifar10", "--data", "somewhere", *out, "--jobs", "2"], "--jobs 2", "one model at a time")
@@ -284,7 +291,7 @@ def test_what_was_computed_with_another_model_is_computed_again(folders: dict[st
 
 
 def test_words_of_the_user_make_no_ddpm_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come before those that make a model what the experiment calls it, in every experiment with a plain diffusion."""
+    """They come before those that make a model what the experiment calls it, where an experiment trains a plain diffusion (mnist by the rows of a comparison)."""
     found: dict[str, str] = {}
 
     def stop(self: Report, runs: Mapping[str, Sequence[str]]) -> None:

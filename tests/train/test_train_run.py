@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 import ndm
 from ndm.cli import main
@@ -165,11 +166,16 @@ def test_training_starts_from_the_weights_of_a_run(write_config: ConfigWriter, t
         train(write_config(), folder, "--train.start_from", str(source), *still)
         found, expected = ({name: value for name, value in weights(one).items() if "times." not in name} for one in (folder, first))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
-    wide = ["--model.predictor.network.hidden", "40", "--train.start_from", str(first)]
-    assert main(command(write_config(), tmp_path / "wide", *wide)[3:]) == 2
-    error = capsys.readouterr().err
-    assert "train.start_from=" in error and "predictor.network" in error and error.count("\n") == 1
-    assert not (tmp_path / "wide").exists()
+    for option, value, place in (
+        ("--model.predictor.network.hidden", "40", "predictor.network.hidden is 32 there and 40 here"),
+        ("--model.predictor.target", "x", "predictor.target is 'v' there and 'x' here"),  # as many weights, of another meaning
+        ("--model.schedule.gamma_0", "-5.0", "schedule.gamma_0 is -6.0 there and -5.0 here"),
+    ):
+        assert main(command(write_config(), tmp_path / "other", option, value, "--train.start_from", str(first))[3:]) == 2
+        error = capsys.readouterr().err
+        assert f"train.start_from={first}: {place}" in error and error.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+    train(write_config(), tmp_path / "longer", "--train.start_from", str(first), *still, "--model.steps", "7")
     shutil.rmtree(first)  # what has a checkpoint does not need it any more
     (again / "metrics.json").unlink()
     assert main(["train", "--out", str(again)]) == 0
@@ -353,6 +359,31 @@ def test_palettes_do_not_decay() -> None:
     found = {name: decay[id(value)] for name, value in predictor.named_parameters() if not name.startswith("network.")}
     assert {name for name, value in found.items() if value} == {"values.weight", "frequencies.weight", "of_kind.weight", "logits.weight"}
     assert len(decay) == len(list(module.model.parameters()))
+
+
+def test_a_module_may_say_by_a_method_what_does_not_decay() -> None:
+    """As networks of timm do, for all sizes of theirs, so that not every name is there."""
+
+    class Network(nn.Linear):
+        def no_weight_decay(self) -> set[str]:
+            return {"weight", "position"}
+
+    model = ndm.NDM(ndm.LinearLogSNR(), ndm.Identity(), ndm.Predictor(Network(2, 2)), ndm.GaussianDecoder())
+    module = TrainingModule(model, TrainSettings(weight_decay=0.5), 0, Points(torch.zeros(4, 2)))
+    (group,) = module.configure_optimizers()["optimizer"].param_groups
+    assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_numbers(
+    write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*_: object, **__: object) -> torch.Tensor:
+        raise UserError("samples are not finite")
+
+    monkeypatch.setattr("ndm.train.run.draw_samples", diverges)
+    train(write_config(), tmp_path / "run")
+    assert read_json(tmp_path / "run/metrics.json")["nelbo_bpd"]
+    assert "has no pictures: samples are not finite" in capsys.readouterr().err
 
 
 def test_soap_with_sharded_weights_is_refused() -> None:

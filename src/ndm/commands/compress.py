@@ -108,8 +108,8 @@ def compress(
     low, levels = int(description.low or 0), description.levels or 0
     if Path(out).is_dir():
         raise UserError(f"{out} is a folder; give the archive to write")
-    if any(Path(name).exists() and Path(out).exists() and Path(name).samefile(out) for name in inputs):
-        raise UserError(f"{out} is to be compressed itself; give another name for the archive")
+    if Path(out).exists() and any(Path(out).resolve().is_relative_to(Path(name).resolve()) for name in inputs):
+        raise UserError(f"{out} is to be compressed itself, or lies in a folder that is; give another name for the archive")
     items = read_items(inputs, description.event_shape, levels, low)
     index = np.concatenate([item.levels for item in items if item.levels is not None])
     place = _device(device)

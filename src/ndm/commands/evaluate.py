@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from jsonargparse import ActionYesNo
 
-from ndm.commands.parsing import load_data, load_run, parse, run_parser, step_numbers
+from ndm.commands.parsing import CONFIG, load_data, load_run, parse, run_parser, step_numbers
 from ndm.data import DataDescription, DataSource
 from ndm.data.other import ALL, read_like
 from ndm.elbo import MOST_STEPS
@@ -127,9 +127,10 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
             raise UserError(f"--{name} {target} is a folder; give a file")
     folder = Path(settings.run)
     model = load_run(folder).to(device=pick_device(settings.device), dtype=getattr(torch, settings.dtype))
-    data, split = load_data(folder), settings.split
-    if settings.data is not None:
-        other, split = read_like(data, settings.data, DataDescription.from_dict(model.info.get("data"))), ALL
+    known = settings.data is None or settings.calibrate or (folder / CONFIG).is_file()  # a model folder has no configuration
+    data, split = load_data(folder) if known else None, settings.split
+    if data is None or settings.data is not None:
+        other, split = read_like(data, str(settings.data), DataDescription.from_dict(model.info.get("data"))), ALL
         description, examples = other.description, other.splits[split]
     else:
         description, examples = data.describe(), data.split(split)
@@ -159,7 +160,7 @@ def warn_of_changed_data(stored: object, now: DataDescription) -> None:
         _warn(f"the data changed since training (sha256 {trained.sha256[:12]} then, {now.sha256[:12]} now)")
 
 
-def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource) -> list[Measurement]:
+def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource | None) -> list[Measurement]:
     """All the numbers that the settings ask for, each told on standard error as soon as it is there."""
     measurements: list[Measurement] = []
 
@@ -169,7 +170,7 @@ def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource
             print(f"{measurement.label}: {measurement.bpd:.4f} bits/dim", file=sys.stderr, flush=True)
 
     fitted_eta = _check_reverse(evaluation, settings)
-    fits = [None, data.split("train")] if settings.calibrate else [None]
+    fits = [None, data.split("train")] if data is not None and settings.calibrate else [None]
     for fit in fits:
         if settings.nelbo and (fit is None or evaluation.model.steps or fitted_eta):
             add(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))

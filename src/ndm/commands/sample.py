@@ -102,10 +102,7 @@ def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
         least, most = (int(value or 0) for value in (description.low, description.high))
         values = values.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))
     if not suffix:
-        write_images(
-            target,
-            values.astype(np.uint8) if description.levels == 256 else to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2),
-        )
+        write_images(target, to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2))
     elif suffix == ".csv":
         write_atomically(target, lambda path: np.savetxt(path, values, delimiter=",", fmt="%d" if description.levels else "%.9g"))
     else:

@@ -15,7 +15,7 @@ from ndm.errors import UserError, check_whole
 from ndm.model import NDM
 from ndm.parallel import started_first
 from ndm.report import bound_table
-from ndm.serialize import read_json, write_atomically
+from ndm.serialize import read_json, to_config, write_atomically
 from ndm.train.run import CHECKPOINT, METRICS, check_data, held, train
 from ndm.train.settings import TrainSettings
 
@@ -82,12 +82,21 @@ def run_train(words: Sequence[str]) -> None:
 
 
 def start_from(model: NDM, run: str) -> None:
-    """Give a model the weights of a run.
+    """Give a model the weights of a run. Dropout, steps T, eta and how times are drawn may be others: they give no weight another meaning.
 
     Raises:
         UserError: there is no such run, or its model is built otherwise.
     """
-    weights, own = load_run(Path(run)).state_dict(), model.state_dict()
+    other = load_run(Path(run))
+    weights, own = other.state_dict(), model.state_dict()
+    there, here = (_flat(to_config(one)) for one in (other, model))
+    for key in {**here, **there}:
+        parts = key.removeprefix("init_args.").split(".")
+        if there.get(key) != here.get(key) and parts[0] not in ("times", "steps", "eta") and parts[-1] != "dropout":
+            place = ".".join(part for part in parts if part != "init_args")
+            raise UserError(
+                f"train.start_from={run}: {place} is {there.get(key)!r} there and {here.get(key)!r} here; give the model of {run}, or leave it out"
+            )
     for name in {**own, **weights}:
         shapes = [tuple(one[name].shape) if name in one else "not there" for one in (weights, own)]
         if shapes[0] != shapes[1]:

@@ -55,6 +55,7 @@ def discrete(
     low: float = 0.0,
     labels: Mapping[str, np.ndarray] | None = None,
     classes: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
 ) -> Loaded:
     """Describe and hold integer data.
 
@@ -66,6 +67,7 @@ def discrete(
         low: value of level 0 in the source's own units.
         labels: split -> class index of each example.
         classes: the declared classes.
+        columns: names of the columns of a table.
 
     Returns:
         Description and splits.
@@ -80,7 +82,17 @@ def discrete(
     event = _event_shape(arrays)
     sizes = {split: len(array) for split, array in arrays.items()}
     description = DataDescription(
-        name, version, kind_of(event), event, levels, low, low + levels - 1, sizes, content.hexdigest(), tuple(classes)
+        name,
+        version,
+        kind_of(event),
+        event,
+        levels,
+        low,
+        low + levels - 1,
+        sizes,
+        content.hexdigest(),
+        tuple(classes),
+        tuple(columns or ()),
     )
     return Loaded(description, splits)
 
@@ -103,7 +115,7 @@ def continuous(
         standardize: whether to subtract the train mean and divide by the train standard deviation, dimension by dimension.
         low: declared least value, for the description.
         high: declared greatest value, for the description.
-        dimension_names: names of the dimensions of the flattened example, for messages.
+        dimension_names: names of the columns of a table.
 
     Returns:
         Description and splits.
@@ -144,6 +156,7 @@ def continuous(
         high,
         sizes,
         content.hexdigest(),
+        columns=tuple(dimension_names or ()),
         offset=tuple(offset.reshape(-1).tolist()) if standardize else (),
         scale=tuple(scale.reshape(-1).tolist()) if standardize else (),
     )

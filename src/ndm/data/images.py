@@ -14,6 +14,7 @@ import struct
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded
 from ndm.decoder import to_grid
 from ndm.errors import UserError, check_whole, describe_value, require
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 LEVELS = 256
 _MODES = {1: "L", 3: "RGB"}
-_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations by a quarter of a turn
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
 
 
@@ -65,7 +68,7 @@ class EncodedImages(EventDataset):
 
         try:
             with Image.open(io.BytesIO(self.read(index))) as image:
-                pixels = ImageOps.exif_transpose(image).convert(_MODES[self.channels])
+                pixels = upright(image).convert(_MODES[self.channels])
                 if self.size is not None:
                     pixels = ImageOps.fit(pixels, (self.size, self.size), Image.Resampling.BICUBIC)
         except _DECODING_ERRORS as error:
@@ -81,13 +84,18 @@ class EncodedImages(EventDataset):
         Raises:
             UserError: the image cannot be read, or has more than 8 bits a value.
         """
-        from PIL import ExifTags, Image
+        from PIL import Image
 
         try:
             data = self.read(index)
             with Image.open(io.BytesIO(data)) as image:
-                mode, width, height = image.mode, image.width, image.height
-                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _ON_ITS_SIDE  # that of PNG images decodes them
+                mode, (width, height), turn = image.mode, image.size, _turn(image)
+                if turn is not None and turn not in (
+                    Image.Transpose.FLIP_LEFT_RIGHT,
+                    Image.Transpose.FLIP_TOP_BOTTOM,
+                    Image.Transpose.ROTATE_180,
+                ):
+                    width, height = height, width
                 image.verify()
         except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
             raise _unreadable(self.where(index), error) from error
@@ -95,7 +103,39 @@ class EncodedImages(EventDataset):
         deep_png = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
         if deep_png or mode.startswith("I") or mode == "F":
             raise UserError(f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use Table with levels=65536")
-        return (width, height) if turned else (height, width), hashlib.sha256(data).digest()
+        return (height, width), hashlib.sha256(data).digest()
+
+
+def upright(image: "Image.Image") -> "Image.Image":
+    """An image that was just opened, turned as its EXIF data say."""
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: "Image.Image") -> "Image.Transpose | None":
+    """How an image that was just opened is turned upright, by the EXIF data in front of its pixels; None where they are not there, or damaged.
+
+    Pillow turns TIFF images itself.
+    """
+    from PIL import ExifTags, Image
+
+    if image.format == "TIFF":
+        return None
+    try:
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # that of PNG images decodes them
+    except _DECODING_ERRORS:
+        return None
+    kind = Image.Transpose
+    turns = {
+        2: kind.FLIP_LEFT_RIGHT,
+        3: kind.ROTATE_180,
+        4: kind.FLIP_TOP_BOTTOM,
+        5: kind.TRANSPOSE,
+        6: kind.ROTATE_270,
+        7: kind.TRANSVERSE,
+        8: kind.ROTATE_90,
+    }
+    return turns.get(orientation) if isinstance(orientation, int) else None
 
 
 def check_image_arguments(channels: int, size: int | None) -> None:

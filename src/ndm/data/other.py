@@ -4,6 +4,7 @@ r"""Other data, as a model that is trained sees them: rows of a file, or images 
     x_i = (v_i - b_i)/a_i \text{ with the } b \text{ and } a \text{ of the data that it was trained on, or the centre of the bin of the level } v_i - v_{\min} .
 """
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,14 @@ ALL = "all"
 """The one split of other data."""
 
 
-def read_like(source: DataSource, path: str, trained: DataDescription) -> Loaded:
+def read_like(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
     """Read data that are like those of a source.
 
     Args:
-        source: the data that the model was trained on; a :class:`ndm.data.Table` says which columns of the file to take. It need not be readable any more.
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or for images of 256 levels a folder; images are cut and scaled to the model's square.
+        source: the data that the model was trained on, where they are known; a :class:`ndm.data.Table` says how to read a file, and the ``size`` of images that
+            they are to be cut and scaled. It need not be readable any more.
+        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or for images of 256 levels a folder. Columns are found by their names where the
+            model was trained on columns with names and the file is not one of NumPy's, which have none.
         trained: what the model was trained on.
 
     Returns:
@@ -35,14 +38,14 @@ def read_like(source: DataSource, path: str, trained: DataDescription) -> Loaded
     Raises:
         UserError: the file or folder is not there, cannot be read, or does not fit the model.
     """
-    loaded = _images(Path(path), trained) if Path(path).is_dir() else _rows(source, path, trained)
+    loaded = _images(source, Path(path), trained) if Path(path).is_dir() else _rows(source, path, trained)
     if loaded.description.event_shape != trained.event_shape:
         have, want = loaded.description.event_shape, trained.event_shape
         raise UserError(f"{path}: an example has the shape {have}, and the model was trained on {want}")
     return loaded
 
 
-def _images(folder: Path, trained: DataDescription) -> Loaded:
+def _images(source: DataSource | None, folder: Path, trained: DataDescription) -> Loaded:
     if trained.kind != "image" or trained.levels != LEVELS or trained.event_shape[0] not in (1, 3):
         raise UserError(
             f"{folder} is a folder, which holds images of 256 levels, and the model was trained on {trained.name}; give a file of rows"
@@ -50,16 +53,18 @@ def _images(folder: Path, trained: DataDescription) -> Loaded:
     files = image_files(folder)
     if not files:
         raise UserError(f"{folder} has no images; files ending in {' '.join(SUFFIXES)} are taken, in subfolders too")
-    channels, height, width = trained.event_shape
-    return encoded(folder.resolve().name, "image folder", {ALL: FileImages(files, channels, height if height == width else None, None)})
+    size = getattr(source, "size", None)
+    return encoded(folder.resolve().name, "image folder", {ALL: FileImages(files, trained.event_shape[0], size, None)})
 
 
-def _rows(source: DataSource, path: str, trained: DataDescription) -> Loaded:
+def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
     if isinstance(source, Table):
-        table = source
+        table = copy(source)
     else:
         low = None if trained.levels is None else trained.low
         table = Table(path, levels=trained.levels, low=low, event_shape=trained.event_shape)
+    if trained.columns:
+        table.columns = None if Path(path).suffix.lower() in (".npy", ".npz") else list(trained.columns)
     array, _ = table.read(path)
     name, version = Path(path).stem, Path(path).name
     if trained.levels is not None:

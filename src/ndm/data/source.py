@@ -57,6 +57,8 @@ class DataDescription:
     """Checksum of the content, as defined above."""
     classes: tuple[str, ...] = ()
     """Declared classes of labelled data; each occurs in every split."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a table, where it has them."""
     offset: tuple[float, ...] = field(default=(), repr=False)
     """b of each dimension (of the flattened example), when standardised."""
     scale: tuple[float, ...] = field(default=(), repr=False)

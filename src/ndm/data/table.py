@@ -108,7 +108,7 @@ class Table(DataSource):
             version += ", standardised" if self.standardize else ""
             return continuous(name, version, arrays, self.standardize, self.low, self.high, names)
         least = self.low or 0
-        return discrete(name, version, {split: part - least for split, part in arrays.items()}, self.levels, float(least))
+        return discrete(name, version, {split: part - least for split, part in arrays.items()}, self.levels, float(least), columns=names)
 
     def read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
         """The checked values of a file, ``(N, *event)``, in its own units, and the names of the columns where it has them.
@@ -219,8 +219,8 @@ def arrow_columns(
             raise UserError(f"{where}: column {name!r} holds {kind}, not numbers; name the columns to use with columns=")
         if not integers and (types.is_integer(kind) or types.is_boolean(kind)):
             raise UserError(
-                f"{where}: column {name!r} holds integers ({kind}), which have no density; give levels= if all columns are of that kind, leave it out "
-                "with columns=, or store floating-point numbers to treat them as continuous"
+                f"{where}: column {name!r} holds integers ({kind}), which have no density; leave it out with columns=, store floating-point numbers to "
+                "treat it as continuous, or take a Table with levels= of columns of that kind alone"
             )
         values.append(table[name].cast(pyarrow.float64(), safe=False).to_numpy())
     return np.stack(values, axis=1) if values else np.empty((table.num_rows, 0)), names

@@ -17,13 +17,14 @@ import torch
 
 from ndm.compare.plan import plan_rows, read_rows
 from ndm.data import DataSource, spread
+from ndm.errors import UserError
 from ndm.evaluate import Evaluation, pick_device
 from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.quality import classifier_features, compare_features, find_classifier
 from ndm.report import plus_minus
 from ndm.reproduce.handful import write_mnist
-from ndm.reproduce.report import Report, configuration
+from ndm.reproduce.report import Report, configuration, learned_words
 from ndm.sample import draw_samples
 from ndm.serialize import read_json
 from ndm.viz import draw_over_time, image_grid, new_figure, transform_over_time
@@ -41,17 +42,23 @@ _SMOKE = (
 def run(report: Report) -> None:
     """Train the three models, measure them on the test set, draw them."""
     words = ["--train.evaluation_limit", "1000", *report.words]  # what counts is measured below, on all images
-    if report.smoke:
-        words = [*report.made_up_data(write_mnist), *words]
     if report.size in _STEPS:
         words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.99", *words]
     base = configuration("mnist.yaml") if report.size == "paper" else None
     rows, extra = read_rows(configuration("compare-mnist-baselines.yaml"), tuple(words), base)
+    for row in rows:
+        if row.name == "NDM":
+            learned_words(row.words)
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
+    if set(planned) != set(ROWS):
+        raise UserError(
+            f"-- {' '.join(report.words)}: NDM would have no more parameters than VDM, and nothing to widen it to; give F a network"
+        )
     models, lines = dict[str, NDM](), list[list[str]]()
     limit, draws = (8, 1) if report.smoke else (None, 2)
     data: DataSource
-    trained = report.train_all({planned[name].folder: planned[name].words for name in ROWS})
+    made_up = report.made_up_data(write_mnist) if report.smoke else []
+    trained = report.train_all({planned[name].folder: [*planned[name].words, *made_up] for name in ROWS})
     for name in ROWS:
         model, data = trained[planned[name].folder]
         models[name] = model.to(pick_device())

@@ -101,6 +101,9 @@ class Report:
         self.name, self.out, self.size, self.seed, self.jobs = name, out, size, seed, jobs
         self.words, self.command, self.data, self.features = tuple(words), command, data, features
         self.runs = tuple(Path(run) for run in runs)
+        for run in self.runs:
+            if run.is_dir() and not (run / METRICS).exists():
+                raise UserError(f"--runs {run}: the run is not finished; go on with: ndm train --out {run}")
         self.models = tuple(load_run(run) for run in self.runs)
         self._started = time.perf_counter()
         self._page: list[str] = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.commands.parsing import load_data
-from ndm.data import DataSource, spread
+from ndm.data import DataDescription, DataSource, spread
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError
 from ndm.evaluate import Evaluation, standard_error
@@ -139,7 +139,7 @@ def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
     """
     models = dict(zip(MODELS, report.models, strict=True))
     data, where = load_data(report.runs[0]), f"--runs {' '.join(map(str, report.runs))}"
-    what, other = data.describe().to_dict(), read_json(report.runs[1] / "data.json")
+    what, other = data.describe().to_dict(), DataDescription.from_dict(read_json(report.runs[1] / "data.json")).to_dict()
     if [isinstance(model.transform, Identity) for model in models.values()] != [True, False]:
         raise UserError(
             f"{where}: give first a run that does not transform its data, with --model.transform ndm.Identity, then one that does"

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -162,7 +162,7 @@ class TrainingModule(LightningModule):
         """The optimiser with a warm-up, and with a rate of its own for F."""
         settings = self.settings
         transform = {id(p) for p in self.model.transform.parameters()}
-        exempt = {id(module.get_parameter(name)) for module in self.model.modules() for name in getattr(module, "no_weight_decay", ())}
+        exempt = {id(parameter) for module in self.model.modules() for parameter in _undecayed(module)}
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -195,6 +195,13 @@ class TrainingModule(LightningModule):
         from pytorch_optimizer import SOAP  # a second to import
 
         return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)
+
+
+def _undecayed(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a module names in ``no_weight_decay``, an attribute or, as in timm's networks, a method."""
+    names = getattr(module, "no_weight_decay", ())
+    names = set(names() if callable(names) else names)
+    return [parameter for name, parameter in module.named_parameters() if name in names] if names else []
 
 
 class EMAUpdate:

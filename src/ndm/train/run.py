@@ -15,6 +15,7 @@
 
 import contextlib
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,8 @@ def keep_description(data: DataSource, out: Path) -> None:
                 "be among those that it is tested on; bring the data back, or choose another --out"
             )
     elif started_first():
+        if not (out / CHECKPOINT).exists():
+            shutil.rmtree(out / "model", ignore_errors=True)  # of an earlier training, whose checkpoint was deleted
         write_json(out / DATA, now.to_dict())
 
 
@@ -258,17 +261,24 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     weights_of(out, model)
     model.to(pick_device(settings.accelerator)).eval()
     model.save_pretrained(out / "model", {"data": description})
-    draw(model, data, settings, out, seed)
     test = data.split(settings.evaluation_split)
     record = evaluate_bound(model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True)
     metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
     metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
+    try:
+        draw(model, data, settings, out, seed)
+    except (UserError, torch.OutOfMemoryError) as error:  # the numbers are what counts
+        print(f"ndm: warning: {out} has no pictures: {' '.join(str(error).split())[:200]}", file=sys.stderr)
     write_json(out / METRICS, metrics)
     return metrics
 
 
 def draw(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> None:
-    """The pictures of a run, with no more examples at once than training has, unless they are small, and in its precision."""
+    """The pictures of a run, with no more images at once than a batch of training, unless they are small.
+
+    Raises:
+        UserError: samples are not finite.
+    """
     test, shape = data.split(settings.evaluation_split), data.describe().event_shape
     images = is_image(shape)
     count, size = (settings.sample_images or 64) if images else 4096, settings.batch_size // settings.accumulate
@@ -279,7 +289,6 @@ def draw(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed:
         steps=settings.sample_steps,
         seed=seed,
         batch_size=max(size, SAMPLE_VALUES // math.prod(shape)),
-        precision=settings.precision,
         progress=True,
     )
     write_samples(out / "samples.png", samples, None if images else test.__getitems__(range(min(len(test), 4096))))
@@ -306,12 +315,14 @@ def held(out: Path) -> Iterator[None]:
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
+        for left in (out / CHECKPOINT.parent).glob(
+            f".{CHECKPOINT.stem}-*{CHECKPOINT.suffix}"
+        ):  # by a process that was killed while it saved
+            left.unlink(missing_ok=True)
     except Timeout as error:
         raise UserError(f"{out}: another process is training into this folder; wait for it to end, or choose another --out") from error
     except (OSError, NotImplementedError) as error:
         print(f"{out}: cannot be locked ({error}); see to it that no other process trains into it", file=sys.stderr)
-    for left in (out / CHECKPOINT.parent).glob(f".{CHECKPOINT.stem}-*{CHECKPOINT.suffix}"):  # by a process that was killed while it saved
-        left.unlink(missing_ok=True)
     try:
         yield
     finally:

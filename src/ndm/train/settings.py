@@ -20,7 +20,8 @@ class TrainSettings:
     batch_size: int = 64
     """Examples in one optimiser step, over all devices and accumulated batches together."""
     start_from: str | None = None
-    """Folder of a run, or of a model, whose weights training starts from in the place of random ones; its model must be built alike."""
+    """Folder of a run, or of a model, whose weights training starts from in the place of random ones. Its model must be built alike, but for dropout,
+    steps T, eta and times."""
     optimizer: Optimiser = "adamw"
     """adamw, or soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it."""
     learning_rate: float = 1e-3

@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ndm.data.folder import SUFFIXES
+from ndm.data.images import upright
 from ndm.errors import UserError, describe_value
 
 KINDS = ("image", "npy", "npz")
@@ -156,7 +157,7 @@ def _image_item(path: Path, name: str, event_shape: tuple[int, ...], levels: int
             raise UserError(
                 f"{path} has mode {image.mode}; only grey (L) and RGB images of 8 bits keep their pixels here, convert it first"
             )
-        pixels, mode = np.asarray(ImageOps.exif_transpose(image)), image.mode  # upright: what is restored has no EXIF data
+        pixels, mode = np.asarray(upright(image)), image.mode  # upright: what is restored has no EXIF data
     events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
     if events.shape != event_shape:
         raise UserError(f"{path} is an image of shape {events.shape} (channels, height, width), the model takes {event_shape}")
