@@ -34,15 +34,15 @@ def points(count: int, seed: int = 0) -> Points:
     return Points(torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(seed)))
 
 
-@pytest.mark.parametrize("draws", [1, 4])
 @pytest.mark.parametrize("steps", [None, 40])
-def test_the_standard_error_covers(steps: int | None, draws: int) -> None:
+def test_the_standard_error_covers(steps: int | None) -> None:
     model, size, runs = toy_model(), 64, 250
     truth = Evaluation(model, points(20_000, 12345), seed=99).nelbo(steps, 16).nats
-    found = [Evaluation(model, points(size, run), seed=run).nelbo(steps, draws) for run in range(runs)]
-    means, errors = torch.tensor([one.nats for one in found]), torch.tensor([one.stderr for one in found])
-    assert float(means.std() / errors.square().mean().sqrt()) == pytest.approx(1, abs=0.15), "neither too small nor too large"
-    assert abs(float(means.mean()) - truth) < 4 * float(means.std()) / math.sqrt(runs)
+    for draws in (1, 4):
+        found = [Evaluation(model, points(size, run), seed=run).nelbo(steps, draws) for run in range(runs)]
+        means, errors = torch.tensor([one.nats for one in found]), torch.tensor([one.stderr for one in found])
+        assert float(means.std() / errors.square().mean().sqrt()) == pytest.approx(1, abs=0.15), "neither too small nor too large"
+        assert abs(float(means.mean()) - truth) < 4 * float(means.std()) / math.sqrt(runs)
 
 
 def test_stratification_over_the_data_lowers_the_error_and_the_error_says_so() -> None:
@@ -78,8 +78,8 @@ def test_few_steps_are_all_visited_equally() -> None:
 
 
 def test_batches_leave_the_numbers_alone() -> None:
-    model, data = toy_model(), points(23)
-    settings = OdeSettings(rtol=1e-8, atol=1e-8)
+    model, data = toy_model(), points(11)
+    settings = OdeSettings(solver="rk4", nodes=8)
 
     def all_of(evaluation: Evaluation) -> list[Measurement]:
         return [evaluation.nelbo(draws=2), evaluation.nelbo(5, 2), evaluation.nelbo_iw(3, 2), evaluation.nll(2, settings=settings)]
@@ -94,8 +94,8 @@ def test_a_limit_is_spread_over_the_split_and_stands_in_the_record() -> None:
     model, data = toy_model(), points(20)
     whole, part = Evaluation(model, data), Evaluation(model, data, limit=5)
     assert part.numbers == [0, 4, 8, 12, 16]
-    settings = OdeSettings(rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(part.nll(settings=settings).values, whole.nll(settings=settings).values[::4], rtol=1e-6, atol=1e-6)
+    settings = OdeSettings(rtol=1e-6, atol=1e-6, nodes=8)  # whose steps depend on what is solved together, within the tolerance
+    torch.testing.assert_close(part.nll(settings=settings).values, whole.nll(settings=settings).values[::4], rtol=1e-4, atol=1e-4)
     protocol = part.nelbo(draws=1).protocol
     assert (protocol["num_examples"], protocol["split_size"], protocol["limit"]) == (5, 20, 5)
     assert Evaluation(model, data, limit=100).numbers == list(range(20))

@@ -92,13 +92,13 @@ def image_process() -> ReverseProcess:
     return ReverseProcess(ForwardProcess(LinearLogSNR(-4.0, 3.0), transform), randomised(Predictor(nets[1]), 0.05, 2))
 
 
-def flow_log_det(reverse: ReverseProcess, z: Tensor, step: float = 1e-5) -> tuple[Tensor, Tensor]:
+def flow_log_det(reverse: ReverseProcess, z: Tensor, step: float = 1e-4) -> tuple[Tensor, Tensor]:
     """z_1 and log |det dz_1/dz_0|, ``(B,)``, by central differences of the solved flow: no trace anywhere."""
     size = z[0].numel()
     shifts = step * torch.eye(size, dtype=F64).reshape(size, 1, *z.shape[1:])
     moved = torch.cat([z[None] + shifts, z[None] - shifts, z[None]]).flatten(0, 1)
     with torch.no_grad():
-        end = solve_ode(reverse, moved, torch.tensor([0.0, 1.0]), rtol=1e-10, atol=1e-10)[0][-1].reshape(2 * size + 1, len(z), size)
+        end = solve_ode(reverse, moved, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)[0][-1].reshape(2 * size + 1, len(z), size)
     jacobian = (end[:size] - end[size:-1]).permute(1, 2, 0) / (2 * step)
     return end[-1].reshape(z.shape), torch.linalg.slogdet(jacobian).logabsdet
 
@@ -116,8 +116,8 @@ def test_nonlinear_transformations_against_the_jacobian_of_the_flow(make: Callab
 
 def test_images_against_the_jacobian_of_the_flow() -> None:
     reverse = image_process()
-    z = torch.randn(2, 1, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(3))
-    found, (end, log_det) = ode_log_prob(reverse, z, OdeSettings(rtol=1e-7, atol=1e-7, nodes=64, probes="exact")), flow_log_det(reverse, z)
+    z = torch.randn(1, 1, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(3))
+    found, (end, log_det) = ode_log_prob(reverse, z, OdeSettings(rtol=1e-7, atol=1e-7, nodes=32, probes="exact")), flow_log_det(reverse, z)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(end).flatten(1).sum(1) + log_det
     torch.testing.assert_close(found.log_p, expected, rtol=0, atol=1e-4)
 
@@ -236,7 +236,7 @@ def test_importance_weighted_likelihood_rises_to_the_exact_one() -> None:
 
 def test_samples_in_the_record_are_those_of_separate_rows() -> None:
     reverse, x = network_process(2), torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    settings = OdeSettings(rtol=1e-8, atol=1e-8)
+    settings = OdeSettings(rtol=1e-6, atol=1e-6, nodes=8)
     found = log_likelihood(reverse, GaussianDecoder(), x, samples=3, settings=settings)
     assert found.log_weights.shape == (5, 3)
     assert not torch.equal(found.log_weights[:, 0], found.log_weights[:, 1])
@@ -244,7 +244,7 @@ def test_samples_in_the_record_are_those_of_separate_rows() -> None:
     torch.testing.assert_close(found.single, found.log_weights.mean(1))
     assert bool((found.log_p >= found.single).all())
     again = log_likelihood(reverse, GaussianDecoder(), x[2:3], samples=3, settings=settings, examples=[2])
-    torch.testing.assert_close(again.log_weights, found.log_weights[2:3], rtol=0, atol=1e-6)
+    torch.testing.assert_close(again.log_weights, found.log_weights[2:3], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["variational", "uniform"])

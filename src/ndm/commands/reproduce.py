@@ -111,7 +111,10 @@ def _check_words(experiment: Experiment, jobs: int, overrides: Sequence[str]) ->
         raise UserError(f"-- {shlex.join(overrides)}: {experiment.name} does not train by ndm train; leave the words after -- out")
     if jobs > 1 and not experiment.takes_jobs:
         raise UserError(f"--jobs {jobs}: {experiment.name} trains one model at a time; leave it out")
-    own = [word for word in overrides if word.split("=")[0] in ("--data", "--data.class_path", "--config", "--out", "--seed")]
+    own = ["--config", "--out", "--seed"]
+    if not (experiment.needs_data or experiment.takes_data):
+        own += ["--data", "--data.class_path"]
+    own = [word for word in overrides if word.split("=")[0] in own]
     if own:
         raise UserError(f"-- {own[0]}: {experiment.name} sets that itself; leave it out")
 
