@@ -40,7 +40,8 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *words, *dims, *SHORT, *SMALL, "--out", str(tmp_path / "run")]) == 0
     assert main(["sample", str(tmp_path / "run"), "--n", "50", "--steps", "4", "--out", str(tmp_path / "x.npy")]) == 0
     assert main(["sample", str(tmp_path / "run"), "--n", "50", "--steps", "4", "--out", str(tmp_path / "x.csv")]) == 0
-    np.testing.assert_allclose(np.loadtxt(tmp_path / "x.csv", delimiter=","), np.load(tmp_path / "x.npy"), rtol=1e-6)
+    assert (tmp_path / "x.csv").read_text().startswith("a,b,c\n")
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "x.csv", delimiter=",", skiprows=1), np.load(tmp_path / "x.npy"), rtol=1e-6)
     assert np.load(tmp_path / "x.npy").shape == (50, 3)
     assert main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "folder")]) == 2
     assert "are no images" in capsys.readouterr().err and not (tmp_path / "folder").exists()

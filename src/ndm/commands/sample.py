@@ -104,7 +104,8 @@ def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
     if not suffix:
         write_images(target, to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2))
     elif suffix == ".csv":
-        write_atomically(target, lambda path: np.savetxt(path, values, delimiter=",", fmt="%d" if description.levels else "%.9g"))
+        form = {"fmt": "%d" if description.levels else "%.9g", "header": ",".join(description.columns), "comments": ""}
+        write_atomically(target, lambda path: np.savetxt(path, values, delimiter=",", encoding="utf-8", **form))
     else:
         write_atomically(target, lambda path: _write_array(path, values))
 
