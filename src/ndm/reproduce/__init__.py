@@ -61,13 +61,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "checkerboard",
             "the learned transformation of the 2-D checkerboard over time; density and samples beside the data",
-            {"small": "5 minutes of two cores", "smoke": _SMOKE},
+            {"small": "7 minutes of one core", "smoke": _SMOKE},
             "checkerboard",
         ),
         Experiment(
             "distribution-2d",
             "DDPM beside NDM on smooth 2-D densities: z_t, predictions, ways back to the data, likelihood and bound",
-            {"small": "5 minutes of two cores", "smoke": _SMOKE},
+            {"small": "7 minutes of one core", "smoke": _SMOKE},
             "distribution_2d",
         ),
         Experiment(
@@ -90,7 +90,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "mnist",
             "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
             {
-                "small": "an hour of two cores",
+                "small": "70 minutes of one and a half cores, with --jobs 2",
                 "quick": "a quarter of an hour of two cores",
                 "paper": "three trainings of two hours of one H200 each (an estimate, from 2,150 of 20,000 steps)",
                 "smoke": _SMOKE,
@@ -102,7 +102,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "steps",
             "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
             {
-                "small": "a quarter of an hour of two cores on digits; on MNIST an hour of a core, and two trainings of half an hour, which --runs spares",
+                "small": "24 minutes of one core on digits; on MNIST an hour of a core, and two trainings of half an hour, which --runs spares",
                 "smoke": _SMOKE,
             },
             "steps",
