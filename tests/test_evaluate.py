@@ -37,7 +37,7 @@ def points(count: int, seed: int = 0) -> Points:
 @pytest.mark.parametrize("steps", [None, 40])
 def test_the_standard_error_covers(steps: int | None) -> None:
     model, size, runs = toy_model(), 64, 250
-    truth = Evaluation(model, points(20_000, 12345), seed=99).nelbo(steps, 16).nats
+    truth = Evaluation(model, points(8_000, 12345), seed=99).nelbo(steps, 16).nats
     for draws in (1, 4):
         found = [Evaluation(model, points(size, run), seed=run).nelbo(steps, draws) for run in range(runs)]
         means, errors = torch.tensor([one.nats for one in found]), torch.tensor([one.stderr for one in found])
