@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ActionYesNo
 
 from ndm.commands.parsing import CONFIG, load_data, load_run, parse, run_parser, step_numbers
-from ndm.data import DataDescription, DataSource
+from ndm.data import DataDescription, DataSource, EventDataset
 from ndm.data.other import ALL, read_like
 from ndm.elbo import MOST_STEPS
 from ndm.errors import UserError, check_whole
@@ -127,15 +127,17 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
             raise UserError(f"--{name} {target} is a folder; give a file")
     folder = Path(settings.run)
     model = load_run(folder).to(device=pick_device(settings.device), dtype=getattr(torch, settings.dtype))
-    known = settings.data is None or settings.calibrate or (folder / CONFIG).is_file()  # a model folder has no configuration
-    data, split = load_data(folder) if known else None, settings.split
-    if data is None or settings.data is not None:
-        other, split = read_like(data, str(settings.data), DataDescription.from_dict(model.info.get("data"))), ALL
-        description, examples = other.description, other.splits[split]
-    else:
-        description, examples = data.describe(), data.split(split)
+    source: DataSource | None
+    if settings.data is None:
+        source, split = load_data(folder), settings.split
+        description, examples = source.describe(), source.split(split)
         if group.first:
             warn_of_changed_data(model.info.get("data"), description)
+    else:
+        # A model folder has no configuration.
+        source = load_data(folder) if settings.calibrate or (folder / CONFIG).is_file() else None
+        other, split = read_like(source, settings.data, DataDescription.from_dict(model.info.get("data"))), ALL
+        description, examples = other.description, other.splits[split]
     evaluation = Evaluation(
         model,
         examples,
@@ -146,7 +148,7 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
         progress=True,
         about={"run": str(folder), **description.about(split)},
     )
-    measurements = measure(evaluation, settings, data)
+    measurements = measure(evaluation, settings, source.split("train") if source is not None and settings.calibrate else None)
     if group.first:
         report(measurements, settings, description)
         if settings.csv is not None:
@@ -160,8 +162,8 @@ def warn_of_changed_data(stored: object, now: DataDescription) -> None:
         _warn(f"the data changed since training (sha256 {trained.sha256[:12]} then, {now.sha256[:12]} now)")
 
 
-def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource | None) -> list[Measurement]:
-    """All the numbers that the settings ask for, each told on standard error as soon as it is there."""
+def measure(evaluation: Evaluation, settings: EvaluateSettings, train: EventDataset | None) -> list[Measurement]:
+    """All the numbers that the settings ask for, each told on standard error as soon as it is there; fitted on ``train``, too, if it is given."""
     measurements: list[Measurement] = []
 
     def add(measurement: Measurement) -> None:
@@ -170,7 +172,7 @@ def measure(evaluation: Evaluation, settings: EvaluateSettings, data: DataSource
             print(f"{measurement.label}: {measurement.bpd:.4f} bits/dim", file=sys.stderr, flush=True)
 
     fitted_eta = _check_reverse(evaluation, settings)
-    fits = [None, data.split("train")] if data is not None and settings.calibrate else [None]
+    fits = [None] if train is None else [None, train]
     for fit in fits:
         if settings.nelbo and (fit is None or evaluation.model.steps or fitted_eta):
             add(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))

@@ -98,7 +98,7 @@ def load_run(run: Path) -> NDM:
     if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no trained model yet; go on with: ndm train --out {run}")
     model = _model_of(run)
-    step = weights_of(run, model)
+    step = weights_of(run, model)["global_step"]
     model.info = {"data": read_json(run / DATA)}
     print(f"ndm: warning: {run} is not finished; this is its model after {step:,} steps", file=sys.stderr)
     return model.eval()

@@ -90,7 +90,7 @@ def quality(
     print(f"features: {network.name}, d = {network.dims}, sha256 {network.sha256}")
     if json is not None:
         sampler |= {"method": method, "seed": seed, "batch_size": batch_size}
-        about = {"run": run, "data": description.name, "data_sha256": description.sha256, "split": split, "sampler": sampler}
+        about = {"run": run, **description.about(split), "sampler": sampler}
         _write(Path(json), about, network, found)
 
 

@@ -114,9 +114,9 @@ def _check_words(experiment: Experiment, jobs: int, overrides: Sequence[str]) ->
     own = ["--config", "--out", "--seed"]
     if not (experiment.needs_data or experiment.takes_data):
         own += ["--data", "--data.class_path"]
-    own = [word for word in overrides if word.split("=")[0] in own]
-    if own:
-        raise UserError(f"-- {own[0]}: {experiment.name} sets that itself; leave it out")
+    for word in overrides:
+        if word.split("=")[0] in own:
+            raise UserError(f"-- {word}: {experiment.name} sets that itself; leave it out")
 
 
 def _check_runs(experiment: Experiment, runs: Sequence[str] | None, data: str | None, overrides: Sequence[str]) -> None:

@@ -84,10 +84,7 @@ class ImageFolder(DataSource):
             raise UserError(f"{folder} has a subfolder {there[0]} but not both train and test; add the other, or give path= to {there[0]}")
         has_splits = len(there) == 2
         roots = {split: folder / split for split in ("train", "test")} if has_splits else {"train": folder}
-        files = {split: image_files(root) for split, root in roots.items()}
-        for split, root in roots.items():
-            if not files[split]:
-                raise UserError(f"{root} has no images; files ending in {' '.join(SUFFIXES)} are taken, in subfolders too")
+        files = {split: some_image_files(root) for split, root in roots.items()}
         depths = {len(file.relative_to(roots[split]).parts) for split in roots for file in files[split]}
         by_class = depths == {2} if self.class_folders is None else self.class_folders
         if by_class and 1 in depths:
@@ -117,6 +114,18 @@ def image_files(root: Path) -> list[Path]:
     """The image files under a folder, in the order of their names; hidden ones and other files are left out."""
     files = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")]
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def some_image_files(root: Path) -> list[Path]:
+    """:func:`image_files`, if there are any.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = image_files(root)
+    if not files:
+        raise UserError(f"{root} has no images; files ending in {' '.join(SUFFIXES)} are taken, in subfolders too")
+    return files
 
 
 def _subfolders(root: Path) -> list[Path]:

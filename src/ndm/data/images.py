@@ -89,12 +89,8 @@ class EncodedImages(EventDataset):
         try:
             data = self.read(index)
             with Image.open(io.BytesIO(data)) as image:
-                mode, (width, height), turn = image.mode, image.size, _turn(image)
-                if turn is not None and turn not in (
-                    Image.Transpose.FLIP_LEFT_RIGHT,
-                    Image.Transpose.FLIP_TOP_BOTTOM,
-                    Image.Transpose.ROTATE_180,
-                ):
+                mode, (width, height), kind = image.mode, image.size, Image.Transpose
+                if _turn(image) in (kind.ROTATE_90, kind.ROTATE_270, kind.TRANSPOSE, kind.TRANSVERSE):
                     width, height = height, width
                 image.verify()
         except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:

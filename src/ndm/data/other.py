@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ndm.data.arrays import ArraySplit, continuous, discrete
-from ndm.data.folder import SUFFIXES, FileImages, image_files
+from ndm.data.folder import FileImages, some_image_files
 from ndm.data.images import LEVELS, encoded
 from ndm.data.source import DataDescription, DataSource, Loaded
 from ndm.data.table import Table
@@ -50,11 +50,8 @@ def _images(source: DataSource | None, folder: Path, trained: DataDescription) -
         raise UserError(
             f"{folder} is a folder, which holds images of 256 levels, and the model was trained on {trained.name}; give a file of rows"
         )
-    files = image_files(folder)
-    if not files:
-        raise UserError(f"{folder} has no images; files ending in {' '.join(SUFFIXES)} are taken, in subfolders too")
     size = getattr(source, "size", None)
-    return encoded(folder.resolve().name, "image folder", {ALL: FileImages(files, trained.event_shape[0], size, None)})
+    return encoded(folder.resolve().name, "image folder", {ALL: FileImages(some_image_files(folder), trained.event_shape[0], size, None)})
 
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:

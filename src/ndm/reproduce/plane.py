@@ -92,6 +92,22 @@ def known(source: DataSource) -> ToySource:
     return source
 
 
+def both_words(report: Report, config: str, words: Sequence[str], learned: Sequence[str] = (), prefix: str = "") -> dict[str, list[str]]:
+    """The words of ``ndm train`` for both models, by the names of their runs.
+
+    Args:
+        report: the experiment.
+        config: a configuration that comes with the library, of the learned one.
+        words: overrides of both.
+        learned: further ones of the learned one.
+        prefix: put before the names of the runs.
+    """
+    return {
+        f"{prefix}{PLAIN.lower()}": report.words_for(config, *words, last=DDPM_WORDS),
+        f"{prefix}{LEARNED.lower()}": learned_words(report.words_for(config, *words, *learned)),
+    }
+
+
 def train_both(report: Report, config: str, budget: Budget, name: str = "", words: Sequence[str] = ()) -> tuple[dict[str, NDM], ToySource]:
     """Train the conventional model and the learned one on the same data, for as many steps, and give them by name with the data.
 
@@ -103,12 +119,8 @@ def train_both(report: Report, config: str, budget: Budget, name: str = "", word
         words: further overrides of both.
     """
     prefix = f"{name}-" if name else ""
-    small = SMALL_TRANSFORM if report.smoke else ()
-    runs = {
-        f"{prefix}ddpm": report.words_for(config, *words, *budget.words, last=DDPM_WORDS),
-        f"{prefix}ndm": learned_words(report.words_for(config, *words, *budget.words, *small)),
-    }
-    trained = report.train_all(runs)
+    words = (*words, *budget.words)
+    trained = report.train_all(both_words(report, config, words, SMALL_TRANSFORM if report.smoke else (), prefix))
     (plain, _), (learned, source) = trained.values()
     return {PLAIN: plain, LEARNED: learned}, known(source)
 

@@ -30,8 +30,8 @@ from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier
 from ndm.report import Measurement, plus_minus
-from ndm.reproduce.plane import DDPM_WORDS, LEARNED, PLAIN
-from ndm.reproduce.report import QUALITY, Report, learned_words
+from ndm.reproduce.plane import LEARNED, PLAIN, both_words
+from ndm.reproduce.report import QUALITY, Report
 from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
 from ndm.sample import Method, draw_samples
 from ndm.serialize import read_json, to_config
@@ -123,11 +123,7 @@ def run(report: Report) -> None:
 
 def trained(report: Report, plan: Plan) -> tuple[dict[str, NDM], DataSource]:
     """DDPM and NDM trained here, and their data."""
-    runs = {
-        "ddpm": report.words_for(plan.config, *plan.words, last=DDPM_WORDS),
-        "ndm": learned_words(report.words_for(plan.config, *plan.words)),
-    }
-    found = report.train_all(runs)
+    found = report.train_all(both_words(report, plan.config, plan.words))
     return {name: found[name.lower()][0] for name in MODELS}, found["ndm"][1]
 
 

@@ -119,8 +119,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def weights_of(out: Path, model: NDM) -> int:
-    """Give a model the weights of the last checkpoint of a run, averaged where it averages; returns the step.
+def weights_of(out: Path, model: NDM) -> dict[str, Any]:
+    """Give a model the weights of the last checkpoint of a run, averaged where it averages; returns the checkpoint.
 
     The checkpoint holds them whatever the strategy.
 
@@ -134,7 +134,7 @@ def weights_of(out: Path, model: NDM) -> int:
         raise UserError(
             f"the checkpoint {out / CHECKPOINT} does not fit the model of its configuration; it is of another version of ndm"
         ) from error
-    return int(checkpoint["global_step"])
+    return checkpoint
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -257,8 +257,7 @@ def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed
     if not first:
         return None
     description = data.describe().to_dict()
-    seconds = read_checkpoint(out / CHECKPOINT).get("seconds", 0.0)
-    weights_of(out, model)
+    seconds = weights_of(out, model).get("seconds", 0.0)
     model.to(pick_device(settings.accelerator)).eval()
     model.save_pretrained(out / "model", {"data": description})
     test = data.split(settings.evaluation_split)
