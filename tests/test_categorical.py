@@ -1,7 +1,6 @@
 """The categorical predictor against posteriors in closed form, loops over places and finite differences."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +30,9 @@ class Says(nn.Module):
         return self.features[None, :, None, None, None].expand(len(x), -1, self.channels, *x.shape[2:])
 
 
-def saying(log_frequencies: Tensor, channels: int = 1, log_c: float = -50.0, kinds: int = 0) -> CategoricalPredictor:
+def saying(log_frequencies: Tensor, channels: int = 1, log_c: float = -50.0) -> CategoricalPredictor:
     """One whose logits are those numbers everywhere; unless log c says otherwise, copies count for nothing."""
-    predictor = CategoricalPredictor(Says(torch.ones(1, dtype=F64), channels), len(log_frequencies), 3, 2, kinds).double()
+    predictor = CategoricalPredictor(Says(torch.ones(1, dtype=F64), channels), len(log_frequencies), 3, 2).double()
     with torch.no_grad():
         predictor.logits.weight.copy_(log_frequencies[:, None])
         predictor.copies.fill_(log_c / 5)
@@ -58,15 +57,12 @@ def test_a_pixel_of_known_frequencies_is_predicted_by_its_posterior_mean(gamma: 
     torch.testing.assert_close(predictor(z, level)[known], expected[known], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("channels", "kinds"), [(1, 0), (2, 0), (2, 3)])
-def test_the_network_sees_values_frequencies_and_kinds(channels: int, kinds: int) -> None:
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_network_sees_values_and_frequencies(channels: int) -> None:
     """Loops over the places of two examples of different noise."""
     torch.manual_seed(0)
     levels, shape = 5, (2, channels, 2, 3)
-    predictor = saying(torch.zeros(levels, dtype=F64), channels, kinds=kinds)
-    if predictor.palettes is not None:
-        for parameter in predictor.palettes.parameters():
-            nn.init.normal_(parameter)
+    predictor = saying(torch.zeros(levels, dtype=F64), channels)
     level = LinearLogSNR(-6.0, 5.0)(torch.tensor([0.2, 0.7], dtype=F64))
     z = torch.randn(shape, dtype=F64)
     predictor(z, level)
@@ -75,28 +71,21 @@ def test_the_network_sees_values_frequencies_and_kinds(channels: int, kinds: int
     values = ndm.DiscretizedGaussian(levels).values.double()
     for example in range(2):
         alpha, sigma, counts = float(level.alpha[example]), float(level.sigma[example]), torch.zeros(levels, dtype=F64)
-        likely = torch.ones(kinds, dtype=F64)
         for channel in range(channels):
             for row in range(2):
                 for column in range(3):
                     r = torch.softmax(-0.5 * ((z[example, channel, row, column] - alpha * values) / sigma) ** 2, 0)
                     counts += r
-                    if predictor.palettes is not None:
-                        likely *= torch.softmax(predictor.palettes.frequencies.detach(), 1) @ r
                     first = channels + 3 * channel
                     torch.testing.assert_close(seen[example, first : first + 3, row, column], (predictor.values.weight @ r).detach())
-        palette = (predictor.frequencies.weight @ torch.log1p(counts) + predictor.frequencies.bias).detach()
-        if predictor.palettes is not None and predictor.of_kind is not None:
-            likely *= predictor.palettes.shares.detach().exp()
-            palette += predictor.of_kind.weight.detach() @ (likely / likely.sum())
-        torch.testing.assert_close(seen[example, -2:], palette[:, None, None].expand(-1, 2, 3), rtol=1e-5, atol=1e-6)
+        histogram = (predictor.frequencies.weight @ torch.log1p(counts) + predictor.frequencies.bias).detach()
+        torch.testing.assert_close(seen[example, -2:], histogram[:, None, None].expand(-1, 2, 3), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kinds", [0, 2])
-def test_odds_of_two_values_are_those_of_an_urn(kinds: int) -> None:
-    """With no kinds, and with kinds that are all alike. Three of seven pixels lie on the fourth value, one on the seventh; the last lies between the fourth and the fifth, where it counts itself for nothing."""
+def test_odds_of_two_values_are_those_of_an_urn() -> None:
+    """Three of seven pixels lie on the fourth value, one on the seventh; the last lies between the fourth and the fifth, where it counts itself for nothing."""
     count, values = 2.0, ndm.DiscretizedGaussian(8).values.double()
-    predictor, level = saying(torch.zeros(8, dtype=F64), log_c=math.log(count), kinds=kinds), at(-11.0, 1)
+    predictor, level = saying(torch.zeros(8, dtype=F64), log_c=math.log(count)), at(-11.0, 1)
     x = torch.cat([values[[0, 3, 3, 3, 6, 7, 7]], (values[3:4] + values[4:5]) / 2]).reshape(1, 1, 2, 4)
     odds = 1 + 3 * count
     found = predictor(x * level.expand(x).alpha, level).flatten().detach()
@@ -105,61 +94,18 @@ def test_odds_of_two_values_are_those_of_an_urn(kinds: int) -> None:
     torch.testing.assert_close(found[:-1], x.flatten()[:-1], rtol=0, atol=1e-9)
 
 
-SHARES = torch.tensor([0.3, 0.7], dtype=F64)
-KINDS = torch.tensor([[0.6, 0.01, 0.3, 0.01, 0.07, 0.01], [0.6, 0.3, 0.01, 0.07, 0.01, 0.01]], dtype=F64)
-
-
-def of_two_kinds() -> CategoricalPredictor:
-    predictor = saying(torch.zeros(6, dtype=F64), kinds=2)
-    assert predictor.palettes is not None
-    with torch.no_grad():
-        predictor.palettes.frequencies.copy_(KINDS.log() + 3)
-        predictor.palettes.shares.copy_(SHARES.log())
-    return predictor
-
-
-@pytest.mark.parametrize(("gamma", "error"), [(-6.0, 1e-4), (-2.0, 1e-4), (0.0, 0.01), (3.0, 0.02)])
-def test_examples_of_two_kinds_are_predicted_by_their_posterior_mean(gamma: float, error: float) -> None:
-    """By Bayes' rule for the kind and then for each place, with all places but that one; the predictor has that place say something about the kind, too,
-    which matters a little where noise leaves kinds in doubt."""
-    predictor, level = of_two_kinds(), at(gamma, 4)
-    alpha, sigma = float(level.alpha[0]), float(level.sigma[0])
-    generator, values = torch.Generator().manual_seed(0), ndm.DiscretizedGaussian(6).values.double()
-    x = values[torch.stack([torch.multinomial(KINDS[kind], 900, True, generator=generator) for kind in (0, 0, 1, 1)])]
-    z = alpha * x + sigma * torch.randn(x.shape, dtype=F64, generator=generator)
-    likely = torch.exp(-0.5 * ((z[..., None] - alpha * values) / sigma) ** 2)  # (4, 900, 6)
-    of_place = torch.einsum("bik,hk->bih", likely, KINDS)
-    evidence = SHARES.log() + of_place.log().sum(1)
-    kinds = (evidence[:, None] - of_place.log()).softmax(-1)  # by all other places
-    weights = torch.einsum("bih,hk,bik->bik", kinds, KINDS, likely)
-    expected = (weights @ values) / weights.sum(-1)
-    found = predictor(z.reshape(4, 1, 30, 30), level).detach().flatten(1)
-    assert float((found - expected).square().mean().sqrt()) < error * float(expected.std())
-    alone = (KINDS[1] * likely) @ values / (KINDS[1] * likely).sum(-1)
-    assert float((found[0] - alone[0]).square().mean().sqrt()) > 5 * error * float(expected.std()), "had the kind been another"
-
-
-def test_without_signal_kinds_count_by_their_shares() -> None:
-    predictor = of_two_kinds()
-    level = replace(ndm.FlowMatching()(torch.tensor([1.0], dtype=F64)), sigma=torch.ones(1, dtype=F64))
-    found = predictor(torch.full((1, 1, 2, 2), 0.4, dtype=F64), level)
-    mean = SHARES @ KINDS @ ndm.DiscretizedGaussian(6).values.double()
-    torch.testing.assert_close(found.detach(), mean.expand(1, 1, 2, 2), rtol=2e-6, atol=0)
-
-
-def full(levels: int = 6, outputs: int = 4, noisy: float = 0.5, kinds: int = 3) -> CategoricalPredictor:
+def full(levels: int = 6, outputs: int = 4, noisy: float = 0.5) -> CategoricalPredictor:
     """With a small U-Net and weights at random."""
     torch.manual_seed(0)
-    predictor = CategoricalPredictor(UNet(2, 8, (1,), outputs=outputs, context=2 * 3 + 2), levels, 3, 2, kinds)
+    predictor = CategoricalPredictor(UNet(2, 8, (1,), outputs=outputs, context=2 * 3 + 2), levels, 3, 2)
     with torch.no_grad():
         for parameter in predictor.parameters():
             parameter.add_(noisy * torch.randn_like(parameter))
     return predictor.double()
 
 
-@pytest.mark.parametrize("kinds", [0, 3])
-def test_derivatives_are_those_of_the_formula(kinds: int) -> None:
-    predictor, level = full(kinds=kinds), LinearLogSNR(-6.0, 5.0)(torch.tensor([0.2, 0.5], dtype=F64))
+def test_derivatives_are_those_of_the_formula() -> None:
+    predictor, level = full(), LinearLogSNR(-6.0, 5.0)(torch.tensor([0.2, 0.5], dtype=F64))
     z, dz, probe = (torch.randn(2, 2, 4, 4, dtype=F64) for _ in range(3))
     _, moved = torch.func.jvp(lambda z: predictor(z, level), (z,), (dz,))  # type: ignore[misc]
     leaf = z.clone().requires_grad_()
@@ -169,10 +115,9 @@ def test_derivatives_are_those_of_the_formula(kinds: int) -> None:
     torch.testing.assert_close(moved.detach(), change.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kinds", [0, 3])
-def test_gradients_that_can_be_differentiated_again_are_the_same(kinds: int) -> None:
+def test_gradients_that_can_be_differentiated_again_are_the_same() -> None:
     """Of latents, weights and a learned schedule, which reach the prediction on several ways; and within autocast."""
-    predictor, schedule = full(kinds=kinds), ndm.LearnedSchedule(-6.0, 5.0, learn_ends=True).double()
+    predictor, schedule = full(), ndm.LearnedSchedule(-6.0, 5.0, learn_ends=True).double()
     z = torch.randn(3, 2, 4, 4, dtype=F64, requires_grad=True)
     wanted = [z, *predictor.parameters(), *schedule.parameters()]
     loss = predictor(z, schedule(torch.tensor([0.1, 0.4, 0.8], dtype=F64))).square().sum()
@@ -236,14 +181,13 @@ def test_single_precision_and_autocast_stay_near_double() -> None:
     assert float(((half - exact) / allowed).square().mean().sqrt()) < 1e-2
 
 
-def test_certain_kinds_and_values_that_no_example_holds_stay_near_double() -> None:
-    """Predictions and gradients, at every noise of a schedule for 256 grey values, of images of eight values in two kinds."""
+def test_values_that_no_example_holds_stay_near_double() -> None:
+    """Predictions and gradients, at every noise of a schedule for 256 grey values, of images of eight values."""
     schedule, t, values = LinearLogSNR(-13.3, 5.0), torch.linspace(0, 1, 16), ndm.DiscretizedGaussian(256).values
     generator = torch.Generator().manual_seed(0)
     chosen = torch.tensor([[0, 17, 34, 51, 68, 85, 102, 255], [0, 23, 46, 69, 92, 115, 138, 255]])[torch.arange(16) % 2]
     x = values[chosen.gather(1, torch.randint(8, (16, 2 * 12 * 12), generator=generator))].reshape(16, 2, 12, 12)
     predictor = full(256, noisy=0.02)
-    predictor.initialise([x[:9], x[9:]])
     level = schedule(t.double())
     z = level.expand(x).alpha * x + level.expand(x).sigma * torch.randn(x.shape, generator=generator)
     found = []
@@ -284,8 +228,7 @@ def test_a_value_counts_for_much_and_for_all_others_at_once() -> None:
 
 def test_a_model_returns_bit_by_bit_and_trains(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    predictor = CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=5), 8, 4, 1, kinds=2)
-    predictor.initialise([ndm.DiscretizedGaussian(8).values[torch.randint(8, (4, 1, 4, 4))]])
+    predictor = CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=5), 8, 4, 1)
     network = UNet(1, 4, (1,), outputs=2)
     model = ndm.NDM(LinearLogSNR(-8.0, 3.0), ndm.SeparableTransform(network), predictor, ndm.DiscretizedGaussian(8))
     x = ndm.DiscretizedGaussian(8).values[torch.randint(8, (4, 1, 4, 4))].float()
@@ -294,17 +237,6 @@ def test_a_model_returns_bit_by_bit_and_trains(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     back = ndm.NDM.from_pretrained(tmp_path)
     assert torch.equal(back.predict(x, 0.3), model.eval().predict(x, 0.3)) and back.predictor.embedding == 4
-
-
-def test_a_model_of_a_version_without_kinds_is_read(tmp_path: Path) -> None:
-    predictor = CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=5), 8, 4, 1)
-    model = ndm.NDM(LinearLogSNR(-8.0, 3.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(8)).eval()
-    model.save_pretrained(tmp_path)
-    description = (tmp_path / "config.json").read_text()
-    assert description.count('"kinds": 0') == 1
-    (tmp_path / "config.json").write_text(re.sub(r',\s*"kinds": 0|"kinds": 0,\s*', "", description))
-    z = torch.randn(2, 1, 4, 4)
-    assert torch.equal(ndm.NDM.from_pretrained(tmp_path).predict(z, 0.3), model.predict(z, 0.3))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -318,9 +250,8 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: CategoricalPredictor(None, 8), "needs an nn.Module"),  # type: ignore[arg-type]
         (lambda: CategoricalPredictor(network, 1), "levels=1"),
         (lambda: CategoricalPredictor(network, 8, embedding=0), "embedding=0"),
-        (lambda: CategoricalPredictor(network, 8, kinds=-1), "kinds=-1"),
         (
-            lambda: CategoricalPredictor(network, 8, palette=8)(torch.zeros(2, 1, 4, 4), level),
+            lambda: CategoricalPredictor(network, 8, histogram=8)(torch.zeros(2, 1, 4, 4), level),
             r"\(2, 25, 4, 4\); set image_channels .*context",
         ),
         (lambda: good(torch.zeros(2, 3), level), "looks at images"),

@@ -17,23 +17,18 @@ likely to occur:
     r_{ik} = \operatorname{softmax}_k\Bigl(-\frac{(z_i/\alpha - v_k)^2}{2 s^2}\Bigr), \qquad e_i = \sum_k r_{ik} E_k, \qquad
     n_k = \sum_i r_{ik}, \qquad A \log(1 + n) + a :
 
-where noise is low, a table of values is looked up, and where it is high, r is flat. Values repeat within an example more often than by chance (images have flat
-parts and few colours), so that the logits get log(b_k + c (n_k - r_ik)) on top, as from a Pólya urn, with a learned c. What is in the urn at first is b = 1,
-or what the latents say of the kind of example, among H that differ in their frequencies of values (:mod:`ndm.palettes`). The network then sees A log(1 + n) + a + B p,
-with the probabilities p of the kinds. (Place i itself has a say in p, one of all places; without it, b would be another for each place.)
+where noise is low, a table of values is looked up, and where it is high, r is flat. Values repeat within an example more often than by chance (images
+have flat parts and few colours), so the logits get log(1 + c (n_k - r_ik)) on top, as from a Pólya urn, with a learned c.
 
 r takes the latent for one of x, so F(x, t) has to be close to x where noise is low, as it is with the log-SNR gated and the time-separable form. The loss stays
 the variational bound; nothing here is trained by cross entropy.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
-from ndm.decoder import bin_centers, from_grid
+from ndm.decoder import bin_centers
 from ndm.errors import UserError, check_whole
-from ndm.palettes import Palettes
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
 from ndm.weighing import posterior_mean, summarise
@@ -47,16 +42,14 @@ class CategoricalPredictor(Predictor):
     noisy data, so F may leave x only where there is noise: the identity, :class:`ndm.GatedTransform` and :class:`ndm.SeparableTransform` as it comes.
 
     Args:
-        network: gives K features for each dimension, ``(B, K, C, H, W)``, of ``(B, C + C embedding + palette, H, W)``, as :class:`ndm.nn.UNet` does
-            with ``outputs`` = K and ``context`` = C embedding + palette; a linear layer makes logits of them.
+        network: gives K features for each dimension, ``(B, K, C, H, W)``, of ``(B, C + C embedding + histogram, H, W)``, as :class:`ndm.nn.UNet` does
+            with ``outputs`` = K and ``context`` = C embedding + histogram; a linear layer makes logits of them.
         levels: L, at least 2, as many as the decoder has.
         embedding: numbers that the network sees of each value, the length of E_k.
-        palette: numbers that the network sees of the frequencies of values in the example, the length of a.
-        kinds: H, kinds of examples with frequencies of their own, of all channels together, or 0. All are alike until :meth:`initialise` has seen data, as it
-            does in ``ndm train``.
+        histogram: numbers that the network sees of the histogram of values in the example, the length of a.
     """
 
-    def __init__(self, network: nn.Module, levels: int, embedding: int = 16, palette: int = 16, kinds: int = 0):
+    def __init__(self, network: nn.Module, levels: int, embedding: int = 16, histogram: int = 16):
         features = getattr(network, "outputs", None)
         if not isinstance(network, nn.Module) or not isinstance(features, int):
             raise UserError(
@@ -65,14 +58,11 @@ class CategoricalPredictor(Predictor):
             )
         check_whole("levels", levels, 2)
         check_whole("embedding", embedding, 1)
-        check_whole("palette", palette, 1)
-        check_whole("kinds", kinds, 0)
+        check_whole("histogram", histogram, 1)
         super().__init__(network, "x")
-        self.levels, self.embedding, self.palette, self.kinds = levels, embedding, palette, kinds
+        self.levels, self.embedding, self.histogram = levels, embedding, histogram
         self.values = nn.Linear(levels, embedding, bias=False)
-        self.frequencies = nn.Linear(levels, palette)
-        self.palettes = Palettes(kinds, levels) if kinds else None
-        self.of_kind = nn.Linear(kinds, palette, bias=False) if kinds else None
+        self.frequencies = nn.Linear(levels, histogram)
         self.logits = nn.Linear(features, levels)
         self.copies = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.values.weight)
@@ -90,25 +80,19 @@ class CategoricalPredictor(Predictor):
             alpha, unit = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST) * 2**0.5
             v = bin_centers(self.logits.out_features, full, z.device)
             s, w = z.to(full).flatten(1) / unit[:, None], (alpha / unit)[:, None] * v
-            odds = v.new_empty(0, len(v)) if self.palettes is None else self.palettes.odds(full)
-            embedded, counts, u = summarise(s, w, self.values.weight.T.to(full), odds)
-            kinds = None if self.palettes is None else self.palettes.posterior(u)
-            # No matrix product, whose backward pass autocast would reach.
-            base = torch.ones_like(counts) if kinds is None else (kinds[:, :, None] * odds).sum(1)
-        features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, kinds, level).movedim(1, -1).flatten(1, -2)
+            embedded, counts = summarise(s, w, self.values.weight.T.to(full))
+        features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, level).movedim(1, -1).flatten(1, -2)
         if torch.is_autocast_enabled(z.device.type) and features.dtype != torch.float64:
             features = features.to(torch.get_autocast_dtype(z.device.type))
         with torch.autocast(z.device.type, enabled=False):
             c = torch.exp(_UNIT * self.copies.to(full))
-            x = posterior_mean(s, w, counts, base, c, v, features, self.logits.weight.to(full), self.logits.bias.to(full))
+            x = posterior_mean(s, w, counts, c, v, features, self.logits.weight.to(full), self.logits.bias.to(full))
             return x.view_as(z).to(z.dtype)
 
-    def _features(self, z: Tensor, embedded: Tensor, counts: Tensor, kinds: Tensor | None, level: NoiseLevel) -> Tensor:
-        """What the network says of z, of e ``(B, C, H, W, E)``, of n and of p; ``(B, K, C, H, W)``."""
-        palette = self.frequencies(torch.log1p(counts).to(self.frequencies.weight.dtype))
-        if self.of_kind is not None and kinds is not None:
-            palette = palette + self.of_kind(kinds.to(self.of_kind.weight.dtype))
-        everywhere = palette[:, :, None, None].expand(-1, -1, *z.shape[2:])
+    def _features(self, z: Tensor, embedded: Tensor, counts: Tensor, level: NoiseLevel) -> Tensor:
+        """What the network says of z, of e ``(B, C, H, W, E)`` and of n; ``(B, K, C, H, W)``."""
+        histogram = self.frequencies(torch.log1p(counts).to(self.frequencies.weight.dtype))
+        everywhere = histogram[:, :, None, None].expand(-1, -1, *z.shape[2:])
         seen = torch.cat([z, embedded.movedim(-1, 2).flatten(1, 2).to(z.dtype), everywhere.to(z.dtype)], dim=1)
         features = self.network(seen, level.t)
         expected = (z.shape[0], self.logits.in_features, *z.shape[1:])
@@ -116,26 +100,6 @@ class CategoricalPredictor(Predictor):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {expected}")
         return features
-
-    def initialise(self, batches: Iterable[Tensor], seed: int = 0) -> None:
-        """Find the palettes, from ``(N, C, H, W)`` after ``(N, C, H, W)`` on the grid; nothing without kinds. Training goes on from there.
-
-        Some hundred examples for each kind are enough.
-
-        Raises:
-            UserError: there are no examples.
-        """
-        if self.palettes is not None:
-            counts = [self._counts(x) for x in batches]
-            if not counts:
-                raise UserError("CategoricalPredictor finds its palettes in examples, and there are none")
-            self.palettes.initialise(torch.cat(counts), seed)
-
-    def _counts(self, x: Tensor) -> Tensor:
-        """How often each value occurs in each example, ``(N, L)``."""
-        levels = self.logits.out_features
-        index = from_grid(x.flatten(1).cpu(), levels)
-        return torch.zeros(len(x), levels).scatter_add_(1, index, torch.ones(1).expand(index.shape))
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """There is one output.

@@ -14,7 +14,6 @@ process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
 For data on a grid of L values, ``levels=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.rounding`.
 """
 
-from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -47,9 +46,6 @@ class Predictor(nn.Module):
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
         return self.read(self._output(z, level, z.shape), z, level)
-
-    def initialise(self, batches: Iterable[Tensor], seed: int = 0) -> None:
-        """Take from data ``(N, *event)`` after ``(N, *event)`` what is to be known before training. Nothing, here."""
 
     def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Both outputs of a network that returns ``(B, 2, *event)``, each read as the target says; each ``(B, *event)``."""

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,10 @@ import ndm
 from ndm.cli import main
 from ndm.data import Digits
 from ndm.errors import UserError
-from ndm.nn import MLP, UNet
+from ndm.nn import MLP
 from ndm.parallel import started_first
 from ndm.serialize import read_json
 from ndm.train.module import EMAUpdate, TrainingModule
-from ndm.train.run import fit
 from ndm.train.settings import TrainSettings
 from oracles import Points
 
@@ -277,27 +275,6 @@ def test_accumulation_logs_every_so_many_optimiser_steps(write_config: ConfigWri
     assert sum(bool(row.get("train/nelbo_bpd")) for row in log_rows(tmp_path / "run")) == 4  # 24 steps, a row every 6
 
 
-def test_the_predictor_sees_the_data_before_the_first_step_and_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    data, levels = Digits(), 17
-    predictor = ndm.CategoricalPredictor(UNet(1, 4, (1,), outputs=3, context=6), levels, 4, 2, kinds=3)
-    model = ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(levels))
-    settings = TrainSettings(steps=1, batch_size=2, accelerator="cpu", devices=1, learning_rate=1e-9, weight_decay=0.0)
-    fit(model, data, settings, tmp_path, 5)
-    assert predictor.palettes is not None
-    expected = ndm.CategoricalPredictor(predictor.network, levels, 4, 2, kinds=3)
-    expected.initialise([data.split("train").__getitems__(range(1438))], 5)
-    assert expected.palettes is not None
-    for name, value in expected.palettes.state_dict().items():
-        assert float(value.std()) > 0.1
-        torch.testing.assert_close(predictor.palettes.state_dict()[name], value, rtol=0, atol=1e-4)
-    monkeypatch.setattr(ndm.CategoricalPredictor, "initialise", lambda *_: pytest.fail("it has been trained"))
-    fresh = ndm.NDM(model.schedule, model.transform, expected, model.decoder)
-    expected.palettes.frequencies.data.zero_()
-    fit(fresh, data, replace(settings, steps=2), tmp_path, 5)
-    torch.testing.assert_close(expected.palettes.frequencies, predictor.palettes.frequencies, rtol=0, atol=1e-4)
-
-
 def test_events_that_are_no_pictures_finish_too(write_config: ConfigWriter, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(60, 4, 2, 2))
     np.save(tmp_path / "latents.npy", values)
@@ -340,25 +317,6 @@ def test_rates_and_decay_belong_to_groups(optimizer: str) -> None:
     for name, value in model.named_parameters():
         factor = 0.95 ** (2 if optimizer == "adamw" else 1) if value.dim() >= 2 and ".transform." not in name else 1.0
         torch.testing.assert_close(value.detach(), factor * before[name], msg=name)
-
-
-def test_palettes_do_not_decay() -> None:
-    """A matrix of logarithms of frequencies: smaller ones would say that values are more alike."""
-    network = UNet(image_channels=1, context=8, outputs=4, channels=4, multiples=[1], blocks=1)
-    predictor = ndm.CategoricalPredictor(network, levels=16, embedding=4, palette=4, kinds=3)
-    predictor.palettes.initialise(torch.rand(20, 16))
-    module = TrainingModule(
-        ndm.NDM(ndm.LinearLogSNR(), ndm.Identity(), predictor, ndm.DiscretizedGaussian(16)),
-        TrainSettings(weight_decay=0.5),
-        0,
-        Points(torch.zeros(4, 2)),
-    )
-    decay = {
-        id(value): group["weight_decay"] for group in module.configure_optimizers()["optimizer"].param_groups for value in group["params"]
-    }
-    found = {name: decay[id(value)] for name, value in predictor.named_parameters() if not name.startswith("network.")}
-    assert {name for name, value in found.items() if value} == {"values.weight", "frequencies.weight", "of_kind.weight", "logits.weight"}
-    assert len(decay) == len(list(module.model.parameters()))
 
 
 def test_a_module_may_say_by_a_method_what_does_not_decay() -> None:

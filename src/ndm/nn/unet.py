@@ -117,7 +117,7 @@ class UNet(nn.Module):
             wanted = self.image_channels if not self.context else f"{self.image_channels} + {self.context} of context"
             raise UserError(
                 f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape {tuple(x.shape)}; set image_channels to fit the data, "
-                "and context to 0, or to image_channels * embedding + palette in an ndm.CategoricalPredictor"
+                "and context to 0, or to image_channels * embedding + histogram in an ndm.CategoricalPredictor"
             )
         time = self.time(t)
         inputs = (

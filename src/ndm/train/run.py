@@ -28,11 +28,9 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from tqdm import tqdm
 
 from ndm.baselines import histogram_bpd, xz_bpd
-from ndm.data import DataDescription, DataSource, EventDataset, spread
+from ndm.data import DataDescription, DataSource
 from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
 from ndm.evaluate import evaluate_bound, pick_device
@@ -45,7 +43,7 @@ from ndm.train.settings import TrainSettings
 from ndm.viz import is_image, write_samples, write_transform
 
 CHECKPOINT, DATA, METRICS = Path("checkpoints/last.ckpt"), Path("data.json"), Path("metrics.json")
-BASELINE_VALUES, INITIAL_VALUES, SAMPLE_VALUES = 8_000_000, 50_000_000, 200_000
+BASELINE_VALUES, SAMPLE_VALUES = 8_000_000, 200_000
 
 
 def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
@@ -206,8 +204,6 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
         first_step = read_checkpoint(checkpoint)["global_step"]
         if trainer.is_global_zero:
             print(f"{out}: going on from step {first_step} of {settings.steps}", flush=True)
-    if not first_step and settings.start_from is None:
-        initialise(model, data.split("train"), seed, progress=trainer.is_global_zero)
     if first_step < settings.steps:
         validation = data.split(settings.validation_split) if settings.validate_every else None
         module = TrainingModule(model, settings, seed, data.split("train"), validation)
@@ -216,24 +212,6 @@ def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: 
         except SystemExit as error:  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from error
     return trainer.is_global_zero
-
-
-def initialise(model: NDM, examples: EventDataset, seed: int = 0, progress: bool = False) -> None:
-    """Let the predictor see up to 20,000 examples before the first step, for :meth:`ndm.Predictor.initialise`, which need not ask for any.
-
-    Of large examples fewer. Several processes do so each by itself, and find the same.
-    """
-
-    def batches() -> Iterator[Tensor]:
-        dims = examples.__getitems__([0])[0].numel()
-        chosen, size = spread(len(examples), min(20_000, INITIAL_VALUES // dims + 1)), INITIAL_VALUES // 50 // dims + 1
-        with tqdm(total=len(chosen), desc="looking at the data", unit="example", disable=not progress, delay=1, leave=False) as bar:
-            for start in range(0, len(chosen), size):
-                x = examples.__getitems__(chosen[start : start + size])
-                yield x
-                bar.update(len(x))
-
-    model.predictor.initialise(batches(), seed)
 
 
 def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int = 0) -> dict[str, Any] | None:
