@@ -1,16 +1,17 @@
 """A training step of a configuration on this machine, MEASURED: time, memory, rate of arithmetic and its share of the peak.
 
-python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--also-compiled] [--profile] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
+python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--modes eager compiled graphs] [--profile] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
 
 Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates the same numbers without the device.
 
-* A step is loss, gradients, their norm, a look at whether both are finite, and the configuration's optimiser, on random images, in its precision; the
+* A step is random numbers, loss, gradients, their norm, and the configuration's optimiser, on random images, in its precision; the
   moving average, loading data and logs are left out. Time is the median over three runs of steps, each the mean until the device has finished.
+* ``compiled`` is what ``train.compile`` does on a CPU, ``graphs`` what it does on a GPU, CUDA graphs included.
 * Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and backward (convolutions, matrix products and
   attention by its matrix products), and grow in proportion to the batch.
 * The peak is the best rate of a bf16 matrix product (8192, or 1024 on a CPU; float32 if the precision is, without TF32, which PyTorch's convolutions
   use by default on GPUs), measured here before the steps.
-* Memory is the most that PyTorch's allocator held (a GPU only). ``--profile`` prints what one step's kernels take.
+* Memory is the most that PyTorch's allocator reserved (a GPU only). ``--profile`` prints what one step's kernels take.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from ndm.commands.parsing import build, parse
 from ndm.commands.train import train_parser
 from ndm.data.arrays import ArraySplit
 from ndm.model import NDM
-from ndm.train.compilation import compile_networks, uncompile_networks
+from ndm.train.compilation import TermsFunction, training_terms, try_compiling
 from ndm.train.module import TrainingModule
 
 WARM_UP, PERIOD = 3, 10
@@ -62,7 +63,7 @@ def operations(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast]) ->
     return counter.get_total_flops() / len(x)
 
 
-def stepper(model: NDM, settings: Namespace, x: Tensor, autocast: Callable[[], torch.autocast]) -> Callable[[], None]:
+def stepper(model: NDM, terms: TermsFunction, settings: Namespace, x: Tensor, autocast: Callable[[], torch.autocast]) -> Callable[[], None]:
     """One step of the optimiser that the configuration asks for."""
     module = TrainingModule(model, settings, 0, ArraySplit(x))
     optimizer = module.configure_optimizers()["optimizer"]
@@ -71,13 +72,60 @@ def stepper(model: NDM, settings: Namespace, x: Tensor, autocast: Callable[[], t
     def step() -> None:
         optimizer.zero_grad()
         with autocast():
-            loss = model.bound(x).loss.mean() / x[0].numel()
-        assert bool(loss.isfinite())
+            loss = terms(x, model.draw(x)).loss / x[0].numel()
         loss.backward()
-        assert bool(torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip or math.inf).isfinite())
+        torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip or math.inf)
         optimizer.step()
 
     return step
+
+
+def peer_stepper(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], compiled: bool) -> tuple[Callable[[], None], int]:
+    """A step of diffusers' ``UNet2DModel`` of the same build as the predictor's U-Net, by noise prediction and AdamW, and its parameters."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    ours = model.predictor.network
+    attend = [ours.attention] * len(ours.multiples) if isinstance(ours.attention, bool) else ours.attention
+    network = UNet2DModel(
+        sample_size=x.shape[-1],
+        in_channels=x.shape[1],
+        out_channels=x.shape[1],
+        layers_per_block=ours.blocks,
+        block_out_channels=tuple(ours.channels * multiple for multiple in ours.multiples),
+        down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in attend),
+        up_block_types=tuple("AttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(attend)),
+        norm_num_groups=ours.channels // 8,
+        attention_head_dim=ours.attention_head_dim,
+        resnet_time_scale_shift="scale_shift",
+    ).to(x.device, memory_format=torch.channels_last)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    optimizer, forward = torch.optim.AdamW(network.parameters(), 1e-4, fused=True), torch.compile(network) if compiled else network
+    noises, alphas = torch.randn_like(x), scheduler.alphas_cumprod.to(x.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        noise, t = noises.normal_(), torch.randint(1000, (len(x),), device=x.device)
+        alpha = alphas[t].reshape(-1, 1, 1, 1)
+        noised = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        with autocast():
+            loss = torch.nn.functional.mse_loss(forward(noised, t, return_dict=False)[0].float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step, sum(parameter.numel() for parameter in network.parameters())
+
+
+def show_peer(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], steps: int) -> list[dict[str, float | int | str]]:
+    """Time and memory of the peer's step, as it comes and compiled."""
+    records: list[dict[str, float | int | str]] = []
+    for compiled in (False, True):
+        torch.cuda.empty_cache() if x.is_cuda else None
+        step, count = peer_stepper(model, x, autocast, compiled)
+        name = "diffusers' UNet2DModel" + (", compiled" if compiled else "")
+        records.append({"peer": name, "parameters": count, "batch": len(x), "seconds": taken(step, steps)})
+        print(f"{len(x):>6} {name}, {count:,} parameters: {1e3 * float(records[-1]['seconds']):.1f} ms a step", flush=True)
+    return records
 
 
 def taken(step: Callable[[], None], count: int) -> float:
@@ -106,21 +154,22 @@ def profiled(step: Callable[[], None]) -> None:
 
 
 def measured(
-    parts: Namespace, x: Tensor, compiled: bool, arguments: argparse.Namespace, each: float, best: float
-) -> dict[str, float | int | bool]:
-    """The record of one batch size."""
+    parts: Namespace, x: Tensor, mode: str, arguments: argparse.Namespace, each: float, best: float
+) -> dict[str, float | int | str]:
+    """The record of one batch size and one mode."""
     model, device = parts.model, x.device.type
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=parts.train.precision == "bf16-mixed")
-    start = time.perf_counter()
-    if compiled:
+    start, terms = time.perf_counter(), training_terms(model)
+    if mode != "eager":
         torch.compiler.reset()  # or other batch sizes than the first are compiled for any size
 
-        def trial() -> Tensor:
+        def trial(terms: TermsFunction) -> Tensor:
             with autocast():
-                return model.bound(x, draws=1).loss.mean()
+                return terms(x, model.draw(x)).loss
 
-        compiled = compile_networks(model, trial)
-    step = stepper(model, parts.train, x, autocast)
+        faster = try_compiling(model, terms, trial, mode == "graphs")
+        mode, terms = mode if faster is not terms else "failed", faster
+    step = stepper(model, terms, parts.train, x, autocast)
     step()
     synchronise()
     first = time.perf_counter() - start
@@ -129,11 +178,10 @@ def measured(
     took = taken(step, -(-arguments.steps // PERIOD) * PERIOD if parts.train.optimizer == "soap" else arguments.steps)
     if arguments.profile:
         profiled(step)
-    uncompile_networks(model)
     rate = each * len(x) / took
-    record: dict[str, float | int | bool] = {
+    record: dict[str, float | int | str] = {
         "batch": len(x),
-        "compiled": compiled,
+        "mode": mode,
         "seconds": took,
         "examples_a_second": len(x) / took,
         "flop_a_second": rate,
@@ -141,14 +189,14 @@ def measured(
         "seconds_until_the_first_step": first,
     }
     if device == "cuda":
-        record["bytes"] = torch.cuda.max_memory_allocated()
+        record["bytes"] = torch.cuda.max_memory_reserved()  # that of CUDA graphs, too
     return record
 
 
 def show(record: dict) -> None:
     memory = f"{record['bytes'] / 2**30:9.1f}" if "bytes" in record else f"{'':>9}"
     print(
-        f"{record['batch']:>6}{'compiled' if record['compiled'] else '':>10}{1e3 * record['seconds']:10.1f}{record['examples_a_second']:12.0f}"
+        f"{record['batch']:>6}{record['mode']:>10}{1e3 * record['seconds']:10.1f}{record['examples_a_second']:12.0f}"
         f"{record['flop_a_second'] / 1e12:9.2f}{record['share_of_peak']:8.1%}{memory}{record['seconds_until_the_first_step']:9.1f}",
         flush=True,
     )
@@ -159,13 +207,15 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--size", type=int, help="side of the images, where the configuration does not say it")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes; by default what one device of the configuration takes at once")
-    parser.add_argument("--also-compiled", action="store_true", help="each once more with its networks compiled")
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled", "graphs"])
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--peer", action="store_true", help="and diffusers' network of the same build")
     parser.add_argument("--profile", action="store_true", help="print what the kernels of a step take")
     parser.add_argument("--json", type=Path)
     arguments, words = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as training has it
     ours = train_parser()
     parts = build(ours, parse(ours, ["--config", str(arguments.config), "--out", "unused", *words]))
     channels, side = image(parts, arguments.size)
@@ -188,9 +238,11 @@ def main() -> None:
     records = []
     for batch in arguments.batches or [examples_at_once(parts.train)[1]]:
         x = random_images(model, batch, channels, side).to(device)
-        for compiled in (False, True) if arguments.also_compiled else (False,):
-            records.append(measured(parts, x, compiled, arguments, each, best))
+        for mode in arguments.modes:
+            records.append(measured(parts, x, mode, arguments, each, best))
             show(records[-1])
+        if arguments.peer:
+            records += show_peer(model, x, lambda: torch.autocast(device, torch.bfloat16, enabled=half), arguments.steps)
     if arguments.json:
         context = {
             "config": arguments.config.name,

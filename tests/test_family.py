@@ -127,7 +127,7 @@ def test_every_snippet_of_the_page_runs() -> None:
         exec(re.sub(r"steps=\d+", "steps=3", snippet), scope)
         assert scope["samples"].shape == scope["x"].shape, heading
         if not isinstance(scope["levels"], GaussianDecoder):
-            scope["levels"].index(scope["samples"])  # raises unless every sample is on the grid
+            scope["levels"].check(scope["samples"])  # raises unless every sample is on the grid
         bound = scope["model"].bound(scope["x"])
         bound.loss.mean().backward()
         assert all(bool(term.isfinite().all()) for term in bound.terms().values()), heading

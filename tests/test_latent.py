@@ -223,7 +223,7 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
     for method in ("ancestral", "ode"):
         samples = [m.sample((3, 1, 8, 8), method=method, steps=4, seed=2) for m in (model.eval(), back)]  # type: ignore[arg-type]
         assert samples[0].shape == (3, 1, 8, 8) and samples[0].equal(samples[1])
-        DiscretizedGaussian(17).index(samples[0])  # raises unless every value is on the grid
+        DiscretizedGaussian(17).check(samples[0])  # raises unless every value is on the grid
     evaluation = Evaluation(back, test, limit=8, batch_size=4)
     nelbo, nll = evaluation.nelbo(draws=2), evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=1))
     assert nelbo.values.shape == (8,) and nelbo.protocol["scale"] == "probability of integers, 17 levels"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.forward_mode import time_derivative
-from ndm.nn import MLP, Attention, FourierFeatures, FromDiffusers, TimeEmbedding, UNet
+from ndm.nn import MLP, Attention, DiT, FourierFeatures, FromDiffusers, TimeEmbedding, UNet
 from ndm.nn.fused import norm_silu
-from ndm.nn.layers import group_norm
+from ndm.nn.layers import ChannelNorm, LayerNorm, channel_norm, group_norm
 from oracles import F64, randomised
 
 
@@ -71,7 +71,17 @@ def unet(**options: object) -> UNet:
     return randomised(UNet(2, 8, (1, 2), attention=(False, True), fourier=(0, 2), **options), 0.1)  # type: ignore[arg-type]
 
 
-NETWORKS = {"unet": (unet, (2, 7, 9)), "mlp": (lambda: randomised(MLP(6, 16, 2, fourier=(1,)), 0.1), (6,))}
+def dit(**options: object) -> DiT:
+    torch.manual_seed(0)
+    return randomised(DiT(2, 2, 8, 2, 2, fourier=(0,), **options), 0.2)  # type: ignore[arg-type]
+
+
+NETWORKS = {
+    "unet": (unet, (2, 7, 9)),
+    "unet, channel norm": (lambda: unet(norm="channel"), (2, 7, 9)),
+    "dit": (dit, (2, 4, 6)),
+    "mlp": (lambda: randomised(MLP(6, 16, 2, fourier=(1,)), 0.1), (6,)),
+}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -109,6 +119,15 @@ def test_unet_keeps_its_memory_format_in_forward_mode() -> None:
     assert len(seen) > 10 and all(seen)
 
 
+@pytest.mark.parametrize("norm", ["group", "channel"])
+def test_the_compiled_unet_is_the_same(norm: str) -> None:
+    """In other memory formats within: attention by tokens, doubling by views, norms by formulas."""
+    net, x, t = unet(norm=norm), seeded(2, 2, 7, 9), torch.tensor([0.2, 0.9], dtype=F64)
+    torch.compiler.reset()
+    found = torch.compile(net, backend="eager", fullgraph=True)(x, t)
+    torch.testing.assert_close(found, net(x, t))
+
+
 def test_unet_is_equivariant_to_the_batch_and_starts_at_zero_when_told() -> None:
     net, x, t = unet(), seeded(3, 2, 8, 8), torch.rand(3, dtype=F64)
     torch.testing.assert_close(net(x.flip(0), t.flip(0)), net(x, t).flip(0))
@@ -117,6 +136,51 @@ def test_unet_is_equivariant_to_the_batch_and_starts_at_zero_when_told() -> None
     mlp = MLP(4)
     mlp.zero_output()
     assert torch.equal(mlp(torch.randn(2, 4), torch.rand(2)), torch.zeros(2, 4))
+
+
+def test_a_transformer_cuts_images_into_patches_and_puts_them_together_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As strided convolutions do; what is between treats patches alike but for their positions."""
+    net, x, t = DiT(2, 2, 8, 1, 2, outputs=3).double(), seeded(2, 2, 4, 6), torch.tensor([0.2, 0.9], dtype=F64)
+    monkeypatch.setattr("ndm.nn.dit.positions", lambda rows, columns, features, like: like.new_zeros(rows * columns, features))
+    tokens = nn.functional.conv2d(x, net.first.weight.unflatten(1, (2, 2, 2)), net.first.bias, stride=2)
+    normed = nn.functional.layer_norm(tokens.movedim(1, -1), (8,)).movedim(-1, 1)
+    kernel = net.last.weight.unflatten(0, (6, 2, 2)).movedim(-1, 0)  # (width, outputs * channels, 2, 2)
+    out = nn.functional.conv_transpose2d(normed, kernel, stride=2) + net.last.bias.reshape(6, 2, 2).repeat(1, 2, 3)
+    torch.testing.assert_close(net(x, t), out.unflatten(1, (3, 2)))
+    net = dit()
+    moved = torch.roll(x, (2, -2), (2, 3))  # by whole patches
+    torch.testing.assert_close(net(moved, t), torch.roll(net(x, t), (2, -2), (2, 3)))
+    monkeypatch.undo()
+    assert not torch.allclose(net(moved, t), torch.roll(net(x, t), (2, -2), (2, 3)))
+
+
+def test_the_transformer_starts_as_a_linear_map_of_each_patch_and_its_time_derivative_is_right() -> None:
+    net, x, t = DiT(1, 2, 8, 2, 2).double(), seeded(2, 1, 4, 4), torch.tensor([0.2, 0.9], dtype=F64)
+    torch.testing.assert_close(net(x, t), net(x, t.flip(0)))
+    net = dit()
+    x = seeded(2, 2, 4, 4)
+    value, rate = time_derivative(net, x, t)
+    torch.testing.assert_close(value, net(x, t))
+    torch.testing.assert_close(rate, (net(x, t + 1e-6) - net(x, t - 1e-6)) / 2e-6, rtol=1e-5, atol=1e-6)
+    net.zero_output()
+    assert torch.equal(net(x, t), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_as_plain_formulas_are_those_of_pytorch(dtype: torch.dtype) -> None:
+    """Nearly constant groups far from zero included, where a variance from squares would have no digits."""
+    x = seeded(3, 8, 5, 3) * torch.tensor([1e-3, 1.0, 30.0], dtype=F64).reshape(3, 1, 1, 1) + 50
+    norm = randomised(nn.GroupNorm(2, 8), 0.5)
+    expected = norm(x)
+    found = channel_norm(x.to(dtype), 2, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+    rounding = float(torch.finfo(dtype).eps) * 50 / 3e-3  # of x over the smallest deviation, that of eps
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=20 * rounding)
+    by_channel = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(ChannelNorm()(x.to(dtype)).double(), by_channel, rtol=10 * float(torch.finfo(dtype).eps), atol=0)
+    layer = randomised(LayerNorm(5), 0.5)
+    with torch.no_grad():
+        plain = layer(x.mT)
+        torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x.mT), plain)
 
 
 def test_mlp_flattens_events() -> None:
@@ -148,6 +212,9 @@ def test_wrong_shapes_and_arguments_are_refused_in_one_line() -> None:
         (lambda: UNet(0), "image_channels=0"),
         (lambda: UNet(1, 8, (1, 2), attention=(True,)), "as many attention flags"),
         (lambda: UNet(1, 8, ()), "multiples"),
+        (lambda: DiT(3)(torch.zeros(2, 3, 7, 8), t), "multiples of 2.*patch"),
+        (lambda: DiT(3, width=6), "width=6"),
+        (lambda: UNet(3, norm="layer"), "norm='layer' is not known: choose one of group, channel"),
         (lambda: MLP(0), "dims=0"),
         (lambda: MLP(3, dropout=1.0), "dropout=1"),
     ]

@@ -27,10 +27,13 @@ the variational bound; nothing here is trained by cross entropy.
 import torch
 from torch import Tensor, nn
 
-from ndm.decoder import bin_centers
+from ndm.decoder import Decoder, bin_centers
 from ndm.errors import UserError, check_whole
+from ndm.forward import ForwardProcess
+from ndm.precision import autocast_dtype, full_precision
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
+from ndm.transform import GatedTransform, Identity, SeparableTransform
 from ndm.weighing import posterior_mean, summarise
 
 
@@ -76,15 +79,15 @@ class CategoricalPredictor(Predictor):
                 f"CategoricalPredictor looks at images (C, H, W), and an example has the shape {tuple(z.shape[1:])}; use ndm.Predictor"
             )
         full = torch.promote_types(z.dtype, torch.float32)
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             alpha, unit = level.alpha.to(full), level.sigma.to(full).clamp(min=_SMALLEST) * 2**0.5
             v = bin_centers(self.logits.out_features, full, z.device)
             s, w = z.to(full).flatten(1) / unit[:, None], (alpha / unit)[:, None] * v
-            embedded, counts = summarise(s, w, self.values.weight.T.to(full))
+        embedded, counts = summarise(s, w, self.values.weight.T.to(full))
         features = self._features(z, embedded.unflatten(1, z.shape[1:]), counts, level).movedim(1, -1).flatten(1, -2)
-        if torch.is_autocast_enabled(z.device.type) and features.dtype != torch.float64:
-            features = features.to(torch.get_autocast_dtype(z.device.type))
-        with torch.autocast(z.device.type, enabled=False):
+        if features.dtype != torch.float64:
+            features = features.to(autocast_dtype(z) or features.dtype)
+        with full_precision(z):
             c = torch.exp(_UNIT * self.copies.to(full))
             x = posterior_mean(s, w, counts, c, v, features, self.logits.weight.to(full), self.logits.bias.to(full))
             return x.view_as(z).to(z.dtype)
@@ -100,6 +103,22 @@ class CategoricalPredictor(Predictor):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(f"the predictor's network maps {tuple(seen.shape)} to {found}; it must return {expected}")
         return features
+
+    def check(self, process: ForwardProcess, decoder: Decoder, reverse: str) -> None:
+        super().check(process, decoder, reverse)
+        transform = process.transform
+        plain = isinstance(transform, Identity)
+        gated = isinstance(transform, GatedTransform) or (isinstance(transform, SeparableTransform) and transform.gate == "noise")
+        if not plain and not gated:
+            raise UserError(
+                f"CategoricalPredictor takes latents for noisy data, and {type(transform).__name__} moves data where there is little noise; use "
+                "Identity, GatedTransform or SeparableTransform with gate=noise, or ndm.Predictor"
+            )
+        if reverse not in (("tied", "direct") if plain else ("tied",)):
+            raise UserError(
+                f"CategoricalPredictor predicts x on its grid, and with reverse={reverse} the predictor stands for something else; use "
+                "reverse=tied, or ndm.Predictor"
+            )
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """There is one output.

@@ -14,7 +14,8 @@ change with the scale of x. Source: VDM (Kingma et al. 2021), equation 8 and app
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ndm.errors import UserError
 from ndm.noise import standard_normal
 from ndm.ops import event_size, sum_event
+from ndm.precision import full_precision
 from ndm.schedule import NoiseLevel
 
 MOST_LOGITS = 2**26
@@ -50,6 +52,13 @@ class Decoder(nn.Module, ABC):
     """Whether ``log_prob`` is a probability (discrete data) rather than a density."""
     values: Tensor | None = None
     """The grid of values of discrete data, ``(L,)``, float64."""
+
+    def check(self, x: Tensor) -> None:
+        """Check that p(x|z_0) is defined for every value of ``x``; ``log_prob`` takes it for granted, and a GPU need not be waited for.
+
+        Raises:
+            UserError: it is not.
+        """
 
     @abstractmethod
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -86,6 +95,7 @@ class DiscretizedGaussian(Decoder):
 
     discrete = True
     values: Tensor
+    _near: Tensor
 
     def __init__(self, levels: int | Sequence[float] = 256):
         super().__init__()
@@ -95,27 +105,37 @@ class DiscretizedGaussian(Decoder):
         self.levels = levels if isinstance(levels, int) else [float(value) for value in levels]
         # Not a buffer: it stays in double precision on the CPU, whatever the model is moved to.
         self.values = values
+        self.register_buffer("_near", values.float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._near = self.values.to(self._near.dtype).to(self._near.device)  # not what rounding twice makes of it
+        return self
 
     def grid(self, like: Tensor) -> Tensor:
         """The grid of values in the dtype and on the device of ``like``; ``(L,)``."""
-        return self.values.to(like.dtype).to(like.device)
+        at_hand = self._near.dtype == like.dtype and self._near.device == like.device
+        return self._near if at_hand else self.values.to(like.dtype).to(like.device)
 
     def index(self, x: Tensor) -> Tensor:
-        """Index of each value of ``x`` on the grid, int64, in the shape of x.
+        """Index on the grid of the value nearest to each of ``x``, int64, in the shape of x."""
+        grid = self.grid(x)
+        return torch.bucketize(x.contiguous(), (grid[1:] + grid[:-1]) / 2)
+
+    def check(self, x: Tensor) -> None:
+        """Check that every value lies on the grid.
 
         Raises:
-            UserError: a value lies off the grid by more than a hundredth of the gap to its neighbour.
+            UserError: one lies off it by more than a hundredth of the gap to its neighbour.
         """
         grid = self.grid(x)
-        index = torch.bucketize(x.contiguous(), (grid[1:] + grid[:-1]) / 2)
-        away = (x - grid[index]).abs()
+        away = (x - grid[self.index(x)]).abs()
         if not bool((away <= 0.01 * grid.diff().min()).all()):
             worst = int(away.nan_to_num(nan=math.inf).argmax())
             raise UserError(
                 f"a data value {float(x.flatten()[worst]):g} is not on the decoder's grid of {len(grid)} values from {float(grid[0]):g} to "
                 f"{float(grid[-1]):g}; scale the data to the grid, or give the decoder the levels of the data"
             )
-        return index
 
     def bins(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lower edge and width of the bin of each value of ``x``, each in the shape of x.
@@ -151,12 +171,14 @@ class DiscretizedGaussian(Decoder):
             grid = grid[first[..., None] + torch.arange(2 * reach + 1, device=place.device)]
         return grid, -0.5 * ((place[..., None] - grid) * scale[..., None]) ** 2
 
-    def _reach(self, level: NoiseLevel) -> int:
+    def _reach(self, level: NoiseLevel, wait: bool = False) -> int:
         """So many levels on either side of the nearest one hold all of the probability, up to rounding.
 
         Where levels are at least g apart, the m-th neighbour of the nearest has at most exp(-((m - 1) g alpha/sigma)²/2) of its weight:
         the first to be left out, m = reach + 1, at most the rounding of a sum over all levels.
         """
+        if torch.compiler.is_compiling() or (level.alpha.device.type != "cpu" and not wait):
+            return len(self.values)  # a compiler fuses all levels into one pass; elsewhere, the device would have to be waited for
         signal = (level.alpha / level.sigma).detach()
         gap = float(self.values.diff().min()) * float(signal.min()) if len(signal) else 0.0
         if not gap > 0:
@@ -165,7 +187,7 @@ class DiscretizedGaussian(Decoder):
         return min(len(self.values), math.ceil(math.sqrt(-2 * math.log(negligible)) / gap))
 
     def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
-        reach, parts = self._reach(level), []
+        reach, parts = self._reach(level, wait=True), []
         at_once = max(1, MOST_LOGITS // max(1, event_size(z) * min(len(self.values), 2 * reach + 1)))
         for start in range(0, len(z), at_once):  # 64 images of 256 x 256 at once would take tens of gigabytes
             at = level.rows(slice(start, start + at_once)).expand(z)
@@ -197,9 +219,12 @@ class NetworkDecoder(Decoder):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.discrete, self.values = base.discrete, base.values
 
+    def check(self, x: Tensor) -> None:
+        self.base.check(x)
+
     def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """The network at z_0/alpha_0, ``(B, *event)``; in the precision of z, never under autocast, since it decides on single levels."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             return self.network(z / level.expand(z).alpha)
 
     def _around(self, level: NoiseLevel) -> NoiseLevel:

@@ -109,8 +109,18 @@ class Draw:
     """Uniform numbers in [0, 1), ``(B,)``: the time t in continuous time, in discrete time the step floor(uT) + 1."""
     noise: Tensor
     """Standard normal, in the shape of F(x, t)."""
-    source: Noise = None
-    """Where a direct reverse process with two heads takes a random bit from."""
+    coin: Tensor | None = None
+    """A uniform number ``(1,)`` for a direct reverse process with two heads, see :meth:`ndm.reverse.ReverseProcess.learning_curve`."""
+
+
+@dataclass(frozen=True)
+class BoundDraw(Draw):
+    """All random numbers of one estimate of the bound."""
+
+    weight: Tensor | None = None
+    """Importance weights of the times, ``(B,)``; None is 1."""
+    noise_0: Tensor | None = None
+    """Standard normal, in the shape of F(x, 0), for the reconstruction term."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def discrete_errors(reverse: ReverseProcess, curve: Curve, draw: Draw, steps: in
     s, t = reverse.process.schedule(step / steps), reverse.process.schedule((step + 1) / steps)
     true_s, true_t = curve.at_both(s, t)
     eta_at = _eta_at(eta, middle, true_t)
-    guess, regression = reverse.learning_curve(true_t, draw.noise, t, eta_at, draw.source)
+    guess, regression = reverse.learning_curve(true_t, draw.noise, t, eta_at, draw.coin)
     guess_s, guess_t = guess.at_both(s, t)
     difference_s, difference_t = true_s - guess_s, true_t - guess_t
     at_s = s.expand(true_t)
@@ -164,7 +174,7 @@ def continuous_errors(
 ) -> tuple[NoiseLevel, Tensor, Tensor | None]:
     """The level at t = u, and there :meth:`ndm.reverse.ReverseProcess.continuous_error`."""
     level = reverse.process.schedule(draw.u)
-    error, regression = reverse.continuous_error(curve, draw.noise, level, eta, draw.source)
+    error, regression = reverse.continuous_error(curve, draw.noise, level, eta, draw.coin)
     return level, error, regression
 
 
@@ -231,6 +241,7 @@ def path_log_weight(
         ``(B,)``, nats.
     """
     _check_reverse(reverse, steps, eta)
+    decoder.check(x)
     process = reverse.process
     t, curve = process.level(1.0, x), process.curve(x)
     true_t = curve.at(t)

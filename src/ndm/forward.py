@@ -76,13 +76,14 @@ def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) ->
         UserError: eta is negative, or so large that v would exceed sigma_s².
     """
     shrink = torch.expm1(s.gamma - t.gamma)  # in [-1, 0]
-    eta = torch.as_tensor(eta, dtype=shrink.dtype, device=shrink.device)
     taken = eta**2 * shrink  # -v/sigma_s²
-    if not bool((eta >= 0).all()) or not bool((taken >= -1 - 1e-6).all()):
-        largest = float((-shrink).max()) ** -0.5
-        raise UserError(
-            f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; eta=1 is DDPM"
-        )
+    if isinstance(eta, Tensor) or not 0 <= eta <= 1:  # an eta up to 1 is never out of range
+        eta = torch.as_tensor(eta, dtype=shrink.dtype, device=shrink.device)
+        if not bool((eta >= 0).all()) or not bool((taken >= -1 - 1e-6).all()):
+            largest = float((-shrink).max()) ** -0.5
+            raise UserError(
+                f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; eta=1 is DDPM"
+            )
     taken = taken.clamp(min=-1)
     # log1p stays off -1, where its gradient is infinite: a step may span so much of gamma that shrink rounds to -1.
     return PosteriorCoefficients(

@@ -53,8 +53,11 @@ def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = N
         ForwardModeError: the network holds an operation that forward mode cannot pass, or cannot within what is around this call; the
             message names the mend.
     """
-    within = nesting() or NOTHING
     t = t.contiguous()  # tangents are written in place, which an expanded tensor cannot take
+    if torch.compiler.is_compiling():  # layers of ndm.nn are plain formulas then; other networks are not compiled
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[return-value]
+    within = nesting() or NOTHING
     try:
         with _plainly():
             value, derivative = torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[misc]

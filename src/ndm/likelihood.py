@@ -276,6 +276,7 @@ def latent(process: ForwardProcess, decoder: Decoder, x: Tensor, how: Dequantiza
     Raises:
         UserError: the way does not fit the data, or a value of x is off the decoder's grid.
     """
+    decoder.check(x)
     level = process.level(0.0, x)
     if how == "variational":
         q = process.first_marginal(x, level)

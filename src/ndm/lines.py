@@ -32,7 +32,7 @@ from ndm.transform import Curve, CurveTransform, Transform
 
 def clock(schedule: Schedule, level: NoiseLevel) -> tuple[Tensor, Tensor]:
     """How far the lines have been followed, r = (sigma_t² - sigma_0²)/(sigma_1² - sigma_0²), and dr/dt; each in the shape of ``level``."""
-    start, end = schedule(level.t.new_tensor([0.0, 1.0])).sigma.square()
+    start, end = schedule(torch.arange(2, dtype=level.t.dtype, device=level.t.device)).sigma.square()
     r = ((level.sigma**2 - start) / (end - start)).clamp(0, 1)
     return r, 2 * level.sigma * level.dsigma / (end - start)
 

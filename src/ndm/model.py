@@ -11,9 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ndm.categorical import CategoricalPredictor
-from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, bin_centers
-from ndm.elbo import Bound, Draw, Eta, diffusion_integrand, prior_term, reconstruction_term
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
+from ndm.elbo import Bound, BoundDraw, Eta, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, log_likelihood
@@ -24,7 +23,7 @@ from ndm.sample import Method, Sampler, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
 from ndm.times import LowDiscrepancyTimes, StepFunction, TimeDraw, TimeSampler
-from ndm.transform import GatedTransform, Identity, SeparableTransform, Transform
+from ndm.transform import Curve, Transform
 
 
 class NDM(nn.Module):
@@ -74,7 +73,8 @@ class NDM(nn.Module):
                 f"{type(transform).__name__} maps data into a space of its own, from which {type(decoder).__name__} does not lead back; use "
                 f"decoder=NetworkDecoder(network, {type(decoder).__name__}(...))"
             )
-        _check_grid(predictor, decoder, transform, reverse)
+        if isinstance(predictor, Predictor):  # not a transport map
+            predictor.check(self.process, decoder, reverse)
         self.info: dict[str, object] = {}
         """What ``config.json`` held beside the model, such as the description of its data."""
 
@@ -145,32 +145,74 @@ class NDM(nn.Module):
             UserError: a value of x is off the decoder's grid, or an argument is out of range.
         """
         _check_floats(x)
-        horizon = self.steps if steps == "trained" else steps
+        self.decoder.check(x)
         if draws is not None and draws < 1:
             raise UserError(f"draws={draws}: give the number of times an example, at least 1")
-        eta, curve = self.eta if eta is None else eta, self.process.curve(x)
-        diffusion, reconstruction, regression = [], [], []
+        horizon, eta, curve = self.steps if steps == "trained" else steps, self.eta if eta is None else eta, self.process.curve(x)
+        bounds: list[Bound] = []
         for index in range(draws or 1):
-            if draws is None:
-                if isinstance(generator, ExampleNoise):
-                    raise UserError("times of one batch are drawn together unless draws is given: give draws=1, or a torch.Generator")
-                times = self.times(x.shape[0], x, generator)
-            else:
-                u = (index + (uniform(x.new_empty(len(x)), generator) if positions is None else positions)) / draws
-                times = TimeDraw(u.clamp(max=1 - torch.finfo(x.dtype).eps), torch.ones_like(u))
-            draw = Draw(times.u, standard_normal(curve.like, generator), generator)
-            integrand = diffusion_integrand(self.reverse_process, curve, draw, horizon, eta, scale)
+            u = None if draws is None else self._stratum(index, draws, x, generator, positions)
+            draw = self._draw(x, curve.like, generator, u)
+            prior = bounds[0].prior if bounds else None
+            bounds.append(self._bound_at(x, curve, draw, horizon, eta, scale, prior))
             if draws is None and self.training:
-                self.times.update(times, integrand.bound)
-            diffusion.append(times.weight * integrand.bound)
-            if integrand.regression is not None:
-                regression.append(times.weight * integrand.regression)
-            reconstruction.append(reconstruction_term(self.process, self.decoder, x, standard_normal(curve.like, generator), curve))
+                self.learn_times(draw, bounds[-1].diffusion)
+        regressions = [bound.regression for bound in bounds if bound.regression is not None]
         return Bound(
-            prior_term(self.process, x, curve),
-            torch.stack(diffusion).mean(0),
-            torch.stack(reconstruction).mean(0),
-            torch.stack(regression).mean(0) if regression else None,
+            bounds[0].prior,
+            torch.stack([bound.diffusion for bound in bounds]).mean(0),
+            torch.stack([bound.reconstruction for bound in bounds]).mean(0),
+            torch.stack(regressions).mean(0) if regressions else None,
+        )
+
+    def draw(self, x: Tensor, generator: Noise = None) -> BoundDraw:
+        """Draw the random numbers of a training bound of ``x`` ``(B, *event)``: one time an example, by the model's time sampler."""
+        return self._draw(x, x.new_empty(self.transform.latent_shape(x)), generator)
+
+    def bound_at(self, x: Tensor, draw: BoundDraw) -> Bound:
+        """The training bound at given random numbers: :meth:`bound` without a check of ``x``, for a compiler.
+
+        It draws nothing (but for dropout), never waits for the device, and compiles into one graph.
+        """
+        return self._bound_at(x, self.process.curve(x), draw, self.steps, self.eta, None)
+
+    def learn_times(self, draw: BoundDraw, diffusion: Tensor) -> None:
+        """Let the time sampler learn from the diffusion term ``(B,)`` of a training bound."""
+        assert draw.weight is not None
+        self.times.update(TimeDraw(draw.u, draw.weight), diffusion / draw.weight)
+
+    def _draw(self, x: Tensor, like: Tensor, generator: Noise, u: Tensor | None = None) -> BoundDraw:
+        """Random numbers of one time an example, in the shape ``like`` of the latents; ``u`` says which where it is given."""
+        if u is None and isinstance(generator, ExampleNoise):
+            raise UserError("times of one batch are drawn together unless draws is given: give draws=1, or a torch.Generator")
+        times = self.times(x.shape[0], x, generator) if u is None else TimeDraw(u, torch.ones_like(u))
+        noise = standard_normal(like, generator)
+        coin = uniform(times.u, generator)[:1] if self.reverse_process.tosses else None
+        return BoundDraw(times.u, noise, coin, times.weight, standard_normal(like, generator))
+
+    @staticmethod
+    def _stratum(index: int, draws: int, x: Tensor, generator: Noise, positions: Tensor | None) -> Tensor:
+        """Times in one of K equal strata of [0, 1), ``(B,)``."""
+        u = (index + (uniform(x.new_empty(len(x)), generator) if positions is None else positions)) / draws
+        return u.clamp(max=1 - torch.finfo(x.dtype).eps)
+
+    def _bound_at(
+        self,
+        x: Tensor,
+        curve: Curve,
+        draw: BoundDraw,
+        steps: int | None,
+        eta: Eta,
+        scale: StepFunction | None,
+        prior: Tensor | None = None,
+    ) -> Bound:
+        integrand = diffusion_integrand(self.reverse_process, curve, draw, steps, eta, scale)
+        assert draw.weight is not None and draw.noise_0 is not None
+        return Bound(
+            prior_term(self.process, x, curve) if prior is None else prior,
+            draw.weight * integrand.bound,
+            reconstruction_term(self.process, self.decoder, x, draw.noise_0, curve),
+            None if integrand.regression is None else draw.weight * integrand.regression,
         )
 
     def forward(self, x: Tensor) -> Bound:
@@ -303,40 +345,6 @@ class NDM(nn.Module):
             raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         model.info = info
         return model.eval()
-
-
-def _check_grid(predictor: Predictor, decoder: Decoder, transform: Transform, reverse: str) -> None:
-    """The grid that the predictor knows is that of the data, and what it predicts lies there."""
-    levels = getattr(predictor, "levels", None)  # a predictor of the user's own has none
-    if levels is None:
-        return
-    values = decoder.values if transform.keeps_shape else None
-    if values is None or len(values) != levels or not torch.allclose(values, bin_centers(levels)):
-        have = (
-            "latents of its own" if not transform.keeps_shape else "no grid" if values is None else f"another grid, of {len(values)} values"
-        )
-        raise UserError(
-            f"predictor.levels={levels} is the grid of the centres of {levels} equal bins of [-1, 1], but the model has {have}; "
-            "give the decoder as many levels, or use ndm.Predictor without levels"
-        )
-    if isinstance(predictor, CategoricalPredictor):
-        _check_categorical(transform, reverse)
-
-
-def _check_categorical(transform: Transform, reverse: str) -> None:
-    """A predictor that takes latents for noisy data has such latents, and what it predicts is x."""
-    plain = isinstance(transform, Identity)
-    gated = isinstance(transform, GatedTransform) or (isinstance(transform, SeparableTransform) and transform.gate == "noise")
-    if not plain and not gated:
-        raise UserError(
-            f"CategoricalPredictor takes latents for noisy data, and {type(transform).__name__} moves data where there is little noise; use "
-            "Identity, GatedTransform or SeparableTransform with gate=noise, or ndm.Predictor"
-        )
-    if reverse not in (("tied", "direct") if plain else ("tied",)):
-        raise UserError(
-            f"CategoricalPredictor predicts x on its grid, and with reverse={reverse} the predictor stands for something else; use reverse=tied, "
-            "or ndm.Predictor"
-        )
 
 
 def _check_floats(x: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError, check_whole
 from ndm.forward import Gaussian
+from ndm.precision import full_precision
 
 _NEWTON_STEPS = 200
 
@@ -98,7 +99,7 @@ class TransportMap(nn.Module, ABC):
     def displaced(self, z: Tensor, r: Tensor) -> Displaced:
         """Both ends of the lines through z ``(B, D)`` at ``r`` ``(B,)``, and the density there; differentiable, once, in z, r and the parameters."""
         learning = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        with torch.enable_grad(), full_precision(z):
             zeta = self.origin_with_gradient(z, r)
             zeta = zeta if zeta.requires_grad else zeta.requires_grad_()
             target, slope = self.with_jacobian(zeta)
@@ -179,7 +180,7 @@ class ConvexMap(TransportMap):
         batch, dims = zeta.shape
         if dims != self.dims:
             raise UserError(f"this ConvexMap is for events of {self.dims} numbers, got {dims}: set its dims")
-        with torch.autocast(zeta.device.type, enabled=False):  # products of matrices would run in half precision
+        with full_precision(zeta):  # products of matrices would run in half precision
             slope, height, steepness = self.log_slope.exp(), self.log_height.exp(), self.log_steepness.exp()
             logits = zeta @ (steepness[:, None] * self.direction).reshape(-1, dims).T + self.offset.reshape(-1)
             weights = torch.softmax(

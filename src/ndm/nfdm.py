@@ -40,7 +40,6 @@ from ndm.decoder import Decoder
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess, Gaussian
 from ndm.model import NDM
-from ndm.noise import Noise
 from ndm.ops import expand
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
@@ -300,7 +299,7 @@ class ScaledReverse(ReverseProcess):
     process: ScaledProcess
 
     def continuous_error(
-        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None
+        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """The norm's argument in the diffusion term of this module, ``(B, *event)``; arguments as :class:`ndm.reverse.ReverseProcess`."""
         curve, at = _scaled(curve), level.expand(noise)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ndm.errors import UserError
 from ndm.ops import expand
+from ndm.precision import full_precision
 from ndm.schedule import NoiseLevel
 from ndm.transform import Curve, CurveTransform, SumCurve
 
@@ -203,7 +204,7 @@ class _DownsampleCurve(SumCurve):
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         t = level.t[:, None]
-        end = t.new_tensor(self._ends)
+        end = torch.cat([t.new_full((1,), end) for end in self._ends])
         start = torch.cat([torch.zeros_like(end[:1]), end[:-1]])
         inside = (t >= start) & ((t < end) | (end >= 1))
         return ((t - start) / (end - start)).clamp(0, 1), inside / (end - start)
@@ -227,7 +228,7 @@ def cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _both_sides(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # which would take products of matrices in half precision
+    with full_precision(x):  # which would take products of matrices in half precision
         return left @ x @ right
 
 

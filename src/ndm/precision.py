@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from ndm.errors import check_choice
 
@@ -23,3 +24,15 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "32-true":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The half precision of the autocast around us for the device of ``x``; None where there is none."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """The context in which networks on the device of ``x`` run in the precision of their inputs, whatever autocast is around."""
+    device = x.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

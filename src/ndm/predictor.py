@@ -19,7 +19,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ndm.decoder import Decoder, bin_centers
 from ndm.errors import UserError, check_choice
+from ndm.forward import ForwardProcess
 from ndm.rounding import Rounding
 from ndm.schedule import NoiseLevel
 
@@ -46,6 +48,29 @@ class Predictor(nn.Module):
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
         return self.read(self._output(z, level, z.shape), z, level)
+
+    def check(self, process: ForwardProcess, decoder: Decoder, reverse: str) -> None:
+        """Check that the predictor fits the other parts of a model.
+
+        Args:
+            process: the forward process.
+            decoder: p(x|z_0).
+            reverse: the kind of the reverse process, see :mod:`ndm.reverse`.
+
+        Raises:
+            UserError: it does not.
+        """
+        if self.target == "eps" and bool((process.schedule(torch.ones(1, device=_device(process))).alpha == 0).any()):
+            raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
+        if self.levels is None:
+            return
+        keeps, values = process.transform.keeps_shape, decoder.values
+        if not keeps or values is None or len(values) != self.levels or not torch.allclose(values, bin_centers(self.levels)):
+            have = "latents of its own" if not keeps else "no grid" if values is None else f"another grid, of {len(values)} values"
+            raise UserError(
+                f"predictor.levels={self.levels} is the grid of the centres of {self.levels} equal bins of [-1, 1], but the model has {have}; "
+                "give the decoder as many levels, or use ndm.Predictor without levels"
+            )
 
     def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Both outputs of a network that returns ``(B, 2, *event)``, each read as the target says; each ``(B, *event)``."""
@@ -80,6 +105,8 @@ class Predictor(nn.Module):
             return (at.alpha * z - at.sigma * output) / (at.alpha**2 + at.sigma**2)
         if self.target == "x":
             return output
-        if bool((level.alpha == 0).any()):
-            raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
         return (z - at.sigma * output) / at.alpha
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)

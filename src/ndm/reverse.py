@@ -40,7 +40,6 @@ from torch import Tensor
 
 from ndm.errors import UserError, check_choice
 from ndm.forward import ForwardProcess, Gaussian
-from ndm.noise import Noise, uniform
 from ndm.ops import expand, sum_event
 from ndm.predictor import Predictor
 from ndm.schedule import NoiseLevel
@@ -75,6 +74,11 @@ class ReverseProcess:
                 f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__} maps data into a space of its own; use "
                 "reverse=direct, whose predictor predicts the latent itself"
             )
+
+    @property
+    def tosses(self) -> bool:
+        """Whether its bound takes a coin, see :meth:`learning_curve`."""
+        return self.kind == "direct-score" and torch.is_grad_enabled()
 
     @property
     def serves_every_eta(self) -> bool:
@@ -116,7 +120,7 @@ class ReverseProcess:
         return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
 
     def learning_curve(
-        self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None
+        self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
     ) -> tuple[Curve, Tensor | None]:
         """The curve at z_t drawn from q(z_t|x) by ``noise``, for the bound; with a second head and gradients, its loss as well.
 
@@ -125,15 +129,15 @@ class ReverseProcess:
             noise: standard normal, ``(B, *event)``.
             level: the level at t.
             eta: of the bound.
-            source: decides which half of the batch the second head learns from.
+            coin: a uniform number ``(1,)``, which decides which half of the batch the second head learns from; None takes the odd ones.
 
         Returns:
             The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)``, nats, or None.
         """
         z = self.process.marginal_of(transformed, level).sample(noise)
-        if self.kind != "direct-score" or not torch.is_grad_enabled():
+        if not self.tosses:
             return self.curve(z, level, eta), None
-        parity = torch.arange(len(z), device=z.device) + (uniform(level.t, source)[:1] < 0.5)
+        parity = torch.arange(len(z), device=z.device) + (0 if coin is None else coin < 0.5)
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
         z = fixed + 2 * expand(of_bound, z) * (z - fixed)  # the same value, half of the gradients doubled, the other half cut
@@ -145,7 +149,7 @@ class ReverseProcess:
         return Identity().curve(target), regression
 
     def continuous_error(
-        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None
+        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the bound in continuous time squares, Δ(∂_t F)/gamma' - ½(1 + eta²) ΔF ``(B, *event)``, and the loss of a second head.
 
@@ -154,10 +158,10 @@ class ReverseProcess:
             noise: standard normal, in the shape of F(x, t).
             level: the level at t.
             eta: of the bound; a tensor broadcasts against ``noise``.
-            source: see :meth:`learning_curve`.
+            coin: see :meth:`learning_curve`.
         """
         value, derivative = curve.with_derivative(level)
-        guess, regression = self.learning_curve(value, noise, level, eta, source)
+        guess, regression = self.learning_curve(value, noise, level, eta, coin)
         guess_value, guess_derivative = guess.with_derivative(level)
         slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
         return slope - 0.5 * (1 + eta**2) * (value - guess_value), regression

@@ -244,7 +244,7 @@ class LearnedSchedule(VariancePreserving):
         """gamma at t = 0 and at t = 1, scalars; of the given dtype, or that of the parameters."""
         dtype = dtype or self.log_slope.dtype
         if self.start_and_log_range is None:
-            start, end = torch.tensor([self.gamma_0, self.gamma_1], dtype=dtype, device=self.log_slope.device)
+            start, end = (self.log_slope.new_full((), gamma, dtype=dtype) for gamma in (self.gamma_0, self.gamma_1))
             return start, end
         start, log_range = self.start_and_log_range.to(dtype)
         return start, start + log_range.exp()
@@ -257,7 +257,7 @@ class LearnedSchedule(VariancePreserving):
 
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         # One call for the ends and the times, so that t = 0 and t = 1 give the very floats of the ends.
-        value, slope = self._raw(torch.cat([t.new_tensor([0.0, 1.0]), t]))
+        value, slope = self._raw(torch.cat([torch.arange(2, dtype=t.dtype, device=t.device), t]))
         low, high, value, slope = value[0], value[1], value[2:], slope[2:]
         start, end = self.ends(t.dtype)
         # lerp is exact at 0 and at 1, where (value - low) is exactly 0 and exactly (high - low).

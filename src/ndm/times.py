@@ -104,10 +104,10 @@ class ImportanceTimes(TimeSampler):
 
     def density(self) -> Tensor:
         """P in each bin, ``(bins,)``; its mean is 1."""
-        if bool((self.seen == 0).any()) or float(self.square.sum()) == 0:
-            return torch.ones_like(self.square)
-        root = (self.square / (1 - self.decay**self.seen)).sqrt()
-        return (1 - self.uniform) * root / root.mean() + self.uniform
+        known = (self.seen > 0).all() & (self.square.sum() > 0)
+        root = (self.square / (1 - self.decay ** self.seen.clamp(min=1))).sqrt()
+        density = (1 - self.uniform) * root / torch.where(known, root.mean(), 1) + self.uniform
+        return torch.where(known, density, 1.0)
 
     def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeDraw:
         density = self.density().to(device=like.device, dtype=like.dtype)
@@ -127,8 +127,6 @@ class ImportanceTimes(TimeSampler):
         total = self.square.new_zeros(self.bins).index_add_(0, index, loss.detach().to(self.square.dtype) ** 2)
         count = self.square.new_zeros(self.bins).index_add_(0, index, torch.ones_like(loss, dtype=self.square.dtype))
         mean = total / count.clamp(min=1)
-        if not bool(mean.isfinite().all()):
-            return  # one overflowing batch must not poison the density for good
-        hit = count > 0
+        hit = (count > 0) & mean.isfinite().all()  # one overflowing batch must not poison the density for good
         self.square.copy_(torch.where(hit, self.decay * self.square + (1 - self.decay) * mean, self.square))
         self.seen.add_(hit.to(self.seen.dtype))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.forward_mode import time_derivative
+from ndm.precision import full_precision
 from ndm.schedule import NoiseLevel
 
 
@@ -153,7 +154,7 @@ class GatedNetwork(nn.Module, ABC):
         """The window w and its derivative in t, in the shape of ``level``."""
 
     def _raw(self, x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             raw = self.network(x, t)
         if raw.shape != x.shape:
             owner, what = self.role.split("; ")
@@ -170,7 +171,9 @@ class GatedNetwork(nn.Module, ABC):
     def product_with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """The product w f and its derivative in t at fixed x, each ``(B, *event)``."""
         window, slope = self.window(level.expand(x))
-        raw, rate = time_derivative(self._raw, x, level.t, type(self.network).__name__)
+        # A network that is not of this library may hold operations whose compiled derivative would be wrong.
+        derive = time_derivative if self.gain is None else torch.compiler.disable(time_derivative)
+        raw, rate = derive(self._raw, x, level.t, type(self.network).__name__)
         return window * raw, slope * raw + window * rate
 
 
@@ -228,7 +231,7 @@ class SeparableTransform(CurveTransform):
 
     def channels(self, x: Tensor) -> Tensor:
         """c_k(x), ``(B, K, *event)``."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             channels = self.network(x, x.new_zeros(len(x)))
         if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
             raise UserError(
@@ -257,7 +260,7 @@ class SumCurve(Curve, ABC):
         """w_k(t) and its derivative in t, each ``(B, K)``."""
 
     def _sum(self, weights: Tensor) -> Tensor:
-        with torch.autocast(self._x.device.type, enabled=False):  # products of matrices would run in half precision
+        with full_precision(self._x):  # products of matrices would run in half precision
             return torch.einsum("bk,bk...->b...", weights, self._channels)
 
     def added(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -316,7 +319,7 @@ class Encoder(CurveTransform):
 
     def encode(self, x: Tensor) -> Tensor:
         """E(x), ``(B, *latent)``."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             code = self.network(x)
         if not isinstance(code, Tensor) or code.shape[:1] != x.shape[:1]:
             found = tuple(code.shape) if isinstance(code, Tensor) else f"a {type(code).__name__}"

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.decoder import Decoder
-from ndm.elbo import Bound, Eta
+from ndm.elbo import Bound, BoundDraw, Eta
 from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess
 from ndm.likelihood import Dequantization, LogLikelihood, OdeSettings, latent
@@ -50,7 +50,7 @@ from ndm.model import NDM
 from ndm.monotone import Displaced, TransportMap
 from ndm.monotone import MonotoneMap as MonotoneMap  # models that were saved name it here
 from ndm.nfdm import ScaledProcess, Stretch, Stretched, StretchedCurve
-from ndm.noise import ExampleNoise, Noise
+from ndm.noise import ExampleNoise
 from ndm.reverse import ReverseProcess
 from ndm.sample import Method, Sampler
 from ndm.schedule import NoiseLevel, Schedule
@@ -79,7 +79,7 @@ class TransportReverse(ReverseProcess):
         return self.transport.displaced(z.flatten(1), self.clock(level)[0])
 
     def continuous_error(
-        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, source: Noise = None
+        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """Drift of the forward process given x less that of the reverse, over alpha gamma'; arguments as :class:`ndm.reverse.ReverseProcess`."""
         at = level.expand(noise)
@@ -198,6 +198,9 @@ class TransportNDM(NDM):
         if steps not in (None, "trained"):
             self.reverse_process.curve()
         return super().bound(x, steps=None, eta=self.learned_eta if eta is None else eta, **options)
+
+    def bound_at(self, x: Tensor, draw: BoundDraw) -> Bound:
+        return self._bound_at(x, self.process.curve(x), draw, None, self.learned_eta, None)
 
     def sample(self, shape: tuple[int, ...], method: Method | Literal["transport"] | Sampler = "transport", **options: Any) -> Tensor:
         """Draw samples: ``transport`` is T(z_1) and the decoder, everything else as :meth:`ndm.NDM.sample`.

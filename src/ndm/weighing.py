@@ -27,14 +27,17 @@ from torch.autograd import Function
 
 from ndm.forward_rules import through
 from ndm.nesting import NOTHING, nesting
+from ndm.precision import autocast_dtype, full_precision
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 """Numbers with an index k in a block, of which a backward pass holds about nine: 1 MB each in float32, 64 MB."""
 
 
 def summarise(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """e ``(B, D, M)`` and n ``(B, L)`` of s ``(B, D)``, w ``(B, L)`` and E ``(L, M)``."""
-    return _Summary.apply(s, w, embedding) if _plain() else _summary(s, w, embedding)
+    """e ``(B, D, M)`` and n ``(B, L)`` of s ``(B, D)``, w ``(B, L)`` and E ``(L, M)``; compiled, e is rounded as autocast says."""
+    narrow = autocast_dtype(s) if torch.compiler.is_compiling() else None
+    with full_precision(s):
+        return _Summary.apply(s, w, embedding) if _plain() else _summary(s, w, embedding.to(narrow or embedding.dtype))
 
 
 def posterior_mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -53,14 +56,14 @@ def _plain() -> bool:
 
 def _summary(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     r = torch.softmax(-(s[..., None] - w[:, None]).square(), dim=-1)
-    return r @ embedding, r.sum(1)
+    return r.to(embedding.dtype) @ embedding, r.sum(1)
 
 
 def _mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     square = (s[..., None] - w[:, None]).square()
     less = (n[:, None] - torch.softmax(-square, dim=-1)).clamp(min=0)  # n may have been summed up in another order
     logits = nnf.linear(features, weight.to(features.dtype)).to(s.dtype) + bias
-    return torch.softmax(logits + torch.log1p(c * less) - square, dim=-1) @ v
+    return (torch.softmax(logits + torch.log1p(c * less) - square, dim=-1) * v).sum(-1)
 
 
 def _blocks(s: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -121,7 +124,7 @@ class _Summary(Function):
     @staticmethod
     def backward(ctx: Any, de: Tensor, dn: Tensor) -> tuple[Any, ...]:
         inputs = s, w, embedding = ctx.saved_tensors
-        with torch.autocast(s.device.type, enabled=False):
+        with full_precision(s):
             if torch.is_grad_enabled():  # to be differentiated again
                 return tuple(through(_summary, inputs, (de, dn)))
             ds, dw, dembedding = (torch.zeros_like(value) for value in inputs)
@@ -147,7 +150,7 @@ class _PosteriorMean(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         inputs = s, w, n, c, v, features, weight, bias = ctx.saved_tensors
-        with torch.autocast(s.device.type, enabled=False):
+        with full_precision(s):
             if torch.is_grad_enabled():  # to be differentiated again
                 return tuple(through(_mean, inputs, gradient))
             ds, dw, dn, dc, _, dfeatures, dweight, dbias = (torch.zeros_like(value) for value in inputs)

@@ -1,19 +1,26 @@
-"""Compiled networks: the same training, and a way back where the compiler fails."""
+"""The compiled training bound: one graph, the same numbers, and a way back where the compiler fails."""
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 import ndm
 from ndm.cli import main
-from ndm.train.compilation import compile_networks, compiled_parts
+from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
 from ndm.transform import Transform
 
 ConfigWriter = Callable[..., Path]
+CONFIGS = sorted(path for path in (Path(ndm.__file__).parent / "configs").glob("*.yaml") if "model:" in path.read_text())
+ALIKE = ("imagenet32", "imagenet64", "two_moons", "celebahq64")  # small ones of these are those of cifar10 and checkerboard
+SMALL = {"channels": 8, "multiples": [1], "blocks": 1, "hidden": 8, "embedding": 2, "histogram": 2, "context": 4, "outputs": 3}
+UNDER = "ignore:The .grad attribute of a Tensor that is not a leaf"  # the tracer looks at every input
 
 
 def tiny(transform: Transform) -> ndm.NDM:
@@ -21,19 +28,121 @@ def tiny(transform: Transform) -> ndm.NDM:
     return ndm.NDM(ndm.LinearLogSNR(-6, 4), transform, ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1)), ndm.GaussianDecoder())
 
 
-def broken(*_: object, **__: object) -> Callable[[nn.Module], nn.Module]:
+def shrunk(value: Any) -> Any:
+    """A configuration with small networks of the same build."""
+    if not isinstance(value, dict):
+        return value
+    small = {key: SMALL[key] if key in SMALL and item else shrunk(item) for key, item in value.items()}
+    if isinstance(value.get("attention"), list):
+        small["attention"] = [True]
+    return small
+
+
+def of_configuration(path: Path) -> tuple[ndm.NDM, Tensor]:
+    """Its model with small networks and random weights, and examples in the shape of its data."""
+    config = yaml.safe_load(path.read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ndm.NDM, "model")
+    torch.manual_seed(0)
+    model = parser.instantiate(parser.parse_object({"model": shrunk(config["model"])})).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    first = model.transform.network if isinstance(model.transform, ndm.Encoder) else model.predictor.network
+    if isinstance(first, ndm.nn.MLP):
+        shape = (4, 1, 8, 8) if first.dims == 64 else (4, first.dims)
+    else:
+        shape = (4, first.image_channels, 8, 8)
+    values = model.decoder.values
+    x = torch.randn(shape) if values is None else values[torch.randint(len(values), shape)].float()
+    return model.eval(), x  # dropout is drawn by the compiler's own generator
+
+
+def losses_and_gradients(model: ndm.NDM, terms: TermsFunction, x: Tensor) -> dict[str, Tensor]:
+    draw = _draw(model, x)
+    model.zero_grad()
+    found = terms(x, draw)
+    found.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": found.loss.detach().clone(), "means": found.means.clone(), **gradients}
+
+
+def _draw(model: ndm.NDM, x: Tensor) -> ndm.elbo.BoundDraw:
+    return model.draw(x, torch.Generator().manual_seed(2))
+
+
+@pytest.mark.filterwarnings(UNDER)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in ALIKE], ids=lambda path: path.stem)
+def test_the_bound_of_every_configuration_is_one_graph_with_the_same_gradients(path: Path) -> None:
+    """Forward and backward, with a compiler that only traces, the time derivative of a general F included."""
+    model, x = of_configuration(path)
+    torch.compiler.reset()
+    expected = losses_and_gradients(model, training_terms(model), x)
+    found = losses_and_gradients(model, compiled(training_terms(model), fullgraph=True, backend="aot_eager"), x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = 1e-6 + float(value.abs().max())
+        torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_step_of_every_configuration_waits_for_no_device(path: Path) -> None:
+    """On the meta device there are no numbers to wait for: whatever asks for one fails."""
+    model, x = of_configuration(path)
+    model, x = model.to("meta"), x.to("meta")
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    draw = model.draw(x)
+    terms = training_terms(model)(x, draw)
+    terms.loss.backward()
+    model.learn_times(draw, terms.diffusion)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert terms.loss.device.type == "meta" and terms.loss.shape == ()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(terms.loss.isfinite())
+
+
+@pytest.mark.filterwarnings(UNDER)
+def test_a_network_of_the_users_own_runs_uncompiled_in_the_middle() -> None:
+    """Its derivative in time may hold operations that are replaced where nothing is compiled."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.norm(self.first(torch.cat([x, t[:, None]], 1)))))
+
+    model = tiny(ndm.GatedTransform(Own()))
+    model.transform.gain.data.fill_(0.5)
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+    torch.compiler.reset()
+    expected = losses_and_gradients(model, training_terms(model), x)
+    found = losses_and_gradients(model, compiled(training_terms(model), backend="aot_eager"), x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_inductor_compiles_forward_mode_too() -> None:
+    """The real compiler, on the smallest network there is, whose F is differentiated in time."""
+    model = tiny(ndm.GatedTransform(ndm.nn.MLP(2, hidden=4, blocks=0)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+    torch.compiler.reset()
+    expected = losses_and_gradients(model, training_terms(model), x)
+    found = losses_and_gradients(model, compiled(training_terms(model), fullgraph=True), x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def broken(*_: object, **__: object) -> Callable[..., Any]:
     def call(*_: object, **__: object) -> Tensor:
         raise RuntimeError("no C++ compiler\nwas found")
 
-    return call  # type: ignore[return-value]
-
-
-def test_networks_that_are_differentiated_in_time_are_left_alone() -> None:
-    network = ndm.nn.MLP(2, hidden=8, outputs=3)
-    model = tiny(ndm.SeparableTransform(network))
-    assert compiled_parts(model) == [model.predictor.network, network]
-    model = tiny(ndm.NetworkTransform(ndm.nn.MLP(2, hidden=8)))
-    assert compiled_parts(model) == [model.predictor.network]
+    return call
 
 
 def test_where_the_compiler_fails_training_goes_on_with_one_line(
@@ -56,14 +165,18 @@ def test_a_failing_trial_leaves_no_trace_and_an_error_of_the_model_passes(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny(ndm.Identity())
-    before = copy.deepcopy(model.state_dict())
+    before, terms = copy.deepcopy(model.state_dict()), training_terms(model)
+
+    def trial(x: Tensor) -> Callable[[TermsFunction], Tensor]:
+        return lambda terms: terms(x, model.draw(x)).loss
+
     monkeypatch.setattr(torch, "compile", broken)
-    assert not compile_networks(model, lambda: model.bound(torch.ones(4, 2)).total.mean())
+    assert try_compiling(model, terms, trial(torch.ones(4, 2))) is terms
     assert "goes on uncompiled" in capfd.readouterr().err
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ndm.UserError, match="events of 2 dimensions"):
-        compile_networks(model, lambda: model.bound(torch.ones(4, 3)).total.mean())
+        try_compiling(model, terms, trial(torch.ones(4, 3)))
 
 
 class Counting(nn.Module):
@@ -83,41 +196,21 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_a_trial_leaves_buffers_as_they_were_and_clears_gradients(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", (lambda network, **_: network) if works else broken)
+    monkeypatch.setattr(torch, "compile", (lambda function, **_: lambda *args: function(*args)) if works else broken)
     torch.manual_seed(0)
-    network = Counting()
+    network, x = Counting(), torch.ones(4, 2)
     model = ndm.NDM(ndm.LinearLogSNR(-6, 4), ndm.Identity(), ndm.Predictor(network), ndm.GaussianDecoder())
+    terms = training_terms(model)
+    terms(x, model.draw(x)).loss.backward()
+    before, calls, ran = copy.deepcopy(model.state_dict()), int(network.count), []
 
-    def loss() -> Tensor:
-        return model.bound(torch.ones(4, 2)).loss.mean()
+    def trial(terms: TermsFunction) -> Tensor:
+        loss = terms(x, model.draw(x)).loss
+        ran.append(int(network.count))
+        return loss
 
-    loss().backward()
-    before, calls = copy.deepcopy(model.state_dict()), int(network.count)
-    ran = []
-    assert compile_networks(model, lambda: (loss(), ran.append(int(network.count)))[0], speak=False) == works
+    assert (try_compiling(model, terms, trial, speak=False) is not terms) == works
     assert calls == 1 and ran == [2], "the trial went through the network"
     assert int(network.count) == calls
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the tracer looks at every input
-def test_compiled_networks_keep_their_names_and_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a compiler that only traces: a real one takes half a minute."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network, **_: compiler(network, backend="aot_eager"))
-    model = tiny(ndm.SeparableTransform(ndm.nn.MLP(2, hidden=8, outputs=3)))
-    plain, x = copy.deepcopy(model), torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
-
-    def gradients(model: ndm.NDM) -> dict[str, Tensor]:
-        model.zero_grad()
-        model.bound(x, draws=1, generator=torch.Generator().manual_seed(2)).total.mean().backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    assert compile_networks(model, lambda: model.bound(x, draws=1).total.mean())
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    assert copy.deepcopy(model).state_dict().keys() == plain.state_dict().keys()
-    found, expected = gradients(model), gradients(plain)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name)

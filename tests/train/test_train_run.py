@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,7 +28,7 @@ from ndm.errors import UserError
 from ndm.nn import MLP
 from ndm.parallel import started_first
 from ndm.serialize import read_json
-from ndm.train.module import EMAUpdate, TrainingModule
+from ndm.train.module import EMA, TrainingModule
 from ndm.train.settings import TrainSettings
 from oracles import Points
 
@@ -241,14 +243,18 @@ def test_two_processes_agree_with_one_on_the_same_global_batch(write_config: Con
 
 
 def test_the_moving_average_is_the_exponential_one_after_its_warm_up() -> None:
-    update, average = EMAUpdate(0.9), [torch.tensor([1.0])]
-    for count in range(1, 400):
-        update(average, [torch.tensor([float(count)])], count)
+    model = ndm.NDM(ndm.LinearLogSNR(), ndm.Identity(), ndm.Predictor(nn.Linear(1, 1)), ndm.GaussianDecoder())
+    module, average = TrainingModule(model, TrainSettings(), 0, Points(torch.zeros(4, 1))), EMA(0.9)
+    average.setup(Trainer(accelerator="cpu", logger=False), module, "fit")
+    weight, seen = model.predictor.network.weight.data, []
+    for count in range(400):
+        weight.fill_(count)
+        for _ in range(2):  # once a step, however many batches are accumulated
+            average.on_train_batch_end(SimpleNamespace(global_step=count + 1), module)
+        seen.append(float(average._average_model.module.model.predictor.network.weight))
     # The average of a ramp lags behind it by decay/(1 - decay).
-    assert float(average[0]) == pytest.approx(399 - 0.9 / 0.1, abs=1e-3)
-    early = [torch.tensor([0.0])]
-    update(early, [torch.tensor([1.0])], 1)
-    assert float(early[0]) == pytest.approx(1 - 2 / 11)
+    assert seen[-1] == pytest.approx(399 - 0.9 / 0.1, abs=1e-3)
+    assert seen[0] == 0.0 and seen[1] == pytest.approx(1 - 2 / 11)
 
 
 def test_mixed_precision_trains_close_to_full_precision(write_config: ConfigWriter, tmp_path: Path) -> None:

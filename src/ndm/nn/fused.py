@@ -25,8 +25,10 @@ SMALLEST = 2**18
 """Fewer numbers than these are not worth it: the operations' own overhead outweighs what is saved."""
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def norm_silu(norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """SiLU(norm(x) (1 + scale) + shift) for ``x`` ``(B, C, H, W)``, with ``scale`` and ``shift`` ``(B, C)``, both or neither; in the dtype of x."""
+    if not isinstance(norm, nn.GroupNorm):
+        return _silu(norm(x), x, scale, shift)
     if _simple(x):
         return _NormSiLU.apply(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
     return _formula(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
@@ -35,17 +37,21 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
 def _simple(x: Tensor) -> bool:
     """Whether it is large, and only a plain backward pass may follow: no compiler, transform of torch.func or forward mode."""
     return (
-        torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and x.numel() >= SMALLEST
         and x.dtype in (*HALF, torch.float32, torch.float64)
         and x.device.type in ("cpu", "cuda")
-        and not torch.compiler.is_compiling()
         and nesting() == NOTHING
     )
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
-    inner = normal(x, groups, weight, bias, eps)
+    return _silu(normal(x, groups, weight, bias, eps), x, scale, shift)
+
+
+def _silu(inner: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """SiLU(inner (1 + scale) + shift) in the dtype of x."""
     if scale is not None and shift is not None:
         inner = torch.addcmul(per_channel(widened(shift), x), inner, 1 + per_channel(widened(scale), x))
     return nnf.silu(inner).to(x.dtype)

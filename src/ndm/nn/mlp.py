@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import check_dropout, check_outputs, zeroed
+from ndm.nn.layers import LayerNorm, check_dropout, check_outputs, zeroed
 
 
 class _Block(nn.Module):
     def __init__(self, hidden: int, embedding: int, dropout: float):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.norm = LayerNorm(hidden, elementwise_affine=False)
         self.modulation = nn.Linear(embedding, 2 * hidden)
         self.inner, self.outer = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.dropout = nn.Dropout(dropout)
@@ -62,7 +62,7 @@ class MLP(nn.Module):
         self.time = TimeEmbedding(hidden, max_frequency=max_frequency)
         self.first = nn.Linear(dims * self.features.multiple(), hidden)
         self.layers = nn.ModuleList(_Block(hidden, hidden, dropout) for _ in range(blocks))
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = LayerNorm(hidden)
         self.last = nn.Linear(hidden, dims * (outputs or 1))
 
     def zero_output(self) -> None:

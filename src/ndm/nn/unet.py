@@ -7,28 +7,29 @@ Each level halves height and width (rounding up) and may widen the channels; the
 Convolutions run in channels_last, the faster format on CPUs and on GPUs with tensor cores.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ndm.errors import UserError
+from ndm.errors import UserError, check_choice, check_whole
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
 from ndm.nn.fused import norm_silu
-from ndm.nn.layers import Attention, check_dropout, check_outputs, group_norm, zeroed
+from ndm.nn.layers import Attention, Norm, check_dropout, check_outputs, doubled, make_norm, zeroed
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, attention: bool):
+    def __init__(self, inputs: int, outputs: int, attention: bool, embedding: int, dropout: float, norm: Norm, head_dim: int):
         super().__init__()
-        self.norm_1, self.norm_2 = group_norm(inputs), group_norm(outputs)
+        self.norm_1, self.norm_2 = make_norm(norm, inputs), make_norm(norm, outputs)
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.conv_2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        self.attention = Attention(outputs) if attention else nn.Identity()
+        self.attention = Attention(outputs, head_dim, norm) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.modulation(time).chunk(2, dim=1)
@@ -51,6 +52,8 @@ class UNet(nn.Module):
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for :class:`ndm.SeparableTransform`; None for one without that axis.
+        attention_head_dim: channels of a head of the attention; where it does not divide the channels of a level, they are one head.
+        norm: ``group`` for group norm, ``channel`` for :class:`ndm.nn.ChannelNorm`, which takes less time on GPUs.
     """
 
     def __init__(
@@ -65,9 +68,14 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         outputs: int | None = None,
         context: int = 0,
+        norm: Norm = "group",
+        attention_head_dim: int = 32,
     ):
         super().__init__()
         check_outputs(outputs)
+        check_choice("norm", norm, get_args(Norm))
+        check_whole("attention_head_dim", attention_head_dim, 1)
+        self.norm, self.attention_head_dim = norm, attention_head_dim
         self.outputs, levels = outputs, len(multiples)
         self.attention = attention if isinstance(attention, bool) else list(attention)
         attend = [attention] * levels if isinstance(attention, bool) else list(attention)
@@ -81,6 +89,7 @@ class UNet(nn.Module):
         self.multiples, self.fourier, self.dropout = list(multiples), list(fourier), check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         embedding = 4 * channels
+        block = functools.partial(_Block, embedding=embedding, dropout=dropout, norm=norm, head_dim=attention_head_dim)
         self.time = TimeEmbedding(embedding, max_frequency=max_frequency)
         self.first = nn.Conv2d(image_channels * self.features.multiple() + context, channels, 3, padding=1)
 
@@ -91,20 +100,19 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
             for _ in range(blocks):
-                self.down.append(_Block(width, channels * multiple, embedding, dropout, attend[level]))
+                self.down.append(block(width, channels * multiple, attend[level]))
                 width = channels * multiple
                 skips.append(width)
-        self.middle = nn.ModuleList(
-            [_Block(width, width, embedding, dropout, any(attend)), _Block(width, width, embedding, dropout, False)]
-        )
+        self.middle = nn.ModuleList([block(width, width, any(attend)), block(width, width, False)])
         self.up = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(multiples))):
             for _ in range(blocks + 1):
-                self.up.append(_Block(width + skips.pop(), channels * multiple, embedding, dropout, attend[level]))
+                self.up.append(block(width + skips.pop(), channels * multiple, attend[level]))
                 width = channels * multiple
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm, self.last = group_norm(width), nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1)
+        self.last_norm, self.last = make_norm(norm, width), nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1)
+        self.register_buffer("one", torch.ones(()), persistent=False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def zero_output(self) -> None:
@@ -132,8 +140,10 @@ class UNet(nn.Module):
             h = block(h, time)
         for module in self.up:
             if isinstance(module, _Block):
+                if torch.compiler.is_compiling():
+                    h = h * self.one  # or its gradient would be a part of that of both, which every convolution would copy
                 h = module(torch.cat([h, skips.pop()], dim=1), time)
             else:
-                h = module(nnf.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
-        out = self.last(norm_silu(self.norm, h))
+                h = module(doubled(h, *skips[-1].shape[-2:]))
+        out = self.last(norm_silu(self.last_norm, h))
         return out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))

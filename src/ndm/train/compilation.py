@@ -1,68 +1,95 @@
-"""torch.compile for the networks of a model, in place: names of weights, checkpoints and saved models stay the same.
+"""torch.compile for the training bound, as one graph; names of weights, checkpoints and saved models stay the same.
 
-The predictor's network is compiled, and that of a time-separable transformation. The network of any other transformation is not: in
-continuous time a forward-mode derivative passes through it, which the compiler does not take.
+The graph holds every network, the process and the terms of the bound, forward and backward, and draws nothing but dropout: random numbers
+come in. A learned F that is differentiated in time by forward mode is compiled with the rest if its network is one of :mod:`ndm.nn`; any
+other runs uncompiled in the middle. With CUDA graphs, which take one batch size and no accumulated gradients, the device starts a
+whole pass at once.
 """
 
 import sys
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ndm.elbo import BoundDraw
 from ndm.model import NDM
-from ndm.transform import SeparableTransform
 
 
-def compiled_parts(model: NDM) -> list[nn.Module]:
-    """The networks of a model that may be compiled."""
-    parts = [model.predictor.network]
-    if isinstance(model.transform, SeparableTransform):
-        parts.append(model.transform.network)
-    return parts
+class Terms(NamedTuple):
+    """What a training step needs of a bound."""
+
+    loss: Tensor
+    """Mean over the batch of what is minimised, ``()``, nats."""
+    means: Tensor
+    """Means over the batch of prior, diffusion, reconstruction and their sum, ``(4,)``, nats; no gradient."""
+    diffusion: Tensor
+    """The diffusion term of each example, ``(B,)``, nats; no gradient."""
 
 
-def uncompile_networks(model: NDM) -> None:
-    """Undo :func:`compile_networks`."""
-    for network in compiled_parts(model):
-        network._compiled_call_impl = None  # what nn.Module.compile sets
+TermsFunction = Callable[[Tensor, BoundDraw], Terms]
 
 
-def compile_networks(model: NDM, trial: Callable[[], Tensor] | None, speak: bool = True) -> bool:
-    """Compile the networks of a model, or leave them as they are, with one line on stderr, if that fails.
+def training_terms(model: NDM) -> TermsFunction:
+    """The training bound of a batch at given random numbers, see :meth:`ndm.NDM.bound_at`."""
+
+    def terms(x: Tensor, draw: BoundDraw) -> Terms:
+        bound = model.bound_at(x, draw)
+        means = torch.stack([term.detach().mean() for term in bound.terms().values()])
+        return Terms(bound.loss.mean(), means, bound.diffusion.detach())
+
+    return terms
+
+
+def compiled(terms: TermsFunction, cuda_graphs: bool = False, **options: Any) -> TermsFunction:
+    """The same, compiled for the first batch size that it sees.
+
+    Args:
+        terms: what to compile.
+        cuda_graphs: record the kernels of each pass once and start them together; ignored where there is no GPU.
+        options: for ``torch.compile``.
+    """
+    if options.get("backend", "inductor") == "inductor":
+        # Buffers are reused where tangents of forward mode are zeros that nothing may write to.
+        options["options"] = {"allow_buffer_reuse": False, "triton.cudagraphs": cuda_graphs and torch.cuda.is_available()}
+    return torch.compile(terms, dynamic=False, **options)
+
+
+def try_compiling(
+    model: NDM, terms: TermsFunction, trial: Callable[[TermsFunction], Tensor], cuda_graphs: bool = False, speak: bool = True
+) -> TermsFunction:
+    """Compile the training bound, or leave it as it is, with one line on stderr, if that fails.
 
     Args:
         model: the model.
-        trial: a loss such as that of a training step. It is computed with its gradients, because compilation happens, and fails, at the
-            first call, forward or backward; weights and buffers are left as they were, gradients are cleared (None). None: no trial.
+        terms: its training bound.
+        trial: a loss such as that of a training step, by a function like ``terms``. It is computed with its gradients, because compilation
+            happens, and fails, at the first call, forward or backward; buffers are left as they were, gradients are cleared (None).
+        cuda_graphs: see :func:`compiled`.
         speak: whether this process prints.
-
-    Returns:
-        Whether the networks are compiled.
 
     Raises:
         Exception: the trial fails without compilation, too.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        for network in compiled_parts(model):
-            network.compile()
-        if trial is not None:
-            trial().backward()
+        faster = compiled(terms, cuda_graphs)
+        for _ in range(3 if cuda_graphs else 1):  # CUDA graphs warm up, are recorded, and run
+            model.zero_grad()
+            trial(faster).backward()
+        return faster
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        uncompile_networks(model)
         model.zero_grad()
-        if trial is not None:
-            trial().backward()  # an error that is not the compiler's is raised here as it is
+        trial(terms).backward()  # an error that is not the compiler's is raised here as it is
         if speak:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             print(f"train.compile: this machine or network cannot be compiled ({reason}); training goes on uncompiled", file=sys.stderr)
-        return False
+        return terms
     finally:
         model.zero_grad()
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-    return True

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ndm.data import EventDataset, keep_batch
-from ndm.elbo import Bound, bits_per_dim
+from ndm.elbo import bits_per_dim
 from ndm.errors import UserError, require
 from ndm.model import NDM
 from ndm.noise import part_seed
 from ndm.ops import event_size
 from ndm.train.batches import RunBatches
-from ndm.train.compilation import compile_networks, uncompile_networks
+from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
 from ndm.train.settings import TrainSettings
 
 VALIDATION_SEED = 1
+MOVES_EVERY = 0.5
+"""Seconds between two moves of the progress bar."""
+TERMS = ("prior", "diffusion", "reconstruction", "nelbo")
 
 
 class TrainingModule(LightningModule):
@@ -45,9 +48,12 @@ class TrainingModule(LightningModule):
         self.model, self.settings, self.seed = model, settings, seed
         self._data, self._validation = data, validation
         self._earlier, self._started = 0.0, time.perf_counter()
+        self._terms = training_terms(model)
+        self._watch = Watch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep for how many seconds the run has been trained, over all its calls."""
+        """Keep for how many seconds the run has been trained, over all its calls. What is not finite is never saved."""
+        self._watch.read()
         checkpoint["seconds"] = self._earlier + time.perf_counter() - self._started
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -91,47 +97,51 @@ class TrainingModule(LightningModule):
         return [self._loader(self._validation, batches)]
 
     def _loader(self, data: EventDataset, batches: RunBatches | list[list[int]]) -> DataLoader[Tensor]:
-        workers = self.settings.workers
-        return DataLoader(data, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers, persistent_workers=workers > 0)
+        workers, pinned = self.settings.workers, self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            data, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned
+        )
+
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        """Check the batch where it is read, so that the device need not be waited for."""
+        self.model.decoder.check(batch)
+        return batch
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The bound of one part of a batch, with random numbers that depend on the seed and the part alone."""
-        accumulate = self.settings.accumulate
-        index = self.trainer.global_step * accumulate + batch_idx % accumulate
+        accumulate, step = self.settings.accumulate, self.trainer.global_step
+        index = step * accumulate + batch_idx % accumulate
         torch.manual_seed(part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank))
-        bound = self.model.bound(batch)
-        loss = bound.loss.mean() / event_size(batch)
-        self._check_finite("bound", bool(loss.isfinite()))
-        self._log_terms("train", bound, batch)
-        return loss
+        draw = self.model.draw(batch)
+        terms = self._terms(batch, draw)
+        self.model.learn_times(draw, terms.diffusion)
+        self._watch.look("bound", terms.loss, step)
+        if (step + 1) % min(self.settings.log_every, self.settings.steps) == 0:
+            self._watch.read()
+            self._log_terms("train", dict(zip(TERMS, terms.means.clone(), strict=True)), batch)
+        return terms.loss / event_size(batch)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the norm of the gradient, and stop before one that is not finite reaches the weights and so the checkpoint.
+        """Clip the norm of the gradient; a run whose gradient is not finite ends before its next checkpoint.
 
         16-mixed skips such steps itself.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         if self.settings.precision != "16-mixed":
-            self._check_finite("gradient", bool(norm.isfinite()))
-
-    def _check_finite(self, what: str, finite: bool) -> None:
-        if not finite:
-            raise UserError(
-                f"the {what} is not finite at step {self.trainer.global_step}; train into another --out with a lower train.learning_rate or "
-                "train.gradient_clip, or with train.precision=32-true"
-            )
+            self._watch.look("gradient", norm, self.trainer.global_step)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """The bound with several times an example, the same ones at every validation."""
         generator = torch.Generator(batch.device).manual_seed(part_seed(VALIDATION_SEED, batch_idx))
-        self._log_terms("val", self.model.bound(batch, draws=4, generator=generator), batch)
+        terms = self.model.bound(batch, draws=4, generator=generator).terms()
+        self._log_terms("val", {name: term.detach().mean() for name, term in terms.items()}, batch)
 
-    def _log_terms(self, stage: str, bound: Bound, batch: Tensor) -> None:
+    def _log_terms(self, stage: str, means: Mapping[str, Tensor], batch: Tensor) -> None:
         dims = event_size(batch)
-        values = {f"{stage}/{name}_bpd": bits_per_dim(term.detach().mean(), dims) for name, term in bound.terms().items()}
+        values = {f"{stage}/{name}_bpd": bits_per_dim(mean, dims) for name, mean in means.items()}
         self.log_dict(values, prog_bar=False, batch_size=batch.shape[0])
         self.log(f"{stage}_bpd", values[f"{stage}/nelbo_bpd"], prog_bar=True, logger=False, batch_size=batch.shape[0])
 
@@ -142,21 +152,26 @@ class TrainingModule(LightningModule):
         return plain and all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
 
     def on_train_start(self) -> None:
-        """Compile the networks, if asked to: here the model is where it will be trained, and its weights are restored."""
+        """Compile the bound, if asked to: here the model is where it will be trained, and its weights are restored."""
         self._started = time.perf_counter()
         if not self.settings.compile:
             return
+        if "fsdp" in self.settings.strategy:
+            self._terms = compiled(self._terms)
+            return
         part = self._data.__getitems__([index % len(self._data) for index in range(self.part_size())]).to(self.model.like)
 
-        def trial() -> Tensor:
+        def trial(terms: TermsFunction) -> Tensor:
             with self.trainer.precision_plugin.train_step_context():
-                return self.model.bound(part, draws=1).loss.mean()
+                return terms(part, self.model.draw(part)).loss
 
-        compile_networks(self.model, None if "fsdp" in self.settings.strategy else trial, self.trainer.is_global_zero)
+        graphs = self.model.like.device.type == "cuda" and self.settings.accumulate == 1
+        self._terms = try_compiling(self.model, self._terms, trial, graphs, self.trainer.is_global_zero)
 
     def on_train_end(self) -> None:
-        """Leave the networks uncompiled: evaluation has other batch sizes, and each would be compiled anew."""
-        uncompile_networks(self.model)
+        """Let go of what was compiled: evaluation has other batch sizes."""
+        self._watch.read()
+        self._terms = training_terms(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser with a warm-up, and with a rate of its own for F."""
@@ -192,9 +207,13 @@ class TrainingModule(LightningModule):
         if self.settings.optimizer == "adamw":
             return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=self._can_fuse() or None)
         require("pytorch_optimizer", "pytorch_optimizer", "train")
-        from pytorch_optimizer import SOAP  # a second to import
+        from pytorch_optimizer import SOAP, Muon  # a second to import
 
-        return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)
+        if self.settings.optimizer == "soap":
+            return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)
+        # Steps of matrices are scaled to the size of AdamW's, so that one learning rate serves both.
+        kinds = [{**group, "use_muon": all(parameter.dim() >= 2 for parameter in group["params"])} for group in groups]
+        return Muon(kinds, use_adjusted_lr=True, adamw_betas=(0.9, 0.99), adamw_eps=1e-8)
 
 
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
@@ -204,31 +223,69 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if name in names] if names else []
 
 
-class EMAUpdate:
-    """Update of the moving average with the warm-up min(decay, (1 + n)/(10 + n)); a class, so that it can be pickled.
+class Watch:
+    """Remembers on the device in which step something was not finite first, and is read now and then: each look alone would wait."""
 
-    Args:
-        decay: the final decay.
-    """
-
-    def __init__(self, decay: float):
-        self.decay = decay
+    def __init__(self) -> None:
+        self._first: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, average: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-        count = float(updates)
-        torch._foreach_lerp_(average, current, 1 - min(self.decay, (1 + count) / (10 + count)))
+    def look(self, what: str, value: Tensor, step: int) -> None:
+        """Look at a value of a step."""
+        first = self._first.get(what)
+        if first is None:
+            first = torch.full((), -1, dtype=torch.int64, device=value.device)
+        self._first[what] = torch.where(value.isfinite().all() | (first >= 0), first, step)
+
+    def read(self) -> None:
+        """Wait for the device, and say what it has found.
+
+        Raises:
+            UserError: something was not finite.
+        """
+        found = [(int(first), what) for what, first in self._first.items()]
+        step, what = min((pair for pair in found if pair[0] >= 0), key=lambda pair: pair[0], default=(-1, ""))
+        if what:
+            raise UserError(
+                f"the {what} is not finite at step {step}; train into another --out with a lower train.learning_rate or "
+                "train.gradient_clip, or with train.precision=32-true"
+            )
 
 
 class EMA(WeightAveraging):
-    """Lightning's weight averaging with our update. Buffers are copied, not averaged: integer counts have no average.
+    """Lightning's weight averaging, with the decay min(decay, (1 + n)/(10 + n)) after n updates.
+
+    Buffers are copied, not averaged: integer counts have no average.
 
     Args:
         decay: the final decay.
     """
 
     def __init__(self, decay: float):
-        super().__init__(use_buffers=False, multi_avg_fn=EMAUpdate(decay))
+        super().__init__(use_buffers=False)
+        self.decay = decay
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the average to where the model is: Lightning makes it before it moves the model, and leaves it on the CPU."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Update after each optimiser step, without waiting for the device."""
+        if trainer.global_step <= self._latest_update_step:
+            return
+        assert self._average_model is not None
+        average, count = self._average_model.module, self._latest_update_step  # one update a step
+        self._latest_update_step = trainer.global_step
+        weight = 1 - min(self.decay, (1 + count) / (10 + count)) if count else 1.0
+        torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), weight)
+        for mean, current in zip(average.buffers(), pl_module.buffers(), strict=True):
+            mean.copy_(current)
+        self._average_model.n_averaged += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps are what counts."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the trained weights in place: the final checkpoint holds both them and the average."""
@@ -250,7 +307,17 @@ class FinalCheckpoint(Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over the steps of the run, which is one long epoch."""
+    """Lightning's progress bar over the steps of the run, which is one long epoch; it moves by the clock, since each look waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._moved = 0.0
+
+    def _should_update(self, current: int, total: int | float) -> bool:
+        if current != total and time.perf_counter() - self._moved < MOVES_EVERY:
+            return False
+        self._moved = time.perf_counter()
+        return True
 
     def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
         """Name the bar after what it shows: the run has one epoch."""

@@ -152,7 +152,7 @@ def make_trainer(settings: TrainSettings, out: Path, progress: bool = True) -> T
         LearningRateMonitor(),
     ]
     if progress:
-        callbacks.append(ProgressBar(refresh_rate=10))
+        callbacks.append(ProgressBar())
     if settings.ema:
         callbacks.insert(0, EMA(settings.ema))
     csv = CSVLogger(out, name="logs")
@@ -176,6 +176,7 @@ def make_trainer(settings: TrainSettings, out: Path, progress: bool = True) -> T
         enable_model_summary=False,
         enable_progress_bar=progress,
         use_distributed_sampler=False,
+        benchmark=True,  # batches are all of one size
         default_root_dir=out,
         plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints()],
     )

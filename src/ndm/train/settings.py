@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from ndm.errors import UserError, check_choice
 from ndm.precision import Precision
 
-Optimiser = Literal["adamw", "soap"]
+Optimiser = Literal["adamw", "soap", "muon"]
 Decay = Literal["cosine", "constant"]
 
 
@@ -23,7 +23,8 @@ class TrainSettings:
     """Folder of a run, or of a model, whose weights training starts from in the place of random ones. Its model must be built alike, but for dropout,
     steps T, eta and times."""
     optimizer: Optimiser = "adamw"
-    """adamw, or soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it."""
+    """adamw; soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it; or muon: momentum whose
+    matrices are made orthogonal, with AdamW for everything else."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     transform_rate: float = 1.0
@@ -107,7 +108,7 @@ class TrainSettings:
             raise UserError(
                 "train.strategy=fsdp shards the weights, which neither averaging nor clipping takes; set train.ema=0, train.gradient_clip=0"
             )
-        if self.optimizer == "soap":
+        if self.optimizer != "adamw":
             raise UserError(
-                "train.strategy=fsdp shards the weights, whose matrices train.optimizer=soap looks at; set train.optimizer=adamw"
+                f"train.strategy=fsdp shards the weights, whose matrices train.optimizer={self.optimizer} looks at; set train.optimizer=adamw"
             )

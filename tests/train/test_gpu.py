@@ -1,0 +1,135 @@
+"""What only a GPU can show: the same numbers, compiled or not, and steps that wait for nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import ndm
+from ndm.data import Digits
+from ndm.nn import UNet
+from ndm.train.compilation import TermsFunction, compiled, training_terms
+from ndm.train.module import Watch
+from ndm.train.run import fit
+from ndm.train.settings import TrainSettings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def separable() -> ndm.NDM:
+    network = UNet(1, 16, (1, 2), attention=(False, True), outputs=8, context=8)
+    predictor = ndm.CategoricalPredictor(network, levels=17, embedding=4, histogram=4)
+    return ndm.NDM(
+        ndm.LearnedSchedule(-6.5, 5.0, learn_ends=True),
+        ndm.SeparableTransform(UNet(1, 8, (1, 2), outputs=3)),
+        predictor,
+        ndm.DiscretizedGaussian(17),
+        times=ndm.ImportanceTimes(),
+    )
+
+
+def general() -> ndm.NDM:
+    predictor = ndm.Predictor(UNet(1, 16, (1, 2), attention=True))
+    return ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.GatedTransform(UNet(1, 8, (1,))), predictor, ndm.DiscretizedGaussian(17))
+
+
+def transformer() -> ndm.NDM:
+    predictor = ndm.Predictor(ndm.nn.DiT(1, 2, 64, 2, 2))
+    return ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(17))
+
+
+MODELS: dict[str, Callable[[], ndm.NDM]] = {"separable": separable, "general": general, "transformer": transformer}
+
+
+def made(name: str) -> tuple[ndm.NDM, Tensor]:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model, Digits().split("train").__getitems__(range(32))
+
+
+def numbers(model: ndm.NDM, terms: TermsFunction, x: Tensor, draw: ndm.elbo.BoundDraw) -> dict[str, Tensor]:
+    model.zero_grad()
+    found = terms(x, draw)
+    found.loss.backward()
+    gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"means": found.means.cpu(), **gradients}
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        away, size = float((found[name] - value).norm()), float(value.norm())
+        assert away <= tolerance * size + 1e-5, f"{name}: {away} of {size}"
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bound_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
+    model, x = made(name)
+    draw = model.draw(x)
+    expected = numbers(model, training_terms(model), x, draw)
+    moved = type(draw)(**{key: None if value is None else value.cuda() for key, value in vars(draw).items()})
+    close(numbers(model.cuda(), training_terms(model), x.cuda(), moved), expected, 2e-3)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_with_cuda_graphs_it_is_the_same(name: str, half: bool) -> None:
+    model, x = made(name)
+    model, x = model.cuda(), x.cuda()
+    plain = training_terms(model)
+    faster = compiled(plain, cuda_graphs=True, fullgraph=True)
+    for _ in range(4):  # warmed up, recorded, run again with other numbers
+        draw = model.draw(x)
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            expected, found = numbers(model, plain, x, draw), numbers(model, faster, x, draw)
+        close(found, expected, 0.15 if half else 2e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_waits_for_nothing(name: str) -> None:
+    """PyTorch raises an error where the host would wait."""
+    model, x = made(name)
+    model, x = model.cuda(), x.cuda()
+    optimizer, watch, terms = torch.optim.AdamW(model.parameters(), 1e-4, fused=True), Watch(), training_terms(model)
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.zero_grad()
+            draw = model.draw(x)
+            found = terms(x, draw)
+            model.learn_times(draw, found.diffusion)
+            watch.look("bound", found.loss, step)
+            found.loss.backward()
+            watch.look("gradient", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), step)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    watch.read()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns_compiled(optimizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, data = separable(), Digits()
+    x = data.split("test").__getitems__(range(64))
+    before = float(model.bound(x, draws=8).total.mean().detach())
+    settings = TrainSettings(
+        steps=60, batch_size=64, accelerator="gpu", devices=1, precision="bf16-mixed", compile=True, optimizer=optimizer
+    )
+    fit(model, data, settings, tmp_path, 0)
+    assert "cannot be compiled" not in capfd.readouterr().err
+    assert float(model.cpu().bound(x, draws=8).total.mean().detach()) < 0.7 * before
+    kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True, map_location="cpu")
+    assert kept["global_step"] == 60 and all(bool(value.isfinite().all()) for value in kept["state_dict"].values())
