@@ -29,12 +29,12 @@ from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import choose_plan
 from ndm.apps.compress.coder import FAR, NEAR, Clock, Coded, decode, encode
 from ndm.apps.compress.items import Item
-from ndm.commands.parsing import load_data, load_run
 from ndm.data import spread
-from ndm.evaluate import Evaluation
-from ndm.noise import ExampleNoise
+from ndm.evaluation.evaluate import Evaluation
+from ndm.random import ExampleGenerators
 from ndm.serialize import fingerprint
-from ndm.times import StepFunction
+from ndm.time_sampling import PiecewiseConstant
+from ndm.train.run import Run
 
 FORMATS: dict[str, dict[str, object]] = {
     "PNG": {"format": "PNG", "optimize": True},
@@ -76,12 +76,12 @@ def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
     return entries
 
 
-def bare_coder_seconds(symbols: int, calls: int, levels: int, width: float) -> float:
+def bare_coder_seconds(symbols: int, calls: int, num_values: int, width: float) -> float:
     """constriction's own loop on as many symbols: for each latent a pop and a push, for each pixel a push."""
     generator = np.random.default_rng(0)
     coder = stream.stack.AnsCoder(generator.integers(1, 2**32, 4 * symbols * calls // 32 + 10_000, dtype=np.uint32))
     near, far = (stream.model.QuantizedGaussian(-math.ceil(reach / width), math.ceil(reach / width)) for reach in (NEAR, FAR))
-    categorical, weights = stream.model.Categorical(perfect=False), generator.random((symbols, levels))
+    categorical, weights = stream.model.Categorical(perfect=False), generator.random((symbols, num_values))
     mean, std = generator.uniform(-0.5, 0.5, symbols), np.full(symbols, 1 / width)
     started = time.perf_counter()
     for _ in range(calls):
@@ -100,12 +100,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    model, data = load_run(arguments.run), load_data(arguments.run)
+    model, data = Run(arguments.run).model(), Run(arguments.run).data()
     split = data.split(arguments.split)
     numbers = spread(len(split), arguments.images)
-    levels = data.integers(split.__getitems__(numbers)).numpy()
-    shape, count, values = levels.shape[1:], len(levels), levels.size
-    index = levels.reshape(count, -1)
+    pixels = data.integers(split.__getitems__(numbers)).numpy()
+    shape, count, values = pixels.shape[1:], len(pixels), pixels.size
+    index = pixels.reshape(count, -1)
     print(f"{count} {arguments.split} images of {data.describe().name}, {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads")
 
     plan, forecast = choose_plan(model, index, shape, arguments.steps, arguments.batch_size)
@@ -118,7 +118,7 @@ def main() -> None:
     if not np.array_equal(decode(chain, again, count, progress=True), index):
         raise SystemExit("not lossless")
     decoding = time.perf_counter() - started
-    item = Item("x.npy", "npy", count, "uint8", tuple(levels.shape))
+    item = Item("x.npy", "npy", count, "uint8", tuple(pixels.shape))
     size = len(pack(Archive(fingerprint(model), tuple(shape), 256, 0, plan, (item,), image_checksums(index), coded)))
 
     rows = Evaluation(model, split, limit=arguments.images)
@@ -147,7 +147,7 @@ def main() -> None:
     print(f"ndm: T = {plan.steps}, {plan.batch} side by side")
     for name, value in record.items():
         print(f"  {name:<40}{value:10.4f}")
-    images = levels.astype(np.uint8)
+    images = pixels.astype(np.uint8)
     print(f"{'':<28}{'bits/dim':>9}{'seconds':>9}")
     print(f"{'ndm, images':<28}{net:9.4f}{encoding:9.2f}")
     print(f"{'ndm, archive':<28}{8 * size / values:9.4f}{encoding:9.2f}")
@@ -167,7 +167,7 @@ def model_bound(rows: Evaluation, steps: int, scale: torch.Tensor) -> float:
         for start in range(0, len(rows.numbers), 64):
             part = rows.numbers[start : start + 64]
             x = rows.data.__getitems__(part)
-            bound = rows.model.bound(x, steps=steps, draws=draws, generator=ExampleNoise(2, part), scale=StepFunction(scale))
+            bound = rows.model.bound(x, steps=steps, draws=draws, generator=ExampleGenerators(2, part), scale=PiecewiseConstant(scale))
             total += float(bound.total.sum())
     return total / len(rows.numbers) / rows.dims / math.log(2)
 

@@ -4,7 +4,7 @@ python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--mod
 
 Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates the same numbers without the device.
 
-* A step is random numbers, loss, gradients, their norm, and the configuration's optimiser, on random images, in its precision; the
+* A step is random numbers, loss, gradients, their norm, and the configuration's optimizer, on random images, in its precision; the
   moving average, loading data and logs are left out. Time is the median over three runs of steps, each the mean until the device has finished.
 * ``compiled`` is what ``train.compile`` does on a CPU, ``graphs`` what it does on a GPU, CUDA graphs included.
 * Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and backward (convolutions, matrix products and
@@ -33,12 +33,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from footprint import examples_at_once, image, random_images
-from measure import seconds, synchronise
-from ndm.commands.parsing import build, parse
-from ndm.commands.train import train_parser
+from measure import seconds, synchronize
 from ndm.data.arrays import ArraySplit
 from ndm.model import NDM
 from ndm.train.compilation import TermsFunction, training_terms, try_compiling
+from ndm.train.config import RunConfig
 from ndm.train.module import TrainingModule
 
 WARM_UP, PERIOD = 3, 10
@@ -64,7 +63,7 @@ def operations(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast]) ->
 
 
 def stepper(model: NDM, terms: TermsFunction, settings: Namespace, x: Tensor, autocast: Callable[[], torch.autocast]) -> Callable[[], None]:
-    """One step of the optimiser that the configuration asks for."""
+    """One step of the optimizer that the configuration asks for."""
     module = TrainingModule(model, settings, 0, ArraySplit(x))
     optimizer = module.configure_optimizers()["optimizer"]
     parameters = list(model.parameters())
@@ -145,7 +144,7 @@ def profiled(step: Callable[[], None]) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as found:
         step()
-        synchronise()
+        synchronize()
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
     kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
@@ -158,7 +157,7 @@ def measured(
 ) -> dict[str, float | int | str]:
     """The record of one batch size and one mode."""
     model, device = parts.model, x.device.type
-    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=parts.train.precision == "bf16-mixed")
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=parts.settings.precision == "bf16-mixed")
     start, terms = time.perf_counter(), training_terms(model)
     if mode != "eager":
         torch.compiler.reset()  # or other batch sizes than the first are compiled for any size
@@ -171,11 +170,11 @@ def measured(
         mode, terms = mode if faster is not terms else "failed", faster
     step = stepper(model, terms, parts.train, x, autocast)
     step()
-    synchronise()
+    synchronize()
     first = time.perf_counter() - start
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    took = taken(step, -(-arguments.steps // PERIOD) * PERIOD if parts.train.optimizer == "soap" else arguments.steps)
+    took = taken(step, -(-arguments.steps // PERIOD) * PERIOD if parts.settings.optimizer == "soap" else arguments.steps)
     if arguments.profile:
         profiled(step)
     rate = each * len(x) / took
@@ -212,15 +211,14 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="and diffusers' network of the same build")
     parser.add_argument("--profile", action="store_true", help="print what the kernels of a step take")
     parser.add_argument("--json", type=Path)
-    arguments, words = parser.parse_known_args()
+    arguments, options = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # as training has it
-    ours = train_parser()
-    parts = build(ours, parse(ours, ["--config", str(arguments.config), "--out", "unused", *words]))
+    parts = RunConfig.read(arguments.config, options).build()
     channels, side = image(parts, arguments.size)
-    half = parts.train.precision == "bf16-mixed"
-    if parts.train.precision == "16-mixed":
+    half = parts.settings.precision == "bf16-mixed"
+    if parts.settings.precision == "16-mixed":
         sys.exit("config_step: give train.precision 32-true or bf16-mixed; 16-mixed scales its gradients, which is not measured here")
     model = parts.model.to(device)
     best = peak(device, half)
@@ -229,7 +227,7 @@ def main() -> None:
     )
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
-        f"{arguments.config.name}, {channels}x{side}x{side}, {parts.train.precision}, {parts.train.optimizer}, {where}, PyTorch {torch.__version__}"
+        f"{arguments.config.name}, {channels}x{side}x{side}, {parts.settings.precision}, {parts.settings.optimizer}, {where}, PyTorch {torch.__version__}"
     )
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {each / 1e9:.1f} GFLOP an example, matrix products {best / 1e12:.1f} TFLOP/s"
@@ -249,7 +247,7 @@ def main() -> None:
             "device": where,
             "flop_an_example": each,
             "peak": best,
-            "precision": parts.train.precision,
+            "precision": parts.settings.precision,
         }
         arguments.json.write_text(json.dumps({**context, "batches": records}, indent=2) + "\n")
 

@@ -9,7 +9,7 @@ under bf16 autocast if the configuration says so, while PyTorch's ``FlopCounterM
 that are alive. Both numbers are polynomials in the side s of the image, with terms 1, s² (convolutions) and s⁴ (attention), so
 three small sides give them exactly at any side; a batch of one and a batch of two tell what an example adds from what is there once.
 
-* Memory: weights, gradients, the state of the optimiser and the moving average, 4 bytes each number, and what is alive between the forward and the backward
+* Memory: weights, gradients, the state of the optimizer and the moving average, 4 bytes each number, and what is alive between the forward and the backward
   pass, for the examples that one device takes at once. Workspaces of operations and what the allocator leaves unused come on top.
 * Time: operations of the predictor over the peak in bf16, the rest (F, the encoder and the decoder, which the library keeps in full precision) over the
   peak in float32, both times a share that is assumed, not measured. 989 and 67 TFLOP/s are those of an NVIDIA H100 (SXM) for dense bf16 and
@@ -34,11 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import ndm.nn.fused
-from ndm.commands.parsing import build, parse
-from ndm.commands.train import train_parser
 from ndm.decoder import to_grid
 from ndm.model import NDM
 from ndm.nn import ConvEncoder, UNet
+from ndm.train.config import RunConfig
 
 BYTES = 4 * 5
 """Of a parameter: weight, gradient, two moments, moving average. SOAP keeps two matrices for each axis of a kernel besides."""
@@ -91,15 +90,15 @@ def autocast(half: bool) -> torch.autocast:
 
 
 def state_bytes(model: NDM, optimizer: str) -> int:
-    """Bytes of weights, gradients, optimiser and average."""
+    """Bytes of weights, gradients, optimizer and average."""
     shapes = [p.shape for p in model.parameters() if p.dim() >= 2] if optimizer == "soap" else []
     return BYTES * sum(p.numel() for p in model.parameters()) + 4 * sum(2 * side**2 for shape in shapes for side in shape)
 
 
 def random_images(model: NDM, batch: int, channels: int, side: int) -> Tensor:
     """Images of the decoder's values, ``(B, C, side, side)``."""
-    levels = 256 if model.decoder.values is None else len(model.decoder.values)
-    return to_grid(torch.randint(levels, (batch, channels, side, side)), levels)
+    num_values = 256 if model.decoder.values is None else len(model.decoder.values)
+    return to_grid(torch.randint(num_values, (batch, channels, side, side)), num_values)
 
 
 def step_cost(model: NDM, channels: int, side: int, batch: int, half: bool) -> Cost:
@@ -121,7 +120,7 @@ def step_cost(model: NDM, channels: int, side: int, batch: int, half: bool) -> C
 
 
 def grain(model: NDM) -> int:
-    """The side of the smallest images whose levels all come out even."""
+    """The side of the smallest images whose stages all come out even."""
     networks = [part for part in model.modules() if isinstance(part, (UNet, ConvEncoder))]
     deepest = [2 ** (len(part.multiples) - 1) for part in networks if isinstance(part, UNet)]
     halved = [2**part.halvings for part in networks if isinstance(part, ConvEncoder)]
@@ -169,12 +168,11 @@ def main() -> None:
     parser.add_argument("--peak-full", type=float, default=67e12, help="operations a second of a device, float32")
     parser.add_argument("--peak-tf32", type=float, default=494e12, help="operations a second of a device, TF32")
     parser.add_argument("--json", type=Path)
-    arguments, words = parser.parse_known_args()
+    arguments, options = parser.parse_known_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    ours = train_parser()
-    parts = build(ours, parse(ours, ["--config", str(arguments.config), "--out", "unused", *words]))
-    model, train = parts.model, parts.train
+    parts = RunConfig.read(arguments.config, options).build()
+    model, train = parts.model, parts.settings
     channels, side = image(parts, arguments.size)
     half = train.precision == "bf16-mixed"
     once, each = cost_at(model, channels, side, half)
@@ -224,7 +222,7 @@ def show(record: dict, train: Namespace, half: bool) -> None:
     )
     print(f"parameters: {counts['all'] / 1e6:.1f} M, of which F {counts['F'] / 1e6:.1f} M, predictor {counts['predictor'] / 1e6:.1f} M")
     print(
-        f"memory of a device (estimate): {record['gigabytes']:.1f} GB: weights, gradients, optimiser and average {record['gigabytes_of_state']:.1f}, and "
+        f"memory of a device (estimate): {record['gigabytes']:.1f} GB: weights, gradients, optimizer and average {record['gigabytes_of_state']:.1f}, and "
         f"{record['examples_at_once']} examples of {record['gigabytes_kept_an_example']:.2f}"
     )
     part = record["tflop_of_the_predictor"] / record["tflop_an_example"]

@@ -24,11 +24,11 @@ from flow_matching.solver import ODESolver
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ndm.commands.parsing import load_data, load_run
-from ndm.likelihood import OdeSettings, latent, ode_log_prob
 from ndm.model import NDM
-from ndm.noise import ExampleNoise
-from ndm.ops import sum_event
+from ndm.ode import OdeSettings, latent, ode_log_prob
+from ndm.random import ExampleGenerators
+from ndm.shapes import sum_event
+from ndm.train.run import Run
 
 TARGET = 0.03
 Method = Callable[[int], tuple[Tensor, float]]
@@ -41,7 +41,7 @@ def log_normal(z: Tensor) -> Tensor:
 
 def ours(model: NDM, z: Tensor, **settings: object) -> Method:
     def run(seed: int) -> tuple[Tensor, float]:
-        found = ode_log_prob(model.reverse_process, z, OdeSettings(**settings), ExampleNoise(seed, range(len(z))))  # type: ignore[arg-type]
+        found = ode_log_prob(model.reverse_process, z, OdeSettings(**settings), ExampleGenerators(seed, range(len(z))))  # type: ignore[arg-type]
         return found.log_p, found.nfe
 
     return run
@@ -121,10 +121,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    model = load_run(arguments.run)
-    x = load_data(arguments.run).split("test").__getitems__(range(arguments.images))
+    model = Run(arguments.run).model()
+    x = Run(arguments.run).data().split("test").__getitems__(range(arguments.images))
     with torch.no_grad():
-        z, _ = latent(model.process, model.decoder, x, "variational", ExampleNoise(0, range(len(x))))
+        z, _ = latent(model.process, model.decoder, x, "variational", ExampleGenerators(0, range(len(x))))
     bits = x[0].numel() * math.log(2)
     print(
         f"{len(x)} latents of {tuple(x.shape[1:])}, {torch.get_num_threads()} threads, median of {arguments.repeats}; reference ...",

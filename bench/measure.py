@@ -13,17 +13,17 @@ import torch
 WARM_UP = 2
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(step: Callable[[], object]) -> float:
     """Wall time of one call, until the device has finished."""
-    synchronise()
+    synchronize()
     start = time.perf_counter()
     step()
-    synchronise()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -66,7 +66,7 @@ def resident() -> int:
 
 
 def peak_memory(device: str, build: Callable[[], Callable[[], object]], steps: int = 3) -> int:
-    """Peak bytes from before the model is built until a few steps are done: weights, gradients, optimiser and activations.
+    """Peak bytes from before the model is built until a few steps are done: weights, gradients, optimizer and activations.
 
     On a CPU this is the peak of the resident set over what the process held before, and so right in a fresh process alone. It holds what
     the allocator keeps and what oneDNN packs as well.

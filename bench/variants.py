@@ -14,8 +14,8 @@ no suffix                         F is the predictor's U-Net at half its width
 
 The peers have as many parameters as our U-Net (the counts are printed). diffusers' network has the same architecture: resolutions, widths,
 blocks a level, attention at the lowest resolution and in the middle, scale and shift by time. The other has the same resolutions and full
-attention at the same places, and by its design two blocks a level and linear attention at the other levels; its width is chosen to match
-the number of parameters. Every variant steps the same optimiser. By itself neither peer chooses a memory format, so each is there twice: as it
+attention at the same places, and by its design two blocks a level and linear attention at the other stages; its width is chosen to match
+the number of parameters. Every variant steps the same optimizer. By itself neither peer chooses a memory format, so each is there twice: as it
 comes, and in channels_last.
 """
 
@@ -31,7 +31,7 @@ import ndm
 from ndm.transform import Transform
 
 MULTIPLES, ATTENTION = (1, 2, 2), (False, False, True)
-LEVELS = 256
+NUM_VALUES = 256
 CHANNELS = 4
 """K of the time-separable form."""
 
@@ -50,9 +50,9 @@ class Setting:
     """Run networks under bf16 autocast."""
 
     def data(self) -> Tensor:
-        """Random images of 256 grey levels."""
+        """Random images of 256 gray values."""
         shape = (self.batch, 1, self.size, self.size)
-        return ndm.DiscretizedGaussian(LEVELS).values[torch.randint(LEVELS, shape)].float().to(self.device)
+        return ndm.DiscretizedGaussian(NUM_VALUES).values[torch.randint(NUM_VALUES, shape)].float().to(self.device)
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
@@ -78,10 +78,10 @@ def ours(name: str, setting: Setting) -> ndm.NDM:
     """A model by its name."""
     reverse = "direct-score" if name.startswith("direct_score") else "direct" if name.startswith("direct") else "tied"
     return ndm.NDM(
-        ndm.LinearLogSNR(-13.3, 5.0),
+        ndm.LinearLogSNRSchedule(-13.3, 5.0),
         _transform(name, setting),
         ndm.Predictor(unet(setting.channels, 2 if reverse == "direct-score" else None)),
-        ndm.DiscretizedGaussian(LEVELS),
+        ndm.DiscretizedGaussian(NUM_VALUES),
         steps=1000 if name.endswith("discrete") else None,
         reverse=reverse,  # type: ignore[arg-type]
     ).to(setting.device)

@@ -16,7 +16,7 @@ TINY: dict[str, Any] = {
         "init_args": {"means": [[-1.0, 0.5], [1.0, -0.5]], "stds": [0.3, 0.5], "weights": [0.4, 0.6], "train_size": 200, "test_size": 100},
     },
     "model": {
-        "schedule": {"class_path": "ndm.LinearLogSNR", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
+        "schedule": {"class_path": "ndm.LinearLogSNRSchedule", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
         "transform": {
             "class_path": "ndm.NetworkTransform",
             "init_args": {
@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
             "init_args": {"network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 32, "blocks": 1}}},
         },
         "decoder": {"class_path": "ndm.GaussianDecoder"},
-        "times": {"class_path": "ndm.ImportanceTimes", "init_args": {"bins": 4}},
+        "time_sampler": {"class_path": "ndm.ImportanceTimeSampler", "init_args": {"bins": 4}},
     },
     "train": {
         "steps": 24,

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from ndm.data import EventDataset
 from ndm.elbo import Draw, diffusion_integrand
 from ndm.forward import ForwardProcess
+from ndm.predictor import DataPredictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import Step
 from ndm.schedule import NoiseLevel, Schedule
-from ndm.transform import Transform
+from ndm.transform import Curve, Transform
 
 F64 = torch.float64
 Module = TypeVar("Module", bound=nn.Module)
@@ -54,6 +55,23 @@ class Constant(nn.Module):
         return self.output
 
 
+class FormulaCurve(Curve):
+    """A curve given by formulas for its value and its derivative."""
+
+    def __init__(self, like: Tensor, value: Callable[[NoiseLevel], Tensor], derivative: Callable[[NoiseLevel], Tensor]):
+        self._like, self._value, self._derivative = like, value, derivative
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self._value(level)
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self._value(level), self._derivative(level)
+
+
 class LinearTransform(Transform):
     """F(x, t) = (A_0 + t M) x + t c."""
 
@@ -67,12 +85,16 @@ class LinearTransform(Transform):
         """A(t) and b(t) for ``t`` ``(B,)``: ``(B, D, D)`` and ``(B, D)``."""
         return self.start + t[:, None, None] * self.tilt, t[:, None] * self.offset
 
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        matrix, offset = self.matrix(level.t)
-        return (matrix @ x[..., None])[..., 0] + offset
+    def curve(self, x: Tensor) -> Curve:
+        def value(level: NoiseLevel) -> Tensor:
+            matrix, offset = self.matrix(level.t)
+            return (matrix @ x[..., None])[..., 0] + offset
 
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self(x, level), x @ self.tilt.T + self.offset
+        return FormulaCurve(x, value, lambda level: self.rate(level)[:, None] * (x @ self.tilt.T + self.offset))
+
+    def rate(self, level: NoiseLevel) -> Tensor:
+        """How fast A(t) and b(t) move along M and c."""
+        return torch.ones_like(level.t)
 
 
 def constant(start: Tensor) -> LinearTransform:
@@ -81,7 +103,7 @@ def constant(start: Tensor) -> LinearTransform:
     return LinearTransform(zero, zero[0], start)
 
 
-class MixtureProblem(nn.Module):
+class MixtureProblem(DataPredictor):
     """A Gaussian mixture, a schedule and a linear transformation; as a module it is the exact predictor E[x|z_t]."""
 
     def __init__(self, schedule: Schedule, transform: LinearTransform, weights: Tensor, means: Tensor, covariances: Tensor):
@@ -107,8 +129,8 @@ class MixtureProblem(nn.Module):
 
     def covariance(self) -> Tensor:
         """cov x, ``(D, D)``."""
-        centred = self.means - self.mean()
-        return (self.weights[:, None, None] * (self.covariances + centred[:, :, None] * centred[:, None, :])).sum(0)
+        centerd = self.means - self.mean()
+        return (self.weights[:, None, None] * (self.covariances + centerd[:, :, None] * centerd[:, None, :])).sum(0)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Exact samples of x, ``(count, D)``."""
@@ -311,7 +333,7 @@ def slope(sizes: list[int], errors: list[float]) -> float:
     return float(-(x * (y - y.mean())).sum() / (x * x).sum())
 
 
-def randomised(module: Module, scale: float = 0.3, seed: int = 0) -> Module:
+def randomized(module: Module, scale: float = 0.3, seed: int = 0) -> Module:
     """Add noise to every parameter, in float64."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder, bin_centers
 from ndm.errors import UserError
-from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel
+from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel
 from oracles import F64
 
 
 def start(gamma: float, count: int, dtype: torch.dtype = F64) -> NoiseLevel:
-    return LinearLogSNR(gamma, gamma + 1)(torch.zeros(count, dtype=dtype))
+    return LinearLogSNRSchedule(gamma, gamma + 1)(torch.zeros(count, dtype=dtype))
 
 
 grids = st.lists(st.integers(-50, 50), min_size=2, max_size=9, unique=True).map(lambda values: [v / 16 for v in sorted(values)])
@@ -68,7 +68,7 @@ def uneven(count: int, seed: int) -> list[float]:
 @pytest.mark.parametrize("count", [2, 9, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_the_levels_left_out_are_below_rounding_wherever_the_latent_lies(sigma: float, count: int, dtype: torch.dtype) -> None:
-    """Against the softmax over all levels: value and gradient, of every level, between levels, on them and far outside of the grid."""
+    """Against the softmax over all values: value and gradient, of every level, between values, on them and far outside of the grid."""
     decoder = DiscretizedGaussian(uneven(count, 1))
     span = float(decoder.values[-1])
     one, width = torch.ones(1, dtype=dtype), torch.full((1,), sigma, dtype=dtype)
@@ -98,12 +98,12 @@ def test_the_levels_left_out_are_below_rounding_wherever_the_latent_lies(sigma: 
         assert bool(((slope[0].double() - gradient[0]).abs() <= rounding * scale).all())
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256])
-def test_without_noise_all_mass_is_on_the_value(levels: int) -> None:
-    decoder = DiscretizedGaussian(levels)
-    x = decoder.values[torch.arange(levels)][None]
+@pytest.mark.parametrize("num_values", [2, 17, 256])
+def test_without_noise_all_mass_is_on_the_value(num_values: int) -> None:
+    decoder = DiscretizedGaussian(num_values)
+    x = decoder.values[torch.arange(num_values)][None]
     level = start(-30.0, 1)
-    z = level.alpha[:, None] * x + level.sigma[:, None] * torch.randn(1, levels, dtype=F64, generator=torch.Generator().manual_seed(0))
+    z = level.alpha[:, None] * x + level.sigma[:, None] * torch.randn(1, num_values, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert decoder.log_prob(x, z, level).item() == pytest.approx(0.0, abs=1e-9)
     assert torch.equal(decoder.sample(z, level), x)
     wrong = x.roll(1, 1)
@@ -121,9 +121,9 @@ def test_bins_are_equal_parts_of_the_interval() -> None:
     assert {round(b - a, 12) for a, b in pairwise(bin_centers(256).tolist())} == {round(2 / 256, 12)}
 
 
-@pytest.mark.parametrize(("count", "loudest"), [(4, 8.0), (256, -6.0)], ids=["all levels", "near ones"])
+@pytest.mark.parametrize(("count", "loudest"), [(4, 8.0), (256, -6.0)], ids=["all values", "near ones"])
 def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(count: int, loudest: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples alternate between no noise and so much that several levels are likely; the noiseless ones must come back."""
+    """Examples alternate between no noise and so much that several values are likely; the noiseless ones must come back."""
     decoder = DiscretizedGaussian(count)
     x = decoder.values[torch.randint(count, (7, 5), generator=torch.Generator().manual_seed(0))]
     quiet, loud = start(-18.0, 1), start(loudest, 1)
@@ -137,7 +137,7 @@ def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(count: int, loud
 
 
 @pytest.mark.parametrize("shift", [-0.98, -0.4, 0.0, 0.37])
-@pytest.mark.parametrize(("grid", "gamma"), [([-1.0, -0.6, 0.1, 0.2, 1.0], -1.0), (256, -9.0)], ids=["all levels", "near ones"])
+@pytest.mark.parametrize(("grid", "gamma"), [([-1.0, -0.6, 0.1, 0.2, 1.0], -1.0), (256, -9.0)], ids=["all values", "near ones"])
 def test_sampled_levels_follow_their_probabilities(grid: list[float] | int, gamma: float, shift: float) -> None:
     decoder, level, count = DiscretizedGaussian(grid), start(gamma, 1), 40_000
     z = torch.full((1, count), shift, dtype=F64)
@@ -151,7 +151,7 @@ def test_sampled_levels_follow_their_probabilities(grid: list[float] | int, gamm
     assert stats.chisquare(observed.numpy(), (count * expected).numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("level", [start(-3.0, 4), FlowMatching(0.2)(torch.zeros(4, dtype=F64))], ids=["vp", "flow"])
+@pytest.mark.parametrize("level", [start(-3.0, 4), FlowMatchingSchedule(0.2)(torch.zeros(4, dtype=F64))], ids=["vp", "flow"])
 @pytest.mark.parametrize("event", [(3,), (2, 2, 2)])
 def test_gaussian_decoder_is_the_normal_of_torch(level: NoiseLevel, event: tuple[int, ...]) -> None:
     x, z = torch.randn(2, 4, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -189,10 +189,10 @@ def test_values_off_the_grid_are_refused_with_the_value(bad: float) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("levels", [1, 0, [0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf]])
-def test_grids_that_are_none_are_refused(levels: int | list[float]) -> None:
-    with pytest.raises(UserError, match="levels="):
-        DiscretizedGaussian(levels)
+@pytest.mark.parametrize("num_values", [1, 0, [0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf]])
+def test_grids_that_are_none_are_refused(num_values: int | list[float]) -> None:
+    with pytest.raises(UserError, match="num_values="):
+        DiscretizedGaussian(num_values)
 
 
 def test_gradients_reach_the_latent() -> None:

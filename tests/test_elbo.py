@@ -19,23 +19,23 @@ from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
-from ndm.noise import ExampleNoise
 from ndm.predictor import Predictor
+from ndm.random import ExampleGenerators
 from ndm.reverse import Reverse
 from ndm.sample import Ancestral
-from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
-from ndm.times import ImportanceTimes, LowDiscrepancyTimes, StepFunction, UniformTimes
+from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, Schedule
+from ndm.time_sampling import ImportanceTimeSampler, LowDiscrepancyTimeSampler, PiecewiseConstant, UniformTimeSampler
 from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
-from oracles import F64, SHEAR, GaussianProblem, LinearTransform, affine_map, constant, diffusion, joint_bound, randomised, slope
+from oracles import F64, SHEAR, GaussianProblem, LinearTransform, affine_map, constant, diffusion, joint_bound, randomized, slope
 
 
 def learned() -> Schedule:
-    return randomised(LearnedSchedule(-6.0, 3.0))
+    return randomized(LearnedSchedule(-6.0, 3.0))
 
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
-    "linear": lambda: LinearLogSNR(-6.0, 3.0),
-    "flow": lambda: FlowMatching(0.05, 0.1),
+    "linear": lambda: LinearLogSNRSchedule(-6.0, 3.0),
+    "flow": lambda: FlowMatchingSchedule(0.05, 0.1),
     "learned": learned,
 }
 TRANSFORMS: dict[str, Callable[[], LinearTransform]] = {
@@ -86,7 +86,7 @@ def test_discrete_bound_tends_to_the_continuous_one_at_order_one(schedule: str, 
 
 
 def test_flow_matching_without_signal_at_the_end_has_the_same_limit() -> None:
-    problem = GaussianProblem(FlowMatching(0.05, 0.0))
+    problem = GaussianProblem(FlowMatchingSchedule(0.05, 0.0))
     assert problem.prior_gap().item() == pytest.approx(0.0, abs=1e-12)
     assert expected_discrete(problem, 20, 1.0).item() == pytest.approx(joint_bound(problem, 20, 1.0 - 1e-12).item(), rel=1e-6)
     gaps = [expected_discrete(problem, size, 1.0).item() - expected_continuous(problem, 1.0).item() for size in (400, 800)]
@@ -114,13 +114,13 @@ def test_time_dependent_case_costs_just_the_path_gap_more(schedule: str, transfo
 
 
 def test_a_worse_predictor_has_a_worse_bound() -> None:
-    problem = GaussianProblem(LinearLogSNR(-6.0, 3.0))
+    problem = GaussianProblem(LinearLogSNRSchedule(-6.0, 3.0))
     best = expected_continuous(problem, 1.0)
     problem.means = problem.means + 0.1
-    x, noise, u, mean = GaussianProblem(LinearLogSNR(-6.0, 3.0)).cubature((torch.arange(200, dtype=F64) + 0.5) / 200)
+    x, noise, u, mean = GaussianProblem(LinearLogSNRSchedule(-6.0, 3.0)).cubature((torch.arange(200, dtype=F64) + 0.5) / 200)
     with torch.no_grad():
         worse = mean(diffusion(problem.process, problem, x, u, noise)).mean() + expected_ends(  # type: ignore[arg-type]
-            GaussianProblem(LinearLogSNR(-6.0, 3.0))
+            GaussianProblem(LinearLogSNRSchedule(-6.0, 3.0))
         )
     assert worse > best + 1e-3
 
@@ -133,11 +133,11 @@ def fixed_batch(dims: int = 3, count: int = 16) -> tuple[Tensor, Tensor, Tensor]
 
 def network(dims: int = 3, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
-    return randomised(MLP(dims, hidden=16, blocks=1, max_frequency=2.0), 0.1, seed)
+    return randomized(MLP(dims, hidden=16, blocks=1, max_frequency=2.0), 0.1, seed)
 
 
 @pytest.mark.parametrize("target", ["v", "eps", "x"])
-@pytest.mark.parametrize("schedule", [LinearLogSNR(-8.0, 4.0), learned()], ids=["linear", "learned"])
+@pytest.mark.parametrize("schedule", [LinearLogSNRSchedule(-8.0, 4.0), learned()], ids=["linear", "learned"])
 def test_identity_is_the_loss_of_variational_diffusion_models(schedule: Schedule, target: str) -> None:
     """An implementation of its own: gamma by autograd, noise prediction, expm1."""
     x, noise, u = fixed_batch()
@@ -165,15 +165,15 @@ def test_identity_is_the_loss_of_variational_diffusion_models(schedule: Schedule
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.7])
 def test_fine_steps_agree_with_the_continuous_integrand_for_networks(kind: type[Transform], eta: float) -> None:
     x, noise, u = fixed_batch()
-    process = ForwardProcess(LinearLogSNR(-6.0, 4.0), kind(network(seed=2)))  # type: ignore[call-arg]
-    randomised(process.transform, 0.1, 3)
+    process = ForwardProcess(LinearLogSNRSchedule(-6.0, 4.0), kind(network(seed=2)))  # type: ignore[call-arg]
+    randomized(process.transform, 0.1, 3)
     predictor, steps = Predictor(network(seed=4)), 100_000
     u = (torch.floor(u * steps) + 0.5) / steps
     fine = diffusion(process, predictor, x, u, noise, steps, eta)
     torch.testing.assert_close(fine, diffusion(process, predictor, x, u, noise, None, eta), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("schedule", [LinearLogSNR(-6.0, 0.5), FlowMatching(0.05, 0.1)], ids=["linear", "flow"])
+@pytest.mark.parametrize("schedule", [LinearLogSNRSchedule(-6.0, 0.5), FlowMatchingSchedule(0.05, 0.1)], ids=["linear", "flow"])
 def test_prior_and_reconstruction_are_those_of_torch_distributions(schedule: Schedule) -> None:
     x, noise, _ = fixed_batch(2)
     process = ForwardProcess(schedule, LinearTransform(start=SHEAR))
@@ -189,8 +189,8 @@ def test_prior_and_reconstruction_are_those_of_torch_distributions(schedule: Sch
 
 def test_the_prior_term_of_an_image_counts_every_pixel() -> None:
     x = torch.randn(2, 3, 4, 5, dtype=F64)
-    flat = prior_term(ForwardProcess(LinearLogSNR(-6.0, 1.0), Identity()), x.flatten(1))
-    torch.testing.assert_close(prior_term(ForwardProcess(LinearLogSNR(-6.0, 1.0), Identity()), x), flat)
+    flat = prior_term(ForwardProcess(LinearLogSNRSchedule(-6.0, 1.0), Identity()), x.flatten(1))
+    torch.testing.assert_close(prior_term(ForwardProcess(LinearLogSNRSchedule(-6.0, 1.0), Identity()), x), flat)
     sigma, alpha = math.sqrt(1 / (1 + math.exp(-1.0))), math.sqrt(1 / (1 + math.exp(1.0)))
     expected = 0.5 * (alpha**2 * (x**2).flatten(1).sum(1) + 60 * (sigma**2 - 1 - 2 * math.log(sigma)))
     torch.testing.assert_close(flat, expected)
@@ -201,7 +201,7 @@ def test_every_term_trains_what_it_depends_on(steps: int | None) -> None:
     torch.manual_seed(0)
     process = ForwardProcess(LearnedSchedule(-5.0, 2.0, learn_ends=True), GatedTransform(network()))
     process.double()
-    randomised(process.transform, 0.1)
+    randomized(process.transform, 0.1)
     predictor = Predictor(network(seed=7))
     x, noise, u = fixed_batch()
     ends, inside = process.schedule.start_and_log_range, process.schedule.log_height
@@ -223,7 +223,7 @@ def test_every_term_trains_what_it_depends_on(steps: int | None) -> None:
 
 def toy_model(**options: object) -> NDM:
     return NDM(
-        LinearLogSNR(-5.0, 3.0),
+        LinearLogSNRSchedule(-5.0, 3.0),
         NetworkTransform(network(2, 3)),
         Predictor(network(2, 4)),
         GaussianDecoder(),
@@ -248,17 +248,17 @@ def test_draws_are_unbiased_and_their_standard_error_covers(steps: int | None) -
     assert 0.85 < float(score.std()) < 1.2
 
 
-@pytest.mark.parametrize("times", [LowDiscrepancyTimes(), ImportanceTimes(bins=16)], ids=["low", "importance"])
+@pytest.mark.parametrize("times", [LowDiscrepancyTimeSampler(), ImportanceTimeSampler(bins=16)], ids=["low", "importance"])
 @pytest.mark.parametrize("steps", [None, 6])
 def test_every_time_sampler_estimates_the_same_bound(times: nn.Module, steps: int | None) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1, 2, dtype=F64, generator=generator).expand(2_000, 2)
-    model, plain = toy_model(times=times, steps=steps).train(), toy_model(times=UniformTimes(), steps=steps).eval()
+    model, plain = toy_model(time_sampler=times, steps=steps).train(), toy_model(time_sampler=UniformTimeSampler(), steps=steps).eval()
     with torch.no_grad():
         for _ in range(5):
             model.bound(x, generator=generator)
         model.eval()
-        if isinstance(times, ImportanceTimes):
+        if isinstance(times, ImportanceTimeSampler):
             assert float(times.density().std()) > 0.1, "the density must have been learned"
         means = [[m.bound(x, generator=generator).diffusion.mean() for _ in range(20)] for m in (model, plain)]
     a, b = (torch.stack(values) for values in means)
@@ -266,7 +266,7 @@ def test_every_time_sampler_estimates_the_same_bound(times: nn.Module, steps: in
 
 
 def test_a_uniform_model_of_bytes_costs_eight_bits() -> None:
-    model = NDM(LinearLogSNR(40.0, 41.0), Identity(), Predictor(network(12)), DiscretizedGaussian(256)).double().eval()
+    model = NDM(LinearLogSNRSchedule(40.0, 41.0), Identity(), Predictor(network(12)), DiscretizedGaussian(256)).double().eval()
     x = DiscretizedGaussian(256).values[torch.arange(24).reshape(2, 12) * 10]
     bound = model.bound(x, draws=2, generator=torch.Generator().manual_seed(0))
     bits = bits_per_dim(bound.total, 12)
@@ -285,7 +285,7 @@ def test_the_total_is_the_plain_sum() -> None:
 @pytest.mark.parametrize(("steps", "eta"), [(None, 0.0), (None, -1.0), (0, 1.0), (-3, 1.0), (None, math.nan)])
 def test_a_bound_that_is_infinite_or_empty_is_refused(steps: int | None, eta: float) -> None:
     x, noise, u = fixed_batch()
-    process = ForwardProcess(LinearLogSNR(), Identity())
+    process = ForwardProcess(LinearLogSNRSchedule(), Identity())
     with pytest.raises(UserError, match=r"eta|steps") as caught:
         diffusion(process, Predictor(network()), x, u, noise, steps, eta)
     assert "\n" not in str(caught.value)
@@ -297,7 +297,7 @@ def test_the_model_refuses_no_draws_and_no_steps(draws: int, steps: int | None) 
         toy_model().bound(torch.zeros(2, 2, dtype=F64), draws=draws, steps=steps)
 
 
-def chain_log_prob(problem: GaussianProblem, x: Tensor, steps: int, eta: float, scale: StepFunction | None) -> Tensor:
+def chain_log_prob(problem: GaussianProblem, x: Tensor, steps: int, eta: float, scale: PiecewiseConstant | None) -> Tensor:
     """log p(x) of the T-step model with the exact predictor: N(0, I) pushed through its affine steps and the Gaussian decoder."""
     mean, covariance = torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64)
     for i in range(steps, 0, -1):
@@ -309,11 +309,11 @@ def chain_log_prob(problem: GaussianProblem, x: Tensor, steps: int, eta: float, 
     return torch.distributions.MultivariateNormal(mean / level.alpha, covariance).log_prob(x)
 
 
-@pytest.mark.parametrize("scale", [None, StepFunction(torch.tensor([1.3, 1.1, 1.8, 1.2], dtype=F64))], ids=["v", "wide"])
+@pytest.mark.parametrize("scale", [None, PiecewiseConstant(torch.tensor([1.3, 1.1, 1.8, 1.2], dtype=F64))], ids=["v", "wide"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_importance_weighted_paths_rise_to_the_exact_likelihood_of_the_chain(transform: str, scale: StepFunction | None) -> None:
+def test_importance_weighted_paths_rise_to_the_exact_likelihood_of_the_chain(transform: str, scale: PiecewiseConstant | None) -> None:
     round_one = torch.tensor([[0.6, 0.2], [0.2, 0.5]], dtype=F64)  # a thin Gaussian would need too many paths
-    problem = GaussianProblem(LinearLogSNR(-1.0, 2.0), TRANSFORMS[transform](), covariance=round_one)
+    problem = GaussianProblem(LinearLogSNRSchedule(-1.0, 2.0), TRANSFORMS[transform](), covariance=round_one)
     steps, eta, rows = 4, 0.9, 80_000
     x = problem.draw(2, torch.Generator().manual_seed(0))
     exact = chain_log_prob(problem, x, steps, eta, scale)
@@ -330,7 +330,7 @@ def test_importance_weighted_paths_rise_to_the_exact_likelihood_of_the_chain(tra
 
 @pytest.mark.parametrize("eta", [1.0, 0.8])
 def test_one_path_estimates_the_discrete_bound(eta: float) -> None:
-    problem, steps = GaussianProblem(LinearLogSNR(-3.0, 4.0)), 3
+    problem, steps = GaussianProblem(LinearLogSNRSchedule(-3.0, 4.0)), 3
     x = problem.draw(40_000, torch.Generator().manual_seed(0))
     with torch.no_grad():
         weights = path_log_weight(problem.reverse, GaussianDecoder(), x, steps, torch.Generator().manual_seed(1), eta)  # type: ignore[arg-type]
@@ -347,11 +347,11 @@ def test_an_empty_batch_has_an_empty_bound(reverse: Reverse, steps: int | None) 
         network = UNet(channels=8, multiples=(1,), outputs=2 if separable else None)
         predictor = Predictor(UNet(channels=8, multiples=(1,), outputs=2 if reverse == "direct-score" else None))
         transform = SeparableTransform(network) if separable else NetworkTransform(network)
-        model = NDM(LinearLogSNR(-6.0, 4.0), transform, predictor, DiscretizedGaussian(256), steps=steps, reverse=reverse)
+        model = NDM(LinearLogSNRSchedule(-6.0, 4.0), transform, predictor, DiscretizedGaussian(256), steps=steps, reverse=reverse)
         nothing = torch.zeros(0, 1, 8, 8)
         with torch.no_grad():
             assert model.bound(nothing).total.shape == (0,)
-        for draws, source in ((None, None), (3, None), (3, ExampleNoise(0, [], 1))):
+        for draws, source in ((None, None), (3, None), (3, ExampleGenerators(0, [], 1))):
             bound = model.bound(nothing, draws=draws, generator=source)
             assert bound.total.shape == bound.loss.shape == (0,)
             bound.loss.sum().backward()

@@ -10,9 +10,9 @@ from ndm.export import to_diffusers
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import Predictor
-from ndm.reverse import Reverse
+from ndm.reverse import ReverseKind
 from ndm.sample import Ancestral
-from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import GatedTransform, Identity
 from oracles import F64, GaussianProblem, LinearTransform
 from test_reverse import ExactTarget
@@ -30,13 +30,8 @@ class GatedLinear(LinearTransform):
     def matrix(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return super().matrix(self.schedule(t).sigma ** 2)
 
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        slope = (2 * level.sigma * level.dsigma)[:, None]
-        return self(x, level), slope * (x @ self.tilt.T + self.offset)
-
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        matrix, offset = self.matrix(level.t)
-        return (matrix @ x[..., None])[..., 0] + offset
+    def rate(self, level: NoiseLevel) -> Tensor:
+        return 2 * level.sigma * level.dsigma
 
 
 def exact_model(problem: GaussianProblem) -> NDM:
@@ -54,7 +49,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 )
 def test_diffusers_draws_the_data_of_a_transformed_process(name: str, options: dict[str, str], steps: int) -> None:
     """F turns and shears in time, so the plain diffusion with E[x|z] in place of the target would not end in the data."""
-    schedule = LinearLogSNR(-7.0, 9.0)
+    schedule = LinearLogSNRSchedule(-7.0, 9.0)
     problem = GaussianProblem(schedule, GatedLinear(schedule))
     network, scheduler = to_diffusers(exact_model(problem), getattr(diffusers, name), 1000, **options)
     assert scheduler.config.prediction_type == "sample"
@@ -81,7 +76,7 @@ def test_diffusers_draws_the_data_of_a_transformed_process(name: str, options: d
 
 
 def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
-    problem = GaussianProblem(LinearLogSNR(-5.0, 4.0), LinearTransform())
+    problem = GaussianProblem(LinearLogSNRSchedule(-5.0, 4.0), LinearTransform())
     model = exact_model(problem)
     network, scheduler = to_diffusers(model, diffusers.DDPMScheduler, 100)
     z = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -103,8 +98,8 @@ def test_the_last_step_is_the_decoders_and_draws_are_of_the_evaluated_model() ->
     assert first.equal(second) and not first.requires_grad
 
 
-def make(reverse: Reverse, **options: object) -> NDM:
-    parts = {"schedule": LinearLogSNR(), "transform": GatedTransform(MLP(2, 8, 1)), "predictor": Predictor(MLP(2, 8, 1)), **options}
+def make(reverse: ReverseKind, **options: object) -> NDM:
+    parts = {"schedule": LinearLogSNRSchedule(), "transform": GatedTransform(MLP(2, 8, 1)), "predictor": Predictor(MLP(2, 8, 1)), **options}
     return NDM(**parts, decoder=GaussianDecoder(), reverse=reverse)  # type: ignore[arg-type]
 
 
@@ -112,7 +107,7 @@ def test_what_is_no_plain_diffusion_is_refused() -> None:
     for model, word in (
         (make("tied"), "reverse=direct"),
         (make("diffenc"), "reverse=direct"),
-        (make("direct", schedule=FlowMatching()), "variance preserving"),
+        (make("direct", schedule=FlowMatchingSchedule()), "variance preserving"),
         (make("direct", eta=0.7), "eta"),
     ):
         with pytest.raises(UserError, match=word):

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndm.decoder import GaussianDecoder
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP
-from ndm.predictor import Predictor
-from ndm.schedule import Cosine, DDPMLinear, FlowMatching, NoiseLevel, VariancePreserving
+from ndm.predictor import DataPredictor, Predictor
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearBetaSchedule, NoiseLevel, VariancePreserving
 from ndm.transform import Identity
-from oracles import F64, GaussianProblem, constant, diffusion, randomised
+from oracles import F64, GaussianProblem, constant, diffusion, randomized
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/family.md").read_text(encoding="utf-8")
@@ -30,10 +30,10 @@ def draw(count: int = 12, dims: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 def network() -> MLP:
     torch.manual_seed(1)
-    return randomised(MLP(3, hidden=16, blocks=1, max_frequency=2.0), 0.1)
+    return randomized(MLP(3, hidden=16, blocks=1, max_frequency=2.0), 0.1)
 
 
-@pytest.mark.parametrize("schedule", [DDPMLinear(), Cosine(-8.0, 5.0)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [LinearBetaSchedule(), CosineSchedule(-8.0, 5.0)], ids=["linear", "cosine"])
 def test_the_bound_is_ddpms_simple_loss_with_its_published_weight(schedule: VariancePreserving) -> None:
     """Ho et al. 2020, equations 12 and 14, in betas: beta²/(2 beta~ (1 - beta)(1 - abar)) ||eps - eps_theta||² for each of T steps."""
     x, noise, u = draw()
@@ -50,7 +50,7 @@ def test_the_bound_is_ddpms_simple_loss_with_its_published_weight(schedule: Vari
     torch.testing.assert_close(found, steps * weight * simple, rtol=1e-7, atol=0)
 
 
-FLOW = FlowMatching(0.02)
+FLOW = FlowMatchingSchedule(0.02)
 
 
 def test_the_drift_along_a_path_is_the_target_of_flow_matching() -> None:
@@ -88,7 +88,7 @@ def test_the_bound_is_the_loss_of_flow_matching_with_a_weight() -> None:
     torch.testing.assert_close(diffusion(process, predictor, x, t, noise), ((1 - t) / (0.02 + 0.98 * t)) * loss, rtol=1e-8, atol=0)
 
 
-class Point(nn.Module):
+class Point(DataPredictor):
     """The exact predictor of data that are a single point."""
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -96,7 +96,7 @@ class Point(nn.Module):
 
 
 def test_one_euler_step_of_flow_matching_reaches_a_point_exactly() -> None:
-    model = NDM(FLOW, Identity(), Point(), GaussianDecoder())  # type: ignore[arg-type]
+    model = NDM(FLOW, Identity(), Point(), GaussianDecoder())
     noise = torch.randn(4, 2, dtype=F64)
     process = model.reverse_process
     moved = noise - process.drift(noise, model.process.level(1.0, noise), 0.0)
@@ -108,7 +108,7 @@ def test_one_euler_step_of_flow_matching_reaches_a_point_exactly() -> None:
 
 
 def test_every_test_that_the_page_names_is_there() -> None:
-    names = re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGE)
+    names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
     assert len(names) > 15
     for file, name in names:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
@@ -126,8 +126,8 @@ def test_every_snippet_of_the_page_runs() -> None:
         scope.pop("model", None)
         exec(re.sub(r"steps=\d+", "steps=3", snippet), scope)
         assert scope["samples"].shape == scope["x"].shape, heading
-        if not isinstance(scope["levels"], GaussianDecoder):
-            scope["levels"].check(scope["samples"])  # raises unless every sample is on the grid
+        if not isinstance(scope["decoder"], GaussianDecoder):
+            scope["decoder"].check(scope["samples"])  # raises unless every sample is on the grid
         bound = scope["model"].bound(scope["x"])
         bound.loss.mean().backward()
         assert all(bool(term.isfinite().all()) for term in bound.terms().values()), heading

@@ -11,7 +11,7 @@ from ndm.errors import ForwardModeError
 from ndm.model import NDM
 from ndm.nn import FromDiffusers, UNet
 from ndm.predictor import Predictor
-from ndm.schedule import LinearLogSNR
+from ndm.schedule import LinearLogSNRSchedule
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 
 with warnings.catch_warnings():
@@ -45,7 +45,7 @@ def data(count: int = 4) -> Tensor:
 
 
 def model(transform: Transform, predictor: nn.Module, steps: int | None) -> NDM:
-    return NDM(LinearLogSNR(-5.0, 3.0), transform, Predictor(predictor), GaussianDecoder(), steps=steps)
+    return NDM(LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(predictor), GaussianDecoder(), steps=steps)
 
 
 def fixed_bound(ndm: NDM, x: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ def fixed_bound(ndm: NDM, x: Tensor) -> Tensor:
 def assert_learns(ndm: NDM, part: nn.Module, updates: int = 10) -> None:
     """Finite bound, gradients to every parameter of the part, steps of Adam lower the same estimate of the bound."""
     x = data()
-    optimiser = torch.optim.Adam(ndm.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(ndm.parameters(), lr=2e-3)
     before = fixed_bound(ndm, x)
     assert bool(before.isfinite())
     for _ in range(updates):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         fixed_bound(ndm, x).backward()
-        optimiser.step()
+        optimizer.step()
     gradients = {name: p.grad for name, p in part.named_parameters()}
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values()), [n for n, g in gradients.items() if g is None]
     assert sum(float(g.abs().max()) > 0 for g in gradients.values() if g is not None) > 0.9 * len(gradients)
@@ -101,9 +101,9 @@ def test_its_time_derivative_is_that_of_central_differences() -> None:
     """With a slow clock: diffusers embeds time in float32, too coarse for differences at a thousand steps."""
     transform = NetworkTransform(network("plain", 10.0)).double()
     with torch.no_grad():
-        assert transform.gain is not None
-        transform.gain.fill_(0.7)
-        x, t, schedule = data(3).double(), torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64), LinearLogSNR(-5.0, 3.0)
+        assert transform.displacement.gain is not None
+        transform.displacement.gain.fill_(0.7)
+        x, t, schedule = data(3).double(), torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64), LinearLogSNRSchedule(-5.0, 3.0)
         _, derivative = transform.with_derivative(x, schedule(t))
         expected = (transform(x, schedule(t + 1e-3)) - transform(x, schedule(t - 1e-3))) / 2e-3
     assert float((derivative - expected).abs().max()) < 1e-3 * float(expected.abs().max())

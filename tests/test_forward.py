@@ -12,7 +12,7 @@ from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import Ancestral
-from ndm.schedule import DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearBetaSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import Identity
 from oracles import F64, SHEAR, LinearTransform
 
@@ -20,7 +20,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from diffusers import DDIMScheduler, DDPMScheduler
 
-SCHEDULES: dict[str, Schedule] = {"linear": LinearLogSNR(-6.0, 4.0), "ddpm": DDPMLinear(), "flow": FlowMatching(0.01, 0.0)}
+SCHEDULES: dict[str, Schedule] = {
+    "linear": LinearLogSNRSchedule(-6.0, 4.0),
+    "ddpm": LinearBetaSchedule(),
+    "flow": FlowMatchingSchedule(0.01, 0.0),
+}
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 EARLY, LATE = torch.tensor([0.0, 0.1, 0.5, 0.85], dtype=F64), torch.tensor([0.1, 0.5, 0.55, 1.0], dtype=F64)
 
@@ -34,9 +38,9 @@ def setting(name: str) -> tuple[ForwardProcess, Tensor, NoiseLevel, NoiseLevel]:
 def pushed(process: ForwardProcess, x: Tensor, s: NoiseLevel, t: NoiseLevel, posterior: object) -> tuple[Tensor, Tensor]:
     """Mean and variance of z_s when z_t ~ q(z_t|x) goes through the affine posterior, read off at three points z."""
     at_t = process.marginal(x, t)
-    centre, ahead = posterior(at_t.mean), posterior(at_t.mean + 1.0)  # type: ignore[operator]
-    gain = ahead.mean - centre.mean
-    return centre.mean, gain**2 * at_t.std**2 + centre.std**2
+    center, ahead = posterior(at_t.mean), posterior(at_t.mean + 1.0)  # type: ignore[operator]
+    gain = ahead.mean - center.mean
+    return center.mean, gain**2 * at_t.std**2 + center.std**2
 
 
 @every_schedule
@@ -73,7 +77,7 @@ def test_marginal_is_alpha_f_and_sigma(name: str) -> None:
 
 def test_eta_one_is_the_posterior_of_ddpm() -> None:
     """Ho et al. 2020, equations 6 and 7, in betas."""
-    process = ForwardProcess(DDPMLinear(), Identity())
+    process = ForwardProcess(LinearBetaSchedule(), Identity())
     s, t = process.schedule(torch.tensor([0.2, 0.6], dtype=F64)), process.schedule(torch.tensor([0.25, 0.7], dtype=F64))
     before, after = (s.alpha**2)[:, None], (t.alpha**2)[:, None]
     beta = 1 - after / before
@@ -106,7 +110,7 @@ def test_close_steps_lose_nothing_in_single_precision(eta: float) -> None:
 
 def test_the_largest_eta_is_allowed_and_finite() -> None:
     """v = sigma_s² to the last digit of single precision: k = 0, and nothing may be NaN."""
-    s, t = LinearLogSNR(-6.0, 4.0)(torch.linspace(0, 0.9, 50)), LinearLogSNR(-6.0, 4.0)(torch.linspace(0, 0.9, 50) + 0.07)
+    s, t = LinearLogSNRSchedule(-6.0, 4.0)(torch.linspace(0, 0.9, 50)), LinearLogSNRSchedule(-6.0, 4.0)(torch.linspace(0, 0.9, 50) + 0.07)
     largest = (-torch.expm1(s.gamma - t.gamma)).rsqrt()
     for scale in (1 - 1e-7, 1.0, 1 + 2e-7):
         found = posterior_coefficients(s, t, scale * largest)
@@ -146,7 +150,7 @@ class Recorded(nn.Module):
 @pytest.mark.parametrize("eta", [None, 0.0, 0.5, 1.0])
 def test_steps_are_those_of_diffusers(target: str, eta: float | None) -> None:
     """None is DDPMScheduler, a number DDIMScheduler. Their index i is our t = i/T, so that even their step to 0 has our alpha_0."""
-    steps, schedule = 12, LinearLogSNR(-4.0, 3.0)
+    steps, schedule = 12, LinearLogSNRSchedule(-4.0, 3.0)
     grid = schedule(torch.arange(steps + 1, dtype=F64) / steps)
     kept = grid.alpha**2
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=F64), kept[:-1]])
@@ -188,11 +192,11 @@ def test_the_conditional_sde_has_the_marginals(name: str, eta: float) -> None:
         drift = process.drift(marginal.mean, x, level, eta)
         torch.testing.assert_close(drift, mean_slope, rtol=1e-6, atol=1e-6)
         rate = process.drift(marginal.mean + 1, x, level, eta) - drift
-    expected = 2 * rate[:, 0] * level.sigma**2 - process.diffusion(level, eta) ** 2
+    expected = 2 * rate[:, 0] * level.sigma**2 - level.diffusion(eta) ** 2
     torch.testing.assert_close(expected, variance_slope, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rate[:, 0], rate[:, 1])
     gamma_slope = (ahead.gamma - behind.gamma) / (2 * width)
-    torch.testing.assert_close(process.diffusion(level, eta) ** 2, eta**2 * level.sigma**2 * gamma_slope, rtol=1e-6, atol=0)
+    torch.testing.assert_close(level.diffusion(eta) ** 2, eta**2 * level.sigma**2 * gamma_slope, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 1.5])
@@ -203,7 +207,7 @@ def test_the_drift_is_the_limit_of_the_posterior(eta: float) -> None:
     z = torch.randn(4, 2, dtype=F64)
     posterior = process.posterior(z, x, process.schedule(t - h), level, eta)
     torch.testing.assert_close((z - posterior.mean) / h, process.drift(z, x, level, eta), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(posterior.std[:, 0] ** 2 / h, process.diffusion(level, eta) ** 2, rtol=1e-4, atol=0)
+    torch.testing.assert_close(posterior.std[:, 0] ** 2 / h, level.diffusion(eta) ** 2, rtol=1e-4, atol=0)
 
 
 def test_the_sde_is_refused_where_there_is_no_signal_and_the_ode_is_not() -> None:
@@ -220,7 +224,7 @@ def test_the_sde_is_refused_where_there_is_no_signal_and_the_ode_is_not() -> Non
 
 @pytest.mark.parametrize("event", [(), (1,), (2, 3, 3)])
 def test_events_of_any_shape_are_treated_dimension_by_dimension(event: tuple[int, ...]) -> None:
-    process = ForwardProcess(LinearLogSNR(-6.0, 4.0), Identity())
+    process = ForwardProcess(LinearLogSNRSchedule(-6.0, 4.0), Identity())
     x, z = torch.randn(2, 4, *event, dtype=F64)
     s, t = process.schedule(EARLY), process.schedule(LATE)
     flat = process.posterior(z.reshape(4, -1), x.reshape(4, -1), s, t, 0.5)

@@ -11,30 +11,31 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from ndm.apps.compress.chain import Chain, Plan
-from ndm.calibrate import best_scale
 from ndm.data import Digits
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation
-from ndm.likelihood import EXACT_UP_TO, OdeSettings
+from ndm.evaluation.calibrate import best_variance_ratio
+from ndm.evaluation.evaluate import Evaluation
 from ndm.model import NDM
 from ndm.nn import MLP, ConvDecoder, ConvEncoder, Dense, UNet
-from ndm.noise import ExampleNoise, standard_normal, uniform
+from ndm.ode import EXACT_UP_TO, OdeSettings
 from ndm.predictor import Predictor
+from ndm.random import ExampleGenerators, standard_normal, uniform
 from ndm.reverse import ReverseProcess
-from ndm.schedule import FlowMatching, LinearLogSNR, NoiseLevel, Schedule
-from ndm.times import StepFunction
-from ndm.train.run import check_data
+from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
+from ndm.time_sampling import PiecewiseConstant
+from ndm.train.config import RunParts
+from ndm.train.run import check_parts
 from ndm.train.settings import TrainSettings
 from ndm.transform import Encoder, Identity
 from ndm.viz import write_transform
-from oracles import F64, GaussianProblem, Points, constant, gaussian_kl, randomised
+from oracles import F64, GaussianProblem, Points, constant, gaussian_kl, randomized
 
 SCALE = 0.3
 """Standard deviation of the linear decoder."""
 SETTINGS = OdeSettings(rtol=1e-8, atol=1e-8, nodes=128, probes="exact")
-SCHEDULES = {"linear": LinearLogSNR(-4.0, 3.0), "flow": FlowMatching(0.1, 0.1)}
+SCHEDULES = {"linear": LinearLogSNRSchedule(-4.0, 3.0), "flow": FlowMatchingSchedule(0.1, 0.1)}
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
@@ -149,7 +150,7 @@ class Fixed(nn.Module):
         return self.output + 0 * m.sum()
 
 
-LEVEL = LinearLogSNR(-2.0, 3.0)(torch.zeros(4, dtype=F64))
+LEVEL = LinearLogSNRSchedule(-2.0, 3.0)(torch.zeros(4, dtype=F64))
 
 
 def test_a_decoder_network_gives_the_mean_of_its_base_distribution() -> None:
@@ -158,8 +159,8 @@ def test_a_decoder_network_gives_the_mean_of_its_base_distribution() -> None:
     mean, z = torch.randn(2, 4, 2, dtype=F64, generator=generator)
     decoder = NetworkDecoder(affine(torch.tensor([[2.0, 1.0], [0.5, -1.0], [0.3, 0.2]], dtype=F64)), GaussianDecoder(), 0.4).double()
     x = torch.randn(4, 3, dtype=F64, generator=generator)
-    centre = decoder.network(z / torch.sigmoid(torch.tensor(2.0, dtype=F64)).sqrt())
-    expected = torch.distributions.Normal(centre, 0.4).log_prob(x).sum(1)
+    center = decoder.network(z / torch.sigmoid(torch.tensor(2.0, dtype=F64)).sqrt())
+    expected = torch.distributions.Normal(center, 0.4).log_prob(x).sum(1)
     torch.testing.assert_close(decoder.log_prob(x, z, LEVEL), expected, rtol=1e-6, atol=1e-6)
     grid = [-1.0, -0.2, 0.1, 0.9]
     discrete = NetworkDecoder(Fixed(mean), DiscretizedGaussian(grid), 0.25)
@@ -177,7 +178,7 @@ def test_a_decoder_network_gives_the_mean_of_its_base_distribution() -> None:
 
 def test_samples_of_a_decoder_network_follow_its_probabilities() -> None:
     count = 20_000
-    level = LinearLogSNR(-2.0, 3.0)(torch.zeros(count, dtype=F64))
+    level = LinearLogSNRSchedule(-2.0, 3.0)(torch.zeros(count, dtype=F64))
     z, generator = torch.zeros(count, 1, dtype=F64), torch.Generator().manual_seed(0)
     drawn = NetworkDecoder(Fixed(torch.full((count, 1), 0.7, dtype=F64)), GaussianDecoder(), 0.5).sample(z, level, generator)
     assert drawn.mean().item() == pytest.approx(0.7, abs=0.015) and drawn.std().item() == pytest.approx(0.5, abs=0.01)
@@ -191,7 +192,7 @@ def test_samples_of_a_decoder_network_follow_its_probabilities() -> None:
 def digits_model(steps: int | None = None) -> NDM:
     torch.manual_seed(0)
     return NDM(
-        LinearLogSNR(-6.0, 4.0),
+        LinearLogSNRSchedule(-6.0, 4.0),
         Encoder(ConvEncoder(1, 2, 8, 2)),
         Predictor(UNet(2, 8, (1,))),
         NetworkDecoder(ConvDecoder(1, 2, 8, 2), DiscretizedGaussian(17)),
@@ -204,15 +205,15 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
     data = Digits()
     train, test = data.split("train"), data.split("test")
     model = digits_model()
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
     totals = []
     for _ in range(60):
         x = train.__getitems__(torch.randint(len(train), (64,), generator=generator).tolist())
         bound = model.bound(x)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         bound.loss.mean().backward()
-        optimiser.step()
+        optimizer.step()
         totals.append(float(bound.total.detach().mean()) / (64 * math.log(2)))
     assert sum(totals[-10:]) / 10 < 0.8 * sum(totals[:5]) / 5 and totals[-1] < 4.2  # a uniform model has log2(17) = 4.09
     for part in (model.transform, model.predictor, model.decoder):
@@ -226,22 +227,25 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
         DiscretizedGaussian(17).check(samples[0])  # raises unless every value is on the grid
     evaluation = Evaluation(back, test, limit=8, batch_size=4)
     nelbo, nll = evaluation.nelbo(draws=2), evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=1))
-    assert nelbo.values.shape == (8,) and nelbo.protocol["scale"] == "probability of integers, 17 levels"
+    assert nelbo.values.shape == (8,) and nelbo.protocol["scale"] == "probability of integers, 17 values"
     assert nelbo.dims == 64 and bool(nll.values.isfinite().all())
 
 
 def test_the_key_of_the_grid_is_named_where_it_is() -> None:
-    """Beneath the decoder network lies the base decoder that knows the levels."""
+    """Beneath the decoder network lies the base decoder that knows the values."""
     data, model = Digits(), digits_model()
     assert isinstance(model.decoder, NetworkDecoder)
     base = "model.decoder.init_args.base"
-    for decoder, key in ((DiscretizedGaussian(5), f"{base}.init_args.levels=17"), (GaussianDecoder(), f"{base}=ndm.DiscretizedGaussian")):
+    for decoder, key in (
+        (DiscretizedGaussian(5), f"{base}.init_args.num_values=17"),
+        (GaussianDecoder(), f"{base}=ndm.DiscretizedGaussian"),
+    ):
         latent = NDM(model.schedule, model.transform, model.predictor, NetworkDecoder(model.decoder.network, decoder), reverse="direct")
         with pytest.raises(UserError, match=f"{re.escape(key)}"):
-            check_data(latent, data, TrainSettings())
+            check_parts(RunParts(latent, data, TrainSettings()))
     plain = NDM(model.schedule, Identity(), model.predictor, DiscretizedGaussian(5))
-    with pytest.raises(UserError, match=r"set model\.decoder\.init_args\.levels=17"):
-        check_data(plain, data, TrainSettings())
+    with pytest.raises(UserError, match=r"set model\.decoder\.init_args\.num_values=17"):
+        check_parts(RunParts(plain, data, TrainSettings()))
 
 
 def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_head() -> None:
@@ -250,7 +254,7 @@ def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_h
     x = torch.randn(8, 5)
     for reverse, outputs in (("direct", None), ("direct-score", 2)):
         predictor = Predictor(MLP(2, 16, 1, outputs=outputs))
-        model = NDM(LinearLogSNR(-5.0, 3.0), parts[0], predictor, parts[1], steps=5, reverse=reverse)  # type: ignore[arg-type]
+        model = NDM(LinearLogSNRSchedule(-5.0, 3.0), parts[0], predictor, parts[1], steps=5, reverse=reverse)  # type: ignore[arg-type]
         model.bound(x).loss.mean().backward()
         assert model.sample((3, 5), method="ddim", seed=0).shape == (3, 5)
         assert model.noised(x, 0.5).shape == model.transformed(x, 0.2).shape == (8, 2)
@@ -260,23 +264,23 @@ def few_of_many(dims: int, steps: int | None = None) -> NDM:
     """Latents of 2 dimensions for data of many, with a predictor that is off."""
     torch.manual_seed(0)
     encoder, decoder = Dense([dims], [2], 16), NetworkDecoder(Dense([2], [dims], 16), GaussianDecoder())
-    predictor = Predictor(randomised(MLP(2, 16, 1), 0.3))
-    return NDM(LinearLogSNR(-5.0, 3.0), Encoder(encoder), predictor, decoder, steps=steps, reverse="direct").double()
+    predictor = Predictor(randomized(MLP(2, 16, 1), 0.3))
+    return NDM(LinearLogSNRSchedule(-5.0, 3.0), Encoder(encoder), predictor, decoder, steps=steps, reverse="direct").double()
 
 
 def test_the_fitted_variance_of_a_latent_model_is_at_the_minimum_of_the_bound() -> None:
     """r counts the dimensions of the latent: with those of the data, 40 here, it would stay near 1."""
     model, steps = few_of_many(40), 4
     data = Points(torch.randn(150, 40, dtype=F64, generator=torch.Generator().manual_seed(2)))
-    fitted = best_scale(model, data, steps)
-    source = ExampleNoise(0, range(len(data)), 20)  # the noise of the fit
+    fitted = best_variance_ratio(model, data, steps)
+    source = ExampleGenerators(0, range(len(data)), 20)  # the noise of the fit
     curve = model.process.curve(data.x)
     factors = torch.tensor([0.7, 0.9, 0.97, 1.0, 1.03, 1.1, 1.4], dtype=F64)
     with torch.no_grad():
         for part in range(steps):
             u = (part + uniform(data.x[:, 0], source)) / steps
             draw = Draw(u, standard_normal(curve.like, source))
-            scales = [StepFunction(factor * fitted.values) for factor in factors]
+            scales = [PiecewiseConstant(factor * fitted.values) for factor in factors]
             found = [diffusion_integrand(model.reverse_process, curve, draw, steps, 1.0, scale).bound.mean() for scale in scales]
             assert int(torch.stack(found).argmin()) == 3, f"step {part}"
     assert float(fitted.values.max()) > 1.5
@@ -304,7 +308,7 @@ class Shapeless(Decoder):
 
 
 def test_what_does_not_fit_a_latent_is_refused_in_one_line() -> None:
-    schedule, encoder, predictor = LinearLogSNR(-5.0, 3.0), Encoder(Dense([4], [2], 8)), Predictor(MLP(2, 8, 1))
+    schedule, encoder, predictor = LinearLogSNRSchedule(-5.0, 3.0), Encoder(Dense([4], [2], 8)), Predictor(MLP(2, 8, 1))
     decoder = NetworkDecoder(Dense([2], [4], 8), GaussianDecoder())
     model = NDM(schedule, encoder, predictor, decoder, reverse="direct")
     x = torch.randn(3, 4)
@@ -325,7 +329,7 @@ def test_what_does_not_fit_a_latent_is_refused_in_one_line() -> None:
         ),
         (lambda: NetworkDecoder(lambda m: m, GaussianDecoder()), "nn.Module"),
         (lambda: NetworkDecoder(nn.Linear(2, 3), decoder), "base is a NetworkDecoder"),
-        (lambda: NetworkDecoder(nn.Linear(2, 3), GaussianDecoder(), 0.0), "scale=0"),
+        (lambda: NetworkDecoder(nn.Linear(2, 3), GaussianDecoder(), 0.0), "std=0"),
         (lambda: Dense([4], [0]), r"outputs=\[0\]"),
         (lambda: ConvEncoder(1, 2, 8, 2)(torch.zeros(1, 1, 8, 6)), r"multiples of 4.*8, 6"),
         (lambda: ConvDecoder(1, 2, 8, 2)(torch.zeros(1, 1, 2, 2)), "latent_channels"),

@@ -10,28 +10,20 @@ from torch import Tensor, nn
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
-from ndm.likelihood import (
-    OdeSettings,
-    latent,
-    log_likelihood,
-    ode_log_prob,
-    quadrature,
-    round_trip_error,
-    trace_times,
-)
+from ndm.likelihood import latent, log_likelihood
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
-from ndm.noise import ExampleNoise
+from ndm.ode import OdeSettings, ode_log_prob, quadrature, round_trip_error, solve_ode, trace_times
 from ndm.predictor import Predictor
+from ndm.random import ExampleGenerators
 from ndm.reverse import ReverseProcess
-from ndm.sample import solve_ode
-from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearBetaSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
-from oracles import COVARIANCE, F64, MEAN, SHEAR, GaussianProblem, LinearTransform, MixtureProblem, randomised
+from oracles import COVARIANCE, F64, MEAN, SHEAR, GaussianProblem, LinearTransform, MixtureProblem, randomized
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
-    "linear": lambda: LinearLogSNR(-4.0, 25.0),  # no signal is left at t = 1: the prior is exact to 1e-10
-    "flow": lambda: FlowMatching(0.1, 0.0),
+    "linear": lambda: LinearLogSNRSchedule(-4.0, 25.0),  # no signal is left at t = 1: the prior is exact to 1e-10
+    "flow": lambda: FlowMatchingSchedule(0.1, 0.0),
 }
 TRANSFORMS: dict[str, Callable[[], LinearTransform]] = {"tilted": LinearTransform, "sheared": lambda: LinearTransform(start=SHEAR)}
 FINE = OdeSettings(rtol=1e-9, atol=1e-9, nodes=96, probes="exact")
@@ -56,7 +48,7 @@ def density(problem: MixtureProblem, z: Tensor, t: float = 0.0) -> Tensor:
 def test_exact_predictor_gives_the_exact_density(kind: Callable[..., MixtureProblem], schedule: str, transform: str) -> None:
     problem = kind(SCHEDULES[schedule](), TRANSFORMS[transform]())
     x = problem.draw(40, torch.Generator().manual_seed(0))
-    z, _ = latent(problem.process, GaussianDecoder(), x, "variational", ExampleNoise(0, range(40)))
+    z, _ = latent(problem.process, GaussianDecoder(), x, "variational", ExampleGenerators(0, range(40)))
     settings = OdeSettings(rtol=1e-7, atol=1e-7, nodes=128, probes="exact")
     found = ode_log_prob(problem.reverse, z.detach(), settings)
     prior = torch.distributions.Normal(0.0, 1.0).log_prob(found.z_1).sum(1)
@@ -67,7 +59,7 @@ def test_exact_predictor_gives_the_exact_density(kind: Callable[..., MixtureProb
 
 @pytest.mark.parametrize("solver", ["dopri8", "bosh3", "adaptive_heun", "rk4", "heun3", "heun2", "midpoint"])
 def test_every_solver_converges_to_the_same_density(solver: str) -> None:
-    problem = mixture(LinearLogSNR(-4.0, 12.0), LinearTransform())
+    problem = mixture(LinearLogSNRSchedule(-4.0, 12.0), LinearTransform())
     z = torch.linspace(-1, 1, 12, dtype=F64).reshape(6, 2)
     exact = ode_log_prob(problem.reverse, z, FINE).log_p
     errors = []
@@ -80,16 +72,16 @@ def test_every_solver_converges_to_the_same_density(solver: str) -> None:
 
 def network_process(dims: int, kind: type[Transform] | None = NetworkTransform, seed: int = 1) -> ReverseProcess:
     torch.manual_seed(seed)
-    networks = [randomised(MLP(dims, hidden=16, blocks=1, max_frequency=2.0), 0.15, seed + i) for i in range(2)]
-    transform = Identity() if kind is None else randomised(kind(networks[0]), 0.1, seed)  # type: ignore[call-arg]
-    return ReverseProcess(ForwardProcess(LinearLogSNR(-4.0, 3.0), transform), Predictor(networks[1]))
+    networks = [randomized(MLP(dims, hidden=16, blocks=1, max_frequency=2.0), 0.15, seed + i) for i in range(2)]
+    transform = Identity() if kind is None else randomized(kind(networks[0]), 0.1, seed)  # type: ignore[call-arg]
+    return ReverseProcess(ForwardProcess(LinearLogSNRSchedule(-4.0, 3.0), transform), Predictor(networks[1]))
 
 
 def image_process() -> ReverseProcess:
     torch.manual_seed(0)
     nets = [UNet(1, 8, (1,), attention=attention, max_frequency=2.0) for attention in (False, True)]
-    transform = randomised(GatedTransform(nets[0]), 0.05, 1)
-    return ReverseProcess(ForwardProcess(LinearLogSNR(-4.0, 3.0), transform), randomised(Predictor(nets[1]), 0.05, 2))
+    transform = randomized(GatedTransform(nets[0]), 0.05, 1)
+    return ReverseProcess(ForwardProcess(LinearLogSNRSchedule(-4.0, 3.0), transform), randomized(Predictor(nets[1]), 0.05, 2))
 
 
 def flow_log_det(reverse: ReverseProcess, z: Tensor, step: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -125,8 +117,8 @@ def test_images_against_the_jacobian_of_the_flow() -> None:
 def test_the_probes_of_an_example_do_not_depend_on_the_batch() -> None:
     reverse, z = network_process(20), torch.randn(90, 20, dtype=F64, generator=torch.Generator().manual_seed(3))
     settings = OdeSettings(solver="rk4", nodes=6, probes=3)
-    whole = ode_log_prob(reverse, z, settings, ExampleNoise(0, range(90))).log_p
-    parts = [ode_log_prob(reverse, z[i : i + 40], settings, ExampleNoise(0, range(i, min(i + 40, 90)))).log_p for i in (0, 40, 80)]
+    whole = ode_log_prob(reverse, z, settings, ExampleGenerators(0, range(90))).log_p
+    parts = [ode_log_prob(reverse, z[i : i + 40], settings, ExampleGenerators(0, range(i, min(i + 40, 90)))).log_p for i in (0, 40, 80)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-10)
 
 
@@ -138,7 +130,7 @@ def test_hutchinson_is_unbiased_and_its_variance_falls_with_the_probes(probe: st
     many, variance = z.expand(256, 1, 4, 4), []
     for probes in (1, 4):
         settings = OdeSettings(solver="rk4", nodes=8, probes=probes, probe=probe)  # type: ignore[arg-type]
-        found = ode_log_prob(reverse, many, settings, ExampleNoise(probes, range(256))).log_p
+        found = ode_log_prob(reverse, many, settings, ExampleGenerators(probes, range(256))).log_p
         assert float(found.std()) > 1e-2
         assert abs(float(found.mean() - exact)) < 4 * float(found.std()) / 16
         variance.append(float(found.var()))
@@ -148,7 +140,7 @@ def test_hutchinson_is_unbiased_and_its_variance_falls_with_the_probes(probe: st
 def test_the_cost_of_an_adaptive_solver_does_not_depend_on_the_probes() -> None:
     """A probe that the solver could see, or that changed at each call, would multiply its steps."""
     reverse, z = network_process(20), torch.randn(8, 20, dtype=F64, generator=torch.Generator().manual_seed(3))
-    source = ExampleNoise(0, range(8))
+    source = ExampleGenerators(0, range(8))
     counts = [ode_log_prob(reverse, z, OdeSettings(probes=probes), source).nfe for probes in ("exact", 1, 8)]  # type: ignore[arg-type]
     assert counts[0] == counts[1] == counts[2]
     assert counts[0] < 400
@@ -177,7 +169,11 @@ class GridPredictor(nn.Module):
         return (torch.softmax(exponent, -1) * self.values).sum(-1)
 
 
-@pytest.mark.parametrize("schedule", [DDPMLinear(), Cosine(), FlowMatching(), LinearLogSNR()], ids=["ddpm", "cosine", "flow", "linear"])
+@pytest.mark.parametrize(
+    "schedule",
+    [LinearBetaSchedule(), CosineSchedule(), FlowMatchingSchedule(), LinearLogSNRSchedule()],
+    ids=["ddpm", "cosine", "flow", "linear"],
+)
 def test_the_default_settings_resolve_steep_schedules(schedule: Schedule) -> None:
     decoder = DiscretizedGaussian(17)
     x = decoder.values[torch.randint(17, (40, 1), generator=torch.Generator().manual_seed(0))]
@@ -187,7 +183,9 @@ def test_the_default_settings_resolve_steep_schedules(schedule: Schedule) -> Non
     assert float((found.log_p - found.coarse_log_weights.logsumexp(1) + math.log(2)).mean()) == pytest.approx(0, abs=0.03)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), FlowMatching(), LinearLogSNR(-6.0, 25.0)], ids=["cosine", "flow", "linear"])
+@pytest.mark.parametrize(
+    "schedule", [CosineSchedule(), FlowMatchingSchedule(), LinearLogSNRSchedule(-6.0, 25.0)], ids=["cosine", "flow", "linear"]
+)
 def test_the_times_of_the_trace_integrate_over_t_and_are_nested(schedule: Schedule) -> None:
     process = ForwardProcess(schedule, Identity())
     times, weights = trace_times(process, 64)
@@ -199,7 +197,7 @@ def test_the_times_of_the_trace_integrate_over_t_and_are_nested(schedule: Schedu
 
 
 def test_the_tolerance_holds_for_a_hard_example_among_many_easy_ones() -> None:
-    problem = mixture(LinearLogSNR(-8.0, 12.0), LinearTransform())
+    problem = mixture(LinearLogSNRSchedule(-8.0, 12.0), LinearTransform())
     hard = torch.tensor([[6.0, -7.0]], dtype=F64)
     easy = torch.zeros(400, 2, dtype=F64)
     settings = OdeSettings(rtol=1e-5, atol=1e-5, probes="exact", nodes=8)
@@ -220,7 +218,7 @@ def decoder_density(problem: MixtureProblem, x: Tensor) -> Tensor:
 
 
 def test_importance_weighted_likelihood_rises_to_the_exact_one() -> None:
-    problem = mixture(LinearLogSNR(-1.0, 25.0), LinearTransform())
+    problem = mixture(LinearLogSNRSchedule(-1.0, 25.0), LinearTransform())
     x = problem.draw(3, torch.Generator().manual_seed(0))
     exact, rows = decoder_density(problem, x), 1024
     settings = OdeSettings(solver="rk4", nodes=64, probes="exact")
@@ -251,8 +249,8 @@ def test_samples_in_the_record_are_those_of_separate_rows() -> None:
 @pytest.mark.parametrize("grid", [[-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0], [-4.0, -1.5, -1.0, 0.25, 0.5, 2.0, 4.0]])
 def test_probabilities_of_all_values_of_a_grid_add_up_to_one(how: str, grid: list[float]) -> None:
     torch.manual_seed(0)
-    network = randomised(MLP(1, hidden=16, blocks=1, max_frequency=2.0), 0.2, 5)
-    process = ForwardProcess(LinearLogSNR(-1.5, 4.0), randomised(GatedTransform(MLP(1, 8, 1, max_frequency=2.0)), 0.1, 3))
+    network = randomized(MLP(1, hidden=16, blocks=1, max_frequency=2.0), 0.2, 5)
+    process = ForwardProcess(LinearLogSNRSchedule(-1.5, 4.0), randomized(GatedTransform(MLP(1, 8, 1, max_frequency=2.0)), 0.1, 3))
     decoder, rows = DiscretizedGaussian(grid), 3000
     x = decoder.values.repeat_interleave(rows)[:, None]
     settings = OdeSettings(solver="rk4", nodes=20, probes="exact")
@@ -273,7 +271,7 @@ def test_probabilities_of_all_values_of_a_grid_add_up_to_one(how: str, grid: lis
 def test_for_an_identity_at_zero_the_decoder_only_rescales() -> None:
     reverse, x = network_process(3), torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     level = reverse.process.level(0.0, x)
-    z, ratio = latent(reverse.process, GaussianDecoder(), x, "variational", ExampleNoise(0, range(6)))
+    z, ratio = latent(reverse.process, GaussianDecoder(), x, "variational", ExampleGenerators(0, range(6)))
     torch.testing.assert_close(ratio, 3 * torch.log(level.alpha))
     plain, same = latent(reverse.process, GaussianDecoder(), x, "none")
     torch.testing.assert_close(plain, level.alpha[:, None] * x)
@@ -282,9 +280,9 @@ def test_for_an_identity_at_zero_the_decoder_only_rescales() -> None:
 
 
 def test_the_variational_latent_is_that_of_the_forward_process() -> None:
-    process = ForwardProcess(LinearLogSNR(-1.0, 4.0), LinearTransform(start=SHEAR))
+    process = ForwardProcess(LinearLogSNRSchedule(-1.0, 4.0), LinearTransform(start=SHEAR))
     x = MEAN.expand(4000, 2)
-    z, ratio = latent(process, GaussianDecoder(), x, "variational", ExampleNoise(0, range(4000)))
+    z, ratio = latent(process, GaussianDecoder(), x, "variational", ExampleGenerators(0, range(4000)))
     level = process.schedule(torch.zeros(1, dtype=F64))
     q = torch.distributions.Normal(level.alpha * (SHEAR @ MEAN), level.sigma)
     assert bool(((z.mean(0) - q.mean).abs() < 4 * q.stddev / math.sqrt(4000)).all())
@@ -301,9 +299,9 @@ def test_uniform_noise_fills_the_bins_and_counts_their_widths() -> None:
     low, width = DiscretizedGaussian(256).bins(DiscretizedGaussian(256).values[None])
     torch.testing.assert_close(width, torch.full((1, 256), 2 / 256, dtype=F64))
     assert float(low[0, 0]) == pytest.approx(-1.0)
-    process = ForwardProcess(LinearLogSNR(0.0, 4.0), Identity())
+    process = ForwardProcess(LinearLogSNRSchedule(0.0, 4.0), Identity())
     x = torch.tensor([[1.5, 4.0]], dtype=F64).expand(2000, 2)
-    z, ratio = latent(process, decoder, x, "uniform", ExampleNoise(0, range(2000)))
+    z, ratio = latent(process, decoder, x, "uniform", ExampleGenerators(0, range(2000)))
     alpha = math.sqrt(0.5)
     assert float(ratio[0]) == pytest.approx(2 * math.log(alpha) + math.log(1.5 * 2.5))
     y = z / alpha
@@ -320,7 +318,9 @@ def test_the_ode_is_reversible_within_its_tolerance() -> None:
 
 def test_the_model_answers_and_is_left_as_it_was() -> None:
     torch.manual_seed(0)
-    model = NDM(LinearLogSNR(-5.0, 3.0), NetworkTransform(MLP(2, 8, 1)), Predictor(MLP(2, 8, 1)), GaussianDecoder()).double().train()
+    model = (
+        NDM(LinearLogSNRSchedule(-5.0, 3.0), NetworkTransform(MLP(2, 8, 1)), Predictor(MLP(2, 8, 1)), GaussianDecoder()).double().train()
+    )
     x = torch.randn(4, 2, dtype=F64)
     found = model.log_likelihood(x, seed=3)
     assert found.log_p.shape == (4,)
@@ -331,7 +331,7 @@ def test_the_model_answers_and_is_left_as_it_was() -> None:
 
 
 def test_tolerances_out_of_reach_are_one_clear_line() -> None:
-    problem = GaussianProblem(LinearLogSNR(-8.0, 12.0))
+    problem = GaussianProblem(LinearLogSNRSchedule(-8.0, 12.0))
     z = torch.randn(2, 2, dtype=F64) * math.nan
     with pytest.raises(UserError, match="raise the tolerances") as caught:
         ode_log_prob(problem.reverse, z, OdeSettings(rtol=1e-12, atol=1e-12))
@@ -358,7 +358,7 @@ def test_settings_out_of_range_are_refused(options: dict[str, object]) -> None:
 
 
 def test_ways_that_do_not_fit_the_data_are_refused() -> None:
-    process, x = ForwardProcess(LinearLogSNR(), Identity()), torch.zeros(1, 2)
+    process, x = ForwardProcess(LinearLogSNRSchedule(), Identity()), torch.zeros(1, 2)
     with pytest.raises(UserError, match="none"):
         latent(process, DiscretizedGaussian(3), x, "none")
     with pytest.raises(UserError, match="uniform"):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ndm.autodiff.forward_mode import time_derivative
 from ndm.errors import UserError
-from ndm.forward_mode import time_derivative
 from ndm.nn import MLP, Attention, DiT, FourierFeatures, FromDiffusers, TimeEmbedding, UNet
 from ndm.nn.fused import norm_silu
 from ndm.nn.layers import ChannelNorm, LayerNorm, channel_norm, group_norm
-from oracles import F64, randomised
+from oracles import F64, randomized
 
 
 def seeded(*shape: int) -> Tensor:
@@ -20,7 +20,7 @@ def seeded(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(("channels", "groups"), [(8, 1), (16, 2), (12, 2), (7, 1), (11, 11), (24, 3)])
 def test_group_norm_has_few_even_groups(channels: int, groups: int) -> None:
-    norm, x = randomised(group_norm(channels), 0.5), 3 * seeded(4, channels, 5, 3) + 0.5
+    norm, x = randomized(group_norm(channels), 0.5), 3 * seeded(4, channels, 5, 3) + 0.5
     torch.testing.assert_close(norm(x), nn.functional.group_norm(x, groups, norm.weight, norm.bias))
 
 
@@ -49,7 +49,7 @@ def test_time_embedding_has_the_stated_band_of_frequencies() -> None:
 
 @pytest.mark.parametrize(("channels", "heads"), [(8, 1), (64, 2)])
 def test_attention_is_the_softmax_formula(channels: int, heads: int) -> None:
-    layer = randomised(Attention(channels), 0.3)
+    layer = randomized(Attention(channels), 0.3)
     x = seeded(2, channels, 3, 2)
     normed = nn.functional.group_norm(x, channels // 8, layer.norm.weight, layer.norm.bias).flatten(2)
     weight, bias = layer.qkv.weight[..., 0, 0], layer.qkv.bias[:, None]
@@ -68,19 +68,19 @@ def test_attention_is_the_softmax_formula(channels: int, heads: int) -> None:
 
 def unet(**options: object) -> UNet:
     torch.manual_seed(0)
-    return randomised(UNet(2, 8, (1, 2), attention=(False, True), fourier=(0, 2), **options), 0.1)  # type: ignore[arg-type]
+    return randomized(UNet(2, 8, (1, 2), attention=(False, True), fourier=(0, 2), **options), 0.1)  # type: ignore[arg-type]
 
 
 def dit(**options: object) -> DiT:
     torch.manual_seed(0)
-    return randomised(DiT(2, 2, 8, 2, 2, fourier=(0,), **options), 0.2)  # type: ignore[arg-type]
+    return randomized(DiT(2, 2, 8, 2, 2, fourier=(0,), **options), 0.2)  # type: ignore[arg-type]
 
 
 NETWORKS = {
     "unet": (unet, (2, 7, 9)),
     "unet, channel norm": (lambda: unet(norm="channel"), (2, 7, 9)),
     "dit": (dit, (2, 4, 6)),
-    "mlp": (lambda: randomised(MLP(6, 16, 2, fourier=(1,)), 0.1), (6,)),
+    "mlp": (lambda: randomized(MLP(6, 16, 2, fourier=(1,)), 0.1), (6,)),
 }
 
 
@@ -170,21 +170,21 @@ def test_the_transformer_starts_as_a_linear_map_of_each_patch_and_its_time_deriv
 def test_norms_as_plain_formulas_are_those_of_pytorch(dtype: torch.dtype) -> None:
     """Nearly constant groups far from zero included, where a variance from squares would have no digits."""
     x = seeded(3, 8, 5, 3) * torch.tensor([1e-3, 1.0, 30.0], dtype=F64).reshape(3, 1, 1, 1) + 50
-    norm = randomised(nn.GroupNorm(2, 8), 0.5)
+    norm = randomized(nn.GroupNorm(2, 8), 0.5)
     expected = norm(x)
     found = channel_norm(x.to(dtype), 2, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
     rounding = float(torch.finfo(dtype).eps) * 50 / 3e-3  # of x over the smallest deviation, that of eps
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=20 * rounding)
     by_channel = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(ChannelNorm()(x.to(dtype)).double(), by_channel, rtol=10 * float(torch.finfo(dtype).eps), atol=0)
-    layer = randomised(LayerNorm(5), 0.5)
+    layer = randomized(LayerNorm(5), 0.5)
     with torch.no_grad():
         plain = layer(x.mT)
         torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x.mT), plain)
 
 
 def test_mlp_flattens_events() -> None:
-    net, x, t = randomised(MLP(12, 16, 1), 0.1), seeded(3, 3, 2, 2), torch.rand(3, dtype=F64)
+    net, x, t = randomized(MLP(12, 16, 1), 0.1), seeded(3, 3, 2, 2), torch.rand(3, dtype=F64)
     torch.testing.assert_close(net(x, t), net(x.flatten(1), t).reshape(x.shape))
 
 
@@ -253,7 +253,7 @@ def test_norm_and_silu_in_one_are_those_in_turn(modulated: bool, monkeypatch: py
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norm_and_silu_of_half_precision_round_the_result_alone(smallest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndm.nn.fused.SMALLEST", smallest)
-    norm, generator = randomised(nn.GroupNorm(2, 8), 0.5).float(), torch.Generator().manual_seed(0)
+    norm, generator = randomized(nn.GroupNorm(2, 8), 0.5).float(), torch.Generator().manual_seed(0)
     x = (3 * torch.randn(3, 8, 5, 4, generator=generator) + 4).to(memory_format=torch.channels_last)
     x = x.to(dtype).requires_grad_()
     scale, shift = (torch.randn(3, 8, generator=generator).to(dtype).requires_grad_() for _ in range(2))
@@ -277,7 +277,7 @@ def test_norm_and_silu_of_half_precision_round_the_result_alone(smallest: int, d
 @pytest.mark.parametrize("last", [False, True])
 def test_norm_and_silu_learn_where_their_input_does_not(smallest: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndm.nn.fused.SMALLEST", smallest)
-    norm, x = randomised(nn.GroupNorm(2, 8), 0.5), seeded(3, 8, 5, 4)
+    norm, x = randomized(nn.GroupNorm(2, 8), 0.5), seeded(3, 8, 5, 4)
     x = x.to(memory_format=torch.channels_last) if last else x
     found = torch.autograd.grad((norm_silu(norm, x) * x.flip(0)).sum(), list(norm.parameters()))
     inner = nn.functional.group_norm(x.contiguous(), 2, norm.weight, norm.bias)
@@ -289,7 +289,7 @@ def test_norm_and_silu_learn_where_their_input_does_not(smallest: int, last: boo
 def test_a_network_held_in_half_precision_is_that_of_float32_but_for_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndm.nn.fused.SMALLEST", 0)
     torch.manual_seed(0)
-    network = randomised(UNet(1, 8, (1, 2), attention=True), 0.1).to(dtype)
+    network = randomized(UNet(1, 8, (1, 2), attention=True), 0.1).to(dtype)
     x, t = seeded(2, 1, 8, 8).to(dtype), torch.tensor([0.25, 0.5], dtype=dtype)
     found = network(x, t)
     found.float().sum().backward()
@@ -305,7 +305,7 @@ def test_attention_of_half_precision_is_that_of_float32_but_for_rounding(monkeyp
     monkeypatch.setattr(
         "torch.nn.functional.scaled_dot_product_attention", lambda *qkv: (seen.extend(part.dtype for part in qkv), attend(*qkv))[1]
     )
-    layer, x = randomised(Attention(32), 0.3).float(), seeded(2, 32, 4, 3).float()
+    layer, x = randomized(Attention(32), 0.3).float(), seeded(2, 32, 4, 3).float()
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x.bfloat16())
     expected = layer(x).detach()

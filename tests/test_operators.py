@@ -12,13 +12,13 @@ from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
-from ndm.likelihood import OdeSettings, ode_log_prob
 from ndm.model import NDM
 from ndm.nn import UNet
+from ndm.ode import OdeSettings, ode_log_prob
 from ndm.operators import Blur, Downsample, FadingMask, cosines
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
-from ndm.schedule import Cosine, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import CosineSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import Transform
 from oracles import F64, gaussian_kl
 
@@ -28,7 +28,7 @@ OPERATORS: dict[str, Callable[[], Transform]] = {
     "downsample": lambda: Downsample((0.4, 0.75)),
 }
 every_operator = pytest.mark.parametrize("name", OPERATORS)
-SCHEDULE = LinearLogSNR(-4.0, 3.0)
+SCHEDULE = LinearLogSNRSchedule(-4.0, 3.0)
 TIMES = torch.tensor([0.0, 0.13, 0.5, 0.72, 1.0], dtype=F64)
 
 
@@ -40,7 +40,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 def test_blur_is_the_published_one_by_scipys_cosine_transform(event: tuple[int, ...]) -> None:
     """Hoogeboom & Salimans 2023, appendix: scaling = exp(-lambda tau) (1 - min_scale) + min_scale, alpha = a_t scaling."""
     sigma_max, d_min = 3.0, 0.02
-    process = ForwardProcess(Cosine(-6.0, 4.0), Blur(sigma_max, d_min))
+    process = ForwardProcess(CosineSchedule(-6.0, 4.0), Blur(sigma_max, d_min))
     x = images(5, *event)
     marginal = process.marginal(x, process.schedule(TIMES))
     for row, t in enumerate(TIMES.tolist()):
@@ -203,7 +203,7 @@ def test_the_soft_score_is_that_of_the_marginal(name: str) -> None:
 
 @every_operator
 def test_the_ode_has_the_density_of_the_forward_process(name: str) -> None:
-    problem = Problem(LinearLogSNR(-3.0, 20.0), OPERATORS[name]())  # no signal is left at t = 1
+    problem = Problem(LinearLogSNRSchedule(-3.0, 20.0), OPERATORS[name]())  # no signal is left at t = 1
     z = images(3, 4, 4, seed=3)
     found = ode_log_prob(problem.reverse, z, OdeSettings(rtol=1e-6, atol=1e-6, nodes=64 if name != "downsample" else 512, probes="exact"))
     mean, covariance = problem.latent(torch.zeros(1, dtype=F64))
@@ -250,7 +250,7 @@ def test_the_bound_of_the_exact_predictor_is_its_closed_form(name: str) -> None:
 @every_operator
 def test_a_process_of_it_trains_and_samples(name: str) -> None:
     torch.manual_seed(0)
-    model = NDM(LinearLogSNR(-5.0, 4.0), OPERATORS[name](), Predictor(UNet(1, 8, (1,))), GaussianDecoder())
+    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), OPERATORS[name](), Predictor(UNet(1, 8, (1,))), GaussianDecoder())
     x = torch.randn(4, 1, 8, 12)
     for steps in (None, 10):
         bound = model.bound(x, steps=steps)

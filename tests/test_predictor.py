@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import ndm
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation
+from ndm.evaluation.evaluate import Evaluation
 from ndm.predictor import Predictor
-from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from oracles import F64, Constant, Points
 
 TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
@@ -24,7 +24,9 @@ TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
 @pytest.mark.parametrize("event", [(), (3,), (2, 3, 4)])
 @pytest.mark.parametrize("target", TRUE)
 @pytest.mark.parametrize(
-    "schedule", [LinearLogSNR(-8.0, 6.0), Cosine(-8.0, 6.0), FlowMatching(0.01, 0.02)], ids=["linear", "cosine", "flow"]
+    "schedule",
+    [LinearLogSNRSchedule(-8.0, 6.0), CosineSchedule(-8.0, 6.0), FlowMatchingSchedule(0.01, 0.02)],
+    ids=["linear", "cosine", "flow"],
 )
 def test_the_true_output_gives_the_data_back(schedule: Schedule, target: str, event: tuple[int, ...]) -> None:
     x, noise = torch.randn(2, 9, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -38,27 +40,30 @@ def test_the_true_output_gives_the_data_back(schedule: Schedule, target: str, ev
 
 def test_errors_of_the_network_reach_the_prediction_with_the_right_gain() -> None:
     """d x̂/d output is -sigma, -sigma/alpha and 1 on a variance-preserving schedule."""
-    level, z = LinearLogSNR(-8.0, 6.0)(torch.linspace(0, 1, 5, dtype=F64)), torch.zeros(5, 1, dtype=F64)
+    level, z = LinearLogSNRSchedule(-8.0, 6.0)(torch.linspace(0, 1, 5, dtype=F64)), torch.zeros(5, 1, dtype=F64)
     gains = {"v": -level.sigma, "eps": -level.sigma / level.alpha, "x": torch.ones(5, dtype=F64)}
     for target, gain in gains.items():
         torch.testing.assert_close(Predictor(Constant(torch.ones(5, 1, dtype=F64)), target)(z, level)[:, 0], gain)  # type: ignore[arg-type]
 
 
 def test_half_precision_output_is_returned_in_the_precision_of_z() -> None:
-    level = LinearLogSNR()(torch.rand(2))
+    level = LinearLogSNRSchedule()(torch.rand(2))
     guess = Predictor(Constant(torch.ones(2, 3, dtype=torch.bfloat16)), "v")(torch.zeros(2, 3), level)
     assert guess.dtype == torch.float32
     torch.testing.assert_close(guess, -level.sigma[:, None].expand(2, 3))
 
 
 def test_wrong_targets_networks_and_shapes_are_refused_in_one_line() -> None:
-    level, z = LinearLogSNR()(torch.rand(2)), torch.zeros(2, 3)
+    level, z = LinearLogSNRSchedule()(torch.rand(2)), torch.zeros(2, 3)
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: Predictor(Constant(z), "score"), "'score'.*v, eps, x"),  # type: ignore[arg-type]
         (lambda: Predictor(lambda z, t: z), "nn.Module"),  # type: ignore[arg-type]
         (lambda: Predictor(Constant(torch.zeros(2, 1)))(z, level), r"\(2, 3\) to \(2, 1\)"),
         (lambda: Predictor(Constant((z,)))(z, level), "tuple.*FromDiffusers"),
-        (lambda: Predictor(Constant(z), "eps")(z, FlowMatching()(torch.ones(2))), "alpha"),
+        (
+            lambda: ndm.NDM(FlowMatchingSchedule(), ndm.Identity(), Predictor(Constant(z), "eps"), ndm.GaussianDecoder()),
+            "alpha.*target='v'",
+        ),
     ]
     for call, pattern in cases:
         with pytest.raises(UserError, match=pattern) as caught:
@@ -68,7 +73,7 @@ def test_wrong_targets_networks_and_shapes_are_refused_in_one_line() -> None:
 
 @pytest.mark.parametrize("target", ["v", "x"])
 def test_no_signal_at_the_end_is_fine_for_v_and_x(target: str) -> None:
-    guess = Predictor(Constant(torch.full((2, 3), 0.5)), target)(torch.ones(2, 3), FlowMatching()(torch.ones(2)))  # type: ignore[arg-type]
+    guess = Predictor(Constant(torch.full((2, 3), 0.5)), target)(torch.ones(2, 3), FlowMatchingSchedule()(torch.ones(2)))  # type: ignore[arg-type]
     assert torch.equal(guess, torch.full((2, 3), {"v": -0.5, "x": 0.5}[target]))
 
 
@@ -88,8 +93,8 @@ class GaussianPrediction(nn.Module):
 def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> None:
     """With s many spacings wide, the posterior mean of the quantised value is the rounded one of the Gaussian; without rounding the same network pays
     for every digit that it does not see."""
-    levels, s, schedule = 64, 0.2, LinearLogSNR(-12.0, 5.0)
-    values = ndm.DiscretizedGaussian(levels).values
+    num_values, s, schedule = 64, 0.2, LinearLogSNRSchedule(-12.0, 5.0)
+    values = ndm.DiscretizedGaussian(num_values).values
     log_p = torch.log_softmax(-0.5 * (values / s) ** 2, 0)
     entropy = -float((log_p.exp() * log_p).sum())
     counts = (log_p.exp() * 4000).round().long()
@@ -97,18 +102,18 @@ def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> 
 
     def nelbo(rounding: int | None) -> float:
         predictor = Predictor(GaussianPrediction(schedule, s), "v", rounding)
-        model = ndm.NDM(schedule, ndm.Identity(), predictor, ndm.DiscretizedGaussian(levels))
+        model = ndm.NDM(schedule, ndm.Identity(), predictor, ndm.DiscretizedGaussian(num_values))
         found = Evaluation(model, Points(x)).nelbo(None, 64)
         assert found.stderr < 0.03
         return found.nats
 
     prior = 0.5 * s**2 * math.exp(-5.0)  # what is left of the signal at t = 1
-    assert nelbo(levels) == pytest.approx(entropy + prior, abs=0.06)
+    assert nelbo(num_values) == pytest.approx(entropy + prior, abs=0.06)
     assert nelbo(None) > entropy + 0.3
 
 
 def test_rounding_to_another_grid_than_that_of_the_data_is_refused() -> None:
-    network, parts = Constant(torch.zeros(2, 3)), (LinearLogSNR(), ndm.Identity())
+    network, parts = Constant(torch.zeros(2, 3)), (LinearLogSNRSchedule(), ndm.Identity())
     ndm.NDM(*parts, Predictor(network, "v", 17), ndm.DiscretizedGaussian(17))
     cases: list[Callable[[], object]] = [
         lambda: ndm.NDM(*parts, Predictor(network, "v", 17), ndm.DiscretizedGaussian(16)),
@@ -117,5 +122,5 @@ def test_rounding_to_another_grid_than_that_of_the_data_is_refused() -> None:
         lambda: Predictor(network, "v", 1),
     ]
     for call in cases:
-        with pytest.raises(UserError, match="levels="):
+        with pytest.raises(UserError, match="num_values="):
             call()

@@ -60,7 +60,7 @@ def test_fid_of_gaussian_clouds_is_their_wasserstein_distance() -> None:
     assert generated.abs().max() < 1
     found = sample_quality(real.float(), generated.float(), FLAT)
     assert found.fid == pytest.approx(frechet(MEANS[0], COVARIANCES[0], MEANS[1], COVARIANCES[1]), rel=1e-5)
-    assert (found.real_images, found.generated_images, found.neighbour_images, found.dims) == (300, 340, 300, 4)
+    assert (found.real_images, found.generated_images, found.neighbor_images, found.dims) == (300, 340, 300, 4)
     assert (found.features, found.features_sha256) == ("the pixels", "0" * 64)
 
 
@@ -99,8 +99,8 @@ def test_kid_is_an_unbiased_estimate_of_its_closed_form(other: tuple[float, floa
 def test_precision_and_recall_counted_by_hand() -> None:
     """Radii of the real ones: 1, 1, 1, 8; of the generated ones: 4.5, 4.5, 1, 1."""
     real, generated = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([[0.5], [5.0], [20.0], [21.0]])
-    assert precision_recall(real, generated, neighbours=1) == (0.5, 0.75)
-    assert precision_recall(generated, real, neighbours=1) == (0.75, 0.5)
+    assert precision_recall(real, generated, neighbors=1) == (0.5, 0.75)
+    assert precision_recall(generated, real, neighbors=1) == (0.75, 0.5)
 
 
 def test_precision_and_recall_of_modes_missed_and_modes_invented() -> None:
@@ -134,8 +134,8 @@ def test_numbers_that_do_not_fit() -> None:
     rows = torch.randn(9, 4)
     with pytest.raises(UserError, match="9 real and 3 generated"):
         compare_features(rows, rows[:3])
-    with pytest.raises(UserError, match="neighbours=0"):
-        compare_features(rows, rows, neighbours=0)
+    with pytest.raises(UserError, match="neighbors=0"):
+        compare_features(rows, rows, neighbors=0)
     broken = torch.zeros(5, 1, 2, 2)
     broken[3] = math.nan
     with pytest.raises(UserError, match="1 of 5 images"):
@@ -149,11 +149,11 @@ def network(**options: Any) -> FeatureNetwork:
 
 
 def test_bytes_are_the_integers_of_the_data() -> None:
-    levels = torch.arange(256)
-    x = ((2 * levels + 1) / 256 - 1).reshape(256, 1, 1, 1)
-    assert torch.equal(network(scale="bytes").prepare(x).flatten(), levels.byte())
+    num_values = torch.arange(256)
+    x = ((2 * num_values + 1) / 256 - 1).reshape(256, 1, 1, 1)
+    assert torch.equal(network(scale="bytes").prepare(x).flatten(), num_values.byte())
     unit = network(scale="unit").prepare(x).flatten()
-    assert torch.allclose(unit, (levels + 0.5) / 256)
+    assert torch.allclose(unit, (num_values + 0.5) / 256)
     assert torch.equal(network().prepare(x), x)
     assert network(scale="bytes").prepare(torch.tensor([-7.0, 7.0]).reshape(2, 1, 1, 1)).flatten().tolist() == [0, 255]
 
@@ -233,7 +233,7 @@ def wrong(data: EventDataset, model: Classifier) -> int:
     return int((model(data.__getitems__(list(range(len(data))))).argmax(1) != data.labels).sum())
 
 
-def test_the_classifier_learns_and_standardises_its_features(classifier: Classifier, digits: Digits) -> None:
+def test_the_classifier_learns_and_standardizes_its_features(classifier: Classifier, digits: Digits) -> None:
     assert classifier.info["accuracy"]["test"] > 0.85
     assert wrong(digits.split("test"), classifier) == round((1 - classifier.info["accuracy"]["test"]) * 359)
     train = classifier_features(classifier)(digits.split("train"))

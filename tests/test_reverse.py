@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand
 from ndm.errors import UserError
-from ndm.forward import ForwardProcess, posterior_coefficients
-from ndm.likelihood import OdeSettings, ode_log_prob
+from ndm.forward import ForwardProcess, gaussian, posterior_coefficients
 from ndm.model import NDM
 from ndm.nn import MLP
-from ndm.predictor import Predictor
+from ndm.ode import OdeSettings, ode_log_prob
+from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import Reverse, ReverseProcess
 from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler
-from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, NoiseLevel, Schedule
+from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import GatedTransform
-from oracles import F64, GaussianProblem, diffusion, randomised, slope
+from oracles import F64, GaussianProblem, diffusion, randomized, slope
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
-    "linear": lambda: LinearLogSNR(-6.0, 3.0),
-    "flow": lambda: FlowMatching(0.05, 0.1),
-    "learned": lambda: randomised(LearnedSchedule(-6.0, 3.0)),
+    "linear": lambda: LinearLogSNRSchedule(-6.0, 3.0),
+    "flow": lambda: FlowMatchingSchedule(0.05, 0.1),
+    "learned": lambda: randomized(LearnedSchedule(-6.0, 3.0)),
 }
 
 
-class ExactTarget(nn.Module):
+class ExactTarget(DataPredictor):
     """E[y|z_t] and E[F|z_t] of a Gaussian problem: F is affine in x, so both are F's own at E[x|z_t]."""
 
     def __init__(self, problem: GaussianProblem, eta: float, steps: int | None = None):
@@ -69,7 +69,7 @@ def test_with_the_exact_target_the_bound_is_that_of_the_exact_tied_reverse(sched
 
 
 def test_the_continuous_target_is_the_limit_of_the_discrete_one() -> None:
-    problem = GaussianProblem(LinearLogSNR(-6.0, 3.0))
+    problem = GaussianProblem(LinearLogSNRSchedule(-6.0, 3.0))
     x, noise, u = batch(problem)
     sizes, gaps = [200, 400, 800], []
     for steps in sizes:
@@ -94,7 +94,7 @@ def test_with_its_second_head_a_direct_reverse_has_the_drift_of_every_eta(schedu
 
 
 def test_its_ode_has_the_likelihood_of_the_tied_one() -> None:
-    problem = GaussianProblem(LinearLogSNR(-4.0, 3.0))
+    problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     z, _, _ = batch(problem, 4)
     settings = OdeSettings(rtol=1e-7, atol=1e-7, probes="exact")
     found = ode_log_prob(direct(problem, "direct-score", 1.0), z, settings).log_p
@@ -102,7 +102,7 @@ def test_its_ode_has_the_likelihood_of_the_tied_one() -> None:
 
 
 def test_ddim_with_the_second_head_tends_to_the_ode_at_order_one() -> None:
-    problem = GaussianProblem(LinearLogSNR(-4.0, 3.0))
+    problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     reverse = direct(problem, "direct-score", 1.0)
     z = torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_ddim_with_the_second_head_tends_to_the_ode_at_order_one() -> None:
 
 @pytest.mark.parametrize("step", [Ancestral, Euler])
 def test_at_its_own_eta_sampling_needs_no_second_head_and_no_transformation(step: type[Ancestral] | type[Euler]) -> None:
-    problem, eta = GaussianProblem(LinearLogSNR(-4.0, 3.0)), 0.8
+    problem, eta = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0)), 0.8
     z = torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         processes = (direct(problem, "direct", eta), problem.reverse)
@@ -127,8 +127,8 @@ def small_model(reverse: Reverse, outputs: int | None, **options: object) -> NDM
     torch.manual_seed(0)
     net = MLP(3, hidden=16, blocks=1, max_frequency=2.0, outputs=outputs)
     transform = GatedTransform(MLP(3, hidden=8, blocks=1, max_frequency=2.0))
-    model = NDM(LinearLogSNR(-5.0, 3.0), transform, Predictor(net), GaussianDecoder(), reverse=reverse, **options)  # type: ignore[arg-type]
-    return randomised(model, 0.2)
+    model = NDM(LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(net), GaussianDecoder(), reverse=reverse, **options)  # type: ignore[arg-type]
+    return randomized(model, 0.2)
 
 
 def test_a_direct_reverse_without_the_head_refuses_what_it_cannot_do() -> None:
@@ -179,7 +179,7 @@ def test_the_second_head_learns_without_bias_and_without_touching_the_bound(step
 
     level = model.schedule(u if steps is None else (torch.floor(u * steps) + 1) / steps)
     value = curve.at(level)
-    z = model.process.marginal_of(value, level).sample(noise)
+    z = gaussian(value, level).sample(noise)
     plain = ReverseProcess(model.process, model.predictor, "direct-score")
     with torch.no_grad():
         without = diffusion_integrand(plain, curve, Draw(u, noise), steps).bound
@@ -207,7 +207,7 @@ def test_the_second_head_learns_without_bias_and_without_touching_the_bound(step
 @pytest.mark.parametrize("steps", [None, 5])
 def test_the_regression_leaves_a_learned_schedule_alone(steps: int | None) -> None:
     model = small_model("direct-score", 2)
-    model.process.schedule = randomised(LearnedSchedule(-5.0, 3.0, learn_ends=True), 0.1)
+    model.process.schedule = randomized(LearnedSchedule(-5.0, 3.0, learn_ends=True), 0.1)
     bound = model.bound(torch.randn(16, 3, dtype=F64), steps=steps)
     assert bound.regression is not None
     for name, gradient in gradients(bound.regression.sum(), model).items():
@@ -268,7 +268,7 @@ def test_models_of_every_kind_survive_their_files(tmp_path: object) -> None:
     for kind, outputs in (("direct", None), ("direct-score", 2), ("diffenc", None)):
         torch.manual_seed(0)
         model = NDM(
-            LinearLogSNR(-4.0, 3.0),
+            LinearLogSNRSchedule(-4.0, 3.0),
             GatedTransform(MLP(4, 8, 1)),
             Predictor(MLP(4, 8, 1, outputs=outputs)),
             DiscretizedGaussian(4),
@@ -286,8 +286,8 @@ def test_models_of_every_kind_survive_their_files(tmp_path: object) -> None:
 def test_a_constant_transformation_needs_no_second_head() -> None:
     from ndm.transform import Identity
 
-    process = ForwardProcess(LinearLogSNR(-4.0, 3.0), Identity())
-    predictor = Predictor(randomised(MLP(3, hidden=8, blocks=1)))
+    process = ForwardProcess(LinearLogSNRSchedule(-4.0, 3.0), Identity())
+    predictor = Predictor(randomized(MLP(3, hidden=8, blocks=1)))
     z, t = torch.randn(4, 3, dtype=F64), torch.rand(4, dtype=F64)
     drifts = [ReverseProcess(process, predictor, kind).drift(z, process.schedule(t), 0.0) for kind in ("direct", "tied")]  # type: ignore[arg-type]
     assert drifts[0].equal(drifts[1])

@@ -18,10 +18,10 @@ from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP
-from ndm.predictor import Predictor
+from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, Sampler, Step, TorchSDE, make_sampler
-from ndm.schedule import Cosine, FlowMatching, LinearLogSNR, Schedule
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule, Schedule
 from ndm.transform import GatedTransform, Identity
 from oracles import COVARIANCE, F64, OFFSET, GaussianProblem, LinearTransform, MixtureProblem, affine_map, constant, sliced_w2, slope
 
@@ -36,7 +36,11 @@ STEPS: dict[str, tuple[Callable[[], Step], int]] = {
     "heun_sde": (lambda: Heun(1.0), 2),
     "heun_sde_cool": (lambda: Heun(0.6), 2),
 }
-SCHEDULES: dict[str, Schedule] = {"linear": LinearLogSNR(-4.0, 3.0), "cosine": Cosine(-4.0, 3.0), "flow": FlowMatching(0.1, 0.15)}
+SCHEDULES: dict[str, Schedule] = {
+    "linear": LinearLogSNRSchedule(-4.0, 3.0),
+    "cosine": CosineSchedule(-4.0, 3.0),
+    "flow": FlowMatchingSchedule(0.1, 0.15),
+}
 
 
 @torch.no_grad()
@@ -64,7 +68,7 @@ def test_steps_converge_at_their_order(name: str, schedule: str) -> None:
 
 
 def test_ddim_is_exact_on_a_point_mass_whatever_the_number_of_steps() -> None:
-    problem = GaussianProblem(LinearLogSNR(-4.0, 3.0), covariance=1e-16 * torch.eye(2, dtype=F64))
+    problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0), covariance=1e-16 * torch.eye(2, dtype=F64))
     assert end_error(problem, Ancestral(0.0), 2) < 1e-7
     assert end_error(problem, Ancestral(1.0), 3) < 1e-7
 
@@ -75,7 +79,7 @@ COVARIANCES = torch.tensor([[[0.10, 0.06], [0.06, 0.08]], [[0.20, -0.05], [-0.05
 COUNT = 2500
 
 
-class Exact(nn.Module):
+class Exact(DataPredictor):
     """The exact predictor with a parameter, so that a model knows its precision."""
 
     def __init__(self, problem: MixtureProblem):
@@ -87,12 +91,12 @@ class Exact(nn.Module):
 
 
 def mixture_model(transform: LinearTransform, schedule: Schedule | None = None) -> tuple[MixtureProblem, NDM]:
-    problem = MixtureProblem(schedule or LinearLogSNR(-7.0, 7.0), transform, WEIGHTS, MEANS, COVARIANCES)
+    problem = MixtureProblem(schedule or LinearLogSNRSchedule(-7.0, 7.0), transform, WEIGHTS, MEANS, COVARIANCES)
     return problem, NDM(problem.process.schedule, transform, Exact(problem), GaussianDecoder())  # type: ignore[arg-type]
 
 
 def assert_distributed(problem: MixtureProblem, found: Tensor) -> None:
-    """Mean, covariance and sliced W2 as good as those of true samples, with head-room for the discretisation."""
+    """Mean, covariance and sliced W2 as good as those of true samples, with head-room for the discretization."""
     generator = torch.Generator().manual_seed(7)
     truth = [problem.draw(len(found), generator) for _ in range(4)]
     yardstick = max(sliced_w2(a, b) for i, a in enumerate(truth) for b in truth[:i])
@@ -128,20 +132,20 @@ def test_samples_of_a_mixture_are_distributed_like_the_data(method: str, case: s
     "options", [{"method": "ode", "steps": 80}, {"method": "ancestral", "steps": 200}, {"method": "ddim", "steps": 200}]
 )
 def test_flow_matching_starts_from_pure_noise(options: dict[str, object]) -> None:
-    problem, model = mixture_model(LinearTransform(), FlowMatching(0.02, 0.0))
+    problem, model = mixture_model(LinearTransform(), FlowMatchingSchedule(0.02, 0.0))
     assert_distributed(problem, model.sample((COUNT, 2), seed=2, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "torchsde-srk"])
 def test_the_sde_of_flow_matching_needs_some_signal_at_the_end(solver: str) -> None:
-    _, model = mixture_model(LinearTransform(), FlowMatching(0.02, 0.0))
+    _, model = mixture_model(LinearTransform(), FlowMatchingSchedule(0.02, 0.0))
     with pytest.raises(UserError, match=r"alpha_1") as caught:
         model.sample((4, 2), "sde", solver=solver, steps=10, seed=0)
     assert "\n" not in str(caught.value)
 
 
 def test_reversing_the_ode_returns_to_the_start() -> None:
-    problem, _ = mixture_model(LinearTransform(), LinearLogSNR(-4.0, 4.0))
+    problem, _ = mixture_model(LinearTransform(), LinearLogSNRSchedule(-4.0, 4.0))
     z = torch.randn(20, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         start = AdaptiveODE(rtol=1e-6, atol=1e-6)(problem.reverse, z)
@@ -176,7 +180,7 @@ def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
 
 @pytest.mark.parametrize("step", [Ancestral(1.0), Euler(1.0), Heun(0.0)])
 def test_a_path_ends_where_the_sampler_does(step: Step) -> None:
-    problem = GaussianProblem(LinearLogSNR(-4.0, 3.0))
+    problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     z = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         *_, (time, last) = GridSampler(step, 5).path(problem.reverse, z, torch.Generator().manual_seed(1))
@@ -196,7 +200,7 @@ class Scale(nn.Module):
 
 
 def any_shape_model() -> NDM:
-    return NDM(LinearLogSNR(-6.0, 5.0), GatedTransform(Scale()), Predictor(Scale()), GaussianDecoder())
+    return NDM(LinearLogSNRSchedule(-6.0, 5.0), GatedTransform(Scale()), Predictor(Scale()), GaussianDecoder())
 
 
 ANY = {name: {**options, "steps": 5} for name, options in METHODS.items() if "hot" not in name}
@@ -231,7 +235,7 @@ def test_an_ancestral_loop_visits_the_grid_and_ends_in_the_decoder() -> None:
             return torch.zeros_like(z)
 
     spy = Spy()
-    model = NDM(LinearLogSNR(-20.0, 5.0), Identity(), Predictor(Scale()), GaussianDecoder())
+    model = NDM(LinearLogSNRSchedule(-20.0, 5.0), Identity(), Predictor(Scale()), GaussianDecoder())
     x = model.sample((500, 2), GridSampler(spy, 4), seed=0)
     assert spy.seen == [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]
     assert float(x.std()) == pytest.approx(math.exp(-10.0), rel=0.1)
@@ -290,7 +294,7 @@ def test_a_sampler_runs_in_the_eta_it_was_given(method: str) -> None:
 
 
 def test_an_event_without_dimensions_is_sampled_too() -> None:
-    process = ForwardProcess(LinearLogSNR(-6.0, 5.0), Identity())
+    process = ForwardProcess(LinearLogSNRSchedule(-6.0, 5.0), Identity())
     z = torch.randn(5, generator=torch.Generator().manual_seed(0))
     wide = z[:, None]
     scalar = GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), z)
@@ -299,7 +303,7 @@ def test_an_event_without_dimensions_is_sampled_too() -> None:
 
 def test_the_model_samples_the_reverse_process_whose_bound_it_trains() -> None:
     torch.manual_seed(0)
-    parts = LinearLogSNR(-5.0, 3.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder()
+    parts = LinearLogSNRSchedule(-5.0, 3.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder()
     model = NDM(*parts, steps=4, eta=0.5)
     assert torch.equal(model.sample((3, 2), seed=0), model.sample((3, 2), seed=0, eta=0.5, steps=4))
     assert not torch.equal(model.sample((3, 2), seed=0), model.sample((3, 2), seed=0, eta=1.0))
@@ -319,6 +323,6 @@ def test_samples_that_are_not_finite_are_refused(decoder: Decoder) -> None:
         def forward(self, z: Tensor, t: Tensor) -> Tensor:
             return z / 0.0
 
-    model = NDM(LinearLogSNR(-4.0, 3.0), Identity(), Predictor(Overflows(), "x"), decoder)
+    model = NDM(LinearLogSNRSchedule(-4.0, 3.0), Identity(), Predictor(Overflows(), "x"), decoder)
     with pytest.raises(UserError, match=r"not finite.*more steps"):
         model.sample((2, 3), steps=4, seed=0)

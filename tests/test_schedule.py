@@ -11,17 +11,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ndm.errors import UserError
-from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, NoiseLevel, Schedule, VariancePreserving
-from oracles import F64, randomised
+from ndm.schedule import (
+    CosineSchedule,
+    FlowMatchingSchedule,
+    LearnedSchedule,
+    LinearBetaSchedule,
+    LinearLogSNRSchedule,
+    NoiseLevel,
+    Schedule,
+    VariancePreserving,
+)
+from oracles import F64, randomized
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
-    "linear": lambda: LinearLogSNR(-9.0, 4.0),
-    "cosine": lambda: Cosine(-9.0, 7.0),
-    "ddpm": lambda: DDPMLinear(0.2, 15.0, 2e-3),
-    "flow": lambda: FlowMatching(1e-2, 0.05),
-    "learned": lambda: randomised(LearnedSchedule(-9.0, 4.0)),
-    "learned_ends": lambda: randomised(LearnedSchedule(-9.0, 4.0, learn_ends=True, units=7)),
-    "learned_steep": lambda: randomised(LearnedSchedule(-9.0, 4.0, units=5), scale=1.0, seed=4),
+    "linear": lambda: LinearLogSNRSchedule(-9.0, 4.0),
+    "cosine": lambda: CosineSchedule(-9.0, 7.0),
+    "ddpm": lambda: LinearBetaSchedule(0.2, 15.0, 2e-3),
+    "flow": lambda: FlowMatchingSchedule(1e-2, 0.05),
+    "learned": lambda: randomized(LearnedSchedule(-9.0, 4.0)),
+    "learned_ends": lambda: randomized(LearnedSchedule(-9.0, 4.0, learn_ends=True, units=7)),
+    "learned_steep": lambda: randomized(LearnedSchedule(-9.0, 4.0, units=5), scale=1.0, seed=4),
 }
 every = pytest.mark.parametrize("name", SCHEDULES)
 INSIDE = torch.linspace(0.01, 0.99, 197, dtype=F64)
@@ -63,10 +72,10 @@ def test_variance_is_preserved(name: str) -> None:
 
 def test_flow_matching_is_the_straight_path() -> None:
     t = torch.linspace(0, 1, 11, dtype=F64)
-    level = FlowMatching(0.1, 0.2)(t)
+    level = FlowMatchingSchedule(0.1, 0.2)(t)
     torch.testing.assert_close(level.alpha, 1 - 0.8 * t)
     torch.testing.assert_close(level.sigma, 0.1 + 0.9 * t)
-    end = FlowMatching(1e-3)(torch.ones(1))
+    end = FlowMatchingSchedule(1e-3)(torch.ones(1))
     assert (end.alpha.item(), end.sigma.item(), end.gamma.item()) == (0.0, 1.0, math.inf)
     assert (end.inverse_dgamma.item(), end.snr_decay.item()) == (0.0, 0.0)
     assert end.omega.item() == pytest.approx(1.0)
@@ -101,7 +110,7 @@ def test_ends_of_a_learned_schedule_are_held_exactly(seed: int, units: int, coun
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("kind", [LinearLogSNR, Cosine, LearnedSchedule])
+@pytest.mark.parametrize("kind", [LinearLogSNRSchedule, CosineSchedule, LearnedSchedule])
 @pytest.mark.parametrize(("low", "high"), [(-13.3, 5.0), (-13.3, 10.0), (-8.0, 6.0), (-2.7, 3.1)])
 def test_given_ends_are_exact_in_the_precision_of_the_times(
     kind: Callable[[float, float], Schedule], low: float, high: float, dtype: torch.dtype
@@ -158,7 +167,7 @@ def test_ddpm_is_the_limit_of_a_thousand_steps() -> None:
         warnings.simplefilter("ignore")
         from diffusers import DDPMScheduler
     reference = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod.double()
-    schedule = DDPMLinear()
+    schedule = LinearBetaSchedule()
     u = torch.arange(1, 1001, dtype=F64) / 1000
     ours = schedule((u - schedule.t_0) / (1 - schedule.t_0)).alpha ** 2
     assert float((ours.log() / reference.log() - 1)[200:].abs().max()) < 0.01
@@ -166,15 +175,15 @@ def test_ddpm_is_the_limit_of_a_thousand_steps() -> None:
 
 
 def test_cosine_is_nichol_and_dhariwals_in_the_middle() -> None:
-    level = Cosine(-20.0, 20.0)(torch.linspace(0.05, 0.95, 19, dtype=F64))
+    level = CosineSchedule(-20.0, 20.0)(torch.linspace(0.05, 0.95, 19, dtype=F64))
     torch.testing.assert_close(level.alpha, torch.cos(math.pi / 2 * level.t), rtol=2e-3, atol=1e-4)
 
 
 PRECISE: dict[str, Callable[[], Schedule]] = {
-    "linear": LinearLogSNR,
-    "cosine": Cosine,
-    "ddpm": DDPMLinear,
-    "flow": FlowMatching,
+    "linear": LinearLogSNRSchedule,
+    "cosine": CosineSchedule,
+    "ddpm": LinearBetaSchedule,
+    "flow": FlowMatchingSchedule,
     "learned": lambda: LearnedSchedule(-13.3, 5.0),
 }
 
@@ -191,7 +200,7 @@ def test_float32_is_accurate_near_both_ends(name: str) -> None:
 
 
 def test_levels_expand_and_concatenate_field_by_field() -> None:
-    schedule = FlowMatching(0.1, 0.2)
+    schedule = FlowMatchingSchedule(0.1, 0.2)
     s, t = schedule(torch.tensor([0.1, 0.2])), schedule(torch.tensor([0.5]))
     both, direct = s.cat(t), schedule(torch.tensor([0.1, 0.2, 0.5]))
     wide = direct.expand(torch.zeros(3, 2, 4, 4))
@@ -204,15 +213,15 @@ def test_levels_expand_and_concatenate_field_by_field() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LinearLogSNR(5.0, -13.3),
-        lambda: LinearLogSNR(math.nan, 1.0),
-        lambda: Cosine(-math.inf, 1.0),
+        lambda: LinearLogSNRSchedule(5.0, -13.3),
+        lambda: LinearLogSNRSchedule(math.nan, 1.0),
+        lambda: CosineSchedule(-math.inf, 1.0),
         lambda: LearnedSchedule(1.0, 1.0),
         lambda: LearnedSchedule(units=0),
-        lambda: DDPMLinear(0.0, 1.0),
-        lambda: DDPMLinear(t_0=0.0),
-        lambda: FlowMatching(0.0),
-        lambda: FlowMatching(0.1, 1.0),
+        lambda: LinearBetaSchedule(0.0, 1.0),
+        lambda: LinearBetaSchedule(t_0=0.0),
+        lambda: FlowMatchingSchedule(0.0),
+        lambda: FlowMatchingSchedule(0.1, 1.0),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(make: Callable[[], Schedule]) -> None:

@@ -17,17 +17,17 @@ from ndm.model import NDM
 from ndm.nn import MLP, Dense, UNet
 from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
-from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LearnedSchedule, LinearBetaSchedule, LinearLogSNRSchedule, Schedule
 from ndm.serialize import from_config, read_json, to_config, write_atomically, write_json
-from ndm.times import ImportanceTimes, LowDiscrepancyTimes, TimeDraw, TimeSampler, UniformTimes
+from ndm.time_sampling import ImportanceTimeSampler, LowDiscrepancyTimeSampler, TimeSampler, TimeSamples, UniformTimeSampler
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import F64
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
-    "linear": lambda: LinearLogSNR(-5.5, 2.5),
-    "cosine": lambda: Cosine(-6.0, 4.0),
-    "ddpm": lambda: DDPMLinear(0.2, 9.0, 0.01),
-    "flow": lambda: FlowMatching(0.05, 0.02),
+    "linear": lambda: LinearLogSNRSchedule(-5.5, 2.5),
+    "cosine": lambda: CosineSchedule(-6.0, 4.0),
+    "ddpm": lambda: LinearBetaSchedule(0.2, 9.0, 0.01),
+    "flow": lambda: FlowMatchingSchedule(0.05, 0.02),
     "learned": lambda: LearnedSchedule(-6.0, 3.0, units=5),
     "learned_ends": lambda: LearnedSchedule(-6.0, 3.0, learn_ends=True, units=3),
 }
@@ -46,9 +46,9 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "network": lambda: NetworkDecoder(Dense([1, 4, 4], [1, 4, 4], 8), DiscretizedGaussian(8), 0.2),
 }
 TIMES: dict[str, Callable[[], TimeSampler]] = {
-    "uniform": UniformTimes,
-    "low": LowDiscrepancyTimes,
-    "importance": lambda: ImportanceTimes(4, uniform=0.3, decay=0.5),
+    "uniform": UniformTimeSampler,
+    "low": LowDiscrepancyTimeSampler,
+    "importance": lambda: ImportanceTimeSampler(4, uniform=0.3, decay=0.5),
 }
 DATA = torch.tensor([-0.875, -0.125, 0.375, 0.875])[torch.arange(48) % 4].reshape(3, 1, 4, 4)
 
@@ -62,7 +62,7 @@ def make(schedule: str = "linear", transform: str = "mlp", decoder: str = "grid"
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         u = torch.linspace(0.0, 0.99, 8)
-        model.times.update(TimeDraw(u, torch.ones_like(u)), 1 + 5 * u)
+        model.time_sampler.update(TimeSamples(u, torch.ones_like(u)), 1 + 5 * u)
     return model.eval()
 
 
@@ -88,7 +88,7 @@ def test_every_combination_of_parts_returns_bit_by_bit(schedule: str, transform:
 
 def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
     predictor = Predictor(UNet(1, 4, (1,)), "v", 8)
-    model = NDM(LinearLogSNR(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)).eval()
+    model = NDM(LinearLogSNRSchedule(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -177,7 +177,7 @@ def test_a_module_of_others_is_not_even_imported(folder: Path, tmp_path: Path, m
 
 def test_wrong_arguments_in_a_config_are_refused(folder: Path) -> None:
     edited(folder, lambda c: c["model"]["init_args"]["schedule"]["init_args"].update(gamma_7=3.0))
-    refused(folder, "model.schedule.*LinearLogSNR.*gamma_7")
+    refused(folder, "model.schedule.*LinearLogSNRSchedule.*gamma_7")
 
 
 @pytest.mark.parametrize("version", [2, 99, None, "1"])
@@ -211,7 +211,7 @@ class Foreign(nn.Module):
 
 
 def test_a_foreign_network_is_handed_in_again_and_gets_its_weights(tmp_path: Path) -> None:
-    model = NDM(LinearLogSNR(-5.0, 3.0), GatedTransform(Foreign()), Predictor(Foreign()), GaussianDecoder()).eval()
+    model = NDM(LinearLogSNRSchedule(-5.0, 3.0), GatedTransform(Foreign()), Predictor(Foreign()), GaussianDecoder()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -264,7 +264,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
 
 def test_tied_weights_are_saved_and_come_back(tmp_path: Path) -> None:
     network = MLP(2, hidden=8, blocks=1)
-    model = NDM(LinearLogSNR(), NetworkTransform(network), Predictor(network), GaussianDecoder())
+    model = NDM(LinearLogSNRSchedule(), NetworkTransform(network), Predictor(network), GaussianDecoder())
     model.save_pretrained(tmp_path / "model")
     back = NDM.from_pretrained(tmp_path / "model")
     for name, value in model.state_dict().items():

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ndm.autodiff.forward_mode import time_derivative
 from ndm.errors import ForwardModeError, UserError
 from ndm.forward import ForwardProcess
-from ndm.forward_mode import time_derivative
 from ndm.nn import MLP, FromDiffusers, UNet
-from ndm.schedule import Cosine, FlowMatching, LinearLogSNR
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
-from oracles import F64, SHEAR, LinearTransform, randomised
+from oracles import F64, SHEAR, LinearTransform, randomized
 
 
 class Foreign(nn.Module):
@@ -83,16 +83,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 every_network = pytest.mark.parametrize("network", NETWORKS)
 every_kind = pytest.mark.parametrize("kind", [NetworkTransform, GatedTransform])
-SCHEDULE = Cosine(-6.0, 4.0)
+SCHEDULE = CosineSchedule(-6.0, 4.0)
 
 
 def build(kind: type[Transform], network: str, started: bool = True) -> tuple[Transform, Tensor, Tensor]:
-    """A transformation in float64, its parameters randomised unless it is to be new; data and times."""
+    """A transformation in float64, its parameters randomized unless it is to be new; data and times."""
     torch.manual_seed(0)
     make, event = NETWORKS[network]
     transform = kind(make()).double()  # type: ignore[call-arg]
     if started:
-        randomised(transform, 0.2)
+        randomized(transform, 0.2)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, *event, dtype=F64, generator=generator)
     if network == "unet_odd":
@@ -135,7 +135,7 @@ def test_gates_are_t_and_the_noise_variance(network: str) -> None:
 
 @every_kind
 @every_network
-@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.01)], ids=["cosine", "flow"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.01)], ids=["cosine", "flow"])
 def test_derivative_is_that_of_central_differences(kind: type[Transform], network: str, schedule: nn.Module) -> None:
     transform, x, t = build(kind, network)
     with torch.no_grad():
@@ -229,7 +229,7 @@ class ThroughNumpy(nn.Module):
 def test_a_network_that_forward_mode_cannot_pass_is_named_with_its_mend(network: nn.Module, x: Tensor, mend: str) -> None:
     transform = NetworkTransform(network)
     with torch.no_grad(), pytest.raises(ForwardModeError) as caught:
-        transform.with_derivative(x, LinearLogSNR()(torch.tensor([0.2, 0.4])))
+        transform.with_derivative(x, LinearLogSNRSchedule()(torch.tensor([0.2, 0.4])))
     text = str(caught.value)
     assert type(network).__name__ in text and mend in text and "\n" not in text
 
@@ -252,7 +252,7 @@ def test_an_ordinary_error_of_a_network_keeps_its_own_face() -> None:
             return x @ torch.ones(7, 7)
 
     with pytest.raises(RuntimeError, match=r"mat1 and mat2|shapes") as caught:
-        NetworkTransform(Broken()).with_derivative(torch.zeros(2, 3), LinearLogSNR()(torch.rand(2)))
+        NetworkTransform(Broken()).with_derivative(torch.zeros(2, 3), LinearLogSNRSchedule()(torch.rand(2)))
     assert not isinstance(caught.value, UserError)
 
 

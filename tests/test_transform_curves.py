@@ -13,11 +13,11 @@ from ndm.model import NDM
 from ndm.nn import MLP, ConvEncoder, Dense, UNet
 from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
-from ndm.schedule import Cosine, FlowMatching, LinearLogSNR
+from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule
 from ndm.transform import Encoder, SeparableTransform, Transform
-from oracles import F64, randomised
+from oracles import F64, randomized
 
-SCHEDULE = Cosine(-6.0, 4.0)
+SCHEDULE = CosineSchedule(-6.0, 4.0)
 
 
 class ForeignChannels(nn.Module):
@@ -56,15 +56,15 @@ def separable(network: str, gate: str, started: bool = True) -> tuple[SeparableT
     make, event = SEPARABLE[network]
     transform = SeparableTransform(make(), gate).double()  # type: ignore[arg-type]
     if started:
-        randomised(transform, 0.2)
+        randomized(transform, 0.2)
     x = torch.randn(4, *event, dtype=F64, generator=torch.Generator().manual_seed(1))
     return transform, x, torch.tensor([0.07, 0.3, 0.62, 0.95], dtype=F64)
 
 
 @pytest.mark.parametrize("gate", ["noise", "time"])
 @pytest.mark.parametrize("network", SEPARABLE)
-@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.05, 0.1)], ids=["cosine", "flow"])
-def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: Cosine | FlowMatching) -> None:
+@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"])
+def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: CosineSchedule | FlowMatchingSchedule) -> None:
     transform, x, t = separable(network, gate)
     value, derivative = transform.with_derivative(x, schedule(t))
     step = 1e-5
@@ -75,7 +75,7 @@ def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: Cosine
     both = transform.at_both(x, schedule(t / 2), schedule(t))
     torch.testing.assert_close(both[1], value)
     torch.testing.assert_close(both[0], transform(x, schedule(t / 2)))
-    channels, weights = transform.channels(x), (schedule(t).sigma ** 2 if gate == "noise" else t)
+    channels, weights = transform.displacement.channels(x), (schedule(t).sigma ** 2 if gate == "noise" else t)
     sizes = [1] * (x.dim() - 1)
     expected = x + sum(
         (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes) * channels[:, k] for k in range(channels.shape[1])
@@ -92,7 +92,7 @@ def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(net
     value, derivative = transform.with_derivative(x, SCHEDULE(t))
     assert torch.equal(value, x)
     assert torch.equal(derivative, torch.zeros_like(x))
-    randomised(transform, 0.2)
+    randomized(transform, 0.2)
     at_zero = transform(x, SCHEDULE(torch.zeros(4, dtype=F64)))
     assert transform.data_at_zero == (gate == "time")
     assert torch.equal(at_zero, x) == transform.data_at_zero
@@ -101,7 +101,7 @@ def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(net
 @pytest.mark.parametrize("steps", [None, 7])
 def test_the_bound_evaluates_the_separable_network_once_for_x_and_once_for_the_prediction(steps: int | None) -> None:
     counting = Counting(MLP(3, 8, 1, outputs=4))
-    model = NDM(LinearLogSNR(-5.0, 4.0), SeparableTransform(counting), Predictor(MLP(3, 8, 1)), GaussianDecoder(), steps=steps)
+    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), SeparableTransform(counting), Predictor(MLP(3, 8, 1)), GaussianDecoder(), steps=steps)
     model.bound(torch.randn(5, 3))
     assert counting.calls == 2
     model.bound(torch.randn(5, 3), draws=4)
@@ -127,9 +127,9 @@ OTHERS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatching(0.05, 0.1)], ids=["cosine", "flow"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_fixed_operators_and_encoders_obey_the_laws(name: str, schedule: Cosine | FlowMatching) -> None:
+def test_fixed_operators_and_encoders_obey_the_laws(name: str, schedule: CosineSchedule | FlowMatchingSchedule) -> None:
     torch.manual_seed(0)
     make, event = OTHERS[name]
     transform, x = make().double(), torch.randn(4, *event, dtype=F64)

@@ -1,53 +1,99 @@
 """Neural Diffusion Models: diffusion models that learn their forward process (Bartosh, Vetrov, Naesseth, ICML 2024)."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from ndm import nn
-from ndm.categorical import CategoricalPredictor
-from ndm.decoder import DiscretizedGaussian, GaussianDecoder, NetworkDecoder
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
-from ndm.model import NDM
-from ndm.nfdm import NFDM, NetworkScale
+from ndm.forward import ForwardProcess
+from ndm.grid.categorical import CategoricalPredictor
+from ndm.model import NDM, DiffusionModel
+from ndm.ode import OdeSettings
 from ndm.operators import Blur, Downsample, FadingMask
-from ndm.predictor import Predictor
-from ndm.schedule import Cosine, DDPMLinear, FlowMatching, LearnedSchedule, LinearLogSNR
-from ndm.times import ImportanceTimes, LowDiscrepancyTimes, UniformTimes
-from ndm.transform import Encoder, GatedTransform, Identity, NetworkTransform, SeparableTransform
+from ndm.predictor import DataPredictor, Predictor
+from ndm.reverse import ReverseProcess
+from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, Sampler, TorchSDE, make_sampler
+from ndm.schedule import (
+    CosineSchedule,
+    FlowMatchingSchedule,
+    LearnedSchedule,
+    LinearBetaSchedule,
+    LinearLogSNRSchedule,
+    NoiseLevel,
+    Schedule,
+)
+from ndm.time_sampling import ImportanceTimeSampler, LowDiscrepancyTimeSampler, TimeSampler, UniformTimeSampler
+from ndm.transform import Curve, Encoder, GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
+from ndm.variants import NFDM, NetworkScale
 
 try:
     __version__ = version("ndm")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
+_SUBMODULES = ("apps", "compare", "data", "evaluation", "export", "quality", "reproduce", "train", "variants", "viz")
+
+
+def __getattr__(name: str) -> object:
+    """Import a submodule when it is asked for: some need extras, or seconds."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"ndm.{name}")
+    raise AttributeError(f"module 'ndm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})
+
+
 __all__ = [
     "NDM",
     "NFDM",
+    "AdaptiveODE",
+    "Ancestral",
     "Blur",
     "Bound",
     "CategoricalPredictor",
-    "Cosine",
-    "DDPMLinear",
+    "CosineSchedule",
+    "Curve",
+    "DataPredictor",
+    "Decoder",
+    "DiffusionModel",
     "DiscretizedGaussian",
     "Downsample",
     "Encoder",
+    "Euler",
     "FadingMask",
-    "FlowMatching",
+    "FlowMatchingSchedule",
+    "ForwardProcess",
     "GatedTransform",
     "GaussianDecoder",
+    "GridSampler",
+    "Heun",
     "Identity",
-    "ImportanceTimes",
+    "ImportanceTimeSampler",
     "LearnedSchedule",
-    "LinearLogSNR",
-    "LowDiscrepancyTimes",
+    "LinearBetaSchedule",
+    "LinearLogSNRSchedule",
+    "LowDiscrepancyTimeSampler",
     "NetworkDecoder",
     "NetworkScale",
     "NetworkTransform",
+    "NoiseLevel",
+    "OdeSettings",
     "Predictor",
+    "ReverseProcess",
+    "Sampler",
+    "Schedule",
     "SeparableTransform",
-    "UniformTimes",
+    "TimeSampler",
+    "TorchSDE",
+    "Transform",
+    "UniformTimeSampler",
     "UserError",
     "__version__",
     "bits_per_dim",
+    "make_sampler",
     "nn",
 ]

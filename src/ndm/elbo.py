@@ -29,7 +29,7 @@ and with K whole paths z of q(.|x) the discrete-time model has a bound that tigh
 .. math::
     -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad w_k = p(x, z^{(k)}) / q(z^{(k)}|x) .
 
-:mod:`ndm.calibrate` finds the best r and the best eta after training.
+:mod:`ndm.evaluation.calibrate` finds the best r and the best eta after training.
 """
 
 import math
@@ -40,12 +40,12 @@ from torch import Tensor
 
 from ndm.decoder import Decoder
 from ndm.errors import UserError
-from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
-from ndm.noise import Noise, standard_normal
-from ndm.ops import event_size, expand, sum_event
-from ndm.reverse import ReverseProcess
+from ndm.forward import Gaussian, NoisingProcess, gaussian, posterior_coefficients
+from ndm.random import RandomSource, standard_normal
+from ndm.reverse import MarkovReverse, Reverse, require_markov
 from ndm.schedule import NoiseLevel
-from ndm.times import StepFunction
+from ndm.shapes import event_size, expand, sum_event
+from ndm.time_sampling import PiecewiseConstant
 from ndm.transform import Curve
 
 
@@ -61,7 +61,7 @@ class Bound:
 
     @property
     def loss(self) -> Tensor:
-        """What training minimises: the bound, and the regression of a second head if there is one; ``(B,)``, nats."""
+        """What training minimizes: the bound, and the regression of a second head if there is one; ``(B,)``, nats."""
         return self.total if self.regression is None else self.total + self.regression
 
     @property
@@ -79,12 +79,12 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
     return nats / (dims * math.log(2))
 
 
-def prior_term(process: ForwardProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
+def prior_term(process: NoisingProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
     """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     return process.marginal(x, process.level(1.0, x), curve).kl_to_normal()
 
 
-def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
+def reconstruction_term(process: NoisingProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
     """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
     level = process.level(0.0, x)
     return -decoder.log_prob(x, process.first_marginal(x, level, curve).sample(noise), level)
@@ -92,13 +92,13 @@ def reconstruction_term(process: ForwardProcess, decoder: Decoder, x: Tensor, no
 
 MOST_STEPS = 10**7
 """Largest T: beyond it a step is lost in the rounding of single precision."""
-Eta = float | StepFunction
+Eta = float | PiecewiseConstant
 """Stochasticity of the reverse process: a number, or a function of time."""
 
 
 def _eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
     """Eta at times ``t`` ``(B,)``, such that it broadcasts against ``like``."""
-    return expand(eta(t), like) if isinstance(eta, StepFunction) else eta
+    return expand(eta(t), like) if isinstance(eta, PiecewiseConstant) else eta
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Draw:
     noise: Tensor
     """Standard normal, in the shape of F(x, t)."""
     coin: Tensor | None = None
-    """A uniform number ``(1,)`` for a direct reverse process with two heads, see :meth:`ndm.reverse.ReverseProcess.learning_curve`."""
+    """A uniform number ``(1,)`` for a direct reverse process with two heads, see :meth:`ndm.reverse.MarkovReverse.learning_curve`."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Integrand:
     """What the second head of a direct reverse process learns from; no part of the bound."""
 
 
-def discrete_errors(reverse: ReverseProcess, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+def discrete_errors(reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """||Δmu||²/v of the step that contains u and the middle of that step, each ``(B,)``, and the loss of a second head."""
     step = torch.floor(draw.u * steps).clamp(max=steps - 1)
     middle = (step + 0.5) / steps
@@ -150,7 +150,7 @@ def discrete_errors(reverse: ReverseProcess, curve: Curve, draw: Draw, steps: in
 
 
 def discrete_diffusion(
-    reverse: ReverseProcess, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0, scale: StepFunction | None = None
+    reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0, variance_ratio: PiecewiseConstant | None = None
 ) -> Integrand:
     """T ||Δmu||²/(2v) at the step that contains u: unbiased for the sum over steps when u is uniform.
 
@@ -160,25 +160,23 @@ def discrete_diffusion(
         draw: u and noise.
         steps: T.
         eta: of the posterior; positive, since the bound of DDIM (eta = 0) is infinite.
-        scale: r, by which the reverse variance exceeds v; None is r = 1.
+        variance_ratio: r, by which the reverse variance exceeds v; None is r = 1.
     """
     square, middle, regression = discrete_errors(reverse, curve, draw, steps, eta)
-    if scale is None:
+    if variance_ratio is None:
         return Integrand(steps * square / 2, regression)
-    ratio = scale(middle)
+    ratio = variance_ratio(middle)
     return Integrand(steps * 0.5 * (square / ratio + event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)), regression)
 
 
-def continuous_errors(
-    reverse: ReverseProcess, curve: Curve, draw: Draw, eta: float | Tensor = 1.0
-) -> tuple[NoiseLevel, Tensor, Tensor | None]:
-    """The level at t = u, and there :meth:`ndm.reverse.ReverseProcess.continuous_error`."""
+def continuous_errors(reverse: Reverse, curve: Curve, draw: Draw, eta: float | Tensor = 1.0) -> tuple[NoiseLevel, Tensor, Tensor | None]:
+    """The level at t = u, and there :meth:`ndm.reverse.MarkovReverse.continuous_error`."""
     level = reverse.process.schedule(draw.u)
     error, regression = reverse.continuous_error(curve, draw.noise, level, eta, draw.coin)
     return level, error, regression
 
 
-def continuous_diffusion(reverse: ReverseProcess, curve: Curve, draw: Draw, eta: Eta = 1.0) -> Integrand:
+def continuous_diffusion(reverse: Reverse, curve: Curve, draw: Draw, eta: Eta = 1.0) -> Integrand:
     """The integrand of the continuous-time diffusion term at t = u; arguments as :func:`discrete_diffusion`."""
     eta_at = _eta_at(eta, draw.u, draw.noise)
     level, error, regression = continuous_errors(reverse, curve, draw, eta_at)
@@ -186,12 +184,12 @@ def continuous_diffusion(reverse: ReverseProcess, curve: Curve, draw: Draw, eta:
 
 
 def diffusion_integrand(
-    reverse: ReverseProcess,
+    reverse: Reverse,
     curve: Curve,
     draw: Draw,
     steps: int | None = None,
     eta: Eta = 1.0,
-    scale: StepFunction | None = None,
+    variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
     """The diffusion term at one time an example, in discrete (``steps`` = T) or continuous time (``steps`` = None).
 
@@ -199,32 +197,32 @@ def diffusion_integrand(
         UserError: eta or steps is out of range.
     """
     _check_reverse(reverse, steps, eta)
-    if steps is None and scale is not None:
+    if steps is None and variance_ratio is not None:
         raise UserError(
-            "in continuous time only the reverse variance of the forward process gives a finite bound; leave scale out, or give steps"
+            "in continuous time only the reverse variance of the forward process gives a finite bound; leave variance_ratio out, or give steps"
         )
-    return continuous_diffusion(reverse, curve, draw, eta) if steps is None else discrete_diffusion(reverse, curve, draw, steps, eta, scale)
+    if steps is None:
+        return continuous_diffusion(reverse, curve, draw, eta)
+    return discrete_diffusion(require_markov(reverse, f"steps={steps}"), curve, draw, steps, eta, variance_ratio)
 
 
-def _check_reverse(reverse: ReverseProcess, steps: int | None, eta: Eta) -> None:
-    if not isinstance(eta, StepFunction) and not eta > 0:
+def _check_reverse(reverse: Reverse, steps: int | None, eta: Eta) -> None:
+    if not isinstance(eta, PiecewiseConstant) and not eta > 0:
         raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS):
         raise UserError(
             f"steps={steps}: discrete time needs a whole number of steps from 1 to {MOST_STEPS}; None stands for continuous time"
         )
-    if steps is not None:
-        reverse.process.check_discrete()
 
 
 def path_log_weight(
-    reverse: ReverseProcess,
+    reverse: Reverse,
     decoder: Decoder,
     x: Tensor,
     steps: int,
-    source: Noise = None,
+    source: RandomSource = None,
     eta: Eta = 1.0,
-    scale: StepFunction | None = None,
+    variance_ratio: PiecewiseConstant | None = None,
 ) -> Tensor:
     """log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process; its mean is minus the NELBO.
 
@@ -235,17 +233,18 @@ def path_log_weight(
         steps: T; the predictor is evaluated T times.
         source: source of randomness.
         eta: of the posterior.
-        scale: r, by which the reverse variance exceeds v.
+        variance_ratio: r, by which the reverse variance exceeds v.
 
     Returns:
         ``(B,)``, nats.
     """
     _check_reverse(reverse, steps, eta)
     decoder.check(x)
-    process = reverse.process
+    markov = require_markov(reverse, f"steps={steps}")
+    process = markov.process
     t, curve = process.level(1.0, x), process.curve(x)
     true_t = curve.at(t)
-    q = process.marginal_of(true_t, t)
+    q = gaussian(true_t, t)
     z = q.sample(standard_normal(true_t, source))
     log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
     for index in range(steps, 0, -1):
@@ -254,8 +253,8 @@ def path_log_weight(
         eta_at = _eta_at(eta, middle, z)
         true_s = curve.at(s)
         q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
-        p = reverse.posterior(z, s, t, eta_at)
-        widened = p.std if scale is None else p.std * expand(scale(middle), z).sqrt()
+        p = markov.posterior(z, s, t, eta_at)
+        widened = p.std if variance_ratio is None else p.std * expand(variance_ratio(middle), z).sqrt()
         z = q.sample(standard_normal(z, source))
         log_weight = log_weight + Gaussian(p.mean, widened).log_prob(z) - q.log_prob(z)
         t, true_t = s, true_s

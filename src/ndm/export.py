@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError, check_whole
 from ndm.model import NDM
-from ndm.ops import expand
 from ndm.schedule import VariancePreserving
+from ndm.shapes import expand
 
 
 class DiffusersModel(nn.Module):

@@ -17,14 +17,15 @@ Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A;
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.ops import expand, sum_event
 from ndm.schedule import NoiseLevel, Schedule
+from ndm.shapes import expand, sum_event
 from ndm.transform import Curve, Transform
 
 
@@ -41,9 +42,9 @@ class Gaussian:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` ``(B, *event)``, nats, ``(B,)``."""
-        standardised = (value - self.mean) / self.std
+        standardized = (value - self.mean) / self.std
         log_scale = torch.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return -sum_event(0.5 * standardised**2 + log_scale)
+        return -sum_event(0.5 * standardized**2 + log_scale)
 
     def kl_to_normal(self) -> Tensor:
         """KL(self || N(0, I)), nats, ``(B,)``."""
@@ -93,8 +94,8 @@ def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) ->
     )
 
 
-class ForwardProcess(nn.Module):
-    """q(z_t|x) of a schedule and a transformation.
+class NoisingProcess(nn.Module, ABC):
+    """q(z_t|x) of a schedule and a transformation: what a bound in continuous time and its samplers need.
 
     Args:
         schedule: noise levels over time.
@@ -110,33 +111,61 @@ class ForwardProcess(nn.Module):
         t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
         return self.schedule(t.repeat(like.shape[0]) if t.dim() == 0 else t)
 
+    @abstractmethod
     def curve(self, x: Tensor) -> Curve:
-        """What the process needs to know of ``x`` ``(B, *event)`` at several times: t -> F(x, t)."""
-        return self.transform.curve(x)
+        """What the process needs of ``x`` ``(B, *event)`` at any number of times, t -> F(x, t) among it."""
 
-    def check_discrete(self) -> None:
-        """Check that posteriors q(z_s|z_t,x) of this process are defined, as discrete time needs them.
-
-        Raises:
-            UserError: they are not. Never so here, but a subclass may be a process in continuous time alone.
-        """
-
+    @abstractmethod
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
         """q(z_t|x) for ``x`` ``(B, *event)``; ``curve`` is :meth:`curve` of x where it is at hand."""
-        return self.marginal_of((curve or self.curve(x)).at(level), level)
-
-    def marginal_of(self, transformed: Tensor, level: NoiseLevel) -> Gaussian:
-        """q(z_t|x) given F(x, t)."""
-        return Gaussian(expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed))
 
     def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        """q(z_0|x), without an evaluation of F where F(x, 0) = x; ``curve`` is t -> F(x, t) where it is at hand."""
-        transformed = x if self.transform.data_at_zero else (curve or self.curve(x)).at(level)
-        return self.marginal_of(transformed, level)
+        """q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), without an evaluation of F where F(x, 0) = x."""
+        return gaussian(x if self.transform.data_at_zero else (curve or self.curve(x)).at(level), level)
+
+
+def gaussian(transformed: Tensor, level: NoiseLevel) -> Gaussian:
+    """N(alpha_t F, sigma_t² I) given F ``(B, *event)``."""
+    return Gaussian(expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed))
+
+
+def drift_of(z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0) -> Tensor:
+    """The drift f(z, t, x) given F(x, t) and dF(x, t), ``(B, *event)``.
+
+    Raises:
+        UserError: eta > 0 where alpha = 0, so that g is infinite.
+    """
+    value, derivative = transformed
+    at = level.expand(z)
+    noise_rate = at.dsigma / at.sigma
+    if eta:
+        if bool((level.alpha == 0).any()):
+            raise UserError(
+                "the generative SDE is infinite where alpha = 0 (t = 1 of this schedule); use the ODE, the ancestral sampler, or a "
+                "schedule that keeps some signal, for example FlowMatchingSchedule(alpha_1=1e-3)"
+            )
+        noise_rate = noise_rate + 0.5 * eta**2 * at.dgamma
+    return at.dalpha * value + at.alpha * derivative + noise_rate * (z - at.alpha * value)
+
+
+class ForwardProcess(NoisingProcess):
+    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² I), with its posteriors: discrete time as well as continuous.
+
+    Args:
+        schedule: noise levels over time.
+        transform: F(x, t).
+    """
+
+    def curve(self, x: Tensor) -> Curve:
+        """t -> F(x, t) at ``x`` ``(B, *event)``."""
+        return self.transform.curve(x)
+
+    def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
+        return gaussian((curve or self.curve(x)).at(level), level)
 
     def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0) -> Gaussian:
         """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B, *event)``."""
-        return self.posterior_of(z, self.transform.at_both(x, s, t), s, t, eta)
+        return self.posterior_of(z, self.curve(x).at_both(s, t), s, t, eta)
 
     def posterior_of(
         self, z: Tensor, transformed: tuple[Tensor, Tensor], s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0
@@ -154,7 +183,7 @@ class ForwardProcess(nn.Module):
         if bool((variance < 0).any()) or bool((variance > s.sigma**2 * (1 + 1e-6)).any()):
             raise UserError("the posterior variance must lie between 0 and sigma_s²")
         k = (s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma
-        return self._posterior(z, self.transform.at_both(x, s, t), s, t, expand(k, z), expand(variance, z))
+        return self._posterior(z, self.curve(x).at_both(s, t), s, t, expand(k, z), expand(variance, z))
 
     @staticmethod
     def _posterior(z: Tensor, transformed: tuple[Tensor, Tensor], s: NoiseLevel, t: NoiseLevel, k: Tensor, variance: Tensor) -> Gaussian:
@@ -168,24 +197,4 @@ class ForwardProcess(nn.Module):
         Raises:
             UserError: eta > 0 where alpha = 0, so that g is infinite.
         """
-        return self.drift_of(z, self.transform.with_derivative(x, level), level, eta)
-
-    @staticmethod
-    def drift_of(z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """The drift given F(x, t) and dF(x, t)."""
-        value, derivative = transformed
-        at = level.expand(z)
-        noise_rate = at.dsigma / at.sigma
-        if eta:
-            if bool((level.alpha == 0).any()):
-                raise UserError(
-                    "the generative SDE is infinite where alpha = 0 (t = 1 of this schedule); use the ODE, the ancestral sampler, or a "
-                    "schedule that keeps some signal, for example FlowMatching(alpha_1=1e-3)"
-                )
-            noise_rate = noise_rate + 0.5 * eta**2 * at.dgamma
-        return at.dalpha * value + at.alpha * derivative + noise_rate * (z - at.alpha * value)
-
-    @staticmethod
-    def diffusion(level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """G = eta sigma sqrt(gamma'), ``(B,)``."""
-        return eta * level.sigma * level.dgamma.sqrt()
+        return drift_of(z, self.curve(x).with_derivative(level), level, eta)

@@ -31,14 +31,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ndm.device import full_precision
 from ndm.errors import UserError
-from ndm.ops import expand
-from ndm.precision import full_precision
 from ndm.schedule import NoiseLevel
-from ndm.transform import Curve, CurveTransform, SumCurve
+from ndm.shapes import expand
+from ndm.transform import Curve, Displaced, SumCurve, Transform
 
 
-class Decay(CurveTransform, ABC):
+class Decay(Transform, ABC):
     """F = V diag(d(t)) Vᵀ x with d = (1 - d_min) exp(-lambda tau(t)) + d_min, over the last two axes of images ``(B, ..., H, W)``.
 
     Args:
@@ -79,6 +79,10 @@ class _DecayCurve(Curve):
         self._operator, self._x = operator, x
         self._rates, self._coefficients = operator.rates(x), (1 - operator.d_min) * operator.analysis(x)
 
+    @property
+    def like(self) -> Tensor:
+        return self._x
+
     def _exponent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """-lambda tau and its derivative in t, each ``(B, 1, ..., H, W)``."""
         tau, dtau = self._operator.clock(expand(level.t, self._x))
@@ -92,9 +96,6 @@ class _DecayCurve(Curve):
         exponent, slope = self._exponent(level)
         value = self._x + self._operator.synthesis(torch.expm1(exponent) * self._coefficients)
         return value, self._operator.synthesis(slope * torch.exp(exponent) * self._coefficients)
-
-    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.at(s), self.at(t)
 
 
 class Blur(Decay):
@@ -163,7 +164,7 @@ class FadingMask(Decay):
         return coefficients
 
 
-class Downsample(CurveTransform):
+class Downsample(Transform):
     r"""Stages that halve the resolution one after the other, all drawn at full resolution.
 
     .. math::
@@ -191,15 +192,15 @@ class Downsample(CurveTransform):
                 f"Downsample with {len(self.ends)} stages averages blocks of {size} x {size}, which do not divide images of {height} x "
                 f"{width}; give fewer ends, or pad the images"
             )
-        return _DownsampleCurve(x, self.ends)
+        return Displaced(x, _DownsampleCurve(x, self.ends))
 
 
 class _DownsampleCurve(SumCurve):
-    """x + sum_k a_k(t) (x^{k+1} - x^k), with a_k from 0 to 1 over stage k."""
+    """sum_k a_k(t) (x^{k+1} - x^k), with a_k from 0 to 1 over stage k."""
 
     def __init__(self, x: Tensor, ends: Sequence[float]):
         states = [x, *(block_means(x, 2**k) for k in range(1, len(ends) + 1))]
-        super().__init__(x, torch.stack([after - before for before, after in itertools.pairwise(states)], 1))
+        super().__init__(torch.stack([after - before for before, after in itertools.pairwise(states)], 1))
         self._ends = list(ends)
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:

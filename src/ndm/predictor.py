@@ -11,9 +11,10 @@ The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the net
 rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1. Where the reverse
 process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
 
-For data on a grid of L values, ``levels=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.rounding`.
+For data on a grid of L values, ``num_values=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.grid.rounding`.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 import torch
@@ -21,35 +22,22 @@ from torch import Tensor, nn
 
 from ndm.decoder import Decoder, bin_centers
 from ndm.errors import UserError, check_choice
-from ndm.forward import ForwardProcess
-from ndm.rounding import Rounding
+from ndm.forward import NoisingProcess
+from ndm.grid.rounding import Rounding
+from ndm.parts import Part, check_network
 from ndm.schedule import NoiseLevel
 
 Target = Literal["v", "eps", "x"]
 
 
-class Predictor(nn.Module):
-    """x̂(z, t) from any network called as ``network(z, t)``.
+class DataPredictor(Part, ABC):
+    """x̂(z, t), by whatever means: the base class for predictors of your own."""
 
-    Args:
-        network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
-        target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
-        levels: round softly to the grid of data with so many levels, as many as the decoder has; None for data that lie on none.
-    """
-
-    def __init__(self, network: nn.Module, target: Target = "v", levels: int | None = None):
-        super().__init__()
-        check_choice("target", target, get_args(Target))
-        if not isinstance(network, nn.Module):
-            raise UserError(f"network is a {type(network).__name__}: a predictor needs an nn.Module called as network(z, t)")
-        self.network, self.target, self.levels = network, target, levels
-        self.rounding = None if levels is None else Rounding(levels)
-
+    @abstractmethod
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
-        return self.read(self._output(z, level, z.shape), z, level)
 
-    def check(self, process: ForwardProcess, decoder: Decoder, reverse: str) -> None:
+    def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         """Check that the predictor fits the other parts of a model.
 
         Args:
@@ -60,16 +48,41 @@ class Predictor(nn.Module):
         Raises:
             UserError: it does not.
         """
+        if reverse == "direct-score" and not isinstance(self, Predictor):
+            raise UserError(f"reverse=direct-score needs two outputs, which a {type(self).__name__} does not have: use ndm.Predictor")
+
+
+class Predictor(DataPredictor):
+    """x̂(z, t) from any network called as ``network(z, t)``.
+
+    Args:
+        network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
+        target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
+        num_values: round softly to the grid of data with so many values, as many as the decoder has; None for data that lie on none.
+    """
+
+    def __init__(self, network: nn.Module, target: Target = "v", num_values: int | None = None):
+        super().__init__()
+        check_choice("target", target, get_args(Target))
+        check_network(network, "a predictor", "network(z, t)")
+        self.network, self.target, self.num_values = network, target, num_values
+        self.rounding = None if num_values is None else Rounding(num_values)
+
+    def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        return self.read(self._output(z, level, z.shape), z, level)
+
+    def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
+        super().check(process, decoder, reverse)
         if self.target == "eps" and bool((process.schedule(torch.ones(1, device=_device(process))).alpha == 0).any()):
             raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
-        if self.levels is None:
+        if self.num_values is None:
             return
         keeps, values = process.transform.keeps_shape, decoder.values
-        if not keeps or values is None or len(values) != self.levels or not torch.allclose(values, bin_centers(self.levels)):
+        if not keeps or values is None or len(values) != self.num_values or not torch.allclose(values, bin_centers(self.num_values)):
             have = "latents of its own" if not keeps else "no grid" if values is None else f"another grid, of {len(values)} values"
             raise UserError(
-                f"predictor.levels={self.levels} is the grid of the centres of {self.levels} equal bins of [-1, 1], but the model has {have}; "
-                "give the decoder as many levels, or use ndm.Predictor without levels"
+                f"predictor.num_values={self.num_values} is the grid of the centers of {self.num_values} equal bins of [-1, 1], but the model has {have}; "
+                "give the decoder as many values, or use ndm.Predictor without num_values"
             )
 
     def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:

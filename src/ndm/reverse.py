@@ -32,58 +32,47 @@ The target of a model in discrete time is that of its own T steps. With other nu
 right to first order in 1/T.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndm.errors import UserError, check_choice
-from ndm.forward import ForwardProcess, Gaussian
-from ndm.ops import expand, sum_event
-from ndm.predictor import Predictor
+from ndm.forward import ForwardProcess, Gaussian, NoisingProcess, drift_of, gaussian
+from ndm.ode import LogDensity, OdeSettings, ode_log_prob
+from ndm.predictor import DataPredictor, Predictor
+from ndm.random import RandomSource
 from ndm.schedule import NoiseLevel
-from ndm.transform import Curve, Identity, Transform
+from ndm.shapes import expand, sum_event
+from ndm.transform import Constant, Curve, Transform
 
-Reverse = Literal["tied", "direct", "direct-score", "diffenc"]
+ReverseKind = Literal["tied", "direct", "direct-score", "diffenc"]
 
 
-@dataclass(frozen=True)
-class ReverseProcess:
-    """The learned reverse process.
+class Reverse(ABC):
+    """A learned reverse process in continuous time: what the bound, the SDE, the ODE and the likelihood need."""
 
-    Raises:
-        UserError: the kind is not known, or does not fit the transformation.
-    """
-
-    process: ForwardProcess
+    process: NoisingProcess
     """The forward process."""
-    predictor: Predictor
-    """x̂ of the tied reverse, ŷ of the direct one (and F̂, its second output), F̂ of DiffEnc's."""
-    kind: Reverse = "tied"
-    """``tied``, ``direct``, ``direct-score`` or ``diffenc``."""
-    eta: float = 1.0
-    """The eta that ŷ was trained for; a tied reverse serves all."""
-
-    def __post_init__(self) -> None:
-        """Check the kind."""
-        check_choice("reverse", self.kind, get_args(Reverse))
-        transform = self.process.transform
-        if self.kind in ("tied", "diffenc") and not transform.keeps_shape:
-            raise UserError(
-                f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__} maps data into a space of its own; use "
-                "reverse=direct, whose predictor predicts the latent itself"
-            )
+    eta: float
+    """The eta of training."""
 
     @property
     def tosses(self) -> bool:
-        """Whether its bound takes a coin, see :meth:`learning_curve`."""
-        return self.kind == "direct-score" and torch.is_grad_enabled()
+        """Whether its bound takes a coin, see :meth:`continuous_error`."""
+        return False
 
     @property
     def serves_every_eta(self) -> bool:
         """Whether it can run with another eta than that of training, eta = 0 (the ODE and DDIM) included."""
-        return self.kind != "direct" or self.process.transform.constant
+        return True
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The modules that it depends on."""
 
     def check_eta(self, eta: object) -> None:
         """Check that this reverse process can run with this eta.
@@ -94,31 +83,61 @@ class ReverseProcess:
         if not self.serves_every_eta and not (isinstance(eta, (int, float)) and eta == self.eta):
             shown = f"eta={eta:g}" if isinstance(eta, (int, float)) else "another eta"
             raise UserError(
-                f"a direct reverse process knows the noise of its training alone, eta={self.eta:g}, not {shown}: sample by ancestral or sde. "
+                f"a direct reverse process runs with the noise of its training, eta={self.eta:g}, not with {shown}: sample by ancestral or sde. "
                 "The ODE, DDIM, the likelihood and fitted eta need its second head: train with reverse=direct-score, or tied"
             )
 
+    @abstractmethod
+    def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """What it predicts of the data from latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
+
+    @abstractmethod
+    def continuous_error(
+        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The difference of the drifts over alpha gamma', which the bound in continuous time squares, and the loss of a second head.
+
+        Args:
+            curve: that of the forward process at the data.
+            noise: standard normal, in the shape of F(x, t).
+            level: the level at t.
+            eta: of the bound; a tensor broadcasts against ``noise``.
+            coin: a uniform number ``(1,)`` for a reverse process that tosses.
+
+        Returns:
+            ``(B, *event)``, and ``(B,)``, nats, or None.
+        """
+
+    @abstractmethod
+    def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
+        """f(z, t), ``(B, *event)``."""
+
+    @abstractmethod
+    def log_prob(self, z: Tensor, settings: OdeSettings | None = None, source: RandomSource = None, progress: bool = False) -> LogDensity:
+        """log p(z_0) of latents ``z`` ``(B, *event)`` under the generative ODE.
+
+        Args:
+            z: z_0; its dtype is that of the whole computation.
+            settings: solver, tolerance, probes.
+            source: where the probes come from.
+            progress: show progress bars.
+        """
+
+
+class MarkovReverse(Reverse):
+    """A reverse process with posteriors p(z_s|z_t): discrete time, ancestral sampling and compression as well."""
+
+    process: ForwardProcess
+
+    @abstractmethod
     def curve(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Curve:
         """What stands for F(x, .) at latents ``z`` ``(B, *event)`` and times ``(B,)``, by one evaluation of the predictor.
 
         Raises:
-            UserError: this reverse process does not know that eta.
+            UserError: this reverse process cannot run with that eta.
         """
-        if self.kind == "tied":
-            return self.process.curve(self.predictor(z, level))
-        if self.kind == "diffenc":
-            return _Shifted(self.process.transform, self.predictor(z, level), level)
-        self.check_eta(eta)
-        if self.kind == "direct":
-            return Identity().curve(self.predictor(z, level))
-        return Identity().curve(self._target(*self.predictor.two(z, level), eta))
 
-    def _target(self, target: Tensor, transformed: Tensor, eta: float | Tensor) -> Tensor:
-        """ŷ of another eta."""
-        if not isinstance(eta, Tensor) and eta == self.eta:
-            return target
-        return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
-
+    @abstractmethod
     def learning_curve(
         self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
     ) -> tuple[Curve, Tensor | None]:
@@ -134,53 +153,130 @@ class ReverseProcess:
         Returns:
             The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)``, nats, or None.
         """
-        z = self.process.marginal_of(transformed, level).sample(noise)
+
+    def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:
+        """p(z_s|z_t)."""
+        return self.process.posterior_of(z, self.curve(z, t, eta).at_both(s, t), s, t, eta)
+
+
+def require_markov(reverse: Reverse, what: str) -> MarkovReverse:
+    """The reverse process, which must have posteriors p(z_s|z_t).
+
+    Raises:
+        UserError: it is one in continuous time only.
+    """
+    if not isinstance(reverse, MarkovReverse):
+        raise UserError(
+            f"{what} needs posteriors p(z_s|z_t), and this is a model in continuous time: leave steps out of its bound, sample by method='sde' or "
+            "'ode', or take ndm.NDM"
+        )
+    return reverse
+
+
+@dataclass(frozen=True)
+class ReverseProcess(MarkovReverse):
+    """The reverse process of a Neural Diffusion Model.
+
+    Raises:
+        UserError: the kind is not known, or does not fit the transformation.
+    """
+
+    process: ForwardProcess
+    """The forward process."""
+    predictor: DataPredictor
+    """x̂ of the tied reverse, ŷ of the direct one (and F̂, its second output), F̂ of DiffEnc's."""
+    kind: ReverseKind = "tied"
+    """``tied``, ``direct``, ``direct-score`` or ``diffenc``."""
+    eta: float = 1.0
+    """The eta that ŷ was trained for; a tied reverse serves all."""
+
+    def __post_init__(self) -> None:
+        """Check the kind."""
+        check_choice("reverse", self.kind, get_args(ReverseKind))
+        transform = self.process.transform
+        if self.kind in ("tied", "diffenc") and not transform.keeps_shape:
+            raise UserError(
+                f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__} maps data into a space of its own; use "
+                "reverse=direct, whose predictor predicts the latent itself"
+            )
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.process, self.predictor
+
+    @property
+    def tosses(self) -> bool:
+        return self.kind == "direct-score" and torch.is_grad_enabled()
+
+    @property
+    def serves_every_eta(self) -> bool:
+        return self.kind != "direct" or self.process.transform.constant
+
+    def curve(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Curve:
+        if self.kind == "tied":
+            return self.process.curve(self.predictor(z, level))
+        if self.kind == "diffenc":
+            return _Shifted(self.process.transform, self.predictor(z, level), level)
+        self.check_eta(eta)
+        if self.kind == "direct":
+            return Constant(self.predictor(z, level))
+        return Constant(self._target(*self._two_headed.two(z, level), eta))
+
+    @property
+    def _two_headed(self) -> Predictor:
+        return cast(Predictor, self.predictor)  # DataPredictor.check lets no other pass
+
+    def _target(self, target: Tensor, transformed: Tensor, eta: float | Tensor) -> Tensor:
+        """ŷ of another eta."""
+        if not isinstance(eta, Tensor) and eta == self.eta:
+            return target
+        return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
+
+    def learning_curve(
+        self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+    ) -> tuple[Curve, Tensor | None]:
+        z = gaussian(transformed, level).sample(noise)
         if not self.tosses:
             return self.curve(z, level, eta), None
         parity = torch.arange(len(z), device=z.device) + (0 if coin is None else coin < 0.5)
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
         z = fixed + 2 * expand(of_bound, z) * (z - fixed)  # the same value, half of the gradients doubled, the other half cut
-        first, second = self.predictor.two_outputs(z, level)
+        first, second = self._two_headed.two_outputs(z, level)
         apart = level.detach()  # a learned schedule belongs to the forward process, too
-        error = sum_event((transformed.detach() - self.predictor.read(second, fixed, apart)) ** 2)
+        error = sum_event((transformed.detach() - self._two_headed.read(second, fixed, apart)) ** 2)
         regression = (1 - of_bound) * apart.snr_decay * error
-        target = self._target(self.predictor.read(first, z, level), self.predictor.read(second, z, level), eta)
-        return Identity().curve(target), regression
+        target = self._target(self._two_headed.read(first, z, level), self._two_headed.read(second, z, level), eta)
+        return Constant(target), regression
 
     def continuous_error(
         self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the bound in continuous time squares, Δ(∂_t F)/gamma' - ½(1 + eta²) ΔF ``(B, *event)``, and the loss of a second head.
-
-        Args:
-            curve: that of the forward process at the data.
-            noise: standard normal, in the shape of F(x, t).
-            level: the level at t.
-            eta: of the bound; a tensor broadcasts against ``noise``.
-            coin: see :meth:`learning_curve`.
-        """
         value, derivative = curve.with_derivative(level)
         guess, regression = self.learning_curve(value, noise, level, eta, coin)
         guess_value, guess_derivative = guess.with_derivative(level)
         slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
         return slope - 0.5 * (1 + eta**2) * (value - guess_value), regression
 
-    def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:
-        """p(z_s|z_t)."""
-        return self.process.posterior_of(z, self.curve(z, t, eta).at_both(s, t), s, t, eta)
-
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
-        """f(z, t), ``(B, *event)``."""
-        return self.process.drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
+        return drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
+
+    def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        return self._two_headed.two(z, level)[0] if self.kind == "direct-score" else self.predictor(z, level)
+
+    def log_prob(self, z: Tensor, settings: OdeSettings | None = None, source: RandomSource = None, progress: bool = False) -> LogDensity:
+        return ode_log_prob(self, z, settings, source, progress)
 
 
 class _Shifted(Curve):
     """F̂ + F(F̂, .) - F(F̂, t): passes through F̂ at t, and has the slope of F at F̂."""
 
     def __init__(self, transform: Transform, guess: Tensor, level: NoiseLevel):
-        super().__init__(transform, guess)
-        self._inner, self._level = transform.curve(guess), level
+        self._x, self._inner, self._level = guess, transform.curve(guess), level
+
+    @property
+    def like(self) -> Tensor:
+        return self._x
 
     def at(self, level: NoiseLevel) -> Tensor:
         at, here = self._inner.at_both(level, self._level)

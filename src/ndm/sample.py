@@ -12,33 +12,23 @@ section 15.1) and of order 2 on the ODE; ancestral steps and Euler are of order 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-import torchdiffeq
 from torch import Tensor
 from tqdm import tqdm
 
 from ndm.errors import UserError, check_choice, require
-from ndm.forward import ForwardProcess
-from ndm.noise import part_seed, standard_normal
-from ndm.ops import expand
-from ndm.precision import Precision, autocast
-from ndm.reverse import ReverseProcess
+from ndm.ode import ADAPTIVE_SOLVERS, check_tolerances, solve_ode
+from ndm.random import standard_normal
+from ndm.reverse import Reverse, require_markov
 from ndm.schedule import NoiseLevel
-from ndm.times import StepFunction
-
-if TYPE_CHECKING:
-    from ndm.model import NDM
+from ndm.shapes import expand
+from ndm.time_sampling import PiecewiseConstant
 
 Method = Literal["ancestral", "ddim", "sde", "ode"]
 SDE_SOLVERS = ("euler", "heun", "torchsde-euler", "torchsde-srk")
 ODE_SOLVERS = ("heun", "euler", "dopri5")
-FIXED_STEP_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
-"""Solvers of torchdiffeq that take the steps they are given, of order 1, 2, 2, 3 and 4."""
-ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "dopri8", "adaptive_heun")
-"""Solvers of torchdiffeq that choose their steps by a tolerance."""
-_MOST_STEPS = 20_000  # between two of the times asked for; a solver that needs more would seem to hang
 
 
 class Step(ABC):
@@ -54,7 +44,7 @@ class Step(ABC):
         self.eta = float(eta)
 
     @abstractmethod
-    def __call__(self, reverse: ReverseProcess, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
         """z_s from z_t, both ``(B, *event)``, with standard normal ``noise`` of the same shape (ignored at eta = 0)."""
 
 
@@ -63,36 +53,36 @@ class Ancestral(Step):
 
     Args:
         eta: 1 is DDPM, 0 is DDIM.
-        scale: r(t), for a reverse variance of r v instead of v: :func:`ndm.calibrate.best_scale` of this number of steps.
+        variance_ratio: r(t), for a reverse variance of r v instead of v: :func:`ndm.evaluation.calibrate.best_variance_ratio` of this number of steps.
     """
 
-    def __init__(self, eta: float = 1.0, scale: StepFunction | None = None):
+    def __init__(self, eta: float = 1.0, variance_ratio: PiecewiseConstant | None = None):
         super().__init__(eta)
-        self.scale = scale
+        self.variance_ratio = variance_ratio
 
-    def __call__(self, reverse: ReverseProcess, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
-        step = reverse.posterior(z, s, t, self.eta)
-        if self.scale is not None:
-            noise = noise * expand(self.scale((s.t + t.t) / 2), z).sqrt()
+    def __call__(self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
+        step = require_markov(reverse, "ancestral sampling").posterior(z, s, t, self.eta)
+        if self.variance_ratio is not None:
+            noise = noise * expand(self.variance_ratio((s.t + t.t) / 2), z).sqrt()
         return step.sample(noise)
 
 
 class Euler(Step):
     """Euler-Maruyama on the generative SDE; Euler's method on the ODE at eta = 0."""
 
-    def __call__(self, reverse: ReverseProcess, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
         moved = z + expand(s.t - t.t, z) * reverse.drift(z, t, self.eta)
-        return moved if self.eta == 0 else moved + expand(ForwardProcess.diffusion(t, self.eta) * (t.t - s.t).sqrt(), z) * noise
+        return moved if self.eta == 0 else moved + expand(t.diffusion(self.eta) * (t.t - s.t).sqrt(), z) * noise
 
 
 class Heun(Step):
     """Heun's trapezoid on the generative SDE, with the mean of g² over the step; two evaluations a step."""
 
-    def __call__(self, reverse: ReverseProcess, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor) -> Tensor:
         span = expand(s.t - t.t, z)
         first = reverse.drift(z, t, self.eta)
         if self.eta:
-            mean_square = 0.5 * (ForwardProcess.diffusion(t, self.eta) ** 2 + ForwardProcess.diffusion(s, self.eta) ** 2)
+            mean_square = 0.5 * (t.diffusion(self.eta) ** 2 + s.diffusion(self.eta) ** 2)
             z = z + expand((mean_square * (t.t - s.t)).sqrt(), z) * noise
         return z + 0.5 * span * (first + reverse.drift(z + span * first, s, self.eta))
 
@@ -101,7 +91,7 @@ class Sampler(ABC):
     """Carries z_1 to z_0."""
 
     @abstractmethod
-    def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
         """z_0 from ``z`` = z_1, ``(B, *event)``."""
 
 
@@ -118,13 +108,13 @@ class GridSampler(Sampler):
             raise UserError(f"steps={steps}: sampling needs at least one step")
         self.step, self.steps = step, steps
 
-    def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
         for _, state in self.path(reverse, z, generator, progress):
             z = state
         return z
 
     def path(
-        self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False
+        self, reverse: Reverse, z: Tensor, generator: torch.Generator | None = None, progress: bool = False
     ) -> Iterator[tuple[float, Tensor]]:
         """The whole path from ``z`` = z_1: each time of the grid, from 1 to 0, with z there, ``(B, *event)``, as it is reached."""
         level = reverse.process.level(1.0, z)
@@ -152,80 +142,9 @@ class AdaptiveODE(Sampler):
             raise UserError(f"solver={solver!r} has no adaptive step: choose one of {', '.join(ADAPTIVE_SOLVERS)}")
         self.solver, self.rtol, self.atol = solver, rtol, atol
 
-    def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
         path, _ = solve_ode(reverse, z, torch.tensor([1.0, 0.0]), self.solver, self.rtol, self.atol, progress)
         return path[-1]
-
-
-def check_tolerances(rtol: float, atol: float) -> None:
-    """Raise :class:`UserError` unless both tolerances are positive."""
-    if not (rtol > 0 and atol > 0):
-        raise UserError(f"rtol={rtol}, atol={atol}: tolerances must be positive")
-
-
-def solve_ode(
-    reverse: ReverseProcess,
-    z: Tensor,
-    times: Tensor,
-    solver: str = "dopri5",
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
-    progress: bool = False,
-) -> tuple[Tensor, int]:
-    """Solve the generative ODE dz = f(z, t, x̂) dt with torchdiffeq.
-
-    A batch shares its steps. The error of a step is the root mean square over the event of one example, and the example with the
-    largest error decides, so that the tolerance holds for every example by itself, whatever is solved beside it. Its values depend on
-    its neighbours only within the tolerance.
-
-    Args:
-        reverse: the reverse process.
-        z: where to start, ``(B, *event)``.
-        times: ``(N,)``, from the time of z to the last, in either direction; a solver with fixed steps takes one from each to the next.
-        solver: a method of ``torchdiffeq.odeint``.
-        rtol: relative tolerance of a solver with adaptive steps.
-        atol: absolute tolerance of the same.
-        progress: show a progress bar.
-
-    Returns:
-        z at each of the times, ``(N, B, *event)``, and the number of evaluations of f.
-
-    Raises:
-        UserError: the tolerances cannot be reached.
-    """
-    evaluations, shown = 0, 0
-    first, span = float(times[0]), float(times[-1] - times[0])
-    grid = times.to(torch.float32 if z.device.type == "mps" else torch.float64).to(z.device)  # MPS has no double precision
-    adaptive, finest = solver not in FIXED_STEP_SOLVERS, torch.finfo(z.dtype).eps / 8
-    if adaptive and max(rtol, atol) < finest:
-        name = str(z.dtype).removeprefix("torch.")
-        raise UserError(f"rtol={rtol:g}, atol={atol:g} are beyond the precision of {name}; give at least {finest:.0e}, or use float64")
-    options = {"norm": _worst_example, "max_num_steps": _MOST_STEPS, "dtype": grid.dtype} if adaptive else None
-    with tqdm(total=100, desc="solving the ODE", unit="%", disable=not progress, delay=1, leave=False) as bar:
-
-        def field(t: Tensor, state: Tensor) -> Tensor:
-            nonlocal evaluations, shown
-            evaluations += 1
-            assert math.isfinite(float(t)), "the state is not finite"
-            done = min(100, int(100 * (float(t) - first) / span))  # the last step may look beyond the end
-            if done > shown:
-                bar.update(done - shown)
-                shown = done
-            return reverse.drift(state, reverse.process.level(t.clamp(0, 1).to(state.dtype), state), 0.0)
-
-        try:
-            path = torchdiffeq.odeint(field, z, grid, method=solver, rtol=rtol, atol=atol, options=options)
-        except AssertionError as error:  # how torchdiffeq says that its step became too small, or the state infinite
-            reason = " ".join(str(error).split())[:80]
-            raise UserError(
-                f"the ODE cannot be solved by {solver} with rtol={rtol:g}, atol={atol:g} in {str(z.dtype).removeprefix('torch.')} ({reason}); "
-                "raise the tolerances, use float64, or a solver with fixed steps"
-            ) from error
-    return path, evaluations
-
-
-def _worst_example(error: Tensor) -> Tensor:
-    return error.flatten(1).square().mean(1).amax().sqrt()
 
 
 class TorchSDE(Sampler):
@@ -248,7 +167,7 @@ class TorchSDE(Sampler):
             raise UserError(f"steps={steps}, eta={eta}: torchsde needs at least one step and eta > 0")
         self.torchsde, self.steps, self.solver, self.eta = torchsde, steps, solver, eta
 
-    def __call__(self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
+    def __call__(self, reverse: Reverse, z: Tensor, generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
         shape, eta = z.shape, self.eta
 
         class Equation(torch.nn.Module):
@@ -261,7 +180,7 @@ class TorchSDE(Sampler):
                 return -reverse.drift(state, reverse.process.level((1 - tau).clamp(0, 1), state), eta).flatten(1)
 
             def g(self, tau: Tensor, y: Tensor) -> Tensor:
-                return ForwardProcess.diffusion(reverse.process.level((1 - tau).clamp(0, 1), y), eta)[:, None].expand_as(y)
+                return reverse.process.level((1 - tau).clamp(0, 1), y).diffusion(eta)[:, None].expand_as(y)
 
         flat = z.flatten(1)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=z.device))
@@ -311,26 +230,3 @@ def make_sampler(
     name = solver or known[0]
     rate = noise if method == "sde" else 0.0
     return GridSampler(Heun(rate) if name == "heun" else Euler(rate), steps)
-
-
-def draw_samples(
-    model: "NDM",
-    n: int,
-    event_shape: tuple[int, ...],
-    method: Method = "ancestral",
-    *,
-    seed: int = 0,
-    batch_size: int = 256,
-    precision: Precision = "32-true",
-    progress: bool = False,
-    **options: Any,
-) -> Tensor:
-    """Samples ``(n, *event)`` on the CPU, batch after batch; options as for :meth:`ndm.NDM.sample`. They depend on the batch size."""
-    parts = []
-    with tqdm(total=n, desc="samples", unit="sample", disable=not progress or n <= batch_size, leave=False) as bar:
-        for index, start in enumerate(range(0, n, batch_size)):
-            shape = (min(batch_size, n - start), *event_shape)
-            with autocast(model.like.device, precision):
-                parts.append(model.sample(shape, method, **options, seed=part_seed(seed, index), progress=progress).cpu())
-            bar.update(shape[0])
-    return torch.cat(parts)

@@ -22,7 +22,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.ops import expand
+from ndm.parts import Part
+from ndm.shapes import expand
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class NoiseLevel:
         """exp(-gamma) gamma' = -d(SNR)/dt, finite everywhere sigma is positive."""
         return 2 * self.alpha * self.omega / self.sigma**3
 
+    def diffusion(self, eta: float) -> Tensor:
+        """G = eta sigma sqrt(gamma'), the diffusion coefficient of the reverse-time SDE."""
+        return eta * self.sigma * self.dgamma.sqrt()
+
     def expand(self, like: Tensor) -> "NoiseLevel":
         """The same level with every field reshaped to broadcast against ``like`` ``(B, *event)``."""
         return NoiseLevel(**{field.name: expand(getattr(self, field.name), like) for field in fields(self)})
@@ -77,7 +82,7 @@ class NoiseLevel:
         return NoiseLevel(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
-class Schedule(nn.Module, ABC):
+class Schedule(Part, ABC):
     """Maps times ``(B,)`` to a :class:`NoiseLevel`, derivatives included."""
 
     @abstractmethod
@@ -114,7 +119,7 @@ def check_gamma_ends(gamma_0: float, gamma_1: float) -> None:
         )
 
 
-class LinearLogSNR(VariancePreserving):
+class LinearLogSNRSchedule(VariancePreserving):
     """gamma linear in t (VDM, Kingma et al. 2021, the fixed schedule).
 
     Args:
@@ -132,7 +137,7 @@ class LinearLogSNR(VariancePreserving):
         return torch.lerp(start, end, t), end - start
 
 
-class Cosine(VariancePreserving):
+class CosineSchedule(VariancePreserving):
     r"""gamma = 2 log tan(pi u/2), u running over the part of [0, 1] where gamma lies between its ends.
 
     Nichol & Dhariwal 2021 (alpha = cos(pi u/2)), truncated exactly at ``gamma_0`` and ``gamma_1``.
@@ -154,7 +159,7 @@ class Cosine(VariancePreserving):
         return gamma, 4 * (end - start) / torch.sin(2 * angle)
 
 
-class DDPMLinear(VariancePreserving):
+class LinearBetaSchedule(VariancePreserving):
     r"""DDPM's linear beta in continuous time: alpha² = exp(-B(u)), B(u) = beta_0 u + (beta_1 - beta_0) u²/2.
 
     Ho et al. 2020 with 1,000 steps of beta from 1e-4 to 0.02; Song et al. 2021 for the limit. u = t_0 + (1 - t_0) t starts at
@@ -180,7 +185,7 @@ class DDPMLinear(VariancePreserving):
         return integral + torch.log(-torch.expm1(-integral)), rate / -torch.expm1(-integral)
 
 
-class FlowMatching(Schedule):
+class FlowMatchingSchedule(Schedule):
     """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023), not variance preserving.
 
     Args:
@@ -216,7 +221,7 @@ class LearnedSchedule(VariancePreserving):
         \gamma(t) = \gamma_0 + (\gamma_1 - \gamma_0)\, \frac{g(t) - g(0)}{g(1) - g(0)}, \qquad
         g(t) = w t + \sum_j a_j\, \mathrm{sigmoid}(b_j (t - c_j)), \quad w, a_j, b_j > 0 .
 
-    VDM's monotone network with its normalisation (Kingma et al. 2021, appendix), written so that the derivative is a closed form.
+    VDM's monotone network with its normalization (Kingma et al. 2021, appendix), written so that the derivative is a closed form.
     It starts linear up to a few per cent. In continuous time the bound of a plain diffusion does not depend on the inside of the
     schedule, only on its ends; the inside then acts on the variance of the estimate alone.
 

@@ -1,9 +1,10 @@
 r"""A model as plain files: ``config.json`` says what it is made of, ``model.safetensors`` holds its numbers. No pickles.
 
-Every part of a model keeps each argument of its constructor as an attribute of the same name, so a part is described by
-``{"class_path": ..., "init_args": {...}}``, the form that YAML configurations use too, and rebuilt by calling the constructor.
-Only classes of this library are ever imported from a model folder; a network of the user's own is passed in by the user. (The ``config.yaml`` of a run
-may name classes of the user's, which are imported where the run is used: runs are to be taken from those whose code one would run.)
+Every part of a model keeps each argument of its constructor as an attribute of the same name (:class:`ndm.parts.Part`), so a part is described
+by ``{"class_path": ..., "init_args": {...}}``, the form that YAML configurations use too, and rebuilt by calling the constructor.
+A class is named as users import it, ``ndm.NDM`` or ``ndm.nn.UNet``, wherever its code is. Only public classes of this library are ever
+looked up for a model folder; a network of the user's own is passed in by the user. (The ``config.yaml`` of a run may name classes of the
+user's, which are imported where the run is used: take runs from people whose code you would run.)
 """
 
 import errno
@@ -15,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ndm.errors import ForeignModuleError, UserError
+from ndm.parts import Part
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = 1
@@ -30,22 +33,55 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # of the RuntimeError by which torch.save says that a disk is full
 
 
+NAMESPACES = ("ndm", "ndm.nn", "ndm.variants", "ndm.quality")
+"""Where the public classes of models are."""
+
+
 def class_path(cls: type) -> str:
-    """Full dotted name of a class."""
+    """The public name of a class of this library, ``ndm.NDM``; the full dotted name of any other."""
+    for namespace in NAMESPACES:
+        if f"{cls.__module__}.".startswith(f"{namespace}.") and getattr(_public(namespace), cls.__name__, None) is cls:
+            return f"{namespace}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def to_config(part: object) -> object:
-    """Describe a part of a model, or a plain value, as JSON-ready data. Foreign modules get ``init_args`` None."""
+def to_config(part: object, defaults: bool = True) -> object:
+    """Describe a part of a model, or a plain value, as JSON-ready data. Foreign modules get ``init_args`` None.
+
+    Args:
+        part: the part.
+        defaults: list arguments that have their default value, too.
+    """
     if isinstance(part, (list, tuple)):
-        return [to_config(item) for item in part]
+        return [to_config(item, defaults) for item in part]
     if not isinstance(part, nn.Module):
         return part
-    cls = type(part)
-    if not _is_ours(class_path(cls)):
-        return {"class_path": class_path(cls), "init_args": None}
-    names = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "args", "kwargs")]
-    return {"class_path": class_path(cls), "init_args": {name: to_config(getattr(part, name)) for name in names}}
+    path = class_path(type(part))
+    if not isinstance(part, Part) or not _is_public(path):
+        return {"class_path": path, "init_args": None}
+    arguments = part.arguments()
+    if not defaults:
+        usual = {name: one.default for name, one in inspect.signature(type(part).__init__).parameters.items()}
+        arguments = {name: value for name, value in arguments.items() if not _same(value, usual[name])}
+    return {"class_path": path, "init_args": {name: to_config(value, defaults) for name, value in arguments.items()}}
+
+
+def _same(value: object, default: object) -> bool:
+    """Whether an argument has its default value; a list for a tuple counts."""
+    plain = (list(one) if isinstance(one, (list, tuple)) else one for one in (value, default))
+    value, default = plain
+    return type(value) is type(default) and value == default
+
+
+def _public(namespace: str) -> SimpleNamespace:
+    """The public names of a namespace."""
+    module = importlib.import_module(namespace)
+    return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
+
+
+def _is_public(path: str) -> bool:
+    namespace, _, name = path.rpartition(".")
+    return namespace in NAMESPACES and hasattr(_public(namespace), name)
 
 
 def from_config(config: object, where: str = "model", replace: Mapping[str, nn.Module] | None = None) -> object:
@@ -67,26 +103,21 @@ def from_config(config: object, where: str = "model", replace: Mapping[str, nn.M
     if not isinstance(config, Mapping):
         return config
     path, arguments = config.get("class_path"), config.get("init_args")
-    if not isinstance(path, str) or not _is_ours(path) or arguments is None:
+    if not isinstance(path, str) or not path.startswith("ndm.") or arguments is None:
         raise ForeignModuleError(
             f"{where} is a {path}, which is not part of ndm and is never imported from a model folder; build it yourself and pass "
             f"modules={{'{where}': network}}"
         )
-    module, _, name = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where} names {path}, which this version of ndm does not have; update ndm") from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not _is_public(path):
+        raise UserError(f"{where} names {path}, which this version of ndm does not have; update ndm")
+    namespace, _, name = path.rpartition(".")
+    cls = getattr(importlib.import_module(namespace), name)
+    if not (isinstance(cls, type) and issubclass(cls, Part)):
         raise UserError(f"{where} names {path}, which is not a part of a model")
     try:
         return cls(**{key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()})
     except TypeError as error:
         raise UserError(f"{where}: {path} does not take the arguments of this file ({error}): another version of ndm wrote it") from error
-
-
-def _is_ours(path: str) -> bool:
-    return path.startswith("ndm.")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -163,8 +194,11 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[st
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's description and weights, 64 hexadecimal digits: the same for a saved and loaded copy, on any device."""
-    digest = hashlib.sha256(json.dumps(to_config(model), sort_keys=True).encode())
+    """SHA-256 of a model's description and weights, 64 hexadecimal digits: the same for a saved and loaded copy, on any device.
+
+    Arguments that have their default value are left out, so that a later version with a new argument gives the same digits.
+    """
+    digest = hashlib.sha256(json.dumps(to_config(model, defaults=False), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())

@@ -13,29 +13,88 @@ r"""Transformations F(x, t) of the data, with their time derivative dF at fixed 
 
 Fixed linear ones (blur, masks, down-sampling) are in :mod:`ndm.operators`.
 
-The time-separable form needs one evaluation of its network for F(x, s), F(x, t), F(x, 1) and every time derivative of the same x: c_k(x) are
-channels of ONE network output that does not know t, and w and B_k are differentiated by hand. A :class:`Curve` is such a t -> F(x, t) at
-fixed x.
+A transformation has one abstract method: :meth:`Transform.curve` gives t -> F(x, t) at fixed x, with its time derivative. The learned ones
+are F = x + d(x, t) with a :class:`Displacement` d that vanishes at t = 0, which the noise scale of :mod:`ndm.variants.nfdm` shares:
 
-Every learned transformation of the data in its own space starts training at the identity: networks of this library zero their last layer, any
-other network is multiplied by a learned scalar that starts at zero. Networks here always run in the precision of x, never under autocast:
-the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up to 800, and half precision would drown it.
+.. math::
+    d(x, t) = w(t) f(x, t) \quad\text{or}\quad w(t) \textstyle\sum_k \cos(\pi k t)\, c_k(x), \qquad w(t) = t,\; \sigma_t^2 \text{ or } t (1 - t) .
+
+The time-separable form evaluates its network once for F(x, s), F(x, t), F(x, 1) and every time derivative of the same x: the c_k(x) are
+channels of one network output that does not depend on t, and w and the cosines are differentiated by hand.
+
+Training starts at the identity: networks of this library zero their last layer, any other network is multiplied by a learned scalar that
+starts at zero. Networks here run in the precision of x, never under autocast: the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up
+to 800, and half precision would drown it.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ndm.errors import UserError
-from ndm.forward_mode import time_derivative
-from ndm.precision import full_precision
+from ndm.autodiff.forward_mode import time_derivative
+from ndm.device import full_precision
+from ndm.errors import UserError, check_choice
+from ndm.parts import Part, check_network
 from ndm.schedule import NoiseLevel
 
+Gate = Literal["time", "noise", "bridge"]
 
-class Transform(nn.Module, ABC):
+
+def gate(kind: Gate, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    """The factor w(t) of a displacement, and its derivative in t, in the shape of ``level``: t, sigma_t² or t (1 - t)."""
+    if kind == "time":
+        return level.t, torch.ones_like(level.t)
+    if kind == "noise":
+        return level.sigma**2, 2 * level.sigma * level.dsigma
+    return level.t * (1 - level.t), 1 - 2 * level.t
+
+
+class Curve(ABC):
+    """t -> F(x, t) at fixed x ``(B, *event)``."""
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor in the shape of F(x, t), which is that of the latents."""
+
+    @abstractmethod
+    def at(self, level: NoiseLevel) -> Tensor:
+        """F(x, t) at times ``(B,)``; ``(B, *event)``."""
+
+    @abstractmethod
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """F(x, t) and dF(x, t), the partial derivative in t at fixed x; each ``(B, *event)``."""
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """F(x, s) and F(x, t); each ``(B, *event)``."""
+        return self.at(s), self.at(t)
+
+
+class Constant(Curve):
+    """A curve that stays where it is.
+
+    Args:
+        value: F, ``(B, *event)``.
+    """
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+    @property
+    def like(self) -> Tensor:
+        return self.value
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self.value
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return self.value, torch.zeros_like(self.value)
+
+
+class Transform(Part, ABC):
     """F(x, t). Times come as a :class:`NoiseLevel`, because a transformation may depend on the noise as well as on t."""
 
     data_at_zero: bool = True
@@ -46,71 +105,24 @@ class Transform(nn.Module, ABC):
     """Whether latents have the shape of the data; an encoder into another space does not."""
 
     @abstractmethod
+    def curve(self, x: Tensor) -> Curve:
+        """t -> F(x, t) at ``x`` ``(B, *event)``, for any number of times."""
+
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """F(x, t) for ``x`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
+        return self.curve(x).at(level)
 
-    @abstractmethod
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, t) and dF(x, t), the partial derivative in t at fixed x; each ``(B, *event)``."""
+        """F(x, t) and dF(x, t), each ``(B, *event)``."""
+        return self.curve(x).with_derivative(level)
 
     def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, s) and F(x, t) from one batched evaluation; each ``(B, *event)``."""
-        value_s, value_t = self(torch.cat([x, x]), s.cat(t)).chunk(2)
-        return value_s, value_t
-
-    def curve(self, x: Tensor) -> "Curve":
-        """t -> F(x, t) at these x, for several times."""
-        return Curve(self, x)
+        """F(x, s) and F(x, t), each ``(B, *event)``."""
+        return self.curve(x).at_both(s, t)
 
     def latent_shape(self, x: Tensor) -> torch.Size:
         """Shape of F(x, t), which is that of the latents, for a batch in the shape of ``x``; its values are not read."""
         return x.shape
-
-
-class CurveTransform(Transform, ABC):
-    """A transformation that does its work once for x, in its curve."""
-
-    @abstractmethod
-    def curve(self, x: Tensor) -> "Curve":
-        pass
-
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return self.curve(x).at(level)
-
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.curve(x).with_derivative(level)
-
-    def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.curve(x).at_both(s, t)
-
-
-class Curve:
-    """t -> F(x, t) at fixed x ``(B, *event)``, evaluated anew at each time.
-
-    Args:
-        transform: F.
-        x: the data.
-    """
-
-    def __init__(self, transform: Transform, x: Tensor):
-        self._transform, self._x = transform, x
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor in the shape of F(x, t), which is that of the latents."""
-        return self._x
-
-    def at(self, level: NoiseLevel) -> Tensor:
-        """F(x, t)."""
-        return self._transform(self._x, level)
-
-    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, t) and dF(x, t)."""
-        return self._transform.with_derivative(self._x, level)
-
-    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, s) and F(x, t)."""
-        return self._transform.at_both(self._x, s, t)
 
 
 class Identity(Transform):
@@ -118,116 +130,99 @@ class Identity(Transform):
 
     constant = True
 
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return x
-
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return x, torch.zeros_like(x)
-
-    def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return x, x
+    def curve(self, x: Tensor) -> Curve:
+        return Constant(x)
 
 
-def started_at_zero(network: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
-    """The network, and for a foreign one a learned scalar that starts at zero; networks of this library start at zero themselves."""
-    if not isinstance(network, nn.Module):
-        raise UserError(f"network is a {type(network).__name__}: a transformation needs an nn.Module called as network(x, t)")
-    zero_output = getattr(network, "zero_output", None)
-    if zero_output is None:
-        return network, nn.Parameter(torch.zeros(()))
-    zero_output()
-    return network, None
+class Displacement(Part, ABC):
+    """d(x, t) with d(x, 0) = 0 (with the gate ``noise``, sigma_0² f): what moves x in F = x + d, or the logarithm of a noise scale.
 
+    Args:
+        network: the network that it is made of.
+        gate: w(t): ``time`` is t, ``noise`` is sigma_t², ``bridge`` is t (1 - t).
+    """
 
-class GatedNetwork(nn.Module, ABC):
-    """w(t) f(x, t) with a network f that keeps the shape of x and starts at zero, and its derivative in t."""
+    gates: tuple[str, ...] = get_args(Gate)
+    """The gates that fit."""
 
-    role = "transformation; F(x, t)"
-    """For messages: whose network it is, and what keeps the shape of x."""
-
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, gate: Gate):
         super().__init__()
-        self.network, self.gain = started_at_zero(network)
+        check_choice("gate", gate, self.gates)
+        check_network(network, "a displacement", "network(x, t)")
+        zero_output = getattr(network, "zero_output", None)
+        if zero_output is not None:
+            zero_output()
+        self.network, self.gate = network, gate
+        self.gain = nn.Parameter(torch.zeros(())) if zero_output is None else None
 
     @abstractmethod
-    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """The window w and its derivative in t, in the shape of ``level``."""
+    def curve(self, x: Tensor) -> Curve:
+        """t -> d(x, t) at ``x`` ``(B, *event)``."""
 
-    def _raw(self, x: Tensor, t: Tensor) -> Tensor:
+    def _scaled(self, output: Tensor) -> Tensor:
+        return output if self.gain is None else self.gain * output
+
+
+class NetworkDisplacement(Displacement):
+    """d = w(t) f(x, t) with a network f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
+
+    Args:
+        network: f. In continuous time it must be differentiable in t by forward mode.
+        gate: w(t).
+    """
+
+    def curve(self, x: Tensor) -> Curve:
+        return _NetworkCurve(self, x)
+
+    def output(self, x: Tensor, t: Tensor) -> Tensor:
+        """f(x, t), ``(B, *event)``."""
         with full_precision(x):
-            raw = self.network(x, t)
-        if raw.shape != x.shape:
-            owner, what = self.role.split("; ")
+            output = self.network(x, t)
+        if output.shape != x.shape:
             raise UserError(
-                f"the network of the {owner} maps {tuple(x.shape)} to {tuple(raw.shape)}; {what} must keep the shape of x: "
+                f"the network maps {tuple(x.shape)} to {tuple(output.shape)}; F(x, t) and h(x, t) must keep the shape of x: "
                 "give it as many output channels as input channels"
             )
-        return raw if self.gain is None else self.gain * raw
+        return self._scaled(output)
 
-    def product(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """The product w f, ``(B, *event)``."""
-        return self.window(level.expand(x))[0] * self._raw(x, level.t)
 
-    def product_with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """The product w f and its derivative in t at fixed x, each ``(B, *event)``."""
-        window, slope = self.window(level.expand(x))
+class _NetworkCurve(Curve):
+    def __init__(self, displacement: NetworkDisplacement, x: Tensor):
+        self._displacement, self._x = displacement, x
+
+    @property
+    def like(self) -> Tensor:
+        return self._x
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return gate(self._displacement.gate, level.expand(self._x))[0] * self._displacement.output(self._x, level.t)
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        one, x = self._displacement, self._x
+        w, slope = gate(one.gate, level.expand(x))
         # A network that is not of this library may hold operations whose compiled derivative would be wrong.
-        derive = time_derivative if self.gain is None else torch.compiler.disable(time_derivative)
-        raw, rate = derive(self._raw, x, level.t, type(self.network).__name__)
-        return window * raw, slope * raw + window * rate
+        derive = time_derivative if one.gain is None else torch.compiler.disable(time_derivative)
+        output, rate = derive(one.output, x, level.t, type(one.network).__name__)
+        return w * output, slope * output + w * rate
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Both from one batched evaluation."""
+        both = type(self)(self._displacement, torch.cat([self._x, self._x])).at(s.cat(t))
+        at_s, at_t = both.chunk(2)
+        return at_s, at_t
 
 
-class _Residual(GatedNetwork, Transform, ABC):
-    """F = x + w(t) f(x, t)."""
-
-    def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        return x + self.product(x, level)
-
-    def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        shift, derivative = self.product_with_derivative(x, level)
-        return x + shift, derivative
-
-
-class NetworkTransform(_Residual):
-    """The paper's form F = (1-t) x + t g(x, t) with g(x, t) = x + f(x, t), that is F = x + t f(x, t).
+class SeparableDisplacement(Displacement):
+    """d = w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one x, and no forward mode.
 
     Args:
-        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``. In continuous time it must be
-            differentiable in t by forward mode.
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or
+            any other ``nn.Module``.
+        gate: w(t).
     """
 
-    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return level.t, torch.ones_like(level.t)
-
-
-class GatedTransform(_Residual):
-    """The log-SNR gated form F = x + sigma_t² f(x, t), whose bound stays finite near t = 0 whatever f does (DiffEnc).
-
-    Args:
-        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
-    """
-
-    data_at_zero = False
-
-    def window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return level.sigma**2, 2 * level.sigma * level.dsigma
-
-
-class SeparableTransform(CurveTransform):
-    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one x.
-
-    Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or any
-            other ``nn.Module``. It needs no derivative in t.
-        gate: w(t): ``noise`` is sigma_t², as in :class:`GatedTransform`; ``time`` is t, as in the paper's form.
-    """
-
-    def __init__(self, network: nn.Module, gate: Literal["noise", "time"] = "noise"):
-        super().__init__()
-        if gate not in ("noise", "time"):
-            raise UserError(f"gate={gate!r} is not known: choose noise or time")
-        self.gate, self.data_at_zero = gate, gate == "time"
-        self.network, self.gain = started_at_zero(network)
+    def curve(self, x: Tensor) -> Curve:
+        return _SeparableCurve(self.gate, self.channels(x))
 
     def channels(self, x: Tensor) -> Tensor:
         """c_k(x), ``(B, K, *event)``."""
@@ -235,70 +230,147 @@ class SeparableTransform(CurveTransform):
             channels = self.network(x, x.new_zeros(len(x)))
         if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
             raise UserError(
-                f"the network of the time-separable transformation maps {tuple(x.shape)} to {tuple(channels.shape)}; it must return "
+                f"the network of the time-separable form maps {tuple(x.shape)} to {tuple(channels.shape)}; it must return "
                 "(B, K, *event): give a network of this library outputs=K"
             )
-        return channels if self.gain is None else self.gain * channels
-
-    def curve(self, x: Tensor) -> "SumCurve":
-        return _SeparableCurve(self, x)
+        return self._scaled(channels)
 
 
 class SumCurve(Curve, ABC):
-    """x + sum_k w_k(t) c_k with fixed c.
+    """sum_k w_k(t) c_k with fixed c.
 
     Args:
-        x: the data, ``(B, *event)``.
         channels: c, ``(B, K, *event)``.
     """
 
-    def __init__(self, x: Tensor, channels: Tensor):
-        self._x, self._channels = x, channels
+    def __init__(self, channels: Tensor):
+        self._channels = channels
+
+    @property
+    def like(self) -> Tensor:
+        return self._channels[:, 0]
 
     @abstractmethod
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """w_k(t) and its derivative in t, each ``(B, K)``."""
 
     def _sum(self, weights: Tensor) -> Tensor:
-        with full_precision(self._x):  # products of matrices would run in half precision
+        with full_precision(self._channels):  # products of matrices would run in half precision
             return torch.einsum("bk,bk...->b...", weights, self._channels)
 
-    def added(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, t) - x and its derivative in t."""
-        weights, slopes = self.weights(level)
-        return self._sum(weights), self._sum(slopes)
-
     def at(self, level: NoiseLevel) -> Tensor:
-        return self._x + self._sum(self.weights(level)[0])
+        return self._sum(self.weights(level)[0])
 
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        added, derivative = self.added(level)
-        return self._x + added, derivative
-
-    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.at(s), self.at(t)
+        weights, slopes = self.weights(level)
+        return self._sum(weights), self._sum(slopes)
 
 
 class _SeparableCurve(SumCurve):
     """w_k = w(t) cos(pi k t), over the channels of one network output."""
 
-    def __init__(self, transform: SeparableTransform, x: Tensor):
-        super().__init__(x, transform.channels(x))
-        self._gate = transform.gate
-
-    def _window(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        if self._gate == "time":
-            return level.t, torch.ones_like(level.t)
-        return level.sigma**2, 2 * level.sigma * level.dsigma
+    def __init__(self, kind: Gate, channels: Tensor):
+        super().__init__(channels)
+        self._kind = kind
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        window, slope = (value[:, None] for value in self._window(level))
+        w, slope = (value[:, None] for value in gate(self._kind, level))
         order = math.pi * torch.arange(self._channels.shape[1], dtype=level.t.dtype, device=level.t.device)
         angle = order * level.t[:, None]
-        return window * angle.cos(), slope * angle.cos() - window * order * angle.sin()
+        return w * angle.cos(), slope * angle.cos() - w * order * angle.sin()
 
 
-class Encoder(CurveTransform):
+class Displaced(Curve):
+    """x + d(x, t) at fixed x.
+
+    Args:
+        x: the data, ``(B, *event)``.
+        displacement: t -> d(x, t).
+    """
+
+    def __init__(self, x: Tensor, displacement: Curve):
+        self._x, self._displacement = x, displacement
+
+    @property
+    def like(self) -> Tensor:
+        return self._x
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self._x + self._displacement.at(level)
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        value, derivative = self._displacement.with_derivative(level)
+        return self._x + value, derivative
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        at_s, at_t = self._displacement.at_both(s, t)
+        return self._x + at_s, self._x + at_t
+
+
+class ResidualTransform(Transform):
+    """F = x + d(x, t).
+
+    Args:
+        displacement: d.
+    """
+
+    def __init__(self, displacement: Displacement):
+        super().__init__()
+        self.displacement = displacement
+        self.data_at_zero = displacement.gate != "noise"
+
+    @property
+    def network(self) -> nn.Module:
+        """The network of the displacement."""
+        return self.displacement.network
+
+    @property
+    def gate(self) -> Gate:
+        """The gate of the displacement."""
+        return self.displacement.gate
+
+    def curve(self, x: Tensor) -> Curve:
+        return Displaced(x, self.displacement.curve(x))
+
+
+class NetworkTransform(ResidualTransform):
+    """The paper's form F = (1-t) x + t g(x, t) with g(x, t) = x + f(x, t), that is F = x + t f(x, t).
+
+    Args:
+        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``. In continuous time it must be
+            differentiable in t by forward mode.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__(NetworkDisplacement(network, "time"))
+
+
+class GatedTransform(ResidualTransform):
+    """The log-SNR gated form F = x + sigma_t² f(x, t), whose bound stays finite near t = 0 whatever f does (DiffEnc).
+
+    Args:
+        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__(NetworkDisplacement(network, "noise"))
+
+
+class SeparableTransform(ResidualTransform):
+    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), see :class:`SeparableDisplacement`.
+
+    Args:
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or
+            any other ``nn.Module``.
+        gate: w(t): ``noise`` is sigma_t², as in :class:`GatedTransform`; ``time`` is t, as in the paper's form.
+    """
+
+    def __init__(self, network: nn.Module, gate: Literal["noise", "time"] = "noise"):
+        check_choice("gate", gate, ("noise", "time"))
+        super().__init__(SeparableDisplacement(network, gate))
+
+
+class Encoder(Transform):
     """F(x, t) = E(x), a learned encoder into a space of its own, the same at every t: latent diffusion (LSGM, Vahdat et al. 2021).
 
     The latents z_t have the shape of E(x). It goes with :class:`ndm.NetworkDecoder` and ``reverse="direct"``, whose predictor predicts E(x).
@@ -313,8 +385,7 @@ class Encoder(CurveTransform):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise UserError(f"network is a {type(network).__name__}: an encoder needs an nn.Module called as network(x)")
+        check_network(network, "an encoder", "network(x)")
         self.network = network
 
     def encode(self, x: Tensor) -> Tensor:
@@ -327,7 +398,7 @@ class Encoder(CurveTransform):
         return code
 
     def curve(self, x: Tensor) -> Curve:
-        return Identity().curve(self.encode(x))  # the same value at every time
+        return Constant(self.encode(x))
 
     @torch.no_grad()
     def latent_shape(self, x: Tensor) -> torch.Size:

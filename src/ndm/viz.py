@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ndm.errors import UserError, require
-from ndm.model import NDM
+from ndm.model import DiffusionModel
 from ndm.serialize import write_atomically
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 
 @torch.no_grad()
-def transform_over_time(model: NDM, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0) -> dict[str, Tensor]:
+def transform_over_time(model: DiffusionModel, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0) -> dict[str, Tensor]:
     """F(x, t), z_t and x̂(z_t, t) at several times with one noise; each ``(len(times), B, *event)``."""
     device = next((p.device for p in model.parameters()), x.device)
     x = x.to(device)
@@ -160,13 +160,13 @@ def transform_over_time(model: NDM, x: Tensor, times: tuple[float, ...] = TIMES,
 LABELS = {"transformed": "$F(x,t)$", "latent": "$z_t$", "prediction": r"$\hat{x}(z_t,t)$"}
 
 
-def write_transform(path: Path, model: NDM, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0) -> None:
+def write_transform(path: Path, model: DiffusionModel, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0) -> None:
     """Write :func:`transform_figure` as PNG or PDF."""
     write_figure(path, transform_figure(model, x, times, seed))
 
 
 def transform_figure(
-    model: NDM, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0, show: Callable[[Tensor], Tensor] | None = None
+    model: DiffusionModel, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0, show: Callable[[Tensor], Tensor] | None = None
 ) -> "Figure":
     """A figure of F(x, t), z_t and x̂ over time.
 

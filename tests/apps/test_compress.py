@@ -17,18 +17,18 @@ from ndm.apps.compress.chain import FINE, MARGIN, Chain, Plan, Rounding, make_pl
 from ndm.apps.compress.choose import Rows, choose_plan
 from ndm.apps.compress.coder import Coded, Stack, decode, encode, initial_words
 from ndm.apps.compress.items import Item
-from ndm.calibrate import best_scale
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation
+from ndm.evaluation.calibrate import best_variance_ratio
+from ndm.evaluation.evaluate import Evaluation
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.predictor import Predictor
-from ndm.reverse import Reverse
-from ndm.schedule import FlowMatching, LearnedSchedule, LinearLogSNR, Schedule
+from ndm.reverse import ReverseKind
+from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, Schedule
 from ndm.serialize import fingerprint
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
-from oracles import randomised
+from oracles import randomized
 
 
 def network(shape: Sequence[int], seed: int, outputs: int | None = None) -> nn.Module:
@@ -37,30 +37,30 @@ def network(shape: Sequence[int], seed: int, outputs: int | None = None) -> nn.M
         net: nn.Module = UNet(shape[0], 8, (1,), attention=bool(seed % 2), max_frequency=4.0, outputs=outputs)
     else:
         net = MLP(math.prod(shape), hidden=16, blocks=1, max_frequency=4.0, outputs=outputs)
-    return randomised(net, 0.03, seed).float()
+    return randomized(net, 0.03, seed).float()
 
 
-def make_model(shape: Sequence[int], levels: int = 16, seed: int = 0, schedule: Schedule | None = None, gamma_0: float = -5.0) -> NDM:
+def make_model(shape: Sequence[int], num_values: int = 16, seed: int = 0, schedule: Schedule | None = None, gamma_0: float = -5.0) -> NDM:
     kinds: list[Transform] = [Identity(), NetworkTransform(network(shape, seed + 1)), GatedTransform(network(shape, seed + 2))]
-    transform = randomised(kinds[seed % 3], 0.02, seed).float()
-    schedule = schedule or LinearLogSNR(gamma_0, 4.0)
-    reverse: Reverse = get_args(Reverse)[seed // 3 % 4] if seed > 9 else "tied"
+    transform = randomized(kinds[seed % 3], 0.02, seed).float()
+    schedule = schedule or LinearLogSNRSchedule(gamma_0, 4.0)
+    reverse: ReverseKind = get_args(ReverseKind)[seed // 3 % 4] if seed > 9 else "tied"
     predictor = Predictor(network(shape, seed + 3, 2 if reverse == "direct-score" else None))
-    return NDM(schedule, transform, predictor, DiscretizedGaussian(levels), reverse=reverse).eval()
+    return NDM(schedule, transform, predictor, DiscretizedGaussian(num_values), reverse=reverse).eval()
 
 
-def patterns(generator: np.random.Generator, count: int, dims: int, levels: int) -> np.ndarray:
+def patterns(generator: np.random.Generator, count: int, dims: int, num_values: int) -> np.ndarray:
     """Noise, all black, all white, two values, or a ramp."""
     kind = generator.integers(5)
     if kind == 0:
-        return generator.integers(0, levels, (count, dims))
+        return generator.integers(0, num_values, (count, dims))
     if kind == 1:
         return np.zeros((count, dims), dtype=np.int64)
     if kind == 2:
-        return np.full((count, dims), levels - 1)
+        return np.full((count, dims), num_values - 1)
     if kind == 3:
-        return generator.integers(0, 2, (count, dims)) * (levels - 1)
-    return np.tile(np.arange(dims) % levels, (count, 1))
+        return generator.integers(0, 2, (count, dims)) * (num_values - 1)
+    return np.tile(np.arange(dims) % num_values, (count, 1))
 
 
 @pytest.mark.parametrize("block", range(8))
@@ -70,11 +70,11 @@ def test_two_hundred_shapes_patterns_depths_and_schedules_come_back(block: int) 
         flat = bool(generator.integers(2))
         shape = tuple(generator.integers(1, 9, 1)) if flat else (int(generator.integers(1, 4)), *generator.integers(2, 8, 2))
         shape = tuple(map(int, shape))
-        levels, steps, batch = int(generator.choice([2, 3, 16, 17, 256])), int(generator.integers(1, 5)), int(generator.integers(1, 6))
-        schedule = [LinearLogSNR(-7.0, 4.0), FlowMatching(0.05, 0.0), LearnedSchedule(-6.0, 3.0)][case % 3]
-        model = make_model(shape, levels, case, schedule)
+        num_values, steps, batch = int(generator.choice([2, 3, 16, 17, 256])), int(generator.integers(1, 5)), int(generator.integers(1, 6))
+        schedule = [LinearLogSNRSchedule(-7.0, 4.0), FlowMatchingSchedule(0.05, 0.0), LearnedSchedule(-6.0, 3.0)][case % 3]
+        model = make_model(shape, num_values, case, schedule)
         count = int(generator.integers(1, 9))
-        index = patterns(generator, count, math.prod(shape), levels)
+        index = patterns(generator, count, math.prod(shape), num_values)
         scale = torch.from_numpy(generator.uniform(0.5, 3, 2)) if case % 2 else None
         plan = make_plan(model, steps, batch, scale, float(generator.choice([0.25, 0.5, 1.0])))
         coded = encode(Chain(model, plan, shape, rows=int(generator.integers(1, 5))), index)
@@ -149,7 +149,7 @@ def test_the_rate_is_the_bound(steps: int, width: float) -> None:
     model = make_model(shape, 16, 2)
     index = np.clip(np.random.default_rng(0).normal(8, 2, (count, 6)).round(), 0, 15).astype(np.int64)
     rows = Rows(index, model.decoder.values, shape)  # type: ignore[union-attr,arg-type]
-    scale = best_scale(model, rows, steps).values
+    scale = best_variance_ratio(model, rows, steps).values
     bound = Evaluation(model, rows).nelbo(steps, 50, rows)
     coded = encode(Chain(model, make_plan(model, steps, 500, scale, width), shape), index)
     rate = 32 * (len(coded.words) - coded.initial) / index.size
@@ -182,7 +182,7 @@ def test_the_means_are_those_of_the_process() -> None:
             assert float(posterior.std.flatten()[0]) == pytest.approx(plan.delta[step - 1] / plan.width, rel=1e-6)
 
 
-@pytest.mark.parametrize("schedule", [LinearLogSNR(-4.0, 4.0), FlowMatching(0.1, 0.0)], ids=["linear", "flow"])
+@pytest.mark.parametrize("schedule", [LinearLogSNRSchedule(-4.0, 4.0), FlowMatchingSchedule(0.1, 0.0)], ids=["linear", "flow"])
 def test_the_decoder_is_that_of_the_model(schedule: Schedule) -> None:
     model = make_model((1,), 17, 0, schedule).double()
     chain = Chain(model, make_plan(model, 2, 1, width=0.25), (1,))
@@ -263,7 +263,7 @@ def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
     archive = make_archive(model, index, (5,))
     (tmp_path / "x.ndm").write_bytes(pack(archive))
     found = read_archive(tmp_path / "x.ndm")
-    for name in ("fingerprint", "event_shape", "levels", "low", "plan", "items"):
+    for name in ("fingerprint", "event_shape", "num_values", "low", "plan", "items"):
         assert getattr(found, name) == getattr(archive, name)
     np.testing.assert_array_equal(found.checksums, archive.checksums)
     np.testing.assert_array_equal(found.coded.words, archive.coded.words)
@@ -295,7 +295,7 @@ def mutate(data: bytes, generator: np.random.Generator, other: bytes) -> bytes:
     elif kind == 4:  # a number of the header
         _, _, size, *_ = _START.unpack_from(body)
         header = json.loads(zlib.decompress(bytes(body[_START.size : _START.size + size])))
-        key = str(generator.choice(["event_shape", "levels", "low", "initial", "items", "model"]))
+        key = str(generator.choice(["event_shape", "num_values", "low", "initial", "items", "model"]))
         header[key] = [None, -1, 2**63, 2**200, "x" * 64, [], [2**63], {"name": "../x"}, 1.5, True][generator.integers(10)]
         text = zlib.compress(json.dumps(header).encode())
         body[_START.size : _START.size + size] = text
@@ -354,6 +354,6 @@ def test_sizes_that_lie_are_found_before_anything_is_made() -> None:
 
 
 def test_a_continuous_model_is_no_codec() -> None:
-    model = NDM(LinearLogSNR(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder())
+    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder())
     with pytest.raises(UserError, match="continuous"):
         Chain(model, make_plan(model, 2, 1), (2,))

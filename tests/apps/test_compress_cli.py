@@ -10,31 +10,31 @@ from PIL import ExifTags, Image
 
 from ndm.apps.compress.archive import read_archive
 from ndm.apps.compress.items import Item, read_items, write_items
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.predictor import Predictor
-from ndm.schedule import LinearLogSNR
+from ndm.schedule import LinearLogSNRSchedule
 from ndm.transform import GatedTransform, Identity
 
 SHAPE = (3, 6, 5)
 
 
-def description(shape: tuple[int, ...], levels: int | None, low: float | None = 0.0) -> dict[str, object]:
+def description(shape: tuple[int, ...], num_values: int | None, low: float | None = 0.0) -> dict[str, object]:
     fields = {"name": "x", "version": "1", "kind": "image", "splits": {"train": 1}, "sha256": "0" * 64}
-    return {"data": {**fields, "event_shape": list(shape), "levels": levels, "low": low, "high": None}}
+    return {"data": {**fields, "event_shape": list(shape), "num_values": num_values, "low": low, "high": None}}
 
 
-def save_model(folder: Path, shape: tuple[int, ...] = SHAPE, levels: int = 256, low: float = 0.0, seed: int = 0) -> Path:
+def save_model(folder: Path, shape: tuple[int, ...] = SHAPE, num_values: int = 256, low: float = 0.0, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     if len(shape) == 3:
         parts = [UNet(shape[0], 8, (1,), max_frequency=4.0) for _ in range(2)]
     else:
         parts = [MLP(shape[0], 8, 1, max_frequency=4.0) for _ in range(2)]  # type: ignore[misc]
-    model = NDM(LinearLogSNR(-7.0, 4.0), GatedTransform(parts[0]), Predictor(parts[1]), DiscretizedGaussian(levels))
-    model.save_pretrained(folder, description(shape, levels, low))
+    model = NDM(LinearLogSNRSchedule(-7.0, 4.0), GatedTransform(parts[0]), Predictor(parts[1]), DiscretizedGaussian(num_values))
+    model.save_pretrained(folder, description(shape, num_values, low))
     return folder
 
 
@@ -73,7 +73,7 @@ def test_a_folder_of_images_comes_back(model: Path, tmp_path: Path, capsys: pyte
     assert "initial bits" in out
     assert main(["inspect", str(archive)]) == 0
     text = capsys.readouterr().out
-    assert "5 images of 3 x 6 x 5, 256 levels" in text
+    assert "5 images of 3 x 6 x 5, 256 values" in text
     assert f"{archive.stat().st_size:,} bytes" in text
     assert main(["decompress", str(archive), "--model", str(model), "-o", str(tmp_path / "back"), "--batch_size", "1"]) == 0
     expected = {"a.bmp": "a.bmp.png", "b.png": "b.png", "black.png": "black.png", "sub/c.png": "sub/c.png", "white.ppm": "white.ppm.png"}
@@ -91,7 +91,7 @@ def test_photographs_are_compressed_upright(tmp_path: Path) -> None:
     exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(tmp_path / "x.png", exif=exif)
     (item,) = read_items([str(tmp_path)], (3, 6, 5), 256, 0)
-    np.testing.assert_array_equal(item.levels, pixels.transpose(2, 0, 1).reshape(1, -1))
+    np.testing.assert_array_equal(item.values, pixels.transpose(2, 0, 1).reshape(1, -1))
 
 
 def test_arrays_keep_dtype_shape_names_and_offset(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_arrays_keep_dtype_shape_names_and_offset(tmp_path: Path) -> None:
         np.testing.assert_array_equal(before[key], after[key])
 
 
-@pytest.mark.parametrize(("levels", "values"), [(2, [0, 1]), (16, list(range(16)))])
-def test_grey_images_of_few_levels_as_arrays(levels: int, values: list[int], tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", (1, 4, 4), levels)
-    array = np.random.default_rng(0).choice(values, (9, 4, 4)).astype(bool if levels == 2 else np.uint8)
+@pytest.mark.parametrize(("num_values", "values"), [(2, [0, 1]), (16, list(range(16)))])
+def test_gray_images_of_few_levels_as_arrays(num_values: int, values: list[int], tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", (1, 4, 4), num_values)
+    array = np.random.default_rng(0).choice(values, (9, 4, 4)).astype(bool if num_values == 2 else np.uint8)
     np.save(tmp_path / "x.npy", array)
     assert main(["compress", str(tmp_path / "x.npy"), "--model", str(model), "-o", str(tmp_path / "x.ndm"), "--steps", "3"]) == 0
     assert main(["decompress", str(tmp_path / "x.ndm"), "--model", str(model), "-o", str(tmp_path / "back")]) == 0
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_one_clear_line(model: Path, tmp_path: Path, capsys
     rgb = np.zeros((6, 5, 3), dtype=np.uint8)
     made = {
         "wide.png": np.zeros((6, 6, 3), dtype=np.uint8),
-        "grey.png": np.zeros((6, 5), dtype=np.uint8),
+        "gray.png": np.zeros((6, 5), dtype=np.uint8),
         "alpha.png": np.zeros((6, 5, 4), dtype=np.uint8),
         "deep.png": np.zeros((6, 5), dtype=np.uint16),
     }
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_one_clear_line(model: Path, tmp_path: Path, capsys
     (tmp_path / "empty").mkdir()
     Image.fromarray(rgb).save(tmp_path / "b.png")
     cases = {
-        "wide.png": "(3, 6, 6)", "grey.png": "(1, 6, 5)", "alpha.png": "RGBA", "deep.png": "I;16", "float.npy": "float64", "high.npy": "256",
+        "wide.png": "(3, 6, 6)", "gray.png": "(1, 6, 5)", "alpha.png": "RGBA", "deep.png": "I;16", "float.npy": "float64", "high.npy": "256",
         "shape.npy": "(2, 5)", "object.npy": "object.npy", "broken.png": "broken.png", "missing.png": "missing.png", "empty": "empty",
     }  # fmt: skip
     for name, culprit in cases.items():
@@ -182,7 +182,7 @@ def test_names_are_checked_before_and_not_after(model: Path, tmp_path: Path, cap
 
 
 def test_a_model_of_continuous_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = NDM(LinearLogSNR(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder())
+    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder())
     model.save_pretrained(tmp_path / "model", description((2,), None, None))
     np.save(tmp_path / "x.npy", np.zeros((2, 2), dtype=np.uint8))
     refused(capsys, ["compress", str(tmp_path / "x.npy"), "--model", str(tmp_path / "model"), "-o", str(tmp_path / "x.ndm")], "continuous")
@@ -223,7 +223,7 @@ def test_nothing_is_overwritten(
     (tmp_path / "back").mkdir()
     (tmp_path / "back/b.png").write_text("mine")
     with monkeypatch.context() as patch:  # before hours of decoding
-        patch.setattr("ndm.commands.compress.decode", lambda *_, **__: pytest.fail("nothing is to be decoded"))
+        patch.setattr("ndm.cli.compress.decode", lambda *_, **__: pytest.fail("nothing is to be decoded"))
         refused(capsys, ["decompress", str(archive), "--model", str(model), "-o", str(tmp_path / "back")], "b.png", "exists already")
     assert [path.name for path in (tmp_path / "back").rglob("*")] == ["b.png"]
     refused(capsys, ["decompress", str(archive), "--model", str(model), "-o", str(tmp_path / "back/b.png")], "is a file")

@@ -12,7 +12,7 @@ from PIL import Image
 
 import ndm
 from conftest import TINY
-from ndm.cli import COMMANDS, main
+from ndm.cli.main import COMMANDS, main
 from ndm.data import Digits
 from ndm.viz import write_images
 
@@ -25,7 +25,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "schedule": {"class_path": "ndm.LearnedSchedule", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0, "learn_ends": True}},
         "transform": {"class_path": "ndm.GatedTransform", "init_args": {"network": {**network}}},
         "predictor": {"class_path": "ndm.Predictor", "init_args": {"network": network}},
-        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"levels": 17}},
+        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"num_values": 17}},
         "steps": 10,
     }
     config = {"data": {"class_path": "ndm.data.Digits"}, "model": model, "train": {**TINY["train"], "steps": 3, "evaluation_draws": 1}}
@@ -43,7 +43,7 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     assert code == 0
     text = capsys.readouterr().out
     if command == "train":
-        for words in ("Number of optimiser steps", "noise levels over time", "Example: ndm train", "exponential moving average"):
+        for words in ("Number of optimizer steps", "--model.help ndm.NDM", "Example: ndm train", "exponential moving average"):
             assert words in " ".join(text.split())
     elif command == "":
         assert all(f"  {name}" in text for name in COMMANDS)
@@ -120,7 +120,7 @@ def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_gets_a_file_for_each_image(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same samples as in an array, which holds whole numbers that ``ndm compress`` takes; grey for grey."""
+    """The same samples as in an array, which holds whole numbers that ``ndm compress`` takes; gray for gray."""
     for name in ("x.npy", "x"):
         assert main(["sample", str(digits_run), "--n", "5", "--steps", "3", "--out", str(tmp_path / name)]) == 0
     values = np.load(tmp_path / "x.npy")

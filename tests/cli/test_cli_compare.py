@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from conftest import TINY
-from ndm.cli import main
-from ndm.commands.parsing import load_data, load_run
-from ndm.compare.plan import configuration, make, plan_rows, read_rows, size
-from ndm.compare.report import cell, markdown, mean_and_error, summarise
-from ndm.evaluate import Evaluation
+from ndm.cli.main import main
+from ndm.compare.plan import build, plan_rows, read_rows
+from ndm.compare.tables import cell, markdown, mean_and_error, summarize
+from ndm.evaluation.evaluate import Evaluation
+from ndm.train.run import Run
 
 ROWS: dict[str, Any] = {
     "Plain": {"model.transform": "ndm.Identity"},
@@ -36,7 +36,7 @@ def comparison(folder: Path, rows: dict[str, Any] | None = None, **extra: Any) -
     return folder / "compare.yaml"
 
 
-def run(folder: Path, *words: str) -> dict[str, Any]:
+def compare(folder: Path, *words: str) -> dict[str, Any]:
     assert main(["compare", "--config", str(folder / "compare.yaml"), "--out", str(folder / "out"), *words]) == 0
     record: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text())
     return record
@@ -46,13 +46,13 @@ def test_a_plain_diffusion_at_least_as_large_as_the_largest_is_always_a_row(tmp_
     rows, extra = read_rows(comparison(tmp_path))
     planned = plan_rows(rows, extra, "steps")
     assert [row.name for row in planned] == ["Plain", "Plain, widened", "Learned F", "Direct"]
-    largest, wide = max(size(row) for row in rows), planned[1]
-    assert wide.parameters == size(wide) >= largest
-    width = configuration(wide).model.predictor.init_args.network.init_args.hidden
+    largest, wide = max(build(row).num_parameters for row in rows), planned[1]
+    assert wide.parameters == build(wide).num_parameters >= largest
+    width = wide.config.get("model.predictor.network.hidden")
     assert [row.baseline for row in planned] == [False, True, False, False]
-    narrower = (*wide.words[:-1], str(width - 2))
-    assert size(type(wide)("", narrower)) < largest, "no wider than needed"
-    assert type(make(wide)[0].transform).__name__ == "Identity"
+    narrower = wide.config.override({"model.predictor.network.hidden": width - 2})
+    assert narrower.build().num_parameters < largest, "no wider than needed"
+    assert type(build(wide).model.transform).__name__ == "Identity"
     matched = plan_rows(rows, extra, "parameters")
     assert [row.baseline for row in matched] == [True, False, False]
     assert all(largest <= row.parameters < 1.15 * largest for row in matched)
@@ -61,7 +61,7 @@ def test_a_plain_diffusion_at_least_as_large_as_the_largest_is_always_a_row(tmp_
 def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison(tmp_path)
     words = ["--seeds", "2", "--horizons", "3,5", "--calibrate", "--nll", "--limit", "20", "--draws", "2"]
-    record = run(tmp_path, *words)
+    record = compare(tmp_path, *words)
     summary = {row["name"]: row for row in record["summary"]}
     assert list(summary) == ["Plain", "Plain, widened", "Learned F", "Direct"]
     assert list(summary["Plain"]["measures"]) == ["continuous", "T = 3", "T = 5", "T = 3, fitted variance", "T = 5, fitted variance", "NLL"]
@@ -78,10 +78,10 @@ def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.Captur
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
     (tmp_path / "out" / "direct" / "seed-0" / "measures.json").unlink()
-    again = run(tmp_path, *words)
+    again = compare(tmp_path, *words)
     assert again["summary"] == record["summary"], "only what is missing is done again, with the same result"
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
-    other = run(tmp_path, *words, "--horizons", "4")
+    other = compare(tmp_path, *words, "--horizons", "4")
     for row in other["summary"]:
         assert list(row["measures"])[:2] == ["continuous", "T = 4"], "other bounds are measured, not mixed with the old ones"
         assert len(row["runs"]) == 2
@@ -93,7 +93,7 @@ def test_a_comparison_end_to_end_and_again(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_budget_of_seconds_gives_slower_rows_fewer_steps(tmp_path: Path) -> None:
     comparison(tmp_path)
-    record = run(tmp_path, "--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1", "--budget", "seconds", "--seconds", "0.2")
+    record = compare(tmp_path, "--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1", "--budget", "seconds", "--seconds", "0.2")
     for row in record["summary"]:
         assert row["steps"] == max(1, round(0.2 / row["seconds_per_step"]))
         assert row["measures"]["continuous"]["stderr"] is None
@@ -109,7 +109,7 @@ def test_two_jobs_at_once_give_the_numbers_of_one(tmp_path: Path) -> None:
         folder = tmp_path / jobs
         folder.mkdir()
         comparison(folder)
-        record = run(folder, *words, "--jobs", jobs)
+        record = compare(folder, *words, "--jobs", jobs)
         numbers.append([row["measures"]["continuous"]["mean"] for row in record["summary"]])
     assert len(numbers[0]) == 2, "the baseline comes with the chosen row"
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
@@ -119,7 +119,7 @@ def test_two_jobs_at_once_give_the_numbers_of_one(tmp_path: Path) -> None:
 def test_what_the_folder_holds_must_be_of_this_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
     words = ["--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1"]
-    run(tmp_path, *words)
+    compare(tmp_path, *words)
     again = ["compare", "--config", str(tmp_path / "elsewhere" / ".." / "compare.yaml"), "--out", str(tmp_path / "out"), *words]
     (tmp_path / "elsewhere").mkdir()
     assert main(again) == 0, "the same file by another path"
@@ -183,10 +183,10 @@ def test_words_after_two_dashes_go_to_every_run(tmp_path: Path) -> None:
         "--model.steps",
         "3",
     ]
-    record = run(tmp_path, *words)
+    record = compare(tmp_path, *words)
     assert record["summary"][0]["steps"] == 5
     config = yaml.safe_load((tmp_path / "out" / "plain" / "seed-0" / "config.yaml").read_text())
-    assert config["model"]["steps"] == 3 and config["train"]["steps"] == 5
+    assert config["model"]["init_args"]["steps"] == 3 and config["train"]["steps"] == 5
 
 
 def test_one_run_that_fails_does_not_take_the_others_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +253,7 @@ def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> No
         {"name": name, "parameters": 1, "steps": 1, "seconds_per_step": 1.0, "runs": {seed: {"m": value} for seed, value in values.items()}}
         for name, values in runs.items()
     ]
-    first, second, third, fourth = summarise(rows, "a")
+    first, second, third, fourth = summarize(rows, "a")
     assert first["measures"]["m"]["mean"] == 3.0
     assert first["measures"]["m"]["stderr"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
     assert first["differences"] == {}
@@ -274,11 +274,11 @@ def test_densities_are_in_the_units_of_the_data_and_variances_are_fitted_on_the_
     base = {**TINY, "data": {"class_path": "ndm.data.Table", "init_args": {"path": str(tmp_path / "table.npy")}}}
     comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    record = run(tmp_path, "--seeds", "1", "--horizons", "3", "--draws", "2", "--calibrate")
+    record = compare(tmp_path, "--seeds", "1", "--horizons", "3", "--draws", "2", "--calibrate")
     found = record["summary"][0]["runs"]["0"]
     folder = tmp_path / "out" / "plain" / "seed-0"
-    model, data = load_run(folder), load_data(folder)
-    assert data.describe().log_scale > 5, "standardised data are far from their units"
+    model, data = Run(folder).model(), Run(folder).data()
+    assert data.describe().log_scale > 5, "standardized data are far from their units"
     evaluation = Evaluation(model, data.split("test"))
     expected = {
         "continuous": evaluation.nelbo(None, 2),

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.errors import UserError
 from ndm.serialize import write_atomically
 
@@ -124,7 +124,7 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
         values = np.random.default_rng(0).integers(0, 17, (50, 2))
         values[3, 0] = 99
         np.save(folder / "table.npy", values)
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "levels": 17}}, "99"
+        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "num_values": 17}}, "99"
     if kind == "pickle":
         np.save(folder / "table.npy", np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
         return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy")}}, "table.npy"
@@ -144,7 +144,7 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
         return {"class_path": "ndm.data.ImageFolder", "init_args": {"path": str(folder)}}, "test"
     if kind == "discrete under a density":
         np.save(folder / "table.npy", np.random.default_rng(0).integers(0, 17, (50, 2)))
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "levels": 17}}, "DiscretizedGaussian"
+        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "num_values": 17}}, "DiscretizedGaussian"
     assert kind == "class missing in MNIST files"
     generator = np.random.default_rng(0)
     for prefix in ("train", "t10k"):

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from conftest import TINY
-from ndm.cli import main
-from ndm.commands.parsing import load_data
-from ndm.report import check_relations
+from ndm.cli.main import main
+from ndm.evaluation.tables import check_relations
+from ndm.train.run import Run
 
 MLP = {"class_path": "ndm.nn.MLP", "init_args": {"dims": 64, "hidden": 32, "blocks": 1, "max_frequency": 2.0}}
 
@@ -37,10 +37,10 @@ def table_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Values on a grid, an MLP on images."""
     model = {
-        "schedule": {"class_path": "ndm.LinearLogSNR", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
+        "schedule": {"class_path": "ndm.LinearLogSNRSchedule", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
         "transform": {"class_path": "ndm.GatedTransform", "init_args": {"network": MLP}},
         "predictor": {"class_path": "ndm.Predictor", "init_args": {"network": MLP}},
-        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"levels": 17}},
+        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"num_values": 17}},
     }
     train = {**TINY["train"], "steps": 40, "learning_rate": 3e-3}
     return run_folder(tmp_path_factory.mktemp("digits"), data={"class_path": "ndm.data.Digits"}, model=model, train=train)
@@ -79,7 +79,7 @@ def test_a_violated_relation_is_a_visible_warning(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Minus a hundred standard errors is asked for: no difference passes that."""
-    monkeypatch.setattr("ndm.commands.evaluate.check_relations", lambda measurements: check_relations(measurements, errors=-100.0))
+    monkeypatch.setattr("ndm.cli.evaluate.check_relations", lambda measurements: check_relations(measurements, errors=-100.0))
     record = evaluate(digits_run, tmp_path / "e.json", "--nelbo", "--steps", "100", "--draws", "1")
     assert [check["holds"] for check in record["checks"]] == [False]
     streams = capsys.readouterr()
@@ -139,7 +139,7 @@ def test_two_processes_agree_with_one_and_do_not_wait_for_each_other(digits_run:
 
 def test_examples_of_the_user_are_measured_one_by_one(table_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rows of the test split in a file of their own have the numbers of the test split, and a row that lies far off has the worst."""
-    source = load_data(table_run)
+    source = Run(table_run).data()
     x = source.to_source_units(source.split("test").__getitems__(range(100)).double()).numpy()
     np.save(tmp_path / "x.npy", x)
     words = ["--nll", "--nelbo", "--draws", "2", "--solver", "rk4", "--nodes", "8"]

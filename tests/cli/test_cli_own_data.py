@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ndm.cli import main
-from ndm.reproduce.report import configuration
+from ndm.cli.main import main
 from ndm.serialize import read_json
+from ndm.train.config import find_config
 
 SHORT = ("--train.steps=2", "--train.batch_size=4", "--train.accelerator=cpu", "--train.devices=1", "--train.precision=32-true")
 SMALL = ("--train.sample_steps=2", "--train.sample_images=4", "--train.evaluation_draws=1", "--train.evaluation_limit=4")
@@ -19,7 +19,7 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     for index in range(10):
         pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.jpg")
-    words = ["--config", str(configuration("images.yaml")), "--data.path", str(tmp_path / "photos"), "--data.size", "8"]
+    words = ["--config", str(find_config("images.yaml")), "--data.path", str(tmp_path / "photos"), "--data.size", "8"]
     small = ["--model.transform.network.channels=8", "--model.predictor.network.channels=8", "--model.predictor.network.blocks=1"]
     assert main(["train", *words, *small, *SHORT, *SMALL, "--out", str(tmp_path / "run")]) == 0
     assert read_json(tmp_path / "run/data.json")["event_shape"] == [3, 8, 8]
@@ -33,7 +33,7 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
 def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = np.random.default_rng(0).normal(5, 2, (30, 3))
     np.savetxt(tmp_path / "table.csv", rows, delimiter=",", header="a,b,c", comments="")
-    words = ["--config", str(configuration("table.yaml")), "--data.path", str(tmp_path / "table.csv")]
+    words = ["--config", str(find_config("table.yaml")), "--data.path", str(tmp_path / "table.csv")]
     assert main(["train", *words, *SHORT, *SMALL, "--out", str(tmp_path / "run")]) == 2
     assert "set dims to fit the data" in capsys.readouterr().err and not (tmp_path / "run").exists()
     dims = ["--model.transform.network.dims=3", "--model.predictor.network.dims=3"]

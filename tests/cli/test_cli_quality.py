@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from conftest import TINY
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.data import Digits
 
 MLP = {"class_path": "ndm.nn.MLP", "init_args": {"dims": 64, "hidden": 32, "blocks": 1, "max_frequency": 2.0}}
@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **TINY["model"],
         "transform": {"class_path": "ndm.Identity"},
         "predictor": {"class_path": "ndm.Predictor", "init_args": {"network": MLP}},
-        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"levels": 17}},
+        "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"num_values": 17}},
     }
     config = {**TINY, "data": {"class_path": "ndm.data.Digits"}, "model": model}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -39,7 +39,7 @@ def small(monkeypatch):
 def test_pixels_and_labels_come_back_in_order(tmp_path, records, small):
     source = CIFAR10(str(write(tmp_path / "cifar-10-batches-bin", records)))
     description = source.describe()
-    assert (description.name, description.event_shape, description.levels) == ("cifar10", (3, 32, 32), 256)
+    assert (description.name, description.event_shape, description.num_values) == ("cifar10", (3, 32, 32), 256)
     assert description.classes[3] == "cat" and description.splits == {"train": 100, "test": 20}
     for split, names in (("train", NAMES[:5]), ("test", NAMES[5:])):
         examples = source.split(split)
@@ -74,7 +74,7 @@ def truncated(folder):
     (folder / NAMES[2]).write_bytes((folder / NAMES[2]).read_bytes()[:-1])
 
 
-def mislabelled(folder):
+def mislabeled(folder):
     data = bytearray((folder / NAMES[5]).read_bytes())
     data[3073 * 4] = 10
     (folder / NAMES[5]).write_bytes(bytes(data))
@@ -96,7 +96,7 @@ def no_cats(folder):
     ("damage", "culprits"),
     [
         (truncated, [NAMES[2], "truncated", "61459", "3073"]),
-        (mislabelled, [NAMES[5], "record 4", "label 10", "0 to 9"]),
+        (mislabeled, [NAMES[5], "record 4", "label 10", "0 to 9"]),
         (lambda folder: (folder / NAMES[1]).unlink(), ["lacks", NAMES[1]]),
         (lambda folder: (folder / NAMES[1]).write_bytes(b""), [NAMES[1], "truncated", "0 bytes"]),
         (python_version, ["pickles", "never opened", "cifar-10-binary.tar.gz"]),

@@ -76,7 +76,7 @@ def test_checksum_changes_with_one_pixel_and_not_with_the_place(tmp_path):
 def test_photographs_are_upright(tmp_path, orientation, kind):
     """Whatever way the camera was held: EXIF's eight orientations against the turns that undo them."""
     upright = np.kron(picture(0, 3, 2), np.ones((8, 8, 1), dtype=np.uint8))  # whole blocks of JPEG's
-    upright[..., :] = upright[..., :1]  # and grey
+    upright[..., :] = upright[..., :1]  # and gray
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -124,7 +124,7 @@ def test_drawn_split_is_stratified(tmp_path):
     assert counts == [[7, 14], [3, 6]]
 
 
-def test_size_cuts_the_centre_square_and_grey_is_one_channel(tmp_path):
+def test_size_cuts_the_center_square_and_gray_is_one_channel(tmp_path):
     wide = np.zeros((4, 8, 3), dtype=np.uint8)
     wide[:, 2:6] = 200
     for name in ("a.png", "b.png"):
@@ -153,7 +153,7 @@ def late_damage(root):
 
 def deep(root, mode):
     flat(root)
-    if mode == "grey":
+    if mode == "gray":
         Image.fromarray(np.full((6, 5), 1000, dtype=np.uint16)).save(root / "05.png")
     else:  # the header of a PNG with 16 bits a value, which Pillow would read as 8 bits
 
@@ -181,8 +181,8 @@ FAULTS = {
         lambda d: then(lambda r: (flat(r), write(r / "09.png", png(picture(0, 7, 9)))), d),
         [".png is 5 x 6", "09.png is 9 x 7", "size="],
     ),
-    "16 bits": (lambda d: deep(d, "grey"), ["05.png", "8 bits"]),
-    "16 bits in colour": (lambda d: deep(d, "colour"), ["05.png", "8 bits"]),
+    "16 bits": (lambda d: deep(d, "gray"), ["05.png", "8 bits"]),
+    "16 bits in color": (lambda d: deep(d, "color"), ["05.png", "8 bits"]),
     "empty class": (lambda d: ImageFolder(by_class(d, {"cat": 5, "dog": 0})).describe(), ["class dog", "class_folders=False"]),
     "class missing in test": (
         lambda d: then(lambda r: (by_class(r / "train", {"cat": 2, "dog": 2}), by_class(r / "test", {"cat": 2})), d),
@@ -252,7 +252,7 @@ def test_checksum_of_a_column_is_of_its_images(tmp_path, offline):
     assert first == second != changed
 
 
-def test_columns_of_numbers_are_standardised(tmp_path, offline):
+def test_columns_of_numbers_are_standardized(tmp_path, offline):
     source = HuggingFace(hub(tmp_path / "pets", offline), image_column=None, columns=["weight"])
     assert source.describe().event_shape == (1,) and source.describe().offset == (2.5,)
     x = source.split("test").__getitems__([0, 1, 2])

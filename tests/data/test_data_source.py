@@ -24,15 +24,15 @@ def named(source: DataSource) -> str:
     return type(source).__name__
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
-def test_grid_round_trips_every_integer(levels):
-    k = torch.arange(levels)
-    x = to_grid(k, levels)
-    assert torch.equal(x, bin_centers(levels).float())
-    assert torch.equal(from_grid(x, levels), k)
-    half_bin = 0.49 * 2 / levels
-    assert torch.equal(from_grid(x.double() + half_bin, levels), k)
-    assert from_grid(torch.tensor([-9.0, 9.0]), levels).tolist() == [0, levels - 1]
+@pytest.mark.parametrize("num_values", [2, 17, 256, 65536])
+def test_grid_round_trips_every_integer(num_values):
+    k = torch.arange(num_values)
+    x = to_grid(k, num_values)
+    assert torch.equal(x, bin_centers(num_values).float())
+    assert torch.equal(from_grid(x, num_values), k)
+    half_bin = 0.49 * 2 / num_values
+    assert torch.equal(from_grid(x.double() + half_bin, num_values), k)
+    assert from_grid(torch.tensor([-9.0, 9.0]), num_values).tolist() == [0, num_values - 1]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=named)

@@ -1,4 +1,4 @@
-"""Tables: the same numbers in any format give the same tensors, standardisation inverts, and each fault has its message."""
+"""Tables: the same numbers in any format give the same tensors, standardization inverts, and each fault has its message."""
 
 import math
 import pickle
@@ -53,7 +53,7 @@ def test_formats_agree(tmp_path):
             assert torch.equal(everything(source, split), everything(sources[0], split))
 
 
-def test_standardisation_inverts_and_log_scale_moves_the_density(tmp_path):
+def test_standardization_inverts_and_log_scale_moves_the_density(tmp_path):
     source = Table(write_csv(tmp_path / "t.csv"))
     x = everything(source, "train").double()
     assert torch.allclose(x.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-6)
@@ -78,7 +78,7 @@ def test_columns_choose_and_order(tmp_path):
     assert torch.equal(everything(Table(path, columns=[2, 0]), "test"), everything(chosen, "test"))
 
 
-def test_own_test_file_and_no_standardisation_keep_the_values(tmp_path):
+def test_own_test_file_and_no_standardization_keep_the_values(tmp_path):
     train, test = write_npy(tmp_path / "a.npy", VALUES[:30]), write_npy(tmp_path / "b.npy", VALUES[30:])
     source = Table(train, test_path=test, standardize=False)
     assert torch.equal(everything(source, "test"), torch.from_numpy(VALUES[30:]).float())
@@ -98,25 +98,25 @@ def test_split_is_a_partition_that_the_seed_decides(tmp_path):
     assert parts[0] == parts[1] != parts[2] and len(parts[0][1]) == 10
 
 
-@pytest.mark.parametrize(("levels", "low"), [(256, None), (4096, None), (11, -5)])
-def test_integer_arrays_of_any_rank_come_back(tmp_path, levels, low):
-    values = np.random.default_rng(0).integers(0, levels, (20, 2, 3, 3)) + (low or 0)
+@pytest.mark.parametrize(("num_values", "low"), [(256, None), (4096, None), (11, -5)])
+def test_integer_arrays_of_any_rank_come_back(tmp_path, num_values, low):
+    values = np.random.default_rng(0).integers(0, num_values, (20, 2, 3, 3)) + (low or 0)
     path = write_npy(tmp_path / "a.npy", values)
-    source = Table(path, levels=levels, low=low, test_path=path)
+    source = Table(path, num_values=num_values, low=low, test_path=path)
     description = source.describe()
-    assert description.kind == "image" and (description.low, description.high) == (low or 0, (low or 0) + levels - 1)
+    assert description.kind == "image" and (description.low, description.high) == (low or 0, (low or 0) + num_values - 1)
     x = everything(source, "train")
     assert torch.equal(source.integers(x), torch.from_numpy(values - (low or 0)))
     assert torch.equal(source.to_source_units(x), torch.from_numpy(values).float())
-    flat = Table(write_npy(tmp_path / "flat.npy", values.reshape(20, -1)), levels=levels, low=low, event_shape=[2, 3, 3])
-    assert flat.describe().sha256 == Table(path, levels=levels, low=low).describe().sha256
+    flat = Table(write_npy(tmp_path / "flat.npy", values.reshape(20, -1)), num_values=num_values, low=low, event_shape=[2, 3, 3])
+    assert flat.describe().sha256 == Table(path, num_values=num_values, low=low).describe().sha256
 
 
 def test_columns_of_whole_numbers(tmp_path):
-    """Integers of a Parquet file are levels, or nothing; a CSV file does not say what it holds, so that there is a warning."""
+    """Integers of a Parquet file are discrete values, or nothing; a CSV file does not say what it holds, so that there is a warning."""
     names, values = ["a", "b"], np.random.default_rng(0).integers(0, 5, (30, 2))
-    parquet = Table(write_parquet(tmp_path / "t.parquet", dict(zip(names, values.T, strict=True))), levels=5)
-    csv = Table(write_csv(tmp_path / "t.csv", values, names), levels=5)
+    parquet = Table(write_parquet(tmp_path / "t.parquet", dict(zip(names, values.T, strict=True))), num_values=5)
+    csv = Table(write_csv(tmp_path / "t.csv", values, names), num_values=5)
     assert parquet.describe().sha256 == csv.describe().sha256
     whole = VALUES.copy()
     whole[:, 1] = np.round(100 * whole[:, 1])
@@ -170,15 +170,18 @@ FAULTS = {
     "strings": (lambda d: Table(write_npy(d / "t.npy", np.array([["x"]]))), ["<U1"]),
     "keys": (lambda d: np.savez(d / "t.npz", u=VALUES, v=VALUES) or Table(str(d / "t.npz")), ["u, v", "key="]),
     "wrong key": (lambda d: np.savez(d / "t.npz", u=VALUES) or Table(str(d / "t.npz"), key="w"), ["'w'", "u"]),
-    "integers": (lambda d: Table(write_npy(d / "t.npy", np.arange(6).reshape(3, 2))), ["int64", "levels="]),
-    "integers in parquet": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [1, 2]})), ["'b'", "int64", "levels="]),
+    "integers": (lambda d: Table(write_npy(d / "t.npy", np.arange(6).reshape(3, 2))), ["int64", "num_values="]),
+    "integers in parquet": (
+        lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [1, 2]})),
+        ["'b'", "int64", "num_values="],
+    ),
     "truth values": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [True, False]})), ["'b'", "bool", "columns="]),
-    "above levels": (
-        lambda d: Table(write_npy(d / "t.npy", np.array([[0, 1], [2, 16]])), levels=16),
+    "above num_values": (
+        lambda d: Table(write_npy(d / "t.npy", np.array([[0, 1], [2, 16]])), num_values=16),
         ["16", "row 1", "column 1", "0 to 15"],
     ),
     "below low": (lambda d: Table(write_npy(d / "t.npy", VALUES), low=-1000, high=10), ["column 1", "-1000 to 10"]),
-    "not whole": (lambda d: Table(write_npy(d / "t.npy", np.array([[0.0], [1.5]])), levels=4), ["row 1", "1.5", "levels=4"]),
+    "not whole": (lambda d: Table(write_npy(d / "t.npy", np.array([[0.0], [1.5]])), num_values=4), ["row 1", "1.5", "num_values=4"]),
     "constant": (lambda d: Table(write_csv(d / "t.csv", VALUES * [1, 0, 1] + [0, 7, 0])), ["'b'", "7", "standardize=False"]),
     "constant pixel": (lambda d: Table(write_npy(d / "t.npy", VALUES.reshape(-1, 3, 1) * [[1], [0], [1]])), ["(1, 0)"]),
     "shape": (lambda d: Table(write_npy(d / "t.npy", VALUES), event_shape=[2, 2]), ["(2, 2)", "4", "3"]),
@@ -186,8 +189,8 @@ FAULTS = {
         lambda d: Table(write_csv(d / "t.csv"), test_path=write_csv(d / "u.csv", names=["a", "b", "q"])),
         ["u.csv", "'q'", "'c'"],
     ),
-    "levels": (lambda d: Table("t.csv", levels=1), ["levels=1"]),
-    "levels and high": (lambda d: Table("t.csv", levels=16, high=16), ["levels=16", "high=15"]),
+    "num_values": (lambda d: Table("t.csv", num_values=1), ["num_values=1"]),
+    "num_values and high": (lambda d: Table("t.csv", num_values=16, high=16), ["num_values=16", "high=15"]),
     "range": (lambda d: Table("t.csv", low=3, high=3), ["low=3", "high=3"]),
     "columns twice": (lambda d: Table("t.csv", columns=["a", "a"]), ["columns="]),
 }

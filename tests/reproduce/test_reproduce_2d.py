@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,21 @@ from safetensors.torch import load_file
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
-from ndm.cli import main
-from ndm.commands.parsing import load_data, load_run
-from ndm.commands.train import resolved
+from ndm.cli.main import main
 from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
-from ndm.evaluate import Evaluation
-from ndm.likelihood import OdeSettings
+from ndm.evaluation.evaluate import Evaluation
 from ndm.model import NDM
+from ndm.ode import OdeSettings
+from ndm.predictor import DataPredictor
 from ndm.reproduce import EXPERIMENTS, Report
-from ndm.reproduce.plane import Budget, cell_centres, density, detour, measure, trajectories, verdict
+from ndm.reproduce.plane import Budget, cell_centers, density, detour, measure, trajectories, verdict
 from ndm.reproduce.plane_figures import histogram
+from ndm.reproduce.report import ExperimentSettings
 from ndm.sample import Ancestral
-from ndm.schedule import LinearLogSNR
+from ndm.schedule import LinearLogSNRSchedule
+from ndm.train.config import RunConfig
+from ndm.train.run import Run
 from oracles import COVARIANCE, F64, MEAN, GaussianProblem, constant
 
 FIGURES = {
@@ -72,7 +74,7 @@ def test_an_experiment_leaves_a_page_its_figures_and_its_numbers(folders: dict[s
 def test_the_distance_to_the_truth_is_the_likelihood_less_that_of_the_density(folders: dict[str, Path]) -> None:
     """By another way for each part: the model's own likelihood, point by point, and the mixture by SciPy."""
     found, run = results(folders["distribution-2d"])["numbers"], folders["distribution-2d"] / "runs" / "mixture-ndm"
-    model, source = load_run(run), load_data(run)
+    model, source = Run(run).model(), Run(run).data()
     assert isinstance(source, Mixture)
     test = source.split("test")
     points, settings = 48, OdeSettings(nodes=16)
@@ -96,7 +98,7 @@ def test_both_models_are_trained_alike(folders: dict[str, Path]) -> None:
     assert runs["ddpm"]["parameters"] < runs["ndm"]["parameters"]
 
 
-class Exact(nn.Module):
+class Exact(DataPredictor):
     """The exact predictor of a Gaussian with a parameter, so that a model knows its precision."""
 
     def __init__(self, problem: GaussianProblem):
@@ -109,7 +111,7 @@ class Exact(nn.Module):
 
 def exact_model(mean: Tensor = MEAN, covariance: Tensor = COVARIANCE) -> tuple[NDM, GaussianProblem]:
     transform = constant(torch.eye(2, dtype=F64))
-    problem = GaussianProblem(LinearLogSNR(-9.0, 9.0), transform, mean, covariance)
+    problem = GaussianProblem(LinearLogSNRSchedule(-9.0, 9.0), transform, mean, covariance)
     return NDM(problem.process.schedule, transform, Exact(problem), GaussianDecoder()), problem  # type: ignore[arg-type]
 
 
@@ -136,7 +138,7 @@ def test_a_model_of_another_gaussian_is_as_far_as_its_divergence() -> None:
 def test_the_density_is_that_of_the_gaussian_with_its_axes_the_right_way() -> None:
     model, _ = exact_model()
     found = density(model, 2.5, 12).numpy()
-    x = cell_centres(2.5, 12).numpy()
+    x = cell_centers(2.5, 12).numpy()
     truth = multivariate_normal(MEAN.numpy(), COVARIANCE.numpy()).pdf(x)
     np.testing.assert_allclose(found.ravel(), truth, rtol=0.05, atol=1e-4)
     assert x[1, 0] > x[0, 0] and x[1, 1] == x[0, 1]  # columns are the first coordinate, as in a picture
@@ -209,11 +211,11 @@ def test_bad_words_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
     refused(
         capsys, ["distribution-2d", "--size", "smoke", *out, "--", "--data", "ndm.data.TwoMoons"], "-- --data: distribution-2d sets that"
     )
-    refused(capsys, ["checkerboard", *out, "--", "--model.transform=ndm.Identity"], "the learned model would be the plain one")
+    refused(capsys, ["checkerboard", *out, "--", "--model.transform=ndm.Identity"], "the learned model would be the conventional one")
     refused(
         capsys,
         ["mnist", "--size", "smoke", *out[:1], str(tmp_path / "mnist"), "--", "--model.transform=ndm.Identity"],
-        "would be the plain one",
+        "would be the conventional one",
     )
     fading = ["--model.transform=ndm.FadingMask", "--model.predictor=ndm.Predictor", "--model.predictor.network=ndm.nn.UNet"]
     refused(capsys, ["mnist", "--size", "smoke", *out[:1], str(tmp_path / "mnist"), "--", *fading], "give F a network")
@@ -230,7 +232,7 @@ def test_a_folder_keeps_to_its_experiment(folders: dict[str, Path], capsys: pyte
     refused(capsys, ["distribution-2d", "--size", "smoke", "--seed", "3", *out], "'checkerboard'", "'distribution-2d'", "--out")
     refused(capsys, ["checkerboard", "--size", "small", "--seed", "3", *out], "size", "'smoke'", "'small'")
     refused(capsys, ["checkerboard", "--size", "smoke", "--seed", "4", *out], "seed")
-    refused(capsys, ["checkerboard", "--size", "smoke", "--seed", "3", *out, "--", "--train.ema", "0"], "words")
+    refused(capsys, ["checkerboard", "--size", "smoke", "--seed", "3", *out, "--", "--train.ema", "0"], "overrides")
 
 
 def test_the_same_command_again_computes_nothing_twice(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,39 +265,39 @@ def test_trainings_at_once_give_the_same_models(folders: dict[str, Path], tmp_pa
 
 
 def test_what_is_kept_is_read_and_what_failed_is_computed_again(tmp_path: Path) -> None:
-    report = Report("name", tmp_path, "small")
+    report = Report(ExperimentSettings("name", "small", tmp_path))
 
     def fail() -> dict[str, Any]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report.keep("part", fail)
+        report.cache("part", fail)
     assert not (tmp_path / "parts" / "part.json").exists()
-    assert report.keep("part", lambda: {"a": 0.1}) == {"a": 0.1}
-    assert Report("name", tmp_path, "small").keep("part", fail) == {"a": 0.1}
+    assert report.cache("part", lambda: {"a": 0.1}) == {"a": 0.1}
+    assert Report(report.settings).cache("part", fail) == {"a": 0.1}
 
 
 def test_what_was_computed_with_another_model_is_computed_again(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["checkerboard"], tmp_path / "runs")
 
     def report(of: str) -> Report:
-        one = Report("checkerboard", tmp_path, "smoke", 3)
+        one = Report(ExperimentSettings("checkerboard", "smoke", tmp_path, 3))
         shutil.rmtree(tmp_path / "runs" / "model", ignore_errors=True)
         shutil.copytree(tmp_path / "runs/runs" / of, tmp_path / "runs/model")
-        one.train_words("model", ["--config", str(tmp_path / "runs/model/config.yaml")])
+        one.train("model", RunConfig.read(tmp_path / "runs/model/config.yaml"))
         return one
 
-    assert report("ddpm").keep("part", lambda: {"a": 1}) == {"a": 1}
-    assert report("ddpm").keep("part", lambda: {"a": 2}) == {"a": 1}
-    assert report("ndm").keep("part", lambda: {"a": 3}) == {"a": 3}
+    assert report("ddpm").cache("part", lambda: {"a": 1}) == {"a": 1}
+    assert report("ddpm").cache("part", lambda: {"a": 2}) == {"a": 1}
+    assert report("ndm").cache("part", lambda: {"a": 3}) == {"a": 3}
 
 
-def test_words_of_the_user_make_no_ddpm_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_of_the_user_make_no_ddpm_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come before those that make a model what the experiment calls it, where an experiment trains a plain diffusion (mnist by the rows of a comparison)."""
     found: dict[str, str] = {}
 
-    def stop(self: Report, runs: Mapping[str, Sequence[str]]) -> None:
-        found.update({name: resolved([*words, "--out", "-"])["model"]["transform"]["class_path"] for name, words in runs.items()})
+    def stop(self: Report, configs: Mapping[str, RunConfig]) -> None:
+        found.update({name: config.get("model.transform.class_path") for name, config in configs.items()})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Report, "train_all", stop)
@@ -309,7 +311,7 @@ def test_words_of_the_user_make_no_ddpm_of_another_kind(tmp_path: Path, monkeypa
 
 
 def test_a_page_says_which_targets_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report("name", tmp_path, "small", command="ndm reproduce name")
+    report = Report(ExperimentSettings("name", "small", tmp_path))
     report.expect("good", 0.1, 0.1)
     report.expect("bad", 0.2, 0.1)
     report.expect("broken", math.nan, 0.1)

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ndm.cli import main
-from ndm.commands.parsing import build, load_data, load_run
-from ndm.commands.train import train_parser
+import ndm
+from ndm.cli.main import main
 from ndm.data import CIFAR10, CelebAHQ, ImageNetOord, spread
-from ndm.noise import part_seed
 from ndm.quality import compare_features, torchscript_features
-from ndm.reproduce import EXPERIMENTS, handful, images
-from ndm.reproduce.report import configuration
-from ndm.sample import draw_samples
+from ndm.random import part_seed
+from ndm.reproduce import EXPERIMENTS, images, synthetic
+from ndm.train.config import RunConfig, find_config
+from ndm.train.run import Run
 
 DIMS = {"cifar10": 3 * 32**2, "imagenet32": 3 * 32**2, "imagenet64": 3 * 64**2, "celebahq64": 3 * 16**2, "celebahq256": 3 * 32**2}
 
@@ -47,7 +46,7 @@ def test_the_users_folder_the_other_release_and_a_second_call(tmp_path, capsys):
     folder, out = tmp_path / "arrays", tmp_path / "out"
     folder.mkdir()
     for name, count in (("train_data_batch_1", 12), ("val_data", 4)):
-        np.savez_compressed(folder / f"{name}.npz", data=handful.pictures(count, 32, count).reshape(count, -1))
+        np.savez_compressed(folder / f"{name}.npz", data=synthetic.pictures(count, 32, count).reshape(count, -1))
     words = ["reproduce", "imagenet32", "--size", "smoke", "--data", str(folder), "--out", str(out)]
     assert main(words) == 2
     assert "--data ndm.data.ImageNetChrabaszcz" in capsys.readouterr().err
@@ -72,12 +71,16 @@ def test_the_real_size_wants_the_data(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("write", "source", "pixels"),
     [
-        (handful.write_cifar, CIFAR10, [handful.pictures(10, 32, 5 + file) for file in range(6)]),
-        (lambda folder, seed: handful.write_imagenet(folder, 32, seed), ImageNetOord, [handful.pictures(n, 32, 5 + n) for n in (32, 8)]),
-        (lambda folder, seed: handful.write_faces(folder, 64, seed), CelebAHQ, [handful.pictures(40, 64, 5)]),
+        (synthetic.write_cifar, CIFAR10, [synthetic.pictures(10, 32, 5 + file) for file in range(6)]),
+        (
+            lambda folder, seed: synthetic.write_imagenet(folder, 32, seed),
+            ImageNetOord,
+            [synthetic.pictures(n, 32, 5 + n) for n in (32, 8)],
+        ),
+        (lambda folder, seed: synthetic.write_faces(folder, 64, seed), CelebAHQ, [synthetic.pictures(40, 64, 5)]),
     ],
 )
-def test_the_handful_comes_back_exactly(tmp_path, write, source, pixels):
+def test_synthetic_data_come_back_exactly(tmp_path, write, source, pixels):
     write(tmp_path / "data", 5)
     data = source(str(tmp_path / "data"), partial=True)
     splits = [data.split(split) for split in ("train", "test")]
@@ -122,17 +125,16 @@ def test_the_published_bound_is_asked_for_only_of_the_whole_data_set(monkeypatch
 
 
 def run_configurations():
-    return sorted(path for path in configuration("cifar10.yaml").parent.glob("*.yaml") if not path.name.startswith("compare-"))
+    return sorted(path for path in find_config("cifar10").parent.glob("*.yaml") if not path.name.startswith("compare-"))
 
 
 @pytest.mark.parametrize("path", run_configurations(), ids=lambda path: path.stem)
 def test_every_configuration_parses_and_builds(path, monkeypatch):
     for name in ("uniform_", "kaiming_uniform_", "normal_"):  # large weights are never touched, and so take no memory
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
-    parser = train_parser()
-    parts = build(parser, parser.parse_args(["--config", str(path), "--out", "unused"]))
+    parts = RunConfig.read(path).build()
     assert sum(p.numel() for p in parts.model.predictor.parameters()) > 1000
-    train = parts.train
+    train = parts.settings
     if isinstance(train.devices, int):
         assert train.batch_size % (train.devices * train.accumulate) == 0
     if path.stem in (*images.FACTS, "mnist"):  # what the head states is what is there
@@ -151,7 +153,7 @@ def test_every_configuration_parses_and_builds(path, monkeypatch):
 
 
 class Pooled(torch.nn.Module):
-    """Mean and spread of each colour of an image given as bytes."""
+    """Mean and spread of each color of an image given as bytes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values = x.float().flatten(2) / 255
@@ -165,11 +167,11 @@ def test_fid_is_measured_by_the_network_that_the_user_names(tmp_path, capsys, mo
     assert main([*words, "--features", str(tmp_path / "features.pt")]) == 0
     found = results_of(out)["numbers"]["quality"]
     run = out / "runs" / "ndm"
-    data, model = load_data(run), load_run(run)
+    data, model = Run(run).data(), Run(run).model()
     network = torchscript_features(tmp_path / "features.pt", (3, 32, 32))
     real = network(data.split("train").__getitems__(spread(50, 8)))
     samples = torch.cat(
-        [draw_samples(model, count, (3, 32, 32), steps=2, seed=part_seed(0, 7, index)) for index, count in enumerate((5, 3))]
+        [model.sample((count, 3, 32, 32), steps=2, seed=part_seed(0, 7, index), batch_size=64) for index, count in enumerate((5, 3))]
     )
     for name, x in (("samples", samples), ("test images", data.split("test").__getitems__(spread(10, 8)))):
         assert found[name]["fid"] == pytest.approx(compare_features(real, network(x), network).fid, rel=1e-4, abs=1e-6)
@@ -177,7 +179,13 @@ def test_fid_is_measured_by_the_network_that_the_user_names(tmp_path, capsys, mo
     assert found["samples"]["features_sha256"] == hashlib.sha256((tmp_path / "features.pt").read_bytes()).hexdigest()
     for path in (out / "results.json", *out.glob("parts/quality-*.json")):
         path.unlink()  # as if interrupted while features were compared
-    monkeypatch.setattr(images, "draw_samples", lambda *_, **__: pytest.fail("samples whose features are there are not drawn again"))
+    draw = ndm.NDM.sample
+
+    def only_pictures(self, *arguments, **options):
+        assert "batch_size" not in options, "samples whose features are there are not drawn again"
+        return draw(self, *arguments, **options)
+
+    monkeypatch.setattr(ndm.NDM, "sample", only_pictures)
     assert main([*words, "--features", str(tmp_path / "features.pt")]) == 0
     assert results_of(out)["numbers"]["quality"] == found
     capsys.readouterr()

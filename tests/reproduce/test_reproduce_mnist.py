@@ -2,19 +2,19 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ndm.cli import main
-from ndm.commands.parsing import load_data, load_run
-from ndm.commands.train import resolved
-from ndm.evaluate import Evaluation
-from ndm.reproduce.handful import write_mnist
+from ndm.cli.main import main
+from ndm.evaluation.evaluate import Evaluation
 from ndm.reproduce.mnist import learning_curve
-from ndm.reproduce.report import Report, configuration
+from ndm.reproduce.report import Report
+from ndm.reproduce.synthetic import write_mnist
+from ndm.train.config import RunConfig, find_config
+from ndm.train.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def test_the_bounds_are_those_of_an_evaluation_of_the_saved_models(out: Path) ->
     sizes = {name: one["parameters"] for name, one in results["measurements"].items()}
     assert sizes["vdm"] < sizes["ndm"] <= sizes["vdm-widened"]
     for name, record in results["measurements"].items():
-        assert record["data_sha256"] == load_data(out / "runs" / name).describe().sha256
-        run = out / "runs" / name
-        again = Evaluation(load_run(run), load_data(run).split("test"), limit=8).nelbo(None, 1)
+        assert record["data_sha256"] == Run(out / "runs" / name).data().describe().sha256
+        run = Run(out / "runs" / name)
+        again = Evaluation(run.model(), run.data().split("test"), limit=8).nelbo(None, 1)
         assert record["bpd"] == pytest.approx(again.bpd, rel=1e-5)
         assert record["steps"] is None and record["num_examples"] == 8
 
@@ -57,17 +57,17 @@ def test_the_same_command_again_trains_and_measures_nothing(out: Path, capsys: p
 def test_the_paper_size_is_the_configuration_for_a_gpu(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {}
 
-    def stop(self: Report, runs: Mapping[str, Sequence[str]]) -> None:
-        found.update({name: resolved([*words, "--out", "-"]) for name, words in runs.items()})
+    def stop(self: Report, configs: Mapping[str, RunConfig]) -> None:
+        found.update({name: config.to_dict() for name, config in configs.items()})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Report, "train_all", stop)
     assert main(["reproduce", "mnist", "--size", "paper", "--data", str(out.parent / "data"), "--out", str(tmp_path / "out")]) == 130
     assert list(found) == ["vdm", "vdm-widened", "ndm"]
-    expected = resolved(["--config", str(configuration("mnist.yaml")), "--data.path", str(out.parent / "data"), "--out", "-"])
+    expected = RunConfig.read(find_config("mnist"), {"data.path": str(out.parent / "data")}).to_dict()
     expected["train"]["evaluation_limit"] = 1000
     assert found["ndm"] == expected
-    channels = [one["model"]["predictor"]["init_args"]["network"]["init_args"]["channels"] for one in found.values()]
+    channels = [one["model"]["init_args"]["predictor"]["init_args"]["network"]["init_args"]["channels"] for one in found.values()]
     assert channels[0] == channels[2] == 128 < channels[1]
 
 

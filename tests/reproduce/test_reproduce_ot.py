@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import ndm.reproduce.transport as experiment
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.decoder import GaussianDecoder
 from ndm.model import NDM
-from ndm.monotone import MonotoneMap
 from ndm.predictor import Predictor
 from ndm.reproduce.transport import DATA, bend, data_nodes, expected_bound, few_steps, prior_grid, trajectories, w2
-from ndm.schedule import DDPMLinear, LinearLogSNR, Schedule
+from ndm.schedule import LinearBetaSchedule, LinearLogSNRSchedule, Schedule
 from ndm.transform import Identity
-from ndm.transport import TransportNDM
-from oracles import F64, randomised
+from ndm.variants.monotone import MonotoneMap
+from ndm.variants.transport import TransportNDM
+from oracles import F64, randomized
 
 
 class Exact(nn.Module):
@@ -38,7 +38,7 @@ class Exact(nn.Module):
 
 
 def diffusion(schedule: Schedule | None = None) -> NDM:
-    schedule = schedule or LinearLogSNR(-9.0, 9.0)
+    schedule = schedule or LinearLogSNRSchedule(-9.0, 9.0)
     return NDM(schedule, Identity(), Predictor(Exact(schedule), "x"), GaussianDecoder()).double()
 
 
@@ -61,7 +61,7 @@ def test_the_optimal_map_makes_the_data_of_the_prior() -> None:
     assert w2(best + 0.3, best) == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("schedule", [LinearLogSNR(-9.0, 9.0), DDPMLinear()], ids=["linear", "ddpm"])
+@pytest.mark.parametrize("schedule", [LinearLogSNRSchedule(-9.0, 9.0), LinearBetaSchedule()], ids=["linear", "ddpm"])
 def test_the_bound_of_the_exact_diffusion_is_the_entropy(schedule: Schedule) -> None:
     """Tight in continuous time but for the ends, so both the quadrature and its nodes are right, also where the schedule starts steeply."""
     found = expected_bound(diffusion(schedule), 256)
@@ -87,8 +87,8 @@ def test_the_flow_of_the_exact_diffusion_is_the_optimal_map() -> None:
 
 
 def test_transport_is_straight_from_its_velocity_and_one_step_does() -> None:
-    transport = randomised(MonotoneMap(6, scale=1.3), 0.4, 1)
-    model = TransportNDM(LinearLogSNR(-9.0, -1.0), Identity(), transport, GaussianDecoder()).double()
+    transport = randomized(MonotoneMap(6, scale=1.3), 0.4, 1)
+    model = TransportNDM(LinearLogSNRSchedule(-9.0, -1.0), Identity(), transport, GaussianDecoder()).double()
     z, _ = prior_grid(50)
     path = trajectories(model, z, 10)
     alpha = model.process.level(0.0, z[:1]).alpha

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.reproduce.transport_plane import AXES, DATA, ROTATION, distances, optimal, prior_points
 from oracles import F64
 

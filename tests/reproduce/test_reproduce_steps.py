@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.decoder import GaussianDecoder
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.reproduce.steps import counted
-from ndm.schedule import LinearLogSNR
+from ndm.schedule import LinearLogSNRSchedule
+from ndm.train.run import Run
 from ndm.transform import GatedTransform, Identity
 
 
@@ -72,8 +73,8 @@ def test_the_same_command_again_reads_what_is_there(out: Path, monkeypatch: pyte
     before = read(out)
     (out / "parts" / "quality-ndm-ddim-2-1.json").unlink()
     (out / "results.json").unlink()
-    monkeypatch.setattr("ndm.evaluate.Evaluation.nelbo", lambda *_: pytest.fail("it is there already"))
-    monkeypatch.setattr("ndm.evaluate.Evaluation.nll", lambda *_, **__: pytest.fail("it is there already"))
+    monkeypatch.setattr("ndm.evaluation.evaluate.Evaluation.nelbo", lambda *_: pytest.fail("it is there already"))
+    monkeypatch.setattr("ndm.evaluation.evaluate.Evaluation.nll", lambda *_, **__: pytest.fail("it is there already"))
     assert main(["reproduce", "steps", "--size", "smoke", "--out", str(out)]) == 0
     after = read(out)
     assert after["measurements"] == before["measurements"]
@@ -87,7 +88,7 @@ def test_the_same_command_again_reads_what_is_there(out: Path, monkeypatch: pyte
 @pytest.mark.parametrize(("method", "cost", "of_transform"), [("ancestral", 1, 2), ("ddim", 1, 2), ("ode", 2, 2), ("sde", 1, 1)])
 def test_counting_evaluations_of_predictor_and_transformation(method: str, cost: int, of_transform: int) -> None:
     for transform, expected in ((GatedTransform(MLP(2, 8, 1)), of_transform), (Identity(), 0)):
-        model = NDM(LinearLogSNR(-4.0, 3.0), transform, Predictor(MLP(2, 8, 1)), GaussianDecoder())
+        model = NDM(LinearLogSNRSchedule(-4.0, 3.0), transform, Predictor(MLP(2, 8, 1)), GaussianDecoder())
         with counted(model) as count:
             model.sample((6, 2), method, steps=5, seed=0)  # type: ignore[arg-type]
         assert count == {"predictor": 6 * 5 * cost, "transform": 6 * 5 * expected}
@@ -114,7 +115,7 @@ def test_runs_that_are_there_are_measured_alike(
 ) -> None:
     ddpm, ndm, again = str(out / "runs" / "ddpm"), str(out / "runs" / "ndm"), tmp_path / "again"
     command = ["steps", "--size", "smoke", "--out", str(again)]
-    monkeypatch.setattr("ndm.reproduce.report.run_train", lambda *_: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(Run, "train", lambda *_: pytest.fail("nothing is to be trained"))
     monkeypatch.setattr("ndm.reproduce.steps.quality", lambda *_: None)
     assert "give first a run that does not transform" in refused(*command, "--runs", ndm, ddpm)
     assert not again.exists(), "what is refused leaves nothing behind"
@@ -124,7 +125,7 @@ def test_runs_that_are_there_are_measured_alike(
     assert f"--runs {ddpm} {ndm}" in second["command"]
     assert list(second["runs"]) == [ddpm, ndm]
     assert "runs measured is" in refused(*command), "the folder holds the measures of other models"
-    assert "runs measured is 'not said' there" in refused(*command[:-1], str(out), "--runs", ddpm, ndm)
+    assert "runs measured is 'not given' there" in refused(*command[:-1], str(out), "--runs", ddpm, ndm)
 
 
 def test_runs_that_cannot_be_compared_are_refused(out: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -12,8 +12,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 import ndm
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
+from ndm.train.config import add_model
 from ndm.transform import Transform
 
 ConfigWriter = Callable[..., Path]
@@ -25,7 +26,7 @@ UNDER = "ignore:The .grad attribute of a Tensor that is not a leaf"  # the trace
 
 def tiny(transform: Transform) -> ndm.NDM:
     torch.manual_seed(0)
-    return ndm.NDM(ndm.LinearLogSNR(-6, 4), transform, ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1)), ndm.GaussianDecoder())
+    return ndm.NDM(ndm.LinearLogSNRSchedule(-6, 4), transform, ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1)), ndm.GaussianDecoder())
 
 
 def shrunk(value: Any) -> Any:
@@ -42,7 +43,7 @@ def of_configuration(path: Path) -> tuple[ndm.NDM, Tensor]:
     """Its model with small networks and random weights, and examples in the shape of its data."""
     config = yaml.safe_load(path.read_text())
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ndm.NDM, "model")
+    add_model(parser)
     torch.manual_seed(0)
     model = parser.instantiate(parser.parse_object({"model": shrunk(config["model"])})).model
     with torch.no_grad():
@@ -115,7 +116,7 @@ def test_a_network_of_the_users_own_runs_uncompiled_in_the_middle() -> None:
             return self.last(torch.tanh(self.norm(self.first(torch.cat([x, t[:, None]], 1)))))
 
     model = tiny(ndm.GatedTransform(Own()))
-    model.transform.gain.data.fill_(0.5)
+    model.transform.displacement.gain.data.fill_(0.5)
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     torch.compiler.reset()
     expected = losses_and_gradients(model, training_terms(model), x)
@@ -199,7 +200,7 @@ def test_a_trial_leaves_buffers_as_they_were_and_clears_gradients(works: bool, m
     monkeypatch.setattr(torch, "compile", (lambda function, **_: lambda *args: function(*args)) if works else broken)
     torch.manual_seed(0)
     network, x = Counting(), torch.ones(4, 2)
-    model = ndm.NDM(ndm.LinearLogSNR(-6, 4), ndm.Identity(), ndm.Predictor(network), ndm.GaussianDecoder())
+    model = ndm.NDM(ndm.LinearLogSNRSchedule(-6, 4), ndm.Identity(), ndm.Predictor(network), ndm.GaussianDecoder())
     terms = training_terms(model)
     terms(x, model.draw(x)).loss.backward()
     before, calls, ran = copy.deepcopy(model.state_dict()), int(network.count), []

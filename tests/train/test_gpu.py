@@ -11,8 +11,10 @@ import ndm
 from ndm.data import Digits
 from ndm.nn import UNet
 from ndm.train.compilation import TermsFunction, compiled, training_terms
+from ndm.train.config import RunParts
+from ndm.train.fit import fit
 from ndm.train.module import Watch
-from ndm.train.run import fit
+from ndm.train.run import Run
 from ndm.train.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,24 +22,24 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 def separable() -> ndm.NDM:
     network = UNet(1, 16, (1, 2), attention=(False, True), outputs=8, context=8)
-    predictor = ndm.CategoricalPredictor(network, levels=17, embedding=4, histogram=4)
+    predictor = ndm.CategoricalPredictor(network, num_values=17, embedding=4, histogram=4)
     return ndm.NDM(
         ndm.LearnedSchedule(-6.5, 5.0, learn_ends=True),
         ndm.SeparableTransform(UNet(1, 8, (1, 2), outputs=3)),
         predictor,
         ndm.DiscretizedGaussian(17),
-        times=ndm.ImportanceTimes(),
+        time_sampler=ndm.ImportanceTimeSampler(),
     )
 
 
 def general() -> ndm.NDM:
     predictor = ndm.Predictor(UNet(1, 16, (1, 2), attention=True))
-    return ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.GatedTransform(UNet(1, 8, (1,))), predictor, ndm.DiscretizedGaussian(17))
+    return ndm.NDM(ndm.LinearLogSNRSchedule(-6.5, 5.0), ndm.GatedTransform(UNet(1, 8, (1,))), predictor, ndm.DiscretizedGaussian(17))
 
 
 def transformer() -> ndm.NDM:
     predictor = ndm.Predictor(ndm.nn.DiT(1, 2, 64, 2, 2))
-    return ndm.NDM(ndm.LinearLogSNR(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(17))
+    return ndm.NDM(ndm.LinearLogSNRSchedule(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(17))
 
 
 MODELS: dict[str, Callable[[], ndm.NDM]] = {"separable": separable, "general": general, "transformer": transformer}
@@ -128,7 +130,7 @@ def test_training_learns_compiled(optimizer: str, tmp_path: Path, capfd: pytest.
     settings = TrainSettings(
         steps=60, batch_size=64, accelerator="gpu", devices=1, precision="bf16-mixed", compile=True, optimizer=optimizer
     )
-    fit(model, data, settings, tmp_path, 0)
+    fit(RunParts(model, data, settings), Run(tmp_path), 0)
     assert "cannot be compiled" not in capfd.readouterr().err
     assert float(model.cpu().bound(x, draws=8).total.mean().detach()) < 0.7 * before
     kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True, map_location="cpu")

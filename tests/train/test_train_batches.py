@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from ndm.noise import part_seed
+from ndm.random import part_seed
 from ndm.train.batches import RunBatches
 
 

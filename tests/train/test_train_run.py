@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ndm
-from ndm.cli import main
+from ndm.cli.main import main
 from ndm.data import Digits
 from ndm.errors import UserError
+from ndm.evaluation.processes import started_first
 from ndm.nn import MLP
-from ndm.parallel import started_first
 from ndm.serialize import read_json
 from ndm.train.module import EMA, TrainingModule
 from ndm.train.settings import TrainSettings
@@ -164,7 +164,7 @@ def test_training_starts_from_the_weights_of_a_run(write_config: ConfigWriter, t
     still = ["--train.steps", "1", "--train.learning_rate", "1e-12", "--train.ema", "0"]
     for folder, source in ((again, first), (model, first / "model")):
         train(write_config(), folder, "--train.start_from", str(source), *still)
-        found, expected = ({name: value for name, value in weights(one).items() if "times." not in name} for one in (folder, first))
+        found, expected = ({name: value for name, value in weights(one).items() if "time_sampler." not in name} for one in (folder, first))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     for option, value, place in (
         ("--model.predictor.network.hidden", "40", "predictor.network.hidden is 32 there and 40 here"),
@@ -232,7 +232,7 @@ def test_one_of_several_processes_is_the_first(ranks: dict[str, str], first: boo
 
 
 def test_two_processes_agree_with_one_on_the_same_global_batch(write_config: ConfigWriter, tmp_path: Path) -> None:
-    config = write_config(model={"times": {"class_path": "ndm.LowDiscrepancyTimes"}})
+    config = write_config(model={"time_sampler": {"class_path": "ndm.LowDiscrepancyTimeSampler"}})
     train(config, tmp_path / "one", "--train.accumulate", "2")
     two = command(config, tmp_path / "two", "--train.devices", "2", "--train.strategy", "ddp")
     done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -243,7 +243,7 @@ def test_two_processes_agree_with_one_on_the_same_global_batch(write_config: Con
 
 
 def test_the_moving_average_is_the_exponential_one_after_its_warm_up() -> None:
-    model = ndm.NDM(ndm.LinearLogSNR(), ndm.Identity(), ndm.Predictor(nn.Linear(1, 1)), ndm.GaussianDecoder())
+    model = ndm.NDM(ndm.LinearLogSNRSchedule(), ndm.Identity(), ndm.Predictor(nn.Linear(1, 1)), ndm.GaussianDecoder())
     module, average = TrainingModule(model, TrainSettings(), 0, Points(torch.zeros(4, 1))), EMA(0.9)
     average.setup(Trainer(accelerator="cpu", logger=False), module, "fit")
     weight, seen = model.predictor.network.weight.data, []
@@ -251,7 +251,7 @@ def test_the_moving_average_is_the_exponential_one_after_its_warm_up() -> None:
         weight.fill_(count)
         for _ in range(2):  # once a step, however many batches are accumulated
             average.on_train_batch_end(SimpleNamespace(global_step=count + 1), module)
-        seen.append(float(average._average_model.module.model.predictor.network.weight))
+        seen.append(float(average._average_model.module.model.predictor.network.weight.detach()))
     # The average of a ramp lags behind it by decay/(1 - decay).
     assert seen[-1] == pytest.approx(399 - 0.9 / 0.1, abs=1e-3)
     assert seen[0] == 0.0 and seen[1] == pytest.approx(1 - 2 / 11)
@@ -276,7 +276,7 @@ def test_validation_leaves_training_untouched(write_config: ConfigWriter, tmp_pa
         assert torch.equal(value, expected[name]), name
 
 
-def test_accumulation_logs_every_so_many_optimiser_steps(write_config: ConfigWriter, tmp_path: Path) -> None:
+def test_accumulation_logs_every_so_many_optimizer_steps(write_config: ConfigWriter, tmp_path: Path) -> None:
     train(write_config(), tmp_path / "run", "--train.accumulate", "4", "--train.log_every", "6")
     assert sum(bool(row.get("train/nelbo_bpd")) for row in log_rows(tmp_path / "run")) == 4  # 24 steps, a row every 6
 
@@ -332,7 +332,7 @@ def test_a_module_may_say_by_a_method_what_does_not_decay() -> None:
         def no_weight_decay(self) -> set[str]:
             return {"weight", "position"}
 
-    model = ndm.NDM(ndm.LinearLogSNR(), ndm.Identity(), ndm.Predictor(Network(2, 2)), ndm.GaussianDecoder())
+    model = ndm.NDM(ndm.LinearLogSNRSchedule(), ndm.Identity(), ndm.Predictor(Network(2, 2)), ndm.GaussianDecoder())
     module = TrainingModule(model, TrainSettings(weight_decay=0.5), 0, Points(torch.zeros(4, 2)))
     (group,) = module.configure_optimizers()["optimizer"].param_groups
     assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
@@ -344,7 +344,7 @@ def test_pictures_that_cannot_be_drawn_cost_no_numbers(
     def diverges(*_: object, **__: object) -> torch.Tensor:
         raise UserError("samples are not finite")
 
-    monkeypatch.setattr("ndm.train.run.draw_samples", diverges)
+    monkeypatch.setattr(ndm.NDM, "sample", diverges)
     train(write_config(), tmp_path / "run")
     assert read_json(tmp_path / "run/metrics.json")["nelbo_bpd"]
     assert "has no pictures: samples are not finite" in capsys.readouterr().err

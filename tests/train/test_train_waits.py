@@ -12,7 +12,9 @@ import ndm
 from ndm.data import Mixture
 from ndm.errors import UserError
 from ndm.train import module
-from ndm.train.run import fit
+from ndm.train.config import RunParts
+from ndm.train.fit import fit
+from ndm.train.run import Run
 from ndm.train.settings import TrainSettings
 
 
@@ -32,7 +34,7 @@ def model() -> ndm.NDM:
     torch.manual_seed(0)
     transform = ndm.GatedTransform(ndm.nn.MLP(2, hidden=8, blocks=1))
     predictor = ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1))
-    return ndm.NDM(ndm.LearnedSchedule(-6, 4), transform, predictor, ndm.GaussianDecoder(), times=ndm.ImportanceTimes(bins=4))
+    return ndm.NDM(ndm.LearnedSchedule(-6, 4), transform, predictor, ndm.GaussianDecoder(), time_sampler=ndm.ImportanceTimeSampler(bins=4))
 
 
 DATA = Mixture(means=[[-1.0, 0.5]], stds=[0.3], train_size=64, test_size=16)
@@ -46,7 +48,8 @@ def test_more_steps_wait_no_more(more: dict[str, int], tmp_path: Path, monkeypat
     counts = []
     for steps in (2, 12):
         with Waits() as waits:
-            fit(model(), DATA, TrainSettings(steps=steps, batch_size=16, **OPTIONS, **more), tmp_path / str(steps), 0)
+            settings = TrainSettings(steps=steps, batch_size=16, **OPTIONS, **more)
+            fit(RunParts(model(), DATA, settings), Run(tmp_path / str(steps)), 0)
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
 
@@ -75,7 +78,7 @@ def test_what_is_not_finite_is_found_late_and_named_early(what: str, tmp_path: P
         broken.schedule.log_slope.register_hook(spoil)
     settings = TrainSettings(steps=40, batch_size=16, **{**OPTIONS, "checkpoint_every": 4, "log_every": 10})
     with pytest.raises(UserError, match=rf"the {what} is not finite at step 5;"):
-        fit(broken, DATA, settings, tmp_path, 0)
+        fit(RunParts(broken, DATA, settings), Run(tmp_path), 0)
     kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert kept["global_step"] == 4
     assert all(bool(value.isfinite().all()) for value in kept["current_model_state"].values() if value.is_floating_point())

@@ -9,8 +9,6 @@ times are written down, so that an interrupted comparison goes on with the same 
 """
 
 import itertools
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -23,12 +21,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-import ndm
-from ndm.compare.plan import Budget, Row, configuration, make
+from ndm.compare.plan import Budget, Row, build
+from ndm.device import describe_machine
 from ndm.errors import UserError
 from ndm.serialize import read_json, write_json
+from ndm.train.fit import make_trainer
 from ndm.train.module import TrainingModule, quiet_lightning
-from ndm.train.run import make_trainer
+from ndm.train.run import Run
 
 PLAN = "plan.json"
 _ROUNDS, _STEPS, _WARM = 3, 8, 3
@@ -48,21 +47,22 @@ class _Clock(Callback):
 def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
     """Seconds of a training step of each row, by its name: the median over several rounds in which all rows take turns."""
     quiet_lightning()
-    parts = {row.name: make(row) for row in rows}
+    parts = {row.name: build(row) for row in rows}
     times: dict[str, list[float]] = {name: [] for name in parts}
     state = torch.random.get_rng_state()
     for _ in tqdm(range(_ROUNDS), desc="timing steps", unit="round", disable=not progress, delay=1, leave=False):
-        for name, (model, data, settings) in parts.items():
+        for name, one in parts.items():
+            settings = one.settings
             uneven = settings.optimizer == "soap"
             # A tiny learning rate: a run that would diverge is told so when it is trained, not here.
             short = replace(
                 settings, steps=_WARM + _PERIOD + 1 if uneven else _STEPS, validate_every=None, checkpoint_every=10**9, learning_rate=1e-12
             )
             with tempfile.TemporaryDirectory() as folder:
-                trainer, clock = make_trainer(short, Path(folder), progress=False), _Clock()
+                trainer, clock = make_trainer(short, Run(Path(folder)), progress=False), _Clock()
                 trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-                trainer.fit(TrainingModule(model, short, 0, data.split("train")))
-            ends = clock.ends[settings.accumulate - 1 :: settings.accumulate]  # of optimiser steps
+                trainer.fit(TrainingModule(one.model, short, 0, one.data.split("train")))
+            ends = clock.ends[settings.accumulate - 1 :: settings.accumulate]  # of optimizer steps
             spent = [after - before for before, after in itertools.pairwise(ends[_WARM:])]
             times[name] += [statistics.mean(spent)] if uneven else spent
     torch.random.set_rng_state(state)
@@ -86,7 +86,7 @@ def read_plan(out: Path, rows: list[Row], budget: Budget, seconds: float | None 
         for row in rows:
             steps = known.get(row.name, {}).get("steps") or _steps(row, measured[row.name], seconds, train_steps)
             known[row.name] = {"parameters": row.parameters, "steps": steps, "seconds_per_step": measured[row.name]}
-        plan["machine"] = machine()
+        plan["machine"] = describe_machine()
         write_json(out / PLAN, plan)
     return plan
 
@@ -94,17 +94,4 @@ def read_plan(out: Path, rows: list[Row], budget: Budget, seconds: float | None 
 def _steps(row: Row, measured: float, seconds: float | None, train_steps: int | None) -> int:
     if seconds is not None:
         return max(1, round(seconds / measured))
-    return train_steps or int(configuration(row).train.steps)
-
-
-def machine() -> dict[str, Any]:
-    """What the times were measured on."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": str(device) if device else None,
-        "torch": torch.__version__,
-        "ndm": ndm.__version__,
-    }
+    return train_steps or int(row.config.get("train.steps"))

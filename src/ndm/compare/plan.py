@@ -1,6 +1,6 @@
 r"""What a comparison consists of: rows, a width for the widened ones, a number of steps for each.
 
-A comparison is a YAML file. Every row is what would be given to ``ndm train --config BASE`` after it:
+A comparison is a YAML file. A row lists what it overrides in the base, as the options of ``ndm train --config BASE`` would:
 
 .. code-block:: yaml
 
@@ -14,9 +14,9 @@ A comparison is a YAML file. Every row is what would be given to ``ndm train --c
 =================  ====================================================================
 budget             what all rows share
 =================  ====================================================================
-``steps``          optimiser steps
+``steps``          optimizer steps
 ``seconds``        training time: steps = seconds / (measured seconds of a step)
-``parameters``     optimiser steps and parameters: every row is widened to the largest
+``parameters``     optimizer steps and parameters: every row is widened to the largest
 =================  ====================================================================
 
 Rows share the data and the batch size, whatever the budget. :mod:`ndm.compare.budget` measures the seconds of a step.
@@ -30,14 +30,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from jsonargparse import Namespace
 
-from ndm.commands.parsing import build, parse
-from ndm.commands.train import train_parser
-from ndm.data import DataSource
 from ndm.errors import UserError, check_choice, describe_value
-from ndm.model import NDM
-from ndm.train.settings import TrainSettings
+from ndm.model import DiffusionModel
+from ndm.train.config import Overrides, RunConfig, RunParts, find_config
 from ndm.transform import Identity
 
 Budget = Literal["steps", "seconds", "parameters"]
@@ -53,12 +49,12 @@ class Row:
     """One configuration of a comparison."""
 
     name: str
-    words: tuple[str, ...]
-    """What ``ndm train`` is given, without ``--out`` and ``--seed``."""
+    config: RunConfig
+    """The configuration of its runs, but for the seed."""
     parameters: int = 0
     """Number of parameters of the model."""
     baseline: bool = False
-    """Whether this is the plain diffusion that the others are compared with: as large as the largest."""
+    """Whether this is the conventional diffusion model that the others are compared with, as large as the largest."""
 
     @property
     def folder(self) -> str:
@@ -66,13 +62,13 @@ class Row:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "row"
 
 
-def read_rows(path: Path, overrides: tuple[str, ...] = (), base: Path | None = None) -> tuple[list[Row], dict[str, Any]]:
+def read_rows(path: Path, overrides: Overrides = (), base: Path | None = None) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a comparison file.
 
     Args:
         path: the file.
-        overrides: words for every row, before those of the row.
-        base: the configuration to take in the place of the one that the file names.
+        overrides: overrides of every row, before its own.
+        base: a configuration that replaces the one named in the file.
 
     Returns:
         The rows, and what else the file says (``widen``, ``width``).
@@ -80,10 +76,9 @@ def read_rows(path: Path, overrides: tuple[str, ...] = (), base: Path | None = N
     Raises:
         UserError: the file is missing, damaged or incomplete.
     """
+    path = find_config(str(path))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give the file of a comparison, such as configs/compare-digits.yaml") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(content, dict) or not isinstance(content.get("base"), str) or not isinstance(content.get("rows"), dict):
@@ -94,19 +89,20 @@ def read_rows(path: Path, overrides: tuple[str, ...] = (), base: Path | None = N
     base = base or path.parent / content["base"]
     if not base.is_file():
         raise UserError(f"{path}: the base {base} does not exist; give its path relative to {path.name}")
-    rows = [Row(str(name), ("--config", str(base), *overrides, *_words(path, name, row))) for name, row in content["rows"].items()]
-    if not rows or any(";" in row.name for row in rows):
+    checked = {str(name): _check_row(path, name, row) for name, row in content["rows"].items()}
+    if not checked or any(";" in name for name in checked):
         raise UserError(f"{path}: give at least one row, and names without semicolons")
+    shared = RunConfig.read(base, overrides)
+    rows = [Row(name, _configure(shared, name, row)) for name, row in checked.items()]
     return rows, {key: content[key] for key in ("widen", "width") if key in content}
 
 
-def _words(path: Path, name: object, row: object) -> list[str]:
-    """The overrides of a row as words of ``ndm train``."""
+def _check_row(path: Path, name: object, row: object) -> dict[str, object]:
+    """The overrides of a row, checked."""
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
         raise UserError(
             f"{path}: the row {name!r} is {describe_value(row)}; give overrides such as {{model.transform: ndm.Identity}}, or {{}}"
         )
-    words = []
     for key, value in row.items():
         if key.split(".")[0] not in ("model", "train") or any(key == shared or key.startswith(f"{shared}.") for shared in SHARED):
             raise UserError(
@@ -114,42 +110,36 @@ def _words(path: Path, name: object, row: object) -> list[str]:
                 "rows share: put those into the base"
             )
         try:
-            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+            json.dumps(value)
         except TypeError as error:
             raise UserError(
                 f"{path}: the row {name!r} sets {key!r} to {describe_value(value)}; give text, numbers, lists or mappings"
             ) from error
-    return words
+    return dict(row)
 
 
-def configuration(row: Row) -> Namespace:
-    """The parsed configuration of a row.
+def _configure(shared: RunConfig, name: str, overrides: Overrides) -> RunConfig:
+    """The configuration of a row.
 
     Raises:
         UserError: an override is wrong.
     """
     try:
-        return parse(train_parser(), [*row.words, "--out", "unused"])
+        return shared.override(overrides)
     except UserError as error:
-        raise UserError(f"the row {row.name!r}: {error}") from error
+        raise UserError(f"the row {name!r}: {error}") from error
 
 
-def make(row: Row) -> tuple[NDM, DataSource, TrainSettings]:
-    """The model, the data and the settings of a row."""
+def build(row: Row) -> RunParts:
+    """The model, the data and the settings of a row.
+
+    Raises:
+        UserError: they cannot be built.
+    """
     try:
-        parts = build(train_parser(), configuration(row))
+        return row.config.build()
     except UserError as error:
         raise UserError(f"the row {row.name!r}: {error}") from error
-    return parts.model, parts.data, parts.train
-
-
-def size(row: Row) -> int:
-    """Number of parameters of a row's model."""
-    return _parameters(make(row)[0])
-
-
-def _parameters(model: NDM) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def widened(row: Row, target: int, width: str | None = None) -> Row:
@@ -163,10 +153,9 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
     Raises:
         UserError: the predictor has no known width.
     """
-    config = configuration(row)
     candidates = [width] if width else ["model.predictor.network.channels", "model.predictor.network.hidden"]
     for key in candidates:
-        start = _value(config, key)
+        start = row.config.get(key)
         if isinstance(start, int):
             break
     else:
@@ -174,22 +163,13 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
             f"the row {row.name!r} has no {' or '.join(candidates)} to widen; name the number in the file of the comparison: width"
         )
     for value in range(start + 2 - start % 2, _WIDEST, 2):
-        words = (*row.words, f"--{key}", str(value))
-        wider = Row(row.name, words, size(Row(row.name, words)))
+        wider = replace(row, config=_configure(row.config, row.name, {key: value}))
+        wider = replace(wider, parameters=build(wider).num_parameters)
         if wider.parameters >= target:
             return wider
     raise UserError(
         f"the row {row.name!r} does not reach {target:,} parameters with {key} below {_WIDEST}; name another number to raise: width"
     )
-
-
-def _value(config: Namespace, key: str) -> object:
-    """What stands under a dotted key as the command line writes it, without the ``init_args`` of classes; None if there is nothing."""
-    node: Any = config
-    for part in key.split("."):
-        node = node.get("init_args", node) if isinstance(node, Namespace) else None
-        node = node.get(part) if isinstance(node, Namespace) else None
-    return node
 
 
 def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list[Row]:
@@ -201,8 +181,9 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
         UserError: the row to widen is not there, or two rows have one name.
     """
     check_choice("budget", budget, get_args(Budget))
-    models = [make(row)[0] for row in rows]
-    rows = [replace(row, parameters=_parameters(model)) for row, model in zip(rows, models, strict=True)]
+    parts = [build(row) for row in rows]
+    models = [one.model for one in parts]
+    rows = [replace(row, parameters=one.num_parameters) for row, one in zip(rows, parts, strict=True)]
     largest, chosen = max(row.parameters for row in rows), _plain(rows, models, extra.get("widen"))
     planned = []
     for row in rows:
@@ -223,7 +204,7 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
     return planned
 
 
-def _plain(rows: list[Row], models: list[NDM], name: str | None) -> Row:
+def _plain(rows: list[Row], models: list[DiffusionModel], name: str | None) -> Row:
     """The row to widen: of the given name, or the first whose F is the identity."""
     for row, model in zip(rows, models, strict=True):
         if row.name == name if name is not None else isinstance(model.transform, Identity):

@@ -8,19 +8,18 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ndm.commands.parsing import load_data, load_run
-from ndm.commands.train import check_same_run, resolved, run_train
+from ndm.device import pick_device
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation, pick_device
-from ndm.report import Measurement
+from ndm.evaluation.evaluate import Evaluation
+from ndm.evaluation.tables import Measurement
 from ndm.serialize import read_json, write_json
-from ndm.train.run import METRICS
+from ndm.train.config import RunConfig
+from ndm.train.run import Run
 
 MEASURES = "measures.json"
 _CALIBRATION = 128  # examples that a reverse variance is fitted on
@@ -51,19 +50,17 @@ class Job:
     """One run of one row."""
 
     row: str
-    seed: int
-    words: tuple[str, ...]
-    """For ``ndm train``, without ``--seed`` and ``--out``."""
-    folder: Path
+    config: RunConfig
+    run: Run
     measures: Measures | None = None
-    """None: it is trained and no more."""
+    """None: only train it."""
     quiet: bool = False
     """Write to the run's log file instead of the terminal."""
 
     @property
-    def train_words(self) -> list[str]:
-        """The words of ``ndm train``."""
-        return [*self.words, "--seed", str(self.seed), "--out", str(self.folder)]
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.config.seed
 
     def check(self, data_sha256: str) -> None:
         """Check that what the folder holds is a run of this configuration on these data.
@@ -71,23 +68,23 @@ class Job:
         Raises:
             UserError: it is not.
         """
-        check_same_run(self.folder, resolved(self.train_words))
+        self.run.check(self.config)
         found = self._read().get("data_sha256", data_sha256)
         if found != data_sha256:
             raise UserError(
-                f"{self.folder} was measured on other data (sha256 {str(found)[:12]} there, {data_sha256[:12]} now); choose another --out"
+                f"{self.run.folder} was measured on other data (sha256 {str(found)[:12]} there, {data_sha256[:12]} now); choose another --out"
             )
 
     def result(self) -> dict[str, Any] | None:
         """What was measured, if it was by the same settings; what training measured itself where no more is wanted."""
         if self.measures is None:
-            return read_json(self.folder / METRICS) if (self.folder / METRICS).exists() else None
+            return self.run.metrics() if self.run.finished else None
         found = self._read()
         fits = found.get("settings") == self.measures.record() and isinstance(found.get("measures"), dict)
         return found if fits else None
 
     def _read(self) -> dict[str, Any]:
-        path = self.folder / MEASURES
+        path = self.run.folder / MEASURES
         return read_json(path) if path.exists() else {}
 
 
@@ -143,7 +140,7 @@ def _attempt(job: Job) -> str | None:
     """Train and measure one run; what went wrong, or None."""
     try:
         with _output(job):
-            run_train(job.train_words)
+            job.run.train(job.config)
             if job.measures is not None:
                 _measure(job, job.measures)
     except UserError as error:
@@ -158,9 +155,9 @@ def _output(job: Job) -> Iterator[None]:
     if not job.quiet:
         yield
         return
-    job.folder.mkdir(parents=True, exist_ok=True)
+    job.run.folder.mkdir(parents=True, exist_ok=True)
     with (
-        (job.folder / "log.txt").open("a", encoding="utf-8") as file,
+        (job.run.folder / "log.txt").open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
@@ -169,7 +166,7 @@ def _output(job: Job) -> Iterator[None]:
 
 def _measure(job: Job, wanted: Measures) -> None:
     """All bounds of a trained run, written into its folder."""
-    model, data = load_run(job.folder), load_data(job.folder)
+    model, data = job.run.model(), job.run.data()
     model.to(pick_device())
     description = data.describe()
     evaluation = Evaluation(model, data.split(wanted.split), limit=wanted.limit, progress=True, about=description.about(wanted.split))
@@ -182,14 +179,14 @@ def _measure(job: Job, wanted: Measures) -> None:
             found[f"T = {steps}, fitted variance"] = evaluation.nelbo(steps, wanted.draws, train, _CALIBRATION)
     if wanted.nll and model.reverse_process.serves_every_eta:
         found["NLL"] = evaluation.nll()
-    densities = description.levels is None
+    densities = description.num_values is None
     shift = description.log_scale if densities else 0.0
 
     def value(one: Measurement) -> float:
         return one.nats + shift if densities else one.bpd
 
     write_json(
-        job.folder / MEASURES,
+        job.run.folder / MEASURES,
         {
             "measures": {name: value(one) for name, one in found.items()},
             "stderr_over_examples": {name: one.stderr if densities else one.bpd_stderr for name, one in found.items()},
@@ -199,6 +196,6 @@ def _measure(job: Job, wanted: Measures) -> None:
             "data": description.name,
             "data_sha256": description.sha256,
             "parameters": found["continuous"].protocol["parameters"],
-            "training_seconds": read_json(job.folder / "metrics.json").get("training_seconds"),
+            "training_seconds": job.run.metrics().get("training_seconds"),
         },
     )

@@ -1,16 +1,16 @@
-r"""Data sets as float32 tensors x, discrete ones on the grid of the decoder and continuous ones standardised: x = (v - b)/a.
+r"""Data sets as float32 tensors x, discrete ones on the grid of the decoder and continuous ones standardized: x = (v - b)/a.
 
 ==============================================================  =================================================================
 source                                                          data
 ==============================================================  =================================================================
 :class:`Mixture`, :class:`Checkerboard`, :class:`TwoMoons`,     samples of known densities
 :class:`Pinwheel`
-:class:`Digits`                                                 handwritten digits of scikit-learn, 8 x 8, 17 levels
-:class:`MNIST`                                                  IDX files of MNIST and its relatives, 256 levels
-:class:`CIFAR10`                                                binary version of CIFAR-10, 256 levels
-:class:`ImageNetOord`, :class:`ImageNetChrabaszcz`              ImageNet at 32 x 32 and 64 x 64, its two releases, 256 levels
-:class:`CelebAHQ`                                               faces in a folder of image files, 256 levels
-:class:`ImageFolder`                                            image files, with or without subfolders of classes, 256 levels
+:class:`Digits`                                                 handwritten digits of scikit-learn, 8 x 8, 17 values
+:class:`MNIST`                                                  IDX files of MNIST and its relatives, 256 values
+:class:`CIFAR10`                                                binary version of CIFAR-10, 256 values
+:class:`ImageNetOord`, :class:`ImageNetChrabaszcz`              ImageNet at 32 x 32 and 64 x 64, its two releases, 256 values
+:class:`CelebAHQ`                                               faces in a folder of image files, 256 values
+:class:`ImageFolder`                                            image files, with or without subfolders of classes, 256 values
 :class:`Table`                                                  ``.npy``, ``.npz``, ``.csv`` and ``.parquet`` files
 :class:`HuggingFace`                                            data sets of the hub: images, or columns of numbers
 ==============================================================  =================================================================

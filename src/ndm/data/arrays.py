@@ -1,4 +1,4 @@
-r"""Data held in memory as one array ``(N, *event)`` a split: integers on a grid, or standardised real values.
+r"""Data held in memory as one array ``(N, *event)`` a split: integers on a grid, or standardized real values.
 
 .. math::
     b_i = \operatorname{mean}_{\text{train}} v_i, \qquad a_i = \operatorname{std}_{\text{train}} v_i, \qquad x_i = (v_i - b_i)/a_i .
@@ -24,14 +24,14 @@ class ArraySplit(EventDataset):
     """A split in memory.
 
     Args:
-        values: ``(N, *event)``: integers 0 ... levels-1 when ``levels`` is given, otherwise float32 examples as they are.
-        levels: number of integer values, or None.
+        values: ``(N, *event)``: integers 0 ... num_values-1 when ``num_values`` is given, otherwise float32 examples as they are.
+        num_values: number of integer values, or None.
         labels: class index of each example, or None.
     """
 
-    def __init__(self, values: Tensor, levels: int | None = None, labels: Tensor | None = None):
+    def __init__(self, values: Tensor, num_values: int | None = None, labels: Tensor | None = None):
         self.values = values
-        self.levels = levels
+        self.num_values = num_values
         self.labels = labels
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class ArraySplit(EventDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         chosen = self.values[torch.as_tensor(indices, dtype=torch.int64)]
-        return chosen if self.levels is None else to_grid(chosen, self.levels)
+        return chosen if self.num_values is None else to_grid(chosen, self.num_values)
 
 
 def kind_of(event_shape: tuple[int, ...]) -> Literal["image", "vector"]:
@@ -51,7 +51,7 @@ def discrete(
     name: str,
     version: str,
     arrays: Mapping[str, np.ndarray],
-    levels: int,
+    num_values: int,
     low: float = 0.0,
     labels: Mapping[str, np.ndarray] | None = None,
     classes: Sequence[str] = (),
@@ -62,8 +62,8 @@ def discrete(
     Args:
         name: of the data.
         version: of the data.
-        arrays: split -> integers 0 ... levels-1, ``(N, *event)``.
-        levels: number of integer values.
+        arrays: split -> integers 0 ... num_values-1, ``(N, *event)``.
+        num_values: number of integer values.
         low: value of level 0 in the source's own units.
         labels: split -> class index of each example.
         classes: the declared classes.
@@ -75,10 +75,10 @@ def discrete(
     content = ContentHash()
     splits: dict[str, EventDataset] = {}
     for split, array in arrays.items():
-        array = np.ascontiguousarray(array, dtype=np.uint8 if levels <= 256 else np.int32)
+        array = np.ascontiguousarray(array, dtype=np.uint8 if num_values <= 256 else np.int32)
         content.split(split)
         content.array(array)
-        splits[split] = ArraySplit(torch.from_numpy(array), levels, torch.from_numpy(labels[split]).long() if labels else None)
+        splits[split] = ArraySplit(torch.from_numpy(array), num_values, torch.from_numpy(labels[split]).long() if labels else None)
     event = _event_shape(arrays)
     sizes = {split: len(array) for split, array in arrays.items()}
     description = DataDescription(
@@ -86,9 +86,9 @@ def discrete(
         version,
         kind_of(event),
         event,
-        levels,
+        num_values,
         low,
-        low + levels - 1,
+        low + num_values - 1,
         sizes,
         content.hexdigest(),
         tuple(classes),
@@ -106,7 +106,7 @@ def continuous(
     high: float | None = None,
     dimension_names: Sequence[str] | None = None,
 ) -> Loaded:
-    """Describe and hold real data, standardised by the train split when asked.
+    """Describe and hold real data, standardized by the train split when asked.
 
     Args:
         name: of the data.
@@ -121,7 +121,7 @@ def continuous(
         Description and splits.
 
     Raises:
-        UserError: a dimension to be standardised is constant over the train split.
+        UserError: a dimension to be standardized is constant over the train split.
     """
     event = _event_shape(arrays)
     offset, scale = np.zeros(event), np.ones(event)
@@ -134,7 +134,7 @@ def continuous(
             label = repr(dimension_names[index]) if dimension_names else str(tuple(int(i) for i in np.unravel_index(index, event)))
             value = float(train[0].reshape(-1)[index])
             raise UserError(
-                f"{name}: column {label} is {value:g} in all {len(train)} rows of the train split and cannot be standardised (a constant "
+                f"{name}: column {label} is {value:g} in all {len(train)} rows of the train split and cannot be standardized (a constant "
                 f"has no density); leave it out with columns=, or give standardize=False"
             )
     content = ContentHash()
@@ -179,7 +179,7 @@ def check_values(array: np.ndarray, where: str, names: Sequence[str] | None, low
     rules = [(~np.isfinite(array), "values must be finite; drop or fill the row")] if array.dtype.kind == "f" else []
     if low is not None or high is not None:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
-        mend = f"allowed are {least:g} to {most:g}; mend the data, or declare their range with levels=, low= and high="
+        mend = f"allowed are {least:g} to {most:g}; mend the data, or declare their range with num_values=, low= and high="
         rules.append(((array < least) | (array > most), mend))
     for wrong, mend in rules:
         if wrong.any():

@@ -21,7 +21,7 @@ COUNTS = {"train": 27_000, "test": 3_000}
 
 
 class CelebAHQ(DataSource):
-    """CelebA-HQ, ``(3, size, size)``, 256 levels, decoded when needed.
+    """CelebA-HQ, ``(3, size, size)``, 256 values, decoded when needed.
 
     Args:
         path: folder of the image files, in subfolders or not.

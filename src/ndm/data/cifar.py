@@ -27,7 +27,7 @@ RECORD = 1 + 3 * 32 * 32
 
 
 class CIFAR10(DataSource):
-    """CIFAR-10, ``(3, 32, 32)``, 256 levels, with the split of the files.
+    """CIFAR-10, ``(3, 32, 32)``, 256 values, with the split of the files.
 
     Args:
         path: folder of the six files, ``cifar-10-batches-bin`` or the folder that holds it.

@@ -17,7 +17,7 @@ from ndm.errors import UserError, describe_value, require
 
 
 class Digits(DataSource):
-    """Digits of scikit-learn, ``(1, 8, 8)``, 17 levels, with a fixed split of equal fraction in every class.
+    """Digits of scikit-learn, ``(1, 8, 8)``, 17 values, with a fixed split of equal fraction in every class.
 
     Args:
         seed: of the split.

@@ -26,8 +26,8 @@ class FileImages(EncodedImages):
 
     Args:
         files: one file an example.
-        channels: 1 for grey, 3 for colour.
-        size: side of the centre square, or None.
+        channels: 1 for gray, 3 for color.
+        size: side of the center square, or None.
         labels: class index of each example, or None.
     """
 
@@ -46,12 +46,12 @@ class FileImages(EncodedImages):
 
 
 class ImageFolder(DataSource):
-    """Image files of a folder, ``(channels, height, width)``, 256 levels, decoded when needed.
+    """Image files of a folder, ``(channels, height, width)``, 256 values, decoded when needed.
 
     Args:
         path: the folder.
-        channels: 1 for grey, 3 for colour; images are converted.
-        size: cut every image to its centre square and scale it to this side. When not given, all images must have one size.
+        channels: 1 for gray, 3 for color; images are converted.
+        size: cut every image to its center square and scale it to this side. When not given, all images must have one size.
         test_fraction: part of each class in the test split, when the folder has no ``train`` and ``test``.
         seed: of that split.
         class_folders: whether each subfolder is a class. When not given, it is if no image lies beside or below the subfolders.

@@ -27,8 +27,8 @@ class ColumnImages(EncodedImages):
     Args:
         dataset: a ``datasets.Dataset`` with one column, of undecoded images.
         name: of the data set and split, for messages.
-        channels: 1 for grey, 3 for colour.
-        size: side of the centre square, or None.
+        channels: 1 for gray, 3 for color.
+        size: side of the center square, or None.
         labels: class index of each example, or None.
     """
 
@@ -51,17 +51,17 @@ class ColumnImages(EncodedImages):
 
 
 class HuggingFace(DataSource):
-    """A data set of the hub: an image column, ``(channels, height, width)``, 256 levels, or columns of numbers, ``(D,)``.
+    """A data set of the hub: an image column, ``(channels, height, width)``, 256 values, or columns of numbers, ``(D,)``.
 
     Args:
         name: of the data set on the hub (``owner/name``), or a local folder.
         image_column: the column of images; None together with ``columns``.
-        columns: columns of numbers, taken as continuous and standardised by the train split.
+        columns: columns of numbers, taken as continuous and standardized by the train split.
         config: configuration of the data set, when it has several.
         revision: commit, tag or branch on the hub; a commit pins the data.
         splits: our name of each split -> its name in the data set.
-        channels: 1 for grey, 3 for colour; images are converted.
-        size: cut every image to its centre square and scale it to this side. When not given, all images must have one size.
+        channels: 1 for gray, 3 for color; images are converted.
+        size: cut every image to its center square and scale it to this side. When not given, all images must have one size.
         label_column: column of the classes, each of which must occur in every split; not checked when not given.
     """
 

@@ -25,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from ndm.data.images import LEVELS, EncodedImages, encoded
+from ndm.data.images import NUM_VALUES, EncodedImages, encoded
 from ndm.data.mapped import MappedSplit, StoredArray, find_array
 from ndm.data.release import check_content, check_sha256_argument, release_words
 from ndm.data.source import ContentHash, DataDescription, DataSource, Loaded
@@ -99,7 +99,7 @@ class PngFolder(EncodedImages):
 
 
 class ImageNetOord(DataSource):
-    """ImageNet scaled down by van den Oord et al. (2016), ``(3, resolution, resolution)``, 256 levels, decoded when needed.
+    """ImageNet scaled down by van den Oord et al. (2016), ``(3, resolution, resolution)``, 256 values, decoded when needed.
 
     Args:
         path: folder of ``train_32x32.tar`` and ``valid_32x32.tar`` (or 64), or of the folders that they unpack to.
@@ -143,7 +143,7 @@ class ImageNetOord(DataSource):
 
 
 class ImageNetChrabaszcz(DataSource):
-    """ImageNet scaled down by Chrabaszcz et al. (2017), ``(3, resolution, resolution)``, 256 levels, mapped into memory.
+    """ImageNet scaled down by Chrabaszcz et al. (2017), ``(3, resolution, resolution)``, 256 values, mapped into memory.
 
     The files are those of the ``npz`` downloads, unpacked: ``train_data_batch_1.npz`` to ``..._10.npz`` and ``val_data.npz``, each with an array
     ``data`` ``(N, 3 resolution²)``, red, then green, then blue. Labels are not read. The other downloads hold pickles, which can run code, and
@@ -176,7 +176,7 @@ class ImageNetChrabaszcz(DataSource):
             content.split(split)
             images.add_to(content, f"{name}, {split}")
         version = f"arrays of Chrabaszcz et al. 2017{words}"
-        description = DataDescription(name, version, "image", event, LEVELS, 0.0, LEVELS - 1.0, found, content.hexdigest())
+        description = DataDescription(name, version, "image", event, NUM_VALUES, 0.0, NUM_VALUES - 1.0, found, content.hexdigest())
         return check_content(Loaded(description, dict(splits)), self.sha256, str(folder))
 
     def _files(self, folder: Path) -> dict[str, list[Path]]:

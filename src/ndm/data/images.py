@@ -4,8 +4,8 @@ r"""Images that stay encoded until they are needed: the common part of image fol
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
 When a source is read, the header of every image is checked and its bytes enter the checksum; pixels are decoded batch by batch.
-Images of more than 8 bits a value are refused, since decoding would drop bits without notice. Transparency is dropped; colours become
-grey, or grey becomes three equal channels, as ``channels`` says. Photographs are turned upright, as their EXIF data say.
+Images of more than 8 bits a value are refused, since decoding would drop bits without notice. Transparency is dropped; colors become
+gray, or gray becomes three equal channels, as ``channels`` says. Photographs are turned upright, as their EXIF data say.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from ndm.errors import UserError, check_whole, describe_value, require
 if TYPE_CHECKING:
     from PIL import Image
 
-LEVELS = 256
+NUM_VALUES = 256
 _MODES = {1: "L", 3: "RGB"}
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
 
@@ -37,8 +37,8 @@ class EncodedImages(EventDataset):
     """A split of encoded images; a kind of storage implements ``__len__``, :meth:`where` and :meth:`read`.
 
     Args:
-        channels: 1 for grey, 3 for colour.
-        size: side of the centre square that images are cut and scaled to, or None to leave them as they are.
+        channels: 1 for gray, 3 for color.
+        size: side of the center square that images are cut and scaled to, or None to leave them as they are.
         labels: class index of each example, or None.
     """
 
@@ -56,7 +56,7 @@ class EncodedImages(EventDataset):
         """The encoded bytes of an image; may raise OSError."""
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return to_grid(torch.from_numpy(np.stack([self.decode(int(index)) for index in indices])), LEVELS)
+        return to_grid(torch.from_numpy(np.stack([self.decode(int(index)) for index in indices])), NUM_VALUES)
 
     def decode(self, index: int) -> np.ndarray:
         """The pixels of an image, uint8, ``(channels, height, width)``.
@@ -95,10 +95,10 @@ class EncodedImages(EventDataset):
                 image.verify()
         except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
             raise _unreadable(self.where(index), error) from error
-        # Pillow opens a PNG of 16 bits with colour as one of 8 bits, so the depth is read from the file itself.
+        # Pillow opens a PNG of 16 bits with color as one of 8 bits, so the depth is read from the file itself.
         deep_png = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
         if deep_png or mode.startswith("I") or mode == "F":
-            raise UserError(f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use Table with levels=65536")
+            raise UserError(f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use Table with num_values=65536")
         return (height, width), hashlib.sha256(data).digest()
 
 
@@ -141,14 +141,14 @@ def check_image_arguments(channels: int, size: int | None) -> None:
         UserError: ``channels`` is neither 1 nor 3, or ``size`` is not a whole number of at least 1.
     """
     if channels not in _MODES:
-        raise UserError(f"channels={describe_value(channels)}: give 1 (grey) or 3 (colour)")
+        raise UserError(f"channels={describe_value(channels)}: give 1 (gray) or 3 (color)")
     if size is not None:
         check_whole("size", size, 1)
 
 
 def size_words(size: int | None) -> str:
     """How images were cut, for the version of a description."""
-    return "" if size is None else f", centre square scaled to {size} x {size} (bicubic)"
+    return "" if size is None else f", center square scaled to {size} x {size} (bicubic)"
 
 
 def encoded(name: str, version: str, splits: Mapping[str, EncodedImages], classes: Sequence[str] = ()) -> Loaded:
@@ -185,7 +185,9 @@ def encoded(name: str, version: str, splits: Mapping[str, EncodedImages], classe
         raise UserError(f"{name} has no images in its splits {', '.join(splits)}")
     event = (channels, *(first[1] if size is None else (size, size)))
     sizes = {split: len(images) for split, images in splits.items()}
-    description = DataDescription(name, version, "image", event, LEVELS, 0.0, LEVELS - 1.0, sizes, content.hexdigest(), tuple(classes))
+    description = DataDescription(
+        name, version, "image", event, NUM_VALUES, 0.0, NUM_VALUES - 1.0, sizes, content.hexdigest(), tuple(classes)
+    )
     return Loaded(description, dict(splits))
 
 

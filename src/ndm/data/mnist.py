@@ -28,7 +28,7 @@ FILES = {
 
 
 class MNIST(DataSource):
-    """Images of the original IDX files, ``(1, height, width)``, 256 levels, with the split of the files.
+    """Images of the original IDX files, ``(1, height, width)``, 256 values, with the split of the files.
 
     Args:
         path: directory of the four files; its name becomes the name of the data.

@@ -1,7 +1,7 @@
 r"""Other data, as a model that is trained sees them: rows of a file, or images of a folder, in the order of the file or of the names.
 
 .. math::
-    x_i = (v_i - b_i)/a_i \text{ with the } b \text{ and } a \text{ of the data that it was trained on, or the centre of the bin of the level } v_i - v_{\min} .
+    x_i = (v_i - b_i)/a_i \text{ with the } b \text{ and } a \text{ of the data that it was trained on, or the center of the bin of the level } v_i - v_{\min} .
 """
 
 from copy import copy
@@ -13,7 +13,7 @@ import torch
 
 from ndm.data.arrays import ArraySplit, continuous, discrete
 from ndm.data.folder import FileImages, some_image_files
-from ndm.data.images import LEVELS, encoded
+from ndm.data.images import NUM_VALUES, encoded
 from ndm.data.source import DataDescription, DataSource, Loaded
 from ndm.data.table import Table
 from ndm.errors import UserError
@@ -28,7 +28,7 @@ def read_like(source: DataSource | None, path: str, trained: DataDescription) ->
     Args:
         source: the data that the model was trained on, where they are known; a :class:`ndm.data.Table` says how to read a file, and the ``size`` of images that
             they are to be cut and scaled. It need not be readable any more.
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or for images of 256 levels a folder. Columns are found by their names where the
+        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or for images of 256 values a folder. Columns are found by their names where the
             model was trained on columns with names and the file is not one of NumPy's, which have none.
         trained: what the model was trained on.
 
@@ -46,9 +46,9 @@ def read_like(source: DataSource | None, path: str, trained: DataDescription) ->
 
 
 def _images(source: DataSource | None, folder: Path, trained: DataDescription) -> Loaded:
-    if trained.kind != "image" or trained.levels != LEVELS or trained.event_shape[0] not in (1, 3):
+    if trained.kind != "image" or trained.num_values != NUM_VALUES or trained.event_shape[0] not in (1, 3):
         raise UserError(
-            f"{folder} is a folder, which holds images of 256 levels, and the model was trained on {trained.name}; give a file of rows"
+            f"{folder} is a folder, which holds images of 256 values, and the model was trained on {trained.name}; give a file of rows"
         )
     size = getattr(source, "size", None)
     return encoded(folder.resolve().name, "image folder", {ALL: FileImages(some_image_files(folder), trained.event_shape[0], size, None)})
@@ -58,15 +58,15 @@ def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loa
     if isinstance(source, Table):
         table = copy(source)
     else:
-        low = None if trained.levels is None else trained.low
-        table = Table(path, levels=trained.levels, low=low, event_shape=trained.event_shape)
+        low = None if trained.num_values is None else trained.low
+        table = Table(path, num_values=trained.num_values, low=low, event_shape=trained.event_shape)
     if trained.columns:
         table.columns = None if Path(path).suffix.lower() in (".npy", ".npz") else list(trained.columns)
     array, _ = table.read(path)
     name, version = Path(path).stem, Path(path).name
-    if trained.levels is not None:
+    if trained.num_values is not None:
         least = trained.low or 0.0
-        return discrete(name, version, {ALL: array - int(least)}, trained.levels, least)
+        return discrete(name, version, {ALL: array - int(least)}, trained.num_values, least)
     plain = continuous(name, version, {ALL: array}, False, trained.low, trained.high)
     if not trained.scale or plain.description.event_shape != trained.event_shape:
         return plain

@@ -4,8 +4,8 @@ r"""Data sources: what a data set is, and how its values reach the model.
     \text{discrete: } x = (2k + 1)/L - 1, \quad k = v - v_{\min} \in \{0, \dots, L - 1\}, \qquad
     \text{continuous: } x = (v - b)/a \;\Rightarrow\; -\log p(v) = -\log p(x) + \textstyle\sum_i \log a_i .
 
-v is a value in the source's own units, x what the model sees. Integers lie on the centres of L equal bins of [-1, 1], the grid of
-:class:`ndm.decoder.DiscretizedGaussian`; a probability of integers needs no constant. Continuous values may be standardised, and then
+v is a value in the source's own units, x what the model sees. Integers lie on the centers of L equal bins of [-1, 1], the grid of
+:class:`ndm.decoder.DiscretizedGaussian`; a probability of integers needs no constant. Continuous values may be standardized, and then
 the sum of log a_i moves the negative log-likelihood, in nats, back to the units of v.
 
 A source only keeps its arguments when it is built; the first ``describe()`` or ``split()`` reads the data. Splits that a source makes
@@ -33,7 +33,7 @@ class DataDescription:
     """What a data set is, recorded with each run.
 
     ``sha256`` is taken over the splits in the order of ``splits``: of each its name, then its examples in order. Arrays in memory
-    enter as dtype, shape and little-endian bytes in C order (integers 0 ... levels-1 as uint8, or int32 above 256 levels; continuous
+    enter as dtype, shape and little-endian bytes in C order (integers 0 ... num_values-1 as uint8, or int32 above 256 values; continuous
     values as float64 in the source's own units); images that stay encoded enter as the SHA-256 of each file's bytes.
     """
 
@@ -45,7 +45,7 @@ class DataDescription:
     """``image`` when an example is (channels, height, width), otherwise ``vector``."""
     event_shape: tuple[int, ...]
     """Shape of one example."""
-    levels: int | None
+    num_values: int | None
     """Number of integer values of discrete data; None for continuous data."""
     low: float | None
     """Least value, in the source's own units; None when not declared."""
@@ -56,13 +56,13 @@ class DataDescription:
     sha256: str
     """Checksum of the content, as defined above."""
     classes: tuple[str, ...] = ()
-    """Declared classes of labelled data; each occurs in every split."""
+    """Declared classes of labeled data; each occurs in every split."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a table, where it has them."""
     offset: tuple[float, ...] = field(default=(), repr=False)
-    """b of each dimension (of the flattened example), when standardised."""
+    """b of each dimension (of the flattened example), when standardized."""
     scale: tuple[float, ...] = field(default=(), repr=False)
-    """a of each dimension (of the flattened example), when standardised."""
+    """a of each dimension (of the flattened example), when standardized."""
 
     @property
     def log_scale(self) -> float:
@@ -74,9 +74,9 @@ class DataDescription:
         return {"data": self.name, "split": split, "data_sha256": self.sha256}
 
     def to_source_units(self, x: Tensor) -> Tensor:
-        """V of x ``(..., *event)``, in the shape and dtype of x: standardisation undone, or low + integer level of discrete data."""
-        if self.levels is not None:
-            return (from_grid(x, self.levels) + (self.low or 0.0)).to(x.dtype)
+        """V of x ``(..., *event)``, in the shape and dtype of x: standardization undone, or low + integer level of discrete data."""
+        if self.num_values is not None:
+            return (from_grid(x, self.num_values) + (self.low or 0.0)).to(x.dtype)
         if not self.scale:
             return x
         offset, scale = (
@@ -182,15 +182,15 @@ class DataSource(ABC):
         return content.splits[name]
 
     def integers(self, x: Tensor) -> Tensor:
-        """Nearest integer levels 0 ... levels-1 of values on (or near) the grid, int64, in the shape of x.
+        """Nearest integers 0 ... num_values-1 of values on (or near) the grid, int64, in the shape of x.
 
         Raises:
             UserError: the data are continuous.
         """
         description = self.describe()
-        if description.levels is None:
-            raise UserError(f"{description.name} is continuous and has no integer levels; use to_source_units(x)")
-        return from_grid(x, description.levels)
+        if description.num_values is None:
+            raise UserError(f"{description.name} is continuous and has no integers; use to_source_units(x)")
+        return from_grid(x, description.num_values)
 
     def to_source_units(self, x: Tensor) -> Tensor:
         """V of x ``(..., *event)``: see :meth:`DataDescription.to_source_units`."""

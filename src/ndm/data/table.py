@@ -1,9 +1,9 @@
 r"""Tables of numbers: NumPy arrays, CSV and Parquet.
 
 .. math::
-    \text{with levels: } x = (2(v - v_{\min}) + 1)/L - 1, \qquad \text{otherwise: } x_i = (v_i - b_i)/a_i .
+    \text{with num_values: } x = (2(v - v_{\min}) + 1)/L - 1, \qquad \text{otherwise: } x_i = (v_i - b_i)/a_i .
 
-A table is continuous unless ``levels`` is given. Integers without ``levels`` are refused when the file says that they are integers: a
+A table is continuous unless ``num_values`` is given. Integers without ``num_values`` are refused when the file says that they are integers: a
 density can be made as large as one likes at whole numbers, so its likelihood would mean nothing. Store them as floating-point numbers
 to treat them as continuous all the same. A column of a CSV file that holds whole numbers alone is warned of. Files with pickles or objects inside are
 refused.
@@ -40,7 +40,7 @@ class Table(DataSource):
         test_path: file of the test split; when not given, a split is drawn.
         test_fraction: part of the rows in the test split that is drawn.
         seed: of that split.
-        levels: number of integer values, for discrete data with values low ... low + levels - 1.
+        num_values: number of integer values, for discrete data with values low ... low + num_values - 1.
         low: least allowed value; 0 when not given for discrete data.
         high: greatest allowed value.
         standardize: give each column of continuous data mean 0 and standard deviation 1 over the train split. A column that is constant
@@ -56,7 +56,7 @@ class Table(DataSource):
         test_path: str | None = None,
         test_fraction: float = 0.2,
         seed: int = 0,
-        levels: int | None = None,
+        num_values: int | None = None,
         low: float | None = None,
         high: float | None = None,
         standardize: bool = True,
@@ -64,13 +64,13 @@ class Table(DataSource):
         event_shape: Sequence[int] | None = None,
     ):
         check_split_arguments(test_fraction, seed)
-        if levels is not None:
-            check_whole("levels", levels, 2)
+        if num_values is not None:
+            check_whole("num_values", num_values, 2)
             least = 0 if low is None else low
-            if least != math.floor(least) or (high is not None and high != least + levels - 1):
+            if least != math.floor(least) or (high is not None and high != least + num_values - 1):
                 raise UserError(
-                    f"levels={levels} with low={low} and high={high}: discrete values are whole numbers low ... low + levels - 1; "
-                    f"give high={math.floor(least) + levels - 1} or leave it out"
+                    f"num_values={num_values} with low={low} and high={high}: discrete values are whole numbers low ... low + num_values - 1; "
+                    f"give high={math.floor(least) + num_values - 1} or leave it out"
                 )
         elif low is not None and high is not None and not low < high:
             raise UserError(f"low={low} and high={high}: low must be less than high")
@@ -81,7 +81,7 @@ class Table(DataSource):
         self.test_path = test_path
         self.test_fraction = test_fraction
         self.seed = seed
-        self.levels = levels
+        self.num_values = num_values
         self.low = low
         self.high = high
         self.standardize = standardize
@@ -104,11 +104,13 @@ class Table(DataSource):
         if self.columns is not None:
             version += ", columns " + " ".join(str(column) for column in self.columns)
         name = Path(self.path).stem
-        if self.levels is None:
-            version += ", standardised" if self.standardize else ""
+        if self.num_values is None:
+            version += ", standardized" if self.standardize else ""
             return continuous(name, version, arrays, self.standardize, self.low, self.high, names)
         least = self.low or 0
-        return discrete(name, version, {split: part - least for split, part in arrays.items()}, self.levels, float(least), columns=names)
+        return discrete(
+            name, version, {split: part - least for split, part in arrays.items()}, self.num_values, float(least), columns=names
+        )
 
     def read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
         """The checked values of a file, ``(N, *event)``, in its own units, and the names of the columns where it has them.
@@ -123,24 +125,24 @@ class Table(DataSource):
             raise UserError(f"{path} does not exist or is not a file; check the path")
         if file.suffix.lower() == ".csv":
             array, names = _read_csv(file, self.columns)
-            if self.levels is None:
+            if self.num_values is None:
                 _warn_of_whole_numbers(array, names, path)
         elif file.suffix.lower() == ".parquet":
-            array, names = _read_parquet(file, self.columns, integers=self.levels is not None)
+            array, names = _read_parquet(file, self.columns, integers=self.num_values is not None)
         else:
             array, names = self._read_numpy(file), None
         if not array.size:
             raise UserError(f"{path} holds no values (shape {array.shape}); give a table with at least one row and column")
-        if self.levels is None:
+        if self.num_values is None:
             check_values(array, path, names, self.low, self.high)
         else:
             least = self.low or 0
-            check_values(array, path, names, least, least + self.levels - 1)
+            check_values(array, path, names, least, least + self.num_values - 1)
             if array.dtype.kind == "f" and (array != np.round(array)).any():
                 at = tuple(int(i) for i in np.unravel_index(int((array != np.round(array)).argmax()), array.shape))
                 raise UserError(
-                    f"{path}: row {at[0]} (the first is 0) holds {array[at]:g}, and with levels={self.levels} values must be whole "
-                    f"numbers; leave out levels= for continuous data"
+                    f"{path}: row {at[0]} (the first is 0) holds {array[at]:g}, and with num_values={self.num_values} values must be whole "
+                    f"numbers; leave out num_values= for continuous data"
                 )
         if self.event_shape is not None:
             if math.prod(self.event_shape) != math.prod(array.shape[1:]):
@@ -167,9 +169,9 @@ class Table(DataSource):
         if data.dtype.kind not in "biuf" or data.ndim == 0:
             raise UserError(f"{file} holds {data.dtype} of shape {data.shape}; give an array of numbers whose first axis counts examples")
         data = data[:, None] if data.ndim == 1 else data
-        if self.levels is None and data.dtype.kind in "biu":
+        if self.num_values is None and data.dtype.kind in "biu":
             raise UserError(
-                f"{file} holds integers ({data.dtype}), which have no density; give levels= (256 for bytes), or store floating-point "
+                f"{file} holds integers ({data.dtype}), which have no density; give num_values= (256 for bytes), or store floating-point "
                 f"numbers to treat them as continuous"
             )
         data = data.astype(np.float64) if data.dtype.kind == "f" else data.astype(np.int64)
@@ -187,7 +189,7 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
     if whole:
         warnings.warn(
             f"{path}: of the columns {describe_value(whole)} all values are whole numbers, and a density at whole numbers can be made as large as one "
-            "likes; give levels= if all columns are of that kind, or leave them out with columns=",
+            "likes; give num_values= if all columns are of that kind, or leave them out with columns=",
             stacklevel=2,
         )
 
@@ -220,7 +222,7 @@ def arrow_columns(
         if not integers and (types.is_integer(kind) or types.is_boolean(kind)):
             raise UserError(
                 f"{where}: column {name!r} holds integers ({kind}), which have no density; leave it out with columns=, store floating-point numbers to "
-                "treat it as continuous, or take a Table with levels= of columns of that kind alone"
+                "treat it as continuous, or take a Table with num_values= of columns of that kind alone"
             )
         values.append(table[name].cast(pyarrow.float64(), safe=False).to_numpy())
     return np.stack(values, axis=1) if values else np.empty((table.num_rows, 0)), names

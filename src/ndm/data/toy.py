@@ -8,7 +8,7 @@ r"""Small continuous problems whose density is known, so that a learned likeliho
 The pinwheel is a mixture of elongated Gaussians, turned by an angle that grows with the radius r; such a turn keeps areas, so p(x) is
 the mixture's density at the point turned back. (The pinwheel usually drawn turns by a function of the first coordinate instead of r,
 which looks much the same and has no closed density.) Entropies are exact for the checkerboard and otherwise integrals over a grid.
-Toy data are not standardised: x is in the source's own units.
+Toy data are not standardized: x is in the source's own units.
 """
 
 import math
@@ -107,8 +107,8 @@ class Mixture(ToySource):
     def log_prob(self, x: Tensor) -> Tensor:
         means, stds, weights = (value.to(x.device) for value in self._parameters())
         _check_dimension(x, means.shape[1])
-        standardised = (x.double()[:, None] - means) / stds[:, None]
-        log_normal = -0.5 * (standardised**2).sum(-1) - means.shape[1] * torch.log(stds * math.sqrt(2 * math.pi))
+        standardized = (x.double()[:, None] - means) / stds[:, None]
+        log_normal = -0.5 * (standardized**2).sum(-1) - means.shape[1] * torch.log(stds * math.sqrt(2 * math.pi))
         return torch.logsumexp(weights.log() + log_normal, dim=-1).to(x.dtype)
 
     def entropy(self) -> float:
@@ -133,7 +133,7 @@ class Mixture(ToySource):
 
 
 class Checkerboard(ToySource):
-    """Uniform on eight of the sixteen cells of a 4 x 4 board centred at 0, no two of them sharing an edge.
+    """Uniform on eight of the sixteen cells of a 4 x 4 board centerd at 0, no two of them sharing an edge.
 
     Args:
         cell: side of a cell; with 1/1.2 the entropy is log(8 / 1.44) = 1.715 nats.

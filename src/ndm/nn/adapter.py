@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from ndm.parts import Part
 
-class FromDiffusers(nn.Module):
+
+class FromDiffusers(Part):
     """A model of the diffusers library, such as ``UNet2DModel``, as a network ``f(x, t)``.
 
     Args:

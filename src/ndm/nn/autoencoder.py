@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError, check_whole
 from ndm.nn.layers import group_norm
+from ndm.parts import Part
 
 
-class Dense(nn.Module):
+class Dense(Part):
     """A perceptron from events of one shape to events of another.
 
     Args:
@@ -58,7 +59,7 @@ def _check_sizes(image_channels: int, latent_channels: int, channels: int, halvi
     check_whole("halvings", halvings, 0)
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Part):
     """Strided convolutions from images ``(B, C, H, W)`` to ``(B, latent_channels, H/2^n, W/2^n)``.
 
     Args:
@@ -88,8 +89,8 @@ class ConvEncoder(nn.Module):
         return self.net(x)
 
 
-class ConvDecoder(nn.Module):
-    """The way back: convolutions with nearest-neighbour doubling from ``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``.
+class ConvDecoder(Part):
+    """The way back: convolutions with nearest-neighbor doubling from ``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``.
 
     Args:
         image_channels: C.

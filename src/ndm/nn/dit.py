@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ndm.errors import UserError, check_whole
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
 from ndm.nn.layers import LayerNorm, attend, check_dropout, check_outputs, zeroed
+from ndm.parts import Part
 
 
 def positions(height: int, width: int, features: int, like: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class _Block(nn.Module):
         return h + gate_2 * self.outer(self.dropout(inner))
 
 
-class DiT(nn.Module):
+class DiT(Part):
     """A transformer f(x, t) over patches of images.
 
     Args:

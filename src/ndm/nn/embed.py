@@ -46,7 +46,7 @@ class FourierFeatures(nn.Module):
     """Append sin(2^n pi x) and cos(2^n pi x) of every channel: they let a network see the fine digits of its input (VDM, appendix C).
 
     Args:
-        powers: the exponents n; for data with L levels in [-1, 1], VDM takes those near log2(L) - 1. Where the predictor rounds (``levels``), coarser
+        powers: the exponents n; for data with L values in [-1, 1], VDM takes those near log2(L) - 1. Where the predictor rounds (``num_values``), coarser
             ones, 1 to 4, help more: see the results on MNIST.
     """
 

@@ -3,8 +3,8 @@ r"""Group norm, modulation and SiLU as one operation that keeps its input alone 
 .. math::
     y = \mathrm{SiLU}\bigl(\mathrm{norm}(x)(1 + a) + b\bigr), \qquad \text{a and b by example and channel}
 
-Autograd would keep the normalised and the modulated activations as well, half of what a U-Net holds in training. They are an affine map of
-x for each channel, one pass over x to get back. Activations in half precision are normalised in float32, of which nothing is kept: means
+Autograd would keep the normalized and the modulated activations as well, half of what a U-Net holds in training. They are an affine map of
+x for each channel, one pass over x to get back. Activations in half precision are normalized in float32, of which nothing is kept: means
 over a group need its digits, and PyTorch's norm of half precision is several times slower than that of float32 on CPUs.
 """
 
@@ -16,8 +16,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ndm.forward_rules import dense, jacobian, per_channel, sizes, through
-from ndm.nesting import NOTHING, nesting
+from ndm.autodiff.functorch import NOTHING, nesting
+from ndm.autodiff.rules import dense, jacobian, per_channel, sizes, through
 from ndm.nn.layers import HALF, normal, widened
 
 _aten = torch.ops.aten

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from ndm.autodiff.functorch import NOTHING, RULES, nesting
 from ndm.errors import UserError
-from ndm.nesting import NOTHING, RULES, nesting
 
 Norm = Literal["group", "channel"]
 
@@ -21,7 +21,7 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
     return group_norm(channels) if norm == "group" else ChannelNorm()
 
 
-def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+def normalized(norm: nn.Module, x: Tensor) -> Tensor:
     """A norm of :func:`make_norm` at ``x`` ``(B, C, ...)``; half precision comes out in float32."""
     if isinstance(norm, nn.GroupNorm):
         return normal(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -29,7 +29,7 @@ def normalised(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(channels: int, group_channels: int = 8) -> nn.GroupNorm:
-    """Group normalisation of ``(B, C, ...)`` with at most ``group_channels`` channels a group, and as many as divide C evenly."""
+    """Group normalization of ``(B, C, ...)`` with at most ``group_channels`` channels a group, and as many as divide C evenly."""
     size = next(size for size in range(min(group_channels, channels), 0, -1) if channels % size == 0)
     return nn.GroupNorm(channels // size, channels)
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         """``(B, C, H, W)`` to the same shape."""
         channels, height, width = x.shape[1:]
         # Positions before channels, as channels_last has them: no number is moved, and the convolutions are products of matrices.
-        tokens = normalised(self.norm, x).to(x.dtype).movedim(1, -1).flatten(1, 2)
+        tokens = normalized(self.norm, x).to(x.dtype).movedim(1, -1).flatten(1, 2)
         qkv = nnf.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias).unflatten(2, (3, self.heads, channels // self.heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = nnf.linear(attend(q, k, v).transpose(1, 2).flatten(2), self.out.weight.flatten(1), self.out.bias)
@@ -134,7 +134,7 @@ def channel_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: floa
 
 
 def doubled(x: Tensor, height: int, width: int) -> Tensor:
-    """Images ``(B, C, H, W)`` of twice the size by nearest neighbours, cut to ``height`` and ``width``."""
+    """Images ``(B, C, H, W)`` of twice the size by nearest neighbors, cut to ``height`` and ``width``."""
     if not torch.compiler.is_compiling():
         return nnf.interpolate(x, size=(height, width), mode="nearest")
     # A compiler would take this operation, and its gradient, out of channels_last.

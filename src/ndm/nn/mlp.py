@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
 from ndm.nn.layers import LayerNorm, check_dropout, check_outputs, zeroed
+from ndm.parts import Part
 
 
 class _Block(nn.Module):
@@ -29,7 +30,7 @@ class _Block(nn.Module):
         return h + self.outer(self.dropout(nnf.silu(self.inner(self.norm(h) * (1 + scale) + shift))))
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """A residual perceptron f(x, t) for vectors; events of other shapes are flattened.
 
     Args:

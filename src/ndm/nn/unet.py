@@ -3,7 +3,7 @@ r"""A U-Net for images ``(B, C, H, W)`` of any size: residual blocks modulated b
 .. math::
     \text{block: } h + \mathrm{conv}\,\mathrm{SiLU}\bigl(\mathrm{norm}(\mathrm{conv}\,\mathrm{SiLU}\,\mathrm{norm}(h))(1 + a(t)) + b(t)\bigr)
 
-Each level halves height and width (rounding up) and may widen the channels; the way up meets the way down by concatenation.
+Each stage halves height and width (rounding up) and may widen the channels; the way up meets the way down by concatenation.
 Convolutions run in channels_last, the faster format on CPUs and on GPUs with tensor cores.
 """
 
@@ -18,6 +18,7 @@ from ndm.errors import UserError, check_choice, check_whole
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
 from ndm.nn.fused import norm_silu
 from ndm.nn.layers import Attention, Norm, check_dropout, check_outputs, doubled, make_norm, zeroed
+from ndm.parts import Part
 
 
 class _Block(nn.Module):
@@ -38,21 +39,21 @@ class _Block(nn.Module):
         return self.attention(self.skip(x) + self.conv_2(self.dropout(h)))
 
 
-class UNet(nn.Module):
+class UNet(Part):
     """A U-Net f(x, t) for images.
 
     Args:
         image_channels: channels C of the image, in and out.
         context: further channels that come in after those of the image, such as those of :class:`ndm.CategoricalPredictor`; no Fourier features of them.
-        channels: width of the first level.
-        multiples: width of each level in multiples of ``channels``; its length is the number of levels.
-        blocks: residual blocks a level on the way down; one more on the way up.
-        attention: whether each level has self-attention after its blocks, or one answer for all; the middle has it if any has.
+        channels: width of the first stage.
+        multiples: width of each stage in multiples of ``channels``; its length is the number of stages.
+        blocks: residual blocks a stage on the way down; one more on the way up.
+        attention: whether each stage has self-attention after its blocks, or one answer for all; the middle has it if any has.
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for :class:`ndm.SeparableTransform`; None for one without that axis.
-        attention_head_dim: channels of a head of the attention; where it does not divide the channels of a level, they are one head.
+        attention_head_dim: channels of a head of the attention; where it does not divide the channels of a stage, they are one head.
         norm: ``group`` for group norm, ``channel`` for :class:`ndm.nn.ChannelNorm`, which takes less time on GPUs.
     """
 
@@ -76,10 +77,10 @@ class UNet(nn.Module):
         check_choice("norm", norm, get_args(Norm))
         check_whole("attention_head_dim", attention_head_dim, 1)
         self.norm, self.attention_head_dim = norm, attention_head_dim
-        self.outputs, levels = outputs, len(multiples)
+        self.outputs, stages = outputs, len(multiples)
         self.attention = attention if isinstance(attention, bool) else list(attention)
-        attend = [attention] * levels if isinstance(attention, bool) else list(attention)
-        if image_channels < 1 or context < 0 or channels < 1 or blocks < 1 or levels < 1 or min(multiples) < 1 or len(attend) != levels:
+        attend = [attention] * stages if isinstance(attention, bool) else list(attention)
+        if image_channels < 1 or context < 0 or channels < 1 or blocks < 1 or stages < 1 or min(multiples) < 1 or len(attend) != stages:
             raise UserError(
                 f"image_channels={image_channels}, context={context}, channels={channels}, multiples={list(multiples)}, blocks={blocks}, attention={attention}: "
                 "need positive numbers (context may be 0), and as many attention flags as multiples"
@@ -95,21 +96,21 @@ class UNet(nn.Module):
 
         width, skips = channels, [channels]
         self.down = nn.ModuleList()
-        for level, multiple in enumerate(multiples):
-            if level:
+        for stage, multiple in enumerate(multiples):
+            if stage:
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
             for _ in range(blocks):
-                self.down.append(block(width, channels * multiple, attend[level]))
+                self.down.append(block(width, channels * multiple, attend[stage]))
                 width = channels * multiple
                 skips.append(width)
         self.middle = nn.ModuleList([block(width, width, any(attend)), block(width, width, False)])
         self.up = nn.ModuleList()
-        for level, multiple in reversed(list(enumerate(multiples))):
+        for stage, multiple in reversed(list(enumerate(multiples))):
             for _ in range(blocks + 1):
-                self.up.append(block(width + skips.pop(), channels * multiple, attend[level]))
+                self.up.append(block(width + skips.pop(), channels * multiple, attend[stage]))
                 width = channels * multiple
-            if level:
+            if stage:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
         self.last_norm, self.last = make_norm(norm, width), nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1)
         self.register_buffer("one", torch.ones(()), persistent=False)

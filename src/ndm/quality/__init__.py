@@ -9,7 +9,7 @@ r"""How good samples look, measured on features of images, against images that a
     \text{recall} = \operatorname{mean}_r 1\{\exists g: \|r - g\| \le \rho_k(g)\} .
 
 r and g are d features of a real and of a generated image, m and S their mean and covariance, rho_k the distance to the k-th nearest
-neighbour within the own set. Sources: Heusel et al. 2017; Bińkowski et al. 2018; Kynkäänniemi et al. 2019. A likelihood says nothing of
+neighbor within the own set. Sources: Heusel et al. 2017; Bińkowski et al. 2018; Kynkäänniemi et al. 2019. A likelihood says nothing of
 these, nor they of the likelihood.
 
 Every number depends on the network that makes the features. :class:`FeatureNetwork` carries a fingerprint of it, and two numbers can be compared

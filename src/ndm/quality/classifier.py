@@ -1,9 +1,9 @@
-r"""A small classifier of labelled images, whose last features serve where no standard network does.
+r"""A small classifier of labeled images, whose last features serve where no standard network does.
 
 .. math::
     \text{features}_i = (h_i - m_i)/s_i, \qquad m, s \text{ mean and standard deviation of } h \text{ over the train split} ,
 
-h the d numbers from which a last layer tells the classes. Standardised, since what a classifier leaves of scale is accident, FID grows with its
+h the d numbers from which a last layer tells the classes. Standardized, since what a classifier leaves of scale is accident, FID grows with its
 square and KID with its sixth power.
 
 Inception knows photographs, and means nothing for digits of 8 x 8 pixels. A convolutional network trained on the labels of the train split knows what
@@ -25,15 +25,16 @@ from tqdm import tqdm
 
 from ndm.data import DataSource, EventDataset
 from ndm.errors import UserError, check_whole
-from ndm.noise import part_seed
+from ndm.parts import Part
 from ndm.quality.features import FeatureNetwork
+from ndm.random import part_seed
 from ndm.serialize import CONFIG_NAME, fingerprint, load_model, save_model
 
 _ORDER = 32  # stream of noise
 _WORDS = "classifier"  # where config.json keeps how it was trained
 
 
-class Classifier(nn.Module):
+class Classifier(Part):
     """Three convolutions, two of them halving the image, and two linear layers.
 
     Args:
@@ -73,7 +74,7 @@ class Classifier(nn.Module):
         return (self.body(x) - self.mean) / self.scale
 
     @torch.no_grad()
-    def standardise(self, data: EventDataset, batch_size: int = 256) -> None:
+    def standardize(self, data: EventDataset, batch_size: int = 256) -> None:
         """Let the features have mean 0 and standard deviation 1 over these images; a constant feature stays 0."""
         hidden = torch.cat([self.body(x) for x in _batches(data, batch_size)]).double()
         spread = hidden.std(0, correction=0)
@@ -92,9 +93,9 @@ def train_classifier(
     """Train a classifier on the labels of the train split, and measure it on the test split.
 
     Args:
-        data: labelled images.
+        data: labeled images.
         seed: of the first weights and the order of the images.
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: images in a step.
         learning_rate: peak rate of AdamW, which falls to zero by a cosine.
         progress: show a progress bar.
@@ -118,16 +119,16 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(description.event_shape, len(description.classes))
-        optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in tqdm(range(steps), desc="training the classifier", unit="step", disable=not progress, delay=1, leave=False):
             chosen = torch.randint(len(train), (batch_size,), generator=order)
             loss = cross_entropy(model(train.__getitems__(chosen.tolist())), train.labels[chosen])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             decay.step()
-    model.eval().standardise(train)
+    model.eval().standardize(train)
     model.info = {
         "data": description.name,
         "data_sha256": description.sha256,

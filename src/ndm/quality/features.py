@@ -4,7 +4,7 @@ r"""A network that maps images to features, the numbers it expects, and its fing
     x \in [-1, 1] \;\to\; x \;(\text{symmetric}), \quad (x + 1)/2 \;(\text{unit}), \quad
     \operatorname{round}(128 (x + 1) - \tfrac12) \;(\text{bytes}) .
 
-The models' grid of 256 levels, x = (2k + 1)/256 - 1, gives back k as bytes. Sizes are changed by bilinear interpolation with antialiasing: the
+The models' grid of 256 values, x = (2k + 1)/256 - 1, gives back k as bytes. Sizes are changed by bilinear interpolation with antialiasing: the
 lack of the latter is a well-known way to get an FID that nobody can reproduce (Parmar et al. 2022).
 """
 
@@ -47,7 +47,7 @@ class FeatureNetwork:
     size: int | None = None
     """Height and width that it expects; None leaves images as they are."""
     channels: int | None = None
-    """Channels that it expects: 3 repeats those of grey images; None leaves images as they are."""
+    """Channels that it expects: 3 repeats those of gray images; None leaves images as they are."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -176,7 +176,7 @@ def _prepare(x: Tensor, scale: Scale, size: int | None, channels: int | None) ->
     if channels is not None and x.shape[1] != channels:
         if x.shape[1] != 1:
             raise UserError(
-                f"the images have {x.shape[1]} channels, the feature network expects {channels}; only grey ones can be repeated"
+                f"the images have {x.shape[1]} channels, the feature network expects {channels}; only gray ones can be repeated"
             )
         x = x.expand(-1, channels, -1, -1)
     if size is not None and x.shape[-2:] != (size, size):

@@ -1,4 +1,4 @@
-r"""FID and KID by torchmetrics; precision and recall by nearest neighbours. The formulas stand in :mod:`ndm.quality`.
+r"""FID and KID by torchmetrics; precision and recall by nearest neighbors. The formulas stand in :mod:`ndm.quality`.
 
 KID is the mean over random subsets, drawn from both sets without replacement; its ``kid_std`` is the standard deviation over subsets, which overlap, so it
 is no standard error. Precision and recall depend on the number of images: both sets are cut to the size of the smaller one, at random.
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ndm.data import EventDataset
 from ndm.errors import UserError, check_whole, require
-from ndm.noise import part_seed
 from ndm.quality.features import FeatureNetwork
+from ndm.random import part_seed
 
 _SUBSETS, _CUT = 30, 31  # streams of noise
 _PAIRS_AT_ONCE = 2**22
@@ -40,9 +40,9 @@ class SampleQuality:
     """Real images, for FID and KID."""
     generated_images: int
     """Generated images, for FID and KID."""
-    neighbours: int
+    neighbors: int
     """k of precision and recall."""
-    neighbour_images: int
+    neighbor_images: int
     """Images of each kind for precision and recall."""
     kid_subsets: int
     """Number of subsets."""
@@ -65,7 +65,7 @@ def sample_quality(
     generated: Tensor | EventDataset,
     network: FeatureNetwork,
     *,
-    neighbours: int = 3,
+    neighbors: int = 3,
     kid_subsets: int = 100,
     kid_subset_size: int = 1000,
     seed: int = 0,
@@ -78,7 +78,7 @@ def sample_quality(
         real: real images in [-1, 1], ``(N, C, H, W)`` or a split.
         generated: generated images, likewise.
         network: what makes the features.
-        neighbours: k of precision and recall.
+        neighbors: k of precision and recall.
         kid_subsets: number of subsets for KID.
         kid_subset_size: images of each kind in one, fewer if there are fewer.
         seed: of the subsets, and of which images are left out where the sets differ in size.
@@ -89,7 +89,7 @@ def sample_quality(
         UserError: there are too few images, or they do not fit the network.
     """
     first, second = (network(images, batch_size, progress) for images in (real, generated))
-    options: dict[str, Any] = {"neighbours": neighbours, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    options: dict[str, Any] = {"neighbors": neighbors, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
     return compare_features(first, second, network, **options, seed=seed, progress=progress)
 
 
@@ -98,27 +98,27 @@ def compare_features(
     generated: Tensor,
     network: FeatureNetwork | None = None,
     *,
-    neighbours: int = 3,
+    neighbors: int = 3,
     kid_subsets: int = 100,
     kid_subset_size: int = 1000,
     seed: int = 0,
     progress: bool = False,
 ) -> SampleQuality:
     """:func:`sample_quality` of features ``(N, d)`` that are there already; ``network`` is what made them, for the record."""
-    for name, value in (("neighbours", neighbours), ("kid_subsets", kid_subsets)):
+    for name, value in (("neighbors", neighbors), ("kid_subsets", kid_subsets)):
         check_whole(name, value, 1)
     check_whole("kid_subset_size", kid_subset_size, 2)
     check_whole("seed", seed, 0)
     least = min(len(real), len(generated))
-    if least < neighbours + 1:
+    if least < neighbors + 1:
         raise UserError(
-            f"{len(real)} real and {len(generated)} generated images are too few for {neighbours} neighbours; give at least {neighbours + 1}"
+            f"{len(real)} real and {len(generated)} generated images are too few for {neighbors} neighbors; give at least {neighbors + 1}"
         )
     real, generated, size = real.double(), generated.double(), min(kid_subset_size, least)
     kid, spread = _kid(real, generated, kid_subsets, size, part_seed(seed, _SUBSETS))
     cut = torch.Generator().manual_seed(part_seed(seed, _CUT))
     first, second = (rows[torch.randperm(len(rows), generator=cut)[:least].sort().values] for rows in (real, generated))
-    precision, recall = precision_recall(first, second, neighbours, progress)
+    precision, recall = precision_recall(first, second, neighbors, progress)
     return SampleQuality(
         fid=_fid(real, generated),
         kid=kid,
@@ -127,8 +127,8 @@ def compare_features(
         recall=recall,
         real_images=len(real),
         generated_images=len(generated),
-        neighbours=neighbours,
-        neighbour_images=least,
+        neighbors=neighbors,
+        neighbor_images=least,
         kid_subsets=kid_subsets,
         kid_subset_size=size,
         dims=real.shape[1],
@@ -137,13 +137,13 @@ def compare_features(
     )
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3, progress: bool = False) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, neighbors: int = 3, progress: bool = False) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2), over all the rows given.
 
     Args:
         real: features ``(N, d)``.
         generated: features ``(M, d)``.
-        neighbours: k, less than N and M.
+        neighbors: k, less than N and M.
         progress: show a progress bar.
 
     Returns:
@@ -152,10 +152,10 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3, progr
     Raises:
         UserError: there are too few rows.
     """
-    check_whole("neighbours", neighbours, 1)
-    if min(len(real), len(generated)) <= neighbours:
-        raise UserError(f"neighbours={neighbours}: there are {len(real)} and {len(generated)} images; give fewer neighbours")
-    real_radius, generated_radius = (_radius(rows, neighbours, progress) for rows in (real, generated))
+    check_whole("neighbors", neighbors, 1)
+    if min(len(real), len(generated)) <= neighbors:
+        raise UserError(f"neighbors={neighbors}: there are {len(real)} and {len(generated)} images; give fewer neighbors")
+    real_radius, generated_radius = (_radius(rows, neighbors, progress) for rows in (real, generated))
     precise, recalled, start = [], torch.zeros(len(real), dtype=torch.bool), 0
     for distances in _distances(generated, real, progress):
         rows = slice(start, start + len(distances))
@@ -165,17 +165,15 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3, progr
     return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
 
 
-def _radius(rows: Tensor, neighbours: int, progress: bool) -> Tensor:
-    """Distance of each row to its k-th nearest neighbour among the others: the nearest of all is the row itself."""
-    return torch.cat([distances.kthvalue(neighbours + 1, dim=1).values for distances in _distances(rows, rows, progress)])
+def _radius(rows: Tensor, neighbors: int, progress: bool) -> Tensor:
+    """Distance of each row to its k-th nearest neighbor among the others: the nearest of all is the row itself."""
+    return torch.cat([distances.kthvalue(neighbors + 1, dim=1).values for distances in _distances(rows, rows, progress)])
 
 
 def _distances(a: Tensor, b: Tensor, progress: bool) -> Iterator[Tensor]:
     """Distances of some rows of a to all of b, block after block."""
-    # Differences, not |a|² + |b|² - 2ab: the latter loses the distances of near neighbours to rounding.
-    for rows in tqdm(
-        a.split(max(1, _PAIRS_AT_ONCE // len(b))), desc="neighbours", unit="block", disable=not progress, delay=1, leave=False
-    ):
+    # Differences, not |a|² + |b|² - 2ab: the latter loses the distances of near neighbors to rounding.
+    for rows in tqdm(a.split(max(1, _PAIRS_AT_ONCE // len(b))), desc="neighbors", unit="block", disable=not progress, delay=1, leave=False):
         yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -5,11 +5,13 @@ An experiment is a function in a file of its own that trains what it needs, and 
 """
 
 import importlib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ndm.errors import UserError
-from ndm.reproduce.report import Report
+from ndm.errors import UserError, require
+from ndm.reproduce.report import ExperimentSettings, Report
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,64 @@ class Experiment:
     """Whether it can measure runs that the user names instead of training."""
     takes_features: bool = False
     """Whether FID is measured by a feature network that the user names."""
-    takes_words: bool = True
-    """Whether it trains as ``ndm train`` does, with words of the user's."""
+    takes_overrides: bool = True
+    """Whether it trains as ``ndm train`` does, and the user can override the configuration."""
     takes_jobs: bool = True
     """Whether it trains several models, which may be trained at once."""
 
-    def check_size(self, size: str | None) -> str:
-        """The size, or the default.
+    def check(self, settings: ExperimentSettings) -> None:
+        """Check that the experiment takes these settings.
 
         Raises:
-            UserError: the experiment has no such size.
+            UserError: it does not.
         """
-        if size is None:
-            return next(iter(self.sizes))
+        size, data, features = settings.size, settings.data, settings.features
         if size not in self.sizes:
             raise UserError(f"--size {size}: {self.name} has the sizes {', '.join(self.sizes)}")
-        return size
+        if self.needs_data and data is None and size != "smoke":
+            raise UserError(f"{self.name} needs the folder of its data: --data FOLDER")
+        if data is not None and not (self.needs_data or self.takes_data):
+            raise UserError(f"--data {data}: {self.name} makes its data itself; leave it out")
+        if features is not None and not self.takes_features:
+            raise UserError(f"--features {features}: {self.name} takes no feature network; leave it out")
+        if features is not None and not Path(features).is_file():
+            raise UserError(f"--features {features}: there is no such file; name a TorchScript file, as torch.jit.save writes it")
+        if settings.jobs > 1 and not self.takes_jobs:
+            raise UserError(f"--jobs {settings.jobs}: {self.name} trains one model at a time; leave it out")
+        self._check_overrides(settings.overrides)
+        self._check_runs(settings)
 
-    def run(self, report: Report) -> None:
-        """Carry it out."""
+    def _check_overrides(self, overrides: Sequence[str]) -> None:
+        if overrides and not self.takes_overrides:
+            raise UserError(f"-- {shlex.join(overrides)}: {self.name} does not train by ndm train; leave out -- and what follows it")
+        own = ["--config", "--out", "--seed"]
+        if not (self.needs_data or self.takes_data):
+            own += ["--data", "--data.class_path"]
+        for word in overrides:
+            if word.split("=")[0] in own:
+                raise UserError(f"-- {word}: {self.name} sets that itself; leave it out")
+
+    def _check_runs(self, settings: ExperimentSettings) -> None:
+        if not settings.runs:
+            return
+        if not self.takes_runs:
+            raise UserError(f"--runs {' '.join(settings.runs)}: {self.name} trains its models itself; leave it out")
+        if settings.data is not None:
+            raise UserError(f"--data {settings.data}: the runs name their data; leave it out beside --runs")
+        if settings.overrides:
+            raise UserError(f"-- {shlex.join(settings.overrides)}: nothing is trained beside --runs; leave out -- and what follows it")
+
+    def run(self, settings: ExperimentSettings) -> None:
+        """Carry it out.
+
+        Raises:
+            UserError: it does not take these settings, or the folder holds something else.
+        """
+        require("matplotlib.figure", "matplotlib", "eval")
+        self.check(settings)
+        report = Report(settings)
         importlib.import_module(f"ndm.reproduce.{self.module}").run(report)
+        report.finish()
 
 
 _SMOKE = "seconds: does everything work? The numbers mean nothing"
@@ -75,7 +115,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
             {"small": "a quarter of an hour of one core", "smoke": _SMOKE},
             "transport",
-            takes_words=False,
+            takes_overrides=False,
             takes_jobs=False,
         ),
         Experiment(
@@ -83,7 +123,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "the same in the plane: four Gaussians whose optimal map is known",
             {"small": "12 minutes of one core", "smoke": _SMOKE},
             "transport_plane",
-            takes_words=False,
+            takes_overrides=False,
             takes_jobs=False,
         ),
         Experiment(
@@ -130,4 +170,4 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     )
 }
 
-__all__ = ["EXPERIMENTS", "Experiment", "Report"]
+__all__ = ["EXPERIMENTS", "Experiment", "ExperimentSettings", "Report"]

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ndm.data.toy import ToySource
-from ndm.model import NDM
-from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, cell_centres, density, measure, tell, tell_movement, train_both
+from ndm.model import DiffusionModel
+from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, cell_centers, density, measure, tell, tell_movement, train_both
 from ndm.reproduce.plane_figures import PREDICTION, TIMES, densities, over_time
 from ndm.reproduce.report import Report
 from ndm.viz import transform_over_time
 
-BUDGET = Budget(words=("--train.evaluation_limit", "1000"))
+BUDGET = Budget(overrides={"train.evaluation_limit": 1000})
 WITHIN = 0.15
 """Nats by which the likelihood may miss the entropy."""
 
@@ -21,28 +21,28 @@ WITHIN = 0.15
 def run(report: Report) -> None:
     """Train NDM and the conventional model on the checkerboard, measure them, draw them."""
     budget = SMOKE if report.smoke else BUDGET
-    models, source = train_both(report, "checkerboard.yaml", budget)
-    record = report.keep("numbers", lambda: measure(models, source, budget, report.seed))
+    models, source = train_both(report, "checkerboard", budget)
+    record = report.cache("numbers", lambda: measure(models, source, budget, report.seed))
     report.say(
         f"{LEARNED} is F(x, t) = x + σ_t² f(x, t) with a learned f; {PLAIN} is F(x, t) = x with the same predictor, trained for as many steps."
     )
     tell(report, {"checkerboard": record})
-    states, colours = _states(models, source, budget, report.seed)
+    states, colors = _states(models, source, budget, report.seed)
     report.figure(
         "transform",
-        over_time(states, colours, TIMES),
-        "F(x, t) of the test data over time, z_t, and the prediction. Both models with the same noise; colour: the cell that x lies in.",
+        over_time(states, colors, TIMES),
+        "F(x, t) of the test data over time, z_t, and the prediction. Both models with the same noise; color: the cell that x lies in.",
     )
     tell_movement(report, {"checkerboard": models[LEARNED]}, {"checkerboard": source}, TIMES, budget.shown)
     limit, test = 2.2, source.split("test")
     drawn = test.__getitems__(range(min(len(test), budget.samples)))
     columns: dict[str, tuple[Tensor, Tensor]] = {
-        "data": (source.log_prob(cell_centres(limit, budget.grid)).exp().reshape(budget.grid, budget.grid), drawn)
+        "data": (source.log_prob(cell_centers(limit, budget.grid)).exp().reshape(budget.grid, budget.grid), drawn)
     }
     for name, model in models.items():
-        kept = report.keep(f"density-{name.lower()}", partial(_density, model, limit, budget.grid))
+        found = report.cache(f"density-{name.lower()}", partial(_density, model, limit, budget.grid))
         samples = model.sample(tuple(drawn.shape), steps=budget.steps, seed=report.seed, progress=True).cpu()
-        cells = torch.tensor(kept["cells"], dtype=torch.float64)
+        cells = torch.tensor(found["cells"], dtype=torch.float64)
         report.number(f"mass_of_the_density_drawn_{name.lower()}", float(cells.sum()) * (2 * limit / budget.grid) ** 2)
         outside = float(torch.isinf(source.log_prob(samples)).double().mean())
         report.number(f"samples_outside_the_cells_{name.lower()}", outside)
@@ -57,8 +57,8 @@ def run(report: Report) -> None:
     report.expect(f"{LEARNED}: NLL above the entropy, nats, in absolute value", abs(loss), WITHIN)
 
 
-def _states(models: dict[str, NDM], source: ToySource, budget: Budget, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """F, z_t and x̂ of both models by the words of their rows, and the cell of each point."""
+def _states(models: dict[str, DiffusionModel], source: ToySource, budget: Budget, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """F, z_t and x̂ of both models by the labels of their rows, and the cell of each point."""
     test = source.split("test")
     x = test.__getitems__(range(min(len(test), budget.shown)))
     learned, plain = (transform_over_time(models[name], x, TIMES, seed) for name in (LEARNED, PLAIN))
@@ -72,7 +72,7 @@ def _states(models: dict[str, NDM], source: ToySource, budget: Budget, seed: int
     return {name: states.cpu() for name, states in rows.items()}, _cells(source, x)
 
 
-def _density(model: NDM, limit: float, size: int) -> dict[str, Any]:
+def _density(model: DiffusionModel, limit: float, size: int) -> dict[str, Any]:
     return {"cells": density(model, limit, size).tolist()}
 
 

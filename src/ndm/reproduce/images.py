@@ -10,7 +10,7 @@ set and shrinks the model: it shows that everything works, and its numbers mean 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.commands.parsing import read_config
 from ndm.data import DataSource, spread
 from ndm.decoder import NetworkDecoder
-from ndm.evaluate import Evaluation, pick_device
-from ndm.likelihood import OdeSettings
-from ndm.model import NDM
-from ndm.noise import part_seed
+from ndm.device import Precision, autocast, pick_device
+from ndm.evaluation.evaluate import Evaluation
+from ndm.evaluation.tables import plus_minus
+from ndm.model import DiffusionModel
+from ndm.ode import OdeSettings
 from ndm.quality import compare_features, torchscript_features
-from ndm.report import plus_minus
-from ndm.reproduce.handful import write_cifar, write_faces, write_imagenet
-from ndm.reproduce.report import Report, learned_words
-from ndm.sample import draw_samples
+from ndm.random import part_seed
+from ndm.reproduce.report import Report, check_learned
+from ndm.reproduce.synthetic import write_cifar, write_faces, write_imagenet
 from ndm.viz import image_grid, new_figure, transform_figure
 
 
@@ -48,22 +47,28 @@ OORD_RELEASE, UNKNOWN_RELEASE = "release of van den Oord et al. 2016", "the rele
 NDM_PAPER, VDM_PAPER, DIFFENC_PAPER = "NDM (Bartosh et al. 2024)", "VDM (Kingma et al. 2021)", "DiffEnc (Nielsen et al. 2024)"
 TOLERANCE = 0.05
 """Bits/dim by which a reproduction may miss the published bound: more than seeds differ by, less than the published models do."""
-SMOKE_NETWORKS = (
-    "--model.predictor.network.channels",
-    "8",
-    "--model.predictor.network.blocks",
-    "1",
-    "--model.transform.network.channels",
-    "8",
-)
-SMOKE = (
-    *SMOKE_NETWORKS,
-    "--data.partial=true",
-    *("--train.steps", "4", "--train.batch_size", "4", "--train.warmup", "1", "--train.precision", "32-true", "--train.workers", "0"),
-    *("--train.accelerator", "cpu", "--train.devices", "1", "--train.checkpoint_every", "2", "--train.log_every", "1"),
-    *("--train.evaluation_draws", "1", "--train.evaluation_limit", "4", "--train.sample_images", "4", "--train.sample_steps", "2"),
-)
-"""Words for the variant of a few seconds, for every one of the five."""
+SMOKE = {
+    "model.predictor.network.channels": 8,
+    "model.predictor.network.blocks": 1,
+    "model.transform.network.channels": 8,
+    "data.partial": True,
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "train.warmup": 1,
+    "train.precision": "32-true",
+    "train.workers": 0,
+    "train.accelerator": "cpu",
+    "train.devices": 1,
+    "train.checkpoint_every": 2,
+    "train.log_every": 1,
+    "train.evaluation_draws": 1,
+    "train.evaluation_limit": 4,
+    "train.sample_images": 4,
+    "train.sample_steps": 2,
+}
+"""Overrides for the variant of a few seconds, for all five."""
+SMALL_TRANSFORM = {"model.transform.network.blocks": 1, "model.transform.network.multiples": [1]}
+SMALL_STAGES = {"model.predictor.network.multiples": [1, 1], "model.predictor.network.attention": [False, True]}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Facts:
     """What is particular to one data set."""
 
     title: str
-    handful: Callable[[Path, int], None]
+    synthesize: Callable[[Path, int], None]
     """Writes a few images in the format of the data set into a folder."""
     published: tuple[Published, ...] = ()
     draws: int = 8
@@ -81,10 +86,10 @@ class Facts:
     sample_steps: int = 500
     quality_images: int = 50_000
     """Samples for FID, as many as is customary."""
-    smoke_words: tuple[str, ...] = ("--model.transform.network.blocks", "1", "--model.transform.network.multiples", "[1]")
+    smoke: Mapping[str, object] = field(default_factory=lambda: dict(SMALL_TRANSFORM))
+    """Overrides for the variant of a few seconds."""
 
 
-LEVELS_OF_SMOKE = ("--model.predictor.network.multiples", "[1,1]", "--model.predictor.network.attention", "[false,true]")
 FACTS: Mapping[str, Facts] = {
     "cifar10": Facts("CIFAR-10", write_cifar, (Published(NDM_PAPER, 2.70), Published(VDM_PAPER, 2.65), Published(DIFFENC_PAPER, 2.62))),
     "imagenet32": Facts(
@@ -105,14 +110,14 @@ FACTS: Mapping[str, Facts] = {
         "CelebA-HQ, 64 x 64",
         lambda folder, seed: write_faces(folder, 32, seed),
         nll_images=200,
-        smoke_words=("--data.size", "16", *LEVELS_OF_SMOKE, "--model.transform.network.blocks", "1"),
+        smoke={"data.size": 16, **SMALL_STAGES, "model.transform.network.blocks": 1},
     ),
     "celebahq256": Facts(
         "CelebA-HQ, 256 x 256, in a latent space",
         lambda folder, seed: write_faces(folder, 32, seed),
         draws=4,
         nll_images=200,
-        smoke_words=("--data.size", "32", *LEVELS_OF_SMOKE, "--model.decoder.network.channels", "8"),
+        smoke={"data.size": 32, **SMALL_STAGES, "model.decoder.network.channels": 8},
     ),
 }
 
@@ -120,20 +125,14 @@ FACTS: Mapping[str, Facts] = {
 def run(report: Report) -> None:
     """Train, measure, draw."""
     facts = FACTS[report.name]
-    words = data_words(report, facts)
-    model, data = report.train_words("ndm", learned_words(report.words_for(f"{report.name}.yaml", *words)))
-    model.to(pick_device(read_config(report.out / "runs" / "ndm")["train"]["accelerator"]))
+    overrides = (SMOKE, facts.smoke, report.synthetic_data(facts.synthesize)) if report.smoke else ()
+    config = check_learned(report.config(report.name, *overrides))
+    model, data = report.train("ndm", config)
+    model.to(pick_device(config.get("train.accelerator")))
     introduce(report, facts, data)
     likelihood(report, facts, model, data)
-    quality(report, facts, model, data)
+    quality(report, facts, model, data, config.get("train.precision"))
     pictures(report, facts, model, data)
-
-
-def data_words(report: Report, facts: Facts) -> list[str]:
-    """What the configuration leaves open: nothing, or for smoke a small model, and images made here unless the user named a folder."""
-    if not report.smoke:
-        return []
-    return [*SMOKE, *facts.smoke_words, *report.made_up_data(facts.handful)]
 
 
 def introduce(report: Report, facts: Facts, data: DataSource) -> None:
@@ -147,7 +146,7 @@ def introduce(report: Report, facts: Facts, data: DataSource) -> None:
         report.say("**A handful of made-up images and a tiny model: these numbers mean nothing.**")
 
 
-def likelihood(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
+def likelihood(report: Report, facts: Facts, model: DiffusionModel, data: DataSource) -> None:
     """NELBO and NLL beside the published numbers."""
     description, test = data.describe(), data.split("test")
 
@@ -180,30 +179,30 @@ def likelihood(report: Report, facts: Facts, model: NDM, data: DataSource) -> No
             report.expect(f"NELBO, bits/dim, at most {TOLERANCE} above the published {one.bpd:.2f}", nelbo["bpd"], one.bpd + TOLERANCE)
 
 
-def quality(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
+def quality(report: Report, facts: Facts, model: DiffusionModel, data: DataSource, precision: Precision) -> None:
     """FID, KID, precision and recall of samples against the train split, if the user has a feature network."""
-    if report.features is None:
+    if report.settings.features is None:
         report.say("FID is not measured: it takes a feature network, `--features FILE`, the usual Inception as TorchScript.")
         return
     description, train, test = data.describe(), data.split("train"), data.split("test")
     images, steps = (8, 2) if report.smoke else (facts.quality_images, facts.sample_steps)
-    network = torchscript_features(report.features, description.event_shape, device=model.like.device)
+    network = torchscript_features(report.settings.features, description.event_shape, device=model.like.device)
     options: dict[str, Any] = {"seed": report.seed, "progress": True}
-    precision = read_config(report.folder("ndm"))["train"]["precision"]
 
     def chunk(index: int) -> Tensor:
         count, seed = min(_CHUNK, images - index * _CHUNK), part_seed(report.seed, _QUALITY, index)
-        x = draw_samples(model, count, description.event_shape, steps=steps, seed=seed, batch_size=64, precision=precision)
+        with autocast(model.like.device, precision):
+            x = model.sample((count, *description.event_shape), steps=steps, seed=seed, batch_size=64)
         return network(x, 64)
 
     def measure() -> dict[str, Any]:
         chunks = tqdm(range(math.ceil(images / _CHUNK)), desc="sampling for FID", unit=f"{_CHUNK} images", disable=None)
-        samples = torch.cat([report.keep_tensor(f"features-{network.sha256[:12]}-{index:03d}", partial(chunk, index)) for index in chunks])
+        samples = torch.cat([report.cache_tensor(f"features-{network.sha256[:12]}-{index:03d}", partial(chunk, index)) for index in chunks])
         real, held_out = (network(split, 64, True, spread(len(split), images)) for split in (train, test))
         found = {"samples": samples, "test images": held_out}
         return {name: compare_features(real, features, network, **options).to_dict() for name, features in found.items()}
 
-    found = report.keep(f"quality-{network.sha256[:12]}", measure)
+    found = report.cache(f"quality-{network.sha256[:12]}", measure)
     report.number("quality", found)
     one = found["samples"]
     report.say(
@@ -217,7 +216,7 @@ _QUALITY = 7  # stream of noise
 _CHUNK = 1000  # samples whose features are kept together: hours of sampling go on where they were interrupted
 
 
-def pictures(report: Report, facts: Facts, model: NDM, data: DataSource) -> None:
+def pictures(report: Report, facts: Facts, model: DiffusionModel, data: DataSource) -> None:
     """Samples beside test images, and F(x, t), z_t and x̂ over time."""
     test, side = data.split("test"), 2 if report.smoke else 8
     steps, shape = 4 if report.smoke else facts.sample_steps, data.describe().event_shape
@@ -230,11 +229,11 @@ def pictures(report: Report, facts: Facts, model: NDM, data: DataSource) -> None
         axis.spines[:].set_visible(False)
     report.figure("samples", figure, f"Samples, ancestral, {steps} steps, seed {report.seed}, none left out; beside them test images.")
     decoder = model.decoder
-    words = ""
+    note = ""
     show: Callable[[Tensor], Tensor] | None = None
     if isinstance(decoder, NetworkDecoder):
-        show, words = decoder.network, " Latents are shown through the network of the decoder; F(x, t) = E(x) does not depend on t."
+        show, note = decoder.network, " Latents are shown through the network of the decoder; F(x, t) = E(x) does not depend on t."
     chosen = test.__getitems__([0, len(test) // 2])
     with torch.no_grad():
         drawn = transform_figure(model, chosen, seed=report.seed, show=show)
-    report.figure("transform", drawn, f"Two test images over time: F(x, t), z_t and the prediction.{words}")
+    report.figure("transform", drawn, f"Two test images over time: F(x, t), z_t and the prediction.{note}")

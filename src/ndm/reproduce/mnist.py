@@ -17,48 +17,54 @@ import torch
 
 from ndm.compare.plan import plan_rows, read_rows
 from ndm.data import DataSource, spread
+from ndm.device import pick_device
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation, pick_device
-from ndm.model import NDM
-from ndm.noise import part_seed
+from ndm.evaluation.evaluate import Evaluation
+from ndm.evaluation.tables import plus_minus
+from ndm.model import DiffusionModel
 from ndm.quality import classifier_features, compare_features, find_classifier
-from ndm.report import plus_minus
-from ndm.reproduce.handful import write_mnist
-from ndm.reproduce.report import Report, configuration, learned_words
-from ndm.sample import draw_samples
-from ndm.serialize import read_json
+from ndm.random import part_seed
+from ndm.reproduce.report import Report, check_learned
+from ndm.reproduce.synthetic import write_mnist
+from ndm.train.config import as_options, find_config
+from ndm.train.run import Run
 from ndm.viz import draw_over_time, image_grid, new_figure, transform_over_time
 
 ROWS = ("VDM", "VDM, widened", "NDM")
 TIMES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0)
 _STEPS = {"quick": 800, "smoke": 4}
 _WANTED = {"small": 0.95, "paper": 0.5}
-_SMOKE = (
-    *("--model.predictor.network.channels=4", "--model.transform.network.channels=4", "--train.batch_size=4"),
-    *("--train.evaluation_limit=4", "--train.sample_images=4", "--train.sample_steps=2"),
-)
+_SMOKE = {
+    "model.predictor.network.channels": 4,
+    "model.transform.network.channels": 4,
+    "train.batch_size": 4,
+    "train.evaluation_limit": 4,
+    "train.sample_images": 4,
+    "train.sample_steps": 2,
+}
 
 
 def run(report: Report) -> None:
     """Train the three models, measure them on the test set, draw them."""
-    words = ["--train.evaluation_limit", "1000", *report.words]  # what counts is measured below, on all images
-    if report.size in _STEPS:
-        words = [*(_SMOKE if report.smoke else ()), "--train.steps", str(_STEPS[report.size]), "--train.ema", "0.99", *words]
-    base = configuration("mnist.yaml") if report.size == "paper" else None
-    rows, extra = read_rows(configuration("compare-mnist-baselines.yaml"), tuple(words), base)
+    size = report.settings.size
+    overrides: dict[str, object] = {"train.evaluation_limit": 1000}  # all images are measured below
+    if size in _STEPS:
+        overrides |= {**(_SMOKE if report.smoke else {}), "train.steps": _STEPS[size], "train.ema": 0.99}
+    overrides |= report.synthetic_data(write_mnist) if report.smoke else {}
+    base = find_config("mnist") if size == "paper" else None
+    rows, extra = read_rows(Path("compare-mnist-baselines"), [*as_options(overrides), *report.user_overrides], base)
     for row in rows:
         if row.name == "NDM":
-            learned_words(row.words)
+            check_learned(row.config)
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
     if set(planned) != set(ROWS):
         raise UserError(
-            f"-- {' '.join(report.words)}: NDM would have no more parameters than VDM, and nothing to widen it to; give F a network"
+            f"-- {' '.join(report.settings.overrides)}: NDM would have no more parameters than VDM, and nothing to widen it to; give F a network"
         )
-    models, lines = dict[str, NDM](), list[list[str]]()
+    models, lines = dict[str, DiffusionModel](), list[list[str]]()
     limit, draws = (8, 1) if report.smoke else (None, 2)
     data: DataSource
-    made_up = report.made_up_data(write_mnist) if report.smoke else []
-    trained = report.train_all({planned[name].folder: [*planned[name].words, *made_up] for name in ROWS})
+    trained = report.train_all({planned[name].folder: planned[name].config for name in ROWS})
     for name in ROWS:
         model, data = trained[planned[name].folder]
         models[name] = model.to(pick_device())
@@ -66,7 +72,7 @@ def run(report: Report) -> None:
             model, data.split("test"), seed=report.seed, limit=limit, progress=True, about=data.describe().about("test")
         )
         record = report.measure(planned[name].folder, partial(evaluation.nelbo, None, draws))
-        metrics = read_json(report.folder(planned[name].folder) / "metrics.json")
+        metrics = report.run(planned[name].folder).metrics()
         lines.append(_row(name, planned[name].parameters, record, metrics))
     report.say(
         f"Bound in continuous time on {record['num_examples']} test images of {data.describe().name} (sha256 {data.describe().sha256[:12]}), "
@@ -74,9 +80,9 @@ def run(report: Report) -> None:
     )
     report.table(["model", "parameters", "steps", "minutes", "bits/dim", *(f"of it {term}" for term in TERMS)], lines)
     _quality(report, models, data)
-    _draw(report, models, data, {name: report.folder(planned[name].folder) for name in ROWS})
-    if report.size in _WANTED:
-        report.expect("bits/dim of NDM on the test images", record["bpd"], _WANTED[report.size])
+    _draw(report, models, data, {name: report.run(planned[name].folder) for name in ROWS})
+    if size in _WANTED:
+        report.expect("bits/dim of NDM on the test images", record["bpd"], _WANTED[size])
 
 
 STYLES = (("#1b1b1b", "-", "o"), ("#8a8a8a", "--", "s"), ("#c0392b", "-", "D"))
@@ -96,10 +102,10 @@ def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping
     ]
 
 
-def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> None:
+def _quality(report: Report, models: Mapping[str, DiffusionModel], data: DataSource) -> None:
     """FID, KID, precision and recall of samples, by the features of a classifier of the digits."""
     train, test, shape = data.split("train"), data.split("test"), data.describe().event_shape
-    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 50, 1000)}.get(report.size, (500, 50, 1000))
+    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 50, 1000)}.get(report.settings.size, (500, 50, 1000))
     classifier = find_classifier(report.out / "classifier", data, report.seed, progress=True, steps=classifier_steps)
     network = classifier_features(classifier)
     real = network(train.__getitems__(spread(len(train), 10 * images)), progress=True)
@@ -107,11 +113,11 @@ def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> Non
     def measure(x: torch.Tensor) -> dict[str, Any]:
         return compare_features(real, network(x), network, kid_subset_size=500, seed=report.seed).to_dict()
 
-    def sampled(model: NDM) -> dict[str, Any]:
-        return measure(draw_samples(model, images, shape, seed=part_seed(report.seed, 1), steps=steps, progress=True))
+    def sampled(model: DiffusionModel) -> dict[str, Any]:
+        return measure(model.sample((images, *shape), seed=part_seed(report.seed, 1), steps=steps, batch_size=256, progress=True))
 
-    found = {"test images": report.keep("quality-test", lambda: measure(test.__getitems__(spread(len(test), images))))}
-    found |= {name: report.keep(f"quality-{name.lower().replace(', ', '-')}", partial(sampled, model)) for name, model in models.items()}
+    found = {"test images": report.cache("quality-test", lambda: measure(test.__getitems__(spread(len(test), images))))}
+    found |= {name: report.cache(f"quality-{name.lower().replace(', ', '-')}", partial(sampled, model)) for name, model in models.items()}
     report.number("quality", {"classifier": classifier.info, **found})
     report.say(
         f"Quality of {images:,} ancestral samples of {steps} steps against {len(real):,} train images, beside as many test images. Features: a classifier, "
@@ -120,21 +126,23 @@ def _quality(report: Report, models: Mapping[str, NDM], data: DataSource) -> Non
     report.quality_table(found, (3, 4, 3, 3))
 
 
-def _draw(report: Report, models: Mapping[str, NDM], data: DataSource, folders: Mapping[str, Path]) -> None:
+def _draw(report: Report, models: Mapping[str, DiffusionModel], data: DataSource, runs: Mapping[str, Run]) -> None:
     """The figures: F over time, learning curves, samples."""
     test, shape = data.split("test"), data.describe().event_shape
     _over_time(report, {name: models[name] for name in ("VDM", "NDM")}, test.__getitems__([0, len(test) // 2]))
-    _curves(report, folders)
+    _curves(report, runs)
     count, steps = (4, 2) if report.smoke else (64, 100)
     figure = new_figure(13.2, 3.8)
-    panels = {name: draw_samples(model, count, shape, seed=report.seed, steps=steps, progress=True) for name, model in models.items()}
+    panels = {
+        name: model.sample((count, *shape), seed=report.seed, steps=steps, batch_size=256, progress=True) for name, model in models.items()
+    }
     for axis, (name, x) in zip(figure.subplots(1, 4), {"test images": test.__getitems__(range(count)), **panels}.items(), strict=True):
         axis.imshow(image_grid(x, gap=0), interpolation="nearest")
         axis.set(title=name, xticks=[], yticks=[])
     report.figure("samples", figure, f"Test images and samples, ancestral sampling with {steps} steps, not chosen")
 
 
-def _over_time(report: Report, models: Mapping[str, NDM], x: torch.Tensor) -> None:
+def _over_time(report: Report, models: Mapping[str, DiffusionModel], x: torch.Tensor) -> None:
     """F(x, t), z_t and x̂ over time for each model, side by side."""
     figure = new_figure(13.2, 6.2)
     parts: Any = figure.subfigures(1, len(models), wspace=0.04)
@@ -149,12 +157,12 @@ def _over_time(report: Report, models: Mapping[str, NDM], x: torch.Tensor) -> No
     )
 
 
-def _curves(report: Report, folders: Mapping[str, Path]) -> None:
+def _curves(report: Report, runs: Mapping[str, Run]) -> None:
     """The bound of the batches while training, smoothed over twenty logged values."""
     figure = new_figure(5.4, 3.6)
     axis = figure.subplots()
-    for (name, folder), (color, line, marker) in zip(folders.items(), STYLES, strict=True):
-        steps, bound = learning_curve(folder)
+    for (name, one), (color, line, marker) in zip(runs.items(), STYLES, strict=True):
+        steps, bound = learning_curve(one.folder)
         width = max(1, min(20, len(bound) // 4))
         smooth = np.convolve(bound, np.ones(width) / width, mode="valid")
         axis.plot(steps[width - 1 :], smooth, label=name, color=color, linestyle=line, marker=marker, markevery=0.12, markersize=5)

@@ -12,7 +12,8 @@ points; what another seed of the training would give is not in them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,16 +23,17 @@ from tqdm import tqdm
 from ndm.data.source import DataSource
 from ndm.data.toy import ToySource
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation, standard_error
-from ndm.likelihood import OdeSettings
-from ndm.model import NDM
-from ndm.report import plus_minus
-from ndm.reproduce.report import Report, learned_words
+from ndm.evaluation.evaluate import Evaluation, standard_error
+from ndm.evaluation.tables import plus_minus
+from ndm.model import DiffusionModel
+from ndm.ode import OdeSettings
+from ndm.reproduce.report import Report, check_learned
 from ndm.sample import GridSampler, Heun, Step
+from ndm.train.config import RunConfig
 
 PLAIN, LEARNED = "DDPM", "NDM"
 """The names of the two models: F(x, t) = x, and F learned."""
-DDPM_WORDS = ("--model.transform", "ndm.Identity")
+CONVENTIONAL = {"model.transform": "ndm.Identity"}
 """Overrides that make the conventional diffusion model of a configuration."""
 _BATCH = 1024
 
@@ -40,7 +42,7 @@ _BATCH = 1024
 class Budget:
     """How much is trained, measured and drawn."""
 
-    words: tuple[str, ...] = ()
+    overrides: Mapping[str, object] = field(default_factory=dict)
     """Overrides of every training run."""
     bound_points: int | None = None
     """Test points of the bound; None for all."""
@@ -63,11 +65,17 @@ class Budget:
 
 
 SMOKE = Budget(
-    words=(
-        *("--train.steps", "10", "--train.batch_size", "32", "--train.evaluation_limit", "32", "--train.evaluation_draws", "1"),
-        *("--model.predictor.network.hidden", "16", "--model.predictor.network.blocks", "1"),
-        *("--data.train_size", "500", "--data.test_size", "300", "--train.sample_steps", "4"),
-    ),
+    overrides={
+        "train.steps": 10,
+        "train.batch_size": 32,
+        "train.evaluation_limit": 32,
+        "train.evaluation_draws": 1,
+        "model.predictor.network.hidden": 16,
+        "model.predictor.network.blocks": 1,
+        "data.train_size": 500,
+        "data.test_size": 300,
+        "train.sample_steps": 4,
+    },
     draws=4,
     points=48,
     nodes=16,
@@ -78,10 +86,10 @@ SMOKE = Budget(
     trajectories=5,
 )
 """What a check in seconds takes, together with :data:`SMALL_TRANSFORM` where F is learned."""
-SMALL_TRANSFORM = ("--model.transform.network.hidden", "8", "--model.transform.network.blocks", "1")
+SMALL_TRANSFORM = {"model.transform.network.hidden": 8, "model.transform.network.blocks": 1}
 
 
-def known(source: DataSource) -> ToySource:
+def with_density(source: DataSource) -> ToySource:
     """The source, if its density is known.
 
     Raises:
@@ -92,40 +100,44 @@ def known(source: DataSource) -> ToySource:
     return source
 
 
-def both_words(report: Report, config: str, words: Sequence[str], learned: Sequence[str] = (), prefix: str = "") -> dict[str, list[str]]:
-    """The words of ``ndm train`` for both models, by the names of their runs.
+def both_configs(
+    report: Report, config: str, *overrides: Mapping[str, object], learned: Mapping[str, object] = MappingProxyType({}), prefix: str = ""
+) -> dict[str, RunConfig]:
+    """The configurations of both models, by the names of their runs.
 
     Args:
         report: the experiment.
-        config: a configuration that comes with the library, of the learned one.
-        words: overrides of both.
-        learned: further ones of the learned one.
+        config: the learned model's configuration, one that comes with the library.
+        overrides: overrides of both models, in turn.
+        learned: further overrides of the learned model.
         prefix: put before the names of the runs.
     """
     return {
-        f"{prefix}{PLAIN.lower()}": report.words_for(config, *words, last=DDPM_WORDS),
-        f"{prefix}{LEARNED.lower()}": learned_words(report.words_for(config, *words, *learned)),
+        f"{prefix}{PLAIN.lower()}": report.config(config, *overrides, last=CONVENTIONAL),
+        f"{prefix}{LEARNED.lower()}": check_learned(report.config(config, *overrides, learned)),
     }
 
 
-def train_both(report: Report, config: str, budget: Budget, name: str = "", words: Sequence[str] = ()) -> tuple[dict[str, NDM], ToySource]:
+def train_both(
+    report: Report, config: str, budget: Budget, name: str = "", overrides: Mapping[str, object] = MappingProxyType({})
+) -> tuple[dict[str, DiffusionModel], ToySource]:
     """Train the conventional model and the learned one on the same data, for as many steps, and give them by name with the data.
 
     Args:
         report: the experiment.
-        config: a configuration that comes with the library, of the learned one.
+        config: the learned model's configuration, one that comes with the library.
         budget: how long.
         name: put before the names of the runs.
-        words: further overrides of both.
+        overrides: further overrides of both.
     """
     prefix = f"{name}-" if name else ""
-    words = (*words, *budget.words)
-    trained = report.train_all(both_words(report, config, words, SMALL_TRANSFORM if report.smoke else (), prefix))
+    learned_too = SMALL_TRANSFORM if report.smoke else {}
+    trained = report.train_all(both_configs(report, config, overrides, budget.overrides, learned=learned_too, prefix=prefix))
     (plain, _), (learned, source) = trained.values()
-    return {PLAIN: plain, LEARNED: learned}, known(source)
+    return {PLAIN: plain, LEARNED: learned}, with_density(source)
 
 
-def measure(models: Mapping[str, NDM], source: ToySource, budget: Budget, seed: int) -> dict[str, Any]:
+def measure(models: Mapping[str, DiffusionModel], source: ToySource, budget: Budget, seed: int) -> dict[str, Any]:
     """Bound and likelihood of each model on the test split, above the entropy, and how the models differ; JSON-ready.
 
     Numbers are nats in the units of the source; pairs are a mean and its standard error.
@@ -214,7 +226,9 @@ def tell(report: Report, records: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 @torch.no_grad()
-def tell_movement(report: Report, models: Mapping[str, NDM], sources: Mapping[str, ToySource], times: Sequence[float], shown: int) -> None:
+def tell_movement(
+    report: Report, models: Mapping[str, DiffusionModel], sources: Mapping[str, ToySource], times: Sequence[float], shown: int
+) -> None:
     """Say how far F takes the test data from where they are: root mean squares over the points, for each model by the name of its data."""
     rows = []
     for data, model in models.items():
@@ -230,13 +244,13 @@ def tell_movement(report: Report, models: Mapping[str, NDM], sources: Mapping[st
 
 
 @torch.no_grad()
-def density(model: NDM, limit: float, size: int, seed: int = 0) -> Tensor:
-    """The density of z_0/alpha_0 under the ODE at the centres of ``size`` x ``size`` cells of the square from -limit to limit.
+def density(model: DiffusionModel, limit: float, size: int, seed: int = 0) -> Tensor:
+    """The density of z_0/alpha_0 under the ODE at the centers of ``size`` x ``size`` cells of the square from -limit to limit.
 
     Returns:
         ``(size, size)``, float64, in the units in which the model sees the data; rows go along the second coordinate, upward.
     """
-    points = cell_centres(limit, size).to(model.like)
+    points = cell_centers(limit, size).to(model.like)
     parts = []
     for part in tqdm(points.split(_BATCH), desc="density", unit="batch", delay=1, leave=False):
         found = model.log_likelihood(part, dequantization="none", settings=OdeSettings(nodes=32), seed=seed)
@@ -244,14 +258,14 @@ def density(model: NDM, limit: float, size: int, seed: int = 0) -> Tensor:
     return torch.cat(parts).reshape(size, size)
 
 
-def cell_centres(limit: float, size: int) -> Tensor:
-    """Centres of ``size`` x ``size`` cells of the square from -limit to limit, ``(size², 2)``, float64, the first coordinate fastest."""
+def cell_centers(limit: float, size: int) -> Tensor:
+    """Centers of ``size`` x ``size`` cells of the square from -limit to limit, ``(size², 2)``, float64, the first coordinate fastest."""
     middles = (2 * (torch.arange(size, dtype=torch.float64) + 0.5) / size - 1) * limit
     return torch.cartesian_prod(middles, middles).flip(1)
 
 
 @torch.no_grad()
-def trajectories(model: NDM, z: Tensor, steps: int, step: Step | None = None, seed: int = 0) -> Tensor:
+def trajectories(model: DiffusionModel, z: Tensor, steps: int, step: Step | None = None, seed: int = 0) -> Tensor:
     """Paths of the reverse process from ``z`` = z_1 ``(B, 2)``, ``(steps + 1, B, 2)`` from t = 1 to 0; by the ODE unless told otherwise."""
     model.eval()
     sampler = GridSampler(step or Heun(0.0), steps)

@@ -1,6 +1,6 @@
 """Figures of models of 2-D densities: points over time, densities, paths.
 
-The colour of a point is that of where it comes from, on a scale whose lightness rises evenly, so that it survives a grey print.
+The color of a point is that of where it comes from, on a scale whose lightness rises evenly, so that it survives a gray print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,18 @@ def limit_of(batches: Sequence[Tensor], share: float = 0.995) -> float:
     return common_limit([batch.reshape(-1, 2) for batch in batches], share, 1.1)
 
 
-def over_time(rows: Mapping[str, Tensor], colours: Tensor, times: Sequence[float] = TIMES) -> "Figure":
+def over_time(rows: Mapping[str, Tensor], colors: Tensor, times: Sequence[float] = TIMES) -> "Figure":
     """A figure of point clouds: a row for each name, a column for each time; all on the same axes.
 
     Args:
         rows: ``(len(times), N, 2)`` by the words beside the row.
-        colours: one number for each point, ``(N,)`` for all rows or ``(len(rows), N)``.
+        colors: one number for each point, ``(N,)`` for all rows or ``(len(rows), N)``.
         times: of the columns.
     """
     figure = new_figure(1.32 * len(times) + 0.7, 1.32 * len(rows) + 0.5)
     limit = limit_of(list(rows.values()))
     axes = figure.subplots(len(rows), len(times), squeeze=False, sharex=True, sharey=True)
-    hues = colours.expand(len(rows), -1) if colours.dim() == 1 else colours
+    hues = colors.expand(len(rows), -1) if colors.dim() == 1 else colors
     for row, (name, states) in enumerate(rows.items()):
         for column, time in enumerate(times):
             axis = axes[row][column]
@@ -50,11 +50,11 @@ def over_time(rows: Mapping[str, Tensor], colours: Tensor, times: Sequence[float
     return figure
 
 
-def scatter(axis: Any, points: Tensor, limit: float, colours: Tensor) -> None:
+def scatter(axis: Any, points: Tensor, limit: float, colors: Tensor) -> None:
     """Points ``(N, 2)`` on an axis from -limit to limit."""
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))  # no colour always on top
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))  # no color always on top
     x = points[order].numpy()
-    axis.scatter(x[:, 0], x[:, 1], c=colours[order].numpy(), cmap=COLOURS, s=1.6, linewidths=0, alpha=0.8, rasterized=True)
+    axis.scatter(x[:, 0], x[:, 1], c=colors[order].numpy(), cmap=COLOURS, s=1.6, linewidths=0, alpha=0.8, rasterized=True)
     square(axis, limit)
 
 
@@ -66,7 +66,7 @@ def square(axis: Any, limit: float) -> None:
 
 
 def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
-    """Samples ``(N, 2)`` as histograms: a row for each data set, a column for each model; a scale of colours for each row."""
+    """Samples ``(N, 2)`` as histograms: a row for each data set, a column for each model; a scale of colors for each row."""
     names = list(next(iter(rows.values())))
     figure = new_figure(2.3 * len(names) + 1.2, 2.3 * len(rows) + 0.5)
     axes = figure.subplots(len(rows), len(names), squeeze=False)
@@ -95,10 +95,10 @@ def histogram(points: Tensor, limit: float) -> np.ndarray:
 
 
 def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Figure":
-    """Densities above, samples below, a column for each name; one scale of colours for all.
+    """Densities above, samples below, a column for each name; one scale of colors for all.
 
     Args:
-        columns: density at the centres of cells ``(size, size)``, as :func:`ndm.reproduce.plane.density` gives it, and samples ``(N, 2)``.
+        columns: density at the centers of cells ``(size, size)``, as :func:`ndm.reproduce.plane.density` gives it, and samples ``(N, 2)``.
         limit: half the side of the square.
     """
     figure = new_figure(2.6 * len(columns) + 0.9, 5.4)
@@ -154,7 +154,7 @@ def draw_paths(plane: Any, time: Any, path: Tensor, limit: float) -> None:
     z, grid = path.numpy(), np.linspace(1, 0, len(path))
     rank = np.argsort(np.argsort(z[0, :, 0])) / max(1, z.shape[1] - 1)
     for index, hue in enumerate(colormaps[COLOURS](0.9 * rank)):
-        label = "path $z_t$; colour: order of $z_{1,1}$" if index == z.shape[1] // 2 else None
+        label = "path $z_t$; color: order of $z_{1,1}$" if index == z.shape[1] // 2 else None
         plane.plot(z[:, index, 0], z[:, index, 1], color=hue, linewidth=0.8, label=label)
         time.plot(grid, z[:, index, 0], color=hue, linewidth=0.8)
     plane.scatter(*z[0].T, s=10, marker="o", facecolors="white", edgecolors="0.35", linewidths=0.6, zorder=3, label="start $z_1$")

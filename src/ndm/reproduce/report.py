@@ -14,10 +14,11 @@
 import hashlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ndm.commands.parsing import load_data, load_run
-from ndm.commands.train import resolved, run_train
-from ndm.compare.budget import machine
 from ndm.compare.runs import Job, run_all
 from ndm.data import DataSource
-from ndm.errors import UserError
-from ndm.model import NDM
-from ndm.parallel import started_first
-from ndm.report import Measurement
+from ndm.device import describe_machine
+from ndm.errors import UserError, check_whole
+from ndm.evaluation.processes import started_first
+from ndm.evaluation.tables import Measurement
+from ndm.model import DiffusionModel
 from ndm.serialize import fingerprint, read_json, write_atomically, write_json
-from ndm.train.run import METRICS
+from ndm.train.config import Overrides, RunConfig, find_config
+from ndm.train.run import Run
 from ndm.viz import write_figure
 
 if TYPE_CHECKING:
@@ -47,156 +47,179 @@ QUALITY = {"FID": "fid", "KID": "kid", "precision": "precision", "recall": "reca
 """Measures of sample quality: heading and field."""
 
 
-def configuration(name: str) -> Path:
-    """The path of a configuration that comes with the library, such as ``"checkerboard.yaml"``."""
-    return Path(str(files("ndm") / "configs" / name))
-
-
-def learned_words(words: Sequence[str]) -> list[str]:
-    """The words of ``ndm train`` for a model that is to transform its data, as they are.
+def check_learned(config: RunConfig) -> RunConfig:
+    """The configuration of a model with a learned forward process, as it is.
 
     Raises:
-        UserError: they leave it F(x, t) = x.
+        UserError: its transformation is the identity.
     """
-    config = resolved([*words, "--out", "-"])
-    if config["model"]["transform"]["class_path"].endswith(".Identity"):
+    if str(config.get("model.transform.class_path")).endswith(".Identity"):
         raise UserError(
-            "--model.transform ndm.Identity: the learned model would be the plain one, which is trained beside it; leave it out"
+            "--model.transform ndm.Identity: the learned model would be the conventional one, which is trained beside it; leave it out"
         )
-    return list(words)
+    return config
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """How an experiment is carried out.
+
+    Raises:
+        UserError: a number is out of range, or a run to measure is not finished.
+    """
+
+    name: str
+    """The experiment."""
+    size: str
+    """``smoke``, ``small``, ``paper`` or another of the experiment's sizes."""
+    out: Path
+    """Folder for everything."""
+    seed: int = 0
+    """Seed of everything random."""
+    data: str | None = None
+    """Folder of the user's data, for the experiments that take one."""
+    features: str | None = None
+    """TorchScript file of the feature network for FID, for the experiments that take one."""
+    runs: tuple[str, ...] = ()
+    """Folders of trained runs to measure, for the experiments that take them."""
+    jobs: int = 1
+    """Trainings at once."""
+    overrides: tuple[str, ...] = ()
+    """Options for every training run, as of ``ndm train``."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers and the runs."""
+        check_whole("seed", self.seed, 0)
+        check_whole("jobs", self.jobs, 1)
+        for run in self.runs:
+            if Path(run).is_dir() and not Run(Path(run)).finished:
+                raise UserError(f"--runs {run}: the run is not finished; resume it with: ndm train --out {run}")
+
+    @property
+    def command(self) -> str:
+        """The command that carries it out, but for the folder."""
+        words = ["ndm", "reproduce", self.name, "--size", self.size, "--seed", str(self.seed)]
+        for option, value in (("--data", self.data), ("--features", self.features)):
+            words += [option, value] if value is not None else []
+        words += ["--runs", *self.runs] if self.runs else []
+        words += ["--jobs", str(self.jobs)] if self.jobs > 1 else []
+        return shlex.join([*words, *(["--", *self.overrides] if self.overrides else [])])
 
 
 class Report:
     """The folder of one experiment while it is being filled.
 
     Args:
-        name: the experiment.
-        out: the folder.
-        size: ``smoke``, ``small``, ``paper`` or another of the experiment's sizes.
-        seed: seed of everything random.
-        words: words for every training run, before those that make a model what the experiment calls it.
-        command: what the user typed, for the record.
-        data: folder of the user's data, for the experiments that take one; ``words`` hand it to the runs.
-        features: TorchScript file of the feature network for FID, for the experiments that take one.
-        jobs: trainings at once.
-        runs: folders of trained runs to measure, for the experiments that take them.
+        settings: how the experiment is carried out.
 
     Raises:
         UserError: the folder holds another experiment, or the same with another size, seed or models.
     """
 
-    def __init__(
-        self,
-        name: str,
-        out: Path,
-        size: str,
-        seed: int = 0,
-        words: Sequence[str] = (),
-        command: str = "",
-        data: str | None = None,
-        features: str | None = None,
-        jobs: int = 1,
-        runs: Sequence[str] = (),
-    ):
-        self.name, self.out, self.size, self.seed, self.jobs = name, out, size, seed, jobs
-        self.words, self.command, self.data, self.features = tuple(words), command, data, features
-        self.runs = tuple(Path(run) for run in runs)
-        for run in self.runs:
-            if run.is_dir() and not (run / METRICS).exists():
-                raise UserError(f"--runs {run}: the run is not finished; go on with: ndm train --out {run}")
-        self.models = tuple(load_run(run) for run in self.runs)
+    def __init__(self, settings: ExperimentSettings):
+        self.settings, self.name, self.out, self.seed = settings, settings.name, settings.out, settings.seed
+        self.runs = tuple(Run(Path(run)) for run in settings.runs)
+        self.models = tuple(run.model() for run in self.runs)
         self._started = time.perf_counter()
         self._page: list[str] = []
         self._figures: list[str] = []
         self._numbers: dict[str, Any] = {}
         self._measurements: dict[str, Any] = {}
         self._checks: list[dict[str, Any]] = []
+        self._write_data: Callable[[Path, int], None] | None = None
         self._trained: dict[str, str] = {}  # fingerprints of the models so far
-        self._about: dict[str, Any] = {"experiment": name, "size": size, "seed": seed, "words": list(self.words)}
+        self._about: dict[str, Any] = {"experiment": self.name, "size": settings.size, "seed": self.seed}
+        self._about |= {"data": settings.data, "overrides": list(settings.overrides)}
         if self.runs:
-            self._about["runs measured"] = {str(run): fingerprint(model) for run, model in zip(self.runs, self.models, strict=True)}
-        stored = read_json(out / ABOUT) if (out / ABOUT).exists() else self._about
+            self._about["runs measured"] = {str(run.folder): fingerprint(one) for run, one in zip(self.runs, self.models, strict=True)}
+        stored = read_json(self.out / ABOUT) if (self.out / ABOUT).exists() else self._about
         for key in self._about | stored:
             if stored.get(key) != self._about.get(key):
-                there, here = (one.get(key, "not said") for one in (stored, self._about))
-                raise UserError(f"{out} holds another experiment: {key} is {there!r} there and {here!r} here; choose another --out")
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file; give a folder")
+                there, here = (one.get(key, "not given") for one in (stored, self._about))
+                raise UserError(f"{self.out} holds another experiment: {key} is {there!r} there and {here!r} here; choose another --out")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; give a folder")
 
     @property
     def smoke(self) -> bool:
         """Whether this is the variant of a few seconds."""
-        return self.size == "smoke"
+        return self.settings.size == "smoke"
 
-    def words_for(self, config: str, *words: str, last: Sequence[str] = ()) -> list[str]:
-        """All words of ``ndm train`` for a run but ``--out`` and ``--seed``.
+    @property
+    def user_overrides(self) -> tuple[str, ...]:
+        """What the user overrides in every training run: the path of the data, and options of ``ndm train``."""
+        data = self.settings.data
+        return (*(("--data.path", data) if data is not None else ()), *self.settings.overrides)
+
+    def config(self, name: str, *overrides: Overrides, last: Overrides = ()) -> RunConfig:
+        """The configuration of a training run.
 
         Args:
-            config: a configuration that comes with the library.
-            words: overrides, before those of the user.
-            last: overrides that make the model what the experiment calls it: after those of the user.
+            name: a configuration that comes with the library, such as ``digits``.
+            overrides: the experiment's overrides, in turn, before those of the user.
+            last: overrides that make the model what the experiment calls it, after those of the user.
         """
-        return ["--config", str(configuration(config)), *words, *self.words, *last]
+        config = RunConfig.read(find_config(name))
+        for one in (*overrides, self.user_overrides, last):
+            config = config.override(one) if one else config
+        return config
 
-    def train_all(self, runs: Mapping[str, Sequence[str]]) -> dict[str, tuple[NDM, DataSource]]:
-        """Train several models as :meth:`train_words` does, as many at once as the user wants; those then write to the ``log.txt`` of their runs.
+    def train_all(self, configs: Mapping[str, RunConfig]) -> dict[str, tuple[DiffusionModel, DataSource]]:
+        """Train several models as :meth:`train` does, as many at once as the user wants; each then writes to the ``log.txt`` of its run.
 
         Args:
-            runs: all words of each but ``--out`` and ``--seed``, by its folder under ``runs``.
+            configs: the configurations by the names of the runs.
 
         Returns:
-            Each model and its data, by the folder.
+            Each model and its data, by the name of the run.
 
         Raises:
             UserError: one of several at once failed; the others are finished.
         """
         self._claim()
-        if self.jobs > 1:
-            jobs = [Job(name, self.seed, tuple(words), self.folder(name), quiet=True) for name, words in runs.items()]
-            failures = run_all(jobs, self.jobs)
+        if self.settings.jobs > 1:
+            jobs = [Job(name, config.override({"seed": self.seed}), self.run(name), quiet=True) for name, config in configs.items()]
+            failures = run_all(jobs, self.settings.jobs)
             if failures:
                 raise UserError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
-        return {name: self.train_words(name, words) for name, words in runs.items()}
+        return {name: self.train(name, config) for name, config in configs.items()}
 
-    def train_words(self, name: str, words: Sequence[str]) -> tuple[NDM, DataSource]:
+    def train(self, name: str, config: RunConfig) -> tuple[DiffusionModel, DataSource]:
         """Train a model, or read the one that an earlier call trained.
 
         Args:
             name: folder of the run, under ``runs``.
-            words: see :meth:`words_for`.
+            config: its configuration; the seed is that of the experiment.
 
         Returns:
             The trained model in evaluation mode, and its data.
         """
-        folder = self.folder(name)
+        run = self.run(name)
         print(f"{self.name}: {name}", flush=True)
         self._claim()
-        trained = (folder / METRICS).exists()
-        run_train([*words, "--out", str(folder), "--seed", str(self.seed)])
-        if not (started_first() or trained):
+        was_finished = run.finished
+        metrics = run.train(config.override({"seed": self.seed}))
+        if metrics is None or not (started_first() or was_finished):
             sys.exit(0)  # one of several processes that trained together: the first goes on alone
-        model = load_run(folder)
+        model = run.model()
         self._trained[name] = fingerprint(model)
-        return model, load_data(folder)
+        return model, run.data()
 
-    def made_up_data(self, write: Callable[[Path, int], None]) -> list[str]:
-        """Words of ``ndm train`` for data that ``write(folder, seed)`` makes, once, inside the folder; none if the user named data."""
-        if "--data.path" in self.words:
-            return []
-        folder = self.out / "data"
-        if not folder.exists():
-            self._claim()
-            write(folder, self.seed)
-        return ["--data.path", str(folder)]
+    def synthetic_data(self, write: Callable[[Path, int], None]) -> dict[str, object]:
+        """Overrides for data that ``write(folder, seed)`` makes before the first training; none if the user named data."""
+        if any(word.split("=")[0] == "--data.path" for word in self.user_overrides):
+            return {}
+        self._write_data = write
+        return {"data.path": str(self.out / "data")}
 
-    def folder(self, name: str) -> Path:
-        """The folder of a run."""
-        return self.out / "runs" / name
+    def run(self, name: str) -> Run:
+        """A training run."""
+        return Run(self.out / "runs" / name)
 
-    def keep(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``compute`` gives, JSON-ready; kept in a file, so that an interrupted experiment does not compute it again.
+    def cache(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Compute a JSON-ready result, or read it from the file where an earlier call stored it.
 
-        Unless a model was trained anew since: what was computed with another is not taken for it.
+        A result of other models, from before one was trained again, is computed again.
         """
         path, made = self.out / "parts" / f"{key}.json", self._models()
         kept = read_json(path) if path.exists() else {}
@@ -208,8 +231,8 @@ class Report:
         assert isinstance(found, dict)
         return found
 
-    def keep_tensor(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """What ``compute`` gives, kept as :meth:`keep` does, as safetensors."""
+    def cache_tensor(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a tensor, or read it, as :meth:`cache` does; the file is a safetensors file."""
         path, made = self.out / "parts" / f"{key}.safetensors", self._models()
         if path.exists():
             with safe_open(path, "pt") as file:
@@ -225,9 +248,11 @@ class Report:
         return hashlib.sha256(json.dumps(self._trained, sort_keys=True).encode()).hexdigest()
 
     def _claim(self) -> None:
-        """Say in the folder what is in it; not before something is, so that an experiment that is refused leaves nothing behind."""
+        """Note in the folder which experiment it holds, once it holds something: a rejected experiment leaves nothing behind."""
         if not (self.out / ABOUT).exists():
             write_json(self.out / ABOUT, self._about)
+        if self._write_data is not None and not (self.out / "data").exists():
+            self._write_data(self.out / "data", self.seed)
 
     def say(self, text: str) -> None:
         """Add Markdown to the page."""
@@ -259,8 +284,8 @@ class Report:
         self._measurements[key] = measurement.to_dict() if isinstance(measurement, Measurement) else dict(measurement)
 
     def measure(self, key: str, take: Callable[[], Measurement]) -> dict[str, Any]:
-        """Take a measurement, or read it if an earlier call took it; its record (:meth:`ndm.report.Measurement.to_dict`) goes into the results."""
-        record = self.keep(key, lambda: take().to_dict())
+        """Take a measurement, or read it if an earlier call took it; its record (:meth:`ndm.evaluation.tables.Measurement.to_dict`) goes into the results."""
+        record = self.cache(key, lambda: take().to_dict())
         self.measured(key, record)
         return record
 
@@ -280,10 +305,10 @@ class Report:
             self.table(["", "value", "at most", "holds"], rows)
         results: Mapping[str, Any] = {
             "experiment": self.name,
-            "size": self.size,
+            "size": self.settings.size,
             "seed": self.seed,
-            "command": self.command,
-            "machine": machine(),
+            "command": self.settings.command,
+            "machine": describe_machine(),
             **({"runs": self._about["runs measured"]} if self.runs else {}),
             "numbers": self._numbers,
             "measurements": self._measurements,
@@ -291,7 +316,7 @@ class Report:
             "figures": self._figures,
             "seconds_of_this_call": round(time.perf_counter() - self._started, 1),
         }
-        page = [f"# {self.name}, {self.size}\n", f"`{self.command}`, seed {self.seed}.\n", *self._page]
+        page = [f"# {self.name}, {self.settings.size}\n", f"`{self.settings.command}`, seed {self.seed}.\n", *self._page]
         write_atomically(self.out / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8"))
         write_json(self.out / RESULTS, results)
         for one in self._checks:

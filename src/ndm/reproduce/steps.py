@@ -13,27 +13,26 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ndm.commands.parsing import load_data
 from ndm.data import DataDescription, DataSource, spread
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError
-from ndm.evaluate import Evaluation, standard_error
-from ndm.likelihood import OdeSettings
-from ndm.model import NDM
-from ndm.noise import part_seed
+from ndm.evaluation.evaluate import Evaluation, standard_error
+from ndm.evaluation.tables import Measurement, plus_minus
+from ndm.model import DiffusionModel
+from ndm.ode import OdeSettings
 from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier
-from ndm.report import Measurement, plus_minus
-from ndm.reproduce.plane import LEARNED, PLAIN, both_words
+from ndm.random import part_seed
+from ndm.reproduce.plane import LEARNED, PLAIN, both_configs
 from ndm.reproduce.report import QUALITY, Report
 from ndm.reproduce.steps_figures import CONTINUOUS, bound_figure, quality_figure, sample_figure
-from ndm.sample import Method, draw_samples
+from ndm.sample import Method
 from ndm.serialize import read_json, to_config
 from ndm.transform import Identity
 from ndm.viz import is_image
@@ -54,8 +53,8 @@ _SAMPLES, _PICTURES = 40, 41  # streams of noise
 class Plan:
     """How large the experiment is."""
 
-    config: str = "digits.yaml"
-    words: tuple[str, ...] = ()
+    config: str = "digits"
+    overrides: Mapping[str, object] = field(default_factory=dict)
     horizons: tuple[int | None, ...] = (1, 2, 4, 10, 50, 100, 1000, None)
     fitted: tuple[int, ...] = (1, 2, 4, 10, 50, 100, 1000)
     """Horizons whose reverse variance is fitted as well, on 512 train examples at each of up to 64 times."""
@@ -79,14 +78,14 @@ class Plan:
     @classmethod
     def of(cls, report: Report) -> "Plan":
         """The plan of a size and of the data."""
-        digits = report.data is None and not report.runs
-        plan: dict[str, Any] = {} if digits else {"config": "mnist-small.yaml"}
+        digits = report.settings.data is None and not report.runs
+        plan: dict[str, Any] = {} if digits else {"config": "mnist-small"}
         if report.smoke:
-            channels, steps = ("--model.predictor.network.channels", "8"), ("--train.steps", "4", "--train.batch_size", "16")
-            words = (*channels, *steps, "--train.evaluation_limit", "8", "--train.evaluation_draws", "1", "--train.sample_steps", "4")
+            overrides = {"model.predictor.network.channels": 8, "train.steps": 4, "train.batch_size": 16}
+            overrides |= {"train.evaluation_limit": 8, "train.evaluation_draws": 1, "train.sample_steps": 4}
             return cls(
                 **plan,
-                words=words,
+                overrides=overrides,
                 horizons=(1, 4, None),
                 fitted=(4,),
                 draws=1,
@@ -103,8 +102,8 @@ class Plan:
         if digits:
             return cls()
         # Three quarters of the configuration's steps.
-        of_data = ("--train.steps", "3000", "--train.ema", "0.998", "--train.evaluation_limit", "500")
-        return cls(**plan, words=of_data, fitted=(1, 2, 4, 10), draws=8, limit=500, nll_limit=32, images=250, real=10_000)
+        of_data = {"train.steps": 3000, "train.ema": 0.998, "train.evaluation_limit": 500}
+        return cls(**plan, overrides=of_data, fitted=(1, 2, 4, 10), draws=8, limit=500, nll_limit=32, images=250, real=10_000)
 
 
 def run(report: Report) -> None:
@@ -121,21 +120,21 @@ def run(report: Report) -> None:
     report.figure("samples", figure, "Samples of one seed; above each grid, evaluations of the predictor")
 
 
-def trained(report: Report, plan: Plan) -> tuple[dict[str, NDM], DataSource]:
+def trained(report: Report, plan: Plan) -> tuple[dict[str, DiffusionModel], DataSource]:
     """DDPM and NDM trained here, and their data."""
-    found = report.train_all(both_words(report, plan.config, plan.words))
+    found = report.train_all(both_configs(report, plan.config, plan.overrides))
     return {name: found[name.lower()][0] for name in MODELS}, found["ndm"][1]
 
 
-def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
+def given(report: Report) -> tuple[dict[str, DiffusionModel], DataSource]:
     """DDPM and NDM of the runs that the user names, and their data.
 
     Raises:
         UserError: the first is no DDPM or the second is one, or the two were trained on different data or on no images with labels.
     """
     models = dict(zip(MODELS, report.models, strict=True))
-    data, where = load_data(report.runs[0]), f"--runs {' '.join(map(str, report.runs))}"
-    what, other = data.describe().to_dict(), DataDescription.from_dict(read_json(report.runs[1] / "data.json")).to_dict()
+    data, where = report.runs[0].data(), f"--runs {' '.join(report.settings.runs)}"
+    what, other = data.describe().to_dict(), DataDescription.from_dict(read_json(report.runs[1].data_path)).to_dict()
     if [isinstance(model.transform, Identity) for model in models.values()] != [True, False]:
         raise UserError(
             f"{where}: give first a run that does not transform its data, with --model.transform ndm.Identity, then one that does"
@@ -150,7 +149,7 @@ def given(report: Report) -> tuple[dict[str, NDM], DataSource]:
     return models, data
 
 
-def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
+def bounds(report: Report, plan: Plan, models: Mapping[str, DiffusionModel], data: DataSource) -> None:
     """NELBO against T, plain and with the fitted reverse variance, and the NLL; figure 1."""
     kept: dict[str, dict[str, Any]] = {}
     about = data.describe().about("test")
@@ -159,9 +158,9 @@ def bounds(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSour
         for horizon in plan.horizons:
             for fit in (None, data.split("train")) if horizon in plan.fitted else (None,):
                 key = f"{name.lower()}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
-                kept[key] = report.keep(f"nelbo-{key}", partial(_kept, evaluation.nelbo, horizon, plan.draws, fit))
+                kept[key] = report.cache(f"nelbo-{key}", partial(_kept, evaluation.nelbo, horizon, plan.draws, fit))
         likelihood = Evaluation(model, data.split("test"), seed=report.seed, limit=plan.nll_limit, progress=True, about=about)
-        kept[f"{name.lower()}-nll"] = report.keep(f"nll-{name.lower()}", partial(_kept, likelihood.nll, settings=plan.ode))
+        kept[f"{name.lower()}-nll"] = report.cache(f"nll-{name.lower()}", partial(_kept, likelihood.nll, settings=plan.ode))
     for key, one in kept.items():
         report.measured(key, one["record"])
     records = {key: one["record"] for key, one in kept.items()}
@@ -216,14 +215,14 @@ def _pair(plain: Mapping[str, Any], fitted: Mapping[str, Any] | None) -> list[st
     return [plus_minus(one["bpd"], one["bpd_stderr"]) if one else "" for one in (plain, fitted)]
 
 
-def quality(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> None:
+def quality(report: Report, plan: Plan, models: Mapping[str, DiffusionModel], data: DataSource) -> None:
     """FID, KID, precision and recall against the number of evaluations; figure 2."""
     classifier = find_classifier(report.out / "classifier", data, report.seed, progress=True, steps=plan.classifier_steps)
     network, train, test = classifier_features(classifier), data.split("train"), data.split("test")
     real = network(train.__getitems__(spread(len(train), plan.real)))
     judge = Judge(network, real, data.describe().event_shape, plan.images, report.seed)
     held_out = network(test.__getitems__(spread(len(test), plan.images)))
-    reference = report.keep("quality-test-images", lambda: judge.compare(held_out).to_dict())
+    reference = report.cache("quality-test-images", lambda: judge.compare(held_out).to_dict())
     curves: dict[str, list[dict[str, Any]]] = {}
     for number, (name, model) in enumerate(models.items()):
         for way, (method, cost, most) in SAMPLERS.items():
@@ -232,13 +231,13 @@ def quality(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSou
                 for index in range(plan.sets):
                     seed = part_seed(report.seed, _SAMPLES, number, index)
                     key = f"quality-{name}-{method}-{evaluations}-{index}".lower()
-                    sets.append(report.keep(key, partial(judge.sample, model, method, evaluations // cost, seed)))
+                    sets.append(report.cache(key, partial(judge.sample, model, method, evaluations // cost, seed)))
                 curves.setdefault(f"{name}, {way}", []).append({"evaluations": evaluations, "steps": evaluations // cost, "sets": sets})
     matched = {"real test images": reference}
     for number, (name, model) in enumerate(models.items()):
         seed, count, steps = part_seed(report.seed, _SAMPLES, number, plan.sets), reference["generated_images"], plan.evaluations[-1]
         compute = partial(replace(judge, images=count).sample, model, "ancestral", steps, seed)
-        matched[f"{name}, ancestral, {steps} evaluations"] = report.keep(f"quality-{name}-matched".lower(), compute)
+        matched[f"{name}, ancestral, {steps} evaluations"] = report.cache(f"quality-{name}-matched".lower(), compute)
     numbers = {
         "classifier": classifier.info,
         "features_sha256": network.sha256,
@@ -272,18 +271,18 @@ class Judge:
         """Quality of images by their features."""
         return compare_features(self.real, features, self.network, kid_subsets=20, kid_subset_size=500, seed=self.seed)
 
-    def sample(self, model: NDM, method: Method, steps: int, seed: int) -> dict[str, Any]:
+    def sample(self, model: DiffusionModel, method: Method, steps: int, seed: int) -> dict[str, Any]:
         """One set of samples: its quality, and what it took."""
         started = time.perf_counter()
         with counted(model) as count:
-            samples = draw_samples(model, self.images, self.event_shape, method, seed=seed, steps=steps, progress=True)
+            samples = model.sample((self.images, *self.event_shape), method, seed=seed, steps=steps, batch_size=256, progress=True)
         seconds = time.perf_counter() - started
         costs = {f"{part}_evaluations": number / self.images for part, number in count.items()}
         return {**self.compare(self.network(samples)).to_dict(), **costs, "seed": seed, "seconds": round(seconds, 2)}
 
 
 @contextlib.contextmanager
-def counted(model: NDM) -> Iterator[dict[str, int]]:
+def counted(model: DiffusionModel) -> Iterator[dict[str, int]]:
     """Count evaluations of the predictor's network and of those of F, one for each example."""
     count = {"predictor": 0, "transform": 0}
 
@@ -293,7 +292,10 @@ def counted(model: NDM) -> Iterator[dict[str, int]]:
 
         return add
 
-    parts = {"predictor": model.predictor.network, "transform": getattr(model.transform, "network", None)}
+    parts = {
+        "predictor": getattr(getattr(model, "predictor", None), "network", None),
+        "transform": getattr(model.transform, "network", None),
+    }
     hooks = [module.register_forward_hook(counter(part)) for part, module in parts.items() if isinstance(module, nn.Module)]
     try:
         yield count
@@ -307,7 +309,7 @@ def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, 
     info, reference = numbers["classifier"], numbers["test_images"]
     report.say(
         f"Features: a classifier of {info['data']}, test accuracy {info['accuracy']['test']:.3f}, seed {info['seed']}, sha256 {info['sha256'][:12]}; "
-        f"d = {reference['dims']}, standardised. Real: {numbers['real']}; {plan.sets} sets of {plan.images} samples a setting. "
+        f"d = {reference['dims']}, standardized. Real: {numbers['real']}; {plan.sets} sets of {plan.images} samples a setting. "
         "Sets share their first latents between the samplers and budgets of a model, and share none between the models. One training each."
     )
     report.say(
@@ -315,13 +317,13 @@ def say_quality(report: Report, plan: Plan, curves: Mapping[str, list[dict[str, 
     )
     report.quality_table(numbers["as_many_samples_as_test_images"], DIGITS)
     budgets = [evaluations for evaluations in plan.evaluations if any(p["evaluations"] == evaluations for c in curves.values() for p in c)]
-    for (title, field), digits in zip(QUALITY.items(), DIGITS, strict=True):
+    for (title, key), digits in zip(QUALITY.items(), DIGITS, strict=True):
         report.say(
             f"{title}, mean ± half the range of the sets (of two, the standard error), against evaluations of the predictor an image:"
         )
         rows = []
         for name, points in curves.items():
-            cells = {point["evaluations"]: [one[field] for one in point["sets"]] for point in points}
+            cells = {point["evaluations"]: [one[key] for one in point["sets"]] for point in points}
             rows.append(
                 [
                     name,
@@ -354,7 +356,7 @@ def _mean_fid(points: Sequence[Mapping[str, Any]], evaluations: int) -> float:
     return statistics.fmean(one["fid"] for point in points if point["evaluations"] == evaluations for one in point["sets"])
 
 
-def pictures(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSource) -> dict[str, dict[int, Tensor]]:
+def pictures(report: Report, plan: Plan, models: Mapping[str, DiffusionModel], data: DataSource) -> dict[str, dict[int, Tensor]]:
     """Samples of one seed for each model, sampler and number of evaluations."""
     found: dict[str, dict[int, Tensor]] = {}
     shape, seed = data.describe().event_shape, part_seed(report.seed, _PICTURES)
@@ -362,6 +364,6 @@ def pictures(report: Report, plan: Plan, models: Mapping[str, NDM], data: DataSo
         for way, (method, cost, _) in SAMPLERS.items():
             for evaluations in plan.pictures:
                 if evaluations % cost == 0:
-                    samples = draw_samples(model, plan.rows * 8, shape, method, seed=seed, steps=evaluations // cost)
+                    samples = model.sample((plan.rows * 8, *shape), method, seed=seed, steps=evaluations // cost, batch_size=256)
                     found.setdefault(f"{name}, {way}", {})[evaluations] = samples
     return found

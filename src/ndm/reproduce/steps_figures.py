@@ -1,4 +1,4 @@
-"""Figures of the experiment ``steps``; colours differ in lightness, lines and marks in form."""
+"""Figures of the experiment ``steps``; colors differ in lightness, lines and marks in form."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ def _bounds(axis: Any, records: Mapping[str, Mapping[str, Any]], models: Sequenc
     end = 4 * max(finite, default=1)
     where = [horizon or end for horizon in horizons]
     for name in models:
-        key, colour = name.lower(), COLOURS[name]
+        key, color = name.lower(), COLOURS[name]
         plain = [records[f"{key}-{horizon or CONTINUOUS}"] for horizon in horizons]
         fits = {horizon: records[f"{key}-{horizon}-fitted"] for horizon in finite if f"{key}-{horizon}-fitted" in records}
         lines = {f"{name}, variance v": (where, plain, "o", "-"), f"{name}, fitted variance": ([*fits], [*fits.values()], "s", "--")}
         for label, (x, points, mark, line) in lines.items():
             values, errors = [one["bpd"] for one in points], [one["bpd_stderr"] or 0.0 for one in points]
-            axis.errorbar(x, values, errors, color=colour, marker=mark, linestyle=line, markersize=5, linewidth=1.6, capsize=2, label=label)
-        axis.axhline(records[f"{key}-nll"]["bpd"], color=colour, linestyle=":", linewidth=1.4, label=f"{name}, NLL by the ODE")
+            axis.errorbar(x, values, errors, color=color, marker=mark, linestyle=line, markersize=5, linewidth=1.6, capsize=2, label=label)
+        axis.axhline(records[f"{key}-nll"]["bpd"], color=color, linestyle=":", linewidth=1.4, label=f"{name}, NLL by the ODE")
     axis.set(xscale="log", xlabel="number of steps $T$", ylabel="bits/dim, test split")
     axis.set_xticks(where, [str(horizon or "cont.") for horizon in horizons])
     axis.minorticks_off()

@@ -1,6 +1,6 @@
 r"""Dynamic optimal transport in one dimension, a diffusion beside it (NDM, the section on dynamic optimal transport).
 
-The reverse process of :mod:`ndm.transport` can be nothing but a displacement interpolation; how well its map T is learned is measured by
+The reverse process of :mod:`ndm.variants.transport` can be nothing but a displacement interpolation; how well its map T is learned is measured by
 quadrature, so that only the randomness of training is left. Let Q be the quantile function of the data and Phi that of the prior's
 distribution, so that Q(Phi(z)) is the optimal map:
 
@@ -27,19 +27,19 @@ from tqdm import tqdm
 from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
-from ndm.likelihood import trace_times
-from ndm.lines import LineScale, LineTransform
-from ndm.model import NDM
-from ndm.monotone import MonotoneMap
-from ndm.nfdm import SeparableScale
+from ndm.model import NDM, DiffusionModel
 from ndm.nn import MLP
-from ndm.noise import part_seed
+from ndm.ode import trace_times
 from ndm.predictor import Predictor
+from ndm.random import part_seed
 from ndm.reproduce.report import Report
 from ndm.sample import Ancestral, Euler, GridSampler
-from ndm.schedule import DDPMLinear, LinearLogSNR
+from ndm.schedule import LinearBetaSchedule, LinearLogSNRSchedule
 from ndm.transform import Identity, SeparableTransform
-from ndm.transport import TransportNDM
+from ndm.variants.interpolation import InterpolationScale, InterpolationTransform
+from ndm.variants.monotone import MonotoneMap
+from ndm.variants.nfdm import SeparableScale
+from ndm.variants.transport import TransportNDM
 from ndm.viz import new_figure
 
 if TYPE_CHECKING:
@@ -60,31 +60,37 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(kind: str) -> NDM:
+def make(kind: str) -> DiffusionModel:
     """A new model: a diffusion, or one that generates by transport, whose F, F and noise, or neither but T is a network."""
     if kind == "ddpm":
-        return NDM(DDPMLinear(), Identity(), Predictor(MLP(1, hidden=64, blocks=2)), GaussianDecoder())
+        return NDM(LinearBetaSchedule(), Identity(), Predictor(MLP(1, hidden=64, blocks=2)), GaussianDecoder())
     if kind == "lines":  # little noise, and hardly any on the way
-        return TransportNDM(LinearLogSNR(-11.2, -11.19), LineTransform(), MonotoneMap(24, scale=1.5), GaussianDecoder(), LineScale())
+        return TransportNDM(
+            LinearLogSNRSchedule(-11.2, -11.19),
+            InterpolationTransform(),
+            MonotoneMap(24, scale=1.5),
+            GaussianDecoder(),
+            InterpolationScale(),
+        )
     scale = SeparableScale(MLP(1, hidden=64, blocks=1, outputs=8)) if kind == "nfdm" else None
     transform = SeparableTransform(MLP(1, hidden=64, blocks=1, outputs=8))
-    return TransportNDM(LinearLogSNR(-9.2, -2.0), transform, MonotoneMap(24, scale=1.5), GaussianDecoder(), scale)
+    return TransportNDM(LinearLogSNRSchedule(-9.2, -2.0), transform, MonotoneMap(24, scale=1.5), GaussianDecoder(), scale)
 
 
-def trained(report: Report, kind: str, seed: int) -> NDM:
+def trained(report: Report, kind: str, seed: int) -> DiffusionModel:
     """A model, trained on fresh samples of the data; as :func:`kept` gives it."""
     steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
     label = f"{NAMES[kind]}, {seed + 1} of {seeds(report)}"
     return kept(report, f"{kind}-{seed}", seed, lambda: fit(make(kind), kind, DATA, steps, batch, label))
 
 
-def kept(report: Report, name: str, seed: int, train: Callable[[], NDM]) -> NDM:
+def kept(report: Report, name: str, seed: int, train: Callable[[], DiffusionModel]) -> DiffusionModel:
     """The model of a run in evaluation mode, float64: trained, or read where an earlier call wrote it."""
-    folder = report.folder(name)
+    folder = report.run(name).folder
     if not (folder / "config.json").exists():
         torch.manual_seed(part_seed(report.seed, seed))
         train().save_pretrained(folder)
-    return NDM.from_pretrained(folder).double()
+    return DiffusionModel.from_pretrained(folder).double()
 
 
 def seeds(report: Report) -> int:
@@ -92,31 +98,31 @@ def seeds(report: Report) -> int:
     return 1 if report.smoke else SEEDS
 
 
-def loss(model: NDM, kind: str, x: Tensor) -> Tensor:
+def loss(model: DiffusionModel, kind: str, x: Tensor) -> Tensor:
     """The bound; for the map that is to show what the bound costs, -log p(z_0 = x) by the change of variables. ``(B,)``, nats."""
     if kind == "exact":
         assert isinstance(model, TransportNDM)
-        return -model.transport.displaced(x, torch.zeros_like(x[:, 0])).log_p
+        return -model.transport.interpolant(x, torch.zeros_like(x[:, 0])).log_p
     return model.bound(x).loss
 
 
-def fit(model: NDM, kind: str, data: Mixture, steps: int, batch: int, label: str, map_rate: float = 4 * RATE) -> NDM:
-    """Minimise the loss on fresh samples by AdamW, T and eta at a rate of their own; the moving average of the weights."""
-    own = [p for name, p in model.named_parameters() if name.startswith(("predictor", "log_eta")) and isinstance(model, TransportNDM)]
+def fit(model: DiffusionModel, kind: str, data: Mixture, steps: int, batch: int, label: str, map_rate: float = 4 * RATE) -> DiffusionModel:
+    """Minimize the loss on fresh samples by AdamW, T and eta at a rate of their own; the moving average of the weights."""
+    own = [p for name, p in model.named_parameters() if name.startswith(("transport.", "log_eta")) and isinstance(model, TransportNDM)]
     networks = [p for p in model.parameters() if not any(p is other for other in own)]
     groups: list[dict[str, Any]] = [{"params": networks, "lr": RATE}, {"params": own, "lr": map_rate}]  # a handful of scalars are faster
     groups = [group for group in groups if group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimiser, [group["lr"] for group in groups], total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=steps, pct_start=0.1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     for _ in tqdm(range(steps), desc=label, unit="step", delay=1, leave=False):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(model, kind, data.sample(batch)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         decay.step()
         average.update_parameters(model)
-    assert isinstance(average.module, NDM)
+    assert isinstance(average.module, DiffusionModel)
     return average.module
 
 
@@ -137,7 +143,7 @@ def prior_grid(count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def trajectories(model: NDM, z: Tensor, steps: int) -> Tensor:
+def trajectories(model: DiffusionModel, z: Tensor, steps: int) -> Tensor:
     """Solutions of the generative ODE at steps + 1 even times from t = 0 to t = 1, ``(steps + 1, B, D)``, by Heun's method from z_1.
 
     Time is that of a diffusion's schedule, and for transport how much of the line is left. Latents are in the units of the data.
@@ -151,15 +157,16 @@ def trajectories(model: NDM, z: Tensor, steps: int) -> Tensor:
     return torch.stack(path[::-1])
 
 
-def velocity(model: NDM) -> Callable[[Tensor, float], Tensor]:
+def velocity(model: DiffusionModel) -> Callable[[Tensor, float], Tensor]:
     """dz/dt of the generative ODE, called as ``field(z, t)``."""
     if isinstance(model, TransportNDM):
-        return lambda z, r: model.transport.displaced(z, torch.full_like(z[:, 0], r)).velocity
+        transport = model.transport
+        return lambda z, r: transport.interpolant(z, torch.full_like(z[:, 0], r)).velocity
     return lambda z, t: model.reverse_process.drift(z, model.process.level(t, z), 0.0)
 
 
 @torch.no_grad()
-def few_steps(model: NDM, z: Tensor, steps: int) -> dict[str, Tensor]:
+def few_steps(model: DiffusionModel, z: Tensor, steps: int) -> dict[str, Tensor]:
     """Samples by few steps from z_1, by the methods that the model has."""
     alpha = model.process.level(0.0, z[:1]).alpha
     if not isinstance(model, TransportNDM):
@@ -187,15 +194,15 @@ def data_nodes() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def integrated_bound(model: NDM, x: Tensor, noise: Callable[[], Tensor], nodes: int) -> dict[str, Tensor]:
+def integrated_bound(model: DiffusionModel, x: Tensor, noise: Callable[[], Tensor], nodes: int) -> dict[str, Tensor]:
     """The terms of the bound for examples ``x`` ``(B, D)``, integrated over time by Clenshaw-Curtis; ``(B,)`` each, nats.
 
     ``noise`` gives noise ``(B, D)`` for each time.
 
-    The times are those of the likelihood (:func:`ndm.likelihood.trace_times`), even in t and in the noise level: where a schedule starts steeply,
+    The times are those of the likelihood (:func:`ndm.ode.trace_times`), even in t and in the noise level: where a schedule starts steeply,
     as that of DDPM does, even times alone would lose a tenth of a nat, and random ones scatter widely.
     """
-    curve, eta = model.process.curve(x), model.learned_eta if isinstance(model, TransportNDM) else model.eta
+    curve, eta = model.process.curve(x), model.bound_eta
     diffusion = torch.zeros_like(x[:, 0])
     for time, span in zip(*trace_times(model.process, nodes), strict=True):
         draw = Draw(torch.full_like(x[:, 0], float(time)), noise())
@@ -204,7 +211,7 @@ def integrated_bound(model: NDM, x: Tensor, noise: Callable[[], Tensor], nodes: 
     return {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction, "nelbo": prior + diffusion + reconstruction}
 
 
-def expected_bound(model: NDM, nodes: int) -> dict[str, float]:
+def expected_bound(model: DiffusionModel, nodes: int) -> dict[str, float]:
     """The terms of the bound in their mean over data, times and noise, nats: Gauss-Hermite in x and noise, Clenshaw-Curtis in time."""
     x, share = data_nodes()
     node, weight = np.polynomial.hermite_e.hermegauss(20)
@@ -216,7 +223,7 @@ def expected_bound(model: NDM, nodes: int) -> dict[str, float]:
     return {name: float(share @ term) for name, term in integrated_bound(model, x, lambda: noise, nodes).items()}
 
 
-def measure(model: NDM, kind: str, smoke: bool, seed: int) -> dict[str, Any]:
+def measure(model: DiffusionModel, kind: str, smoke: bool, seed: int) -> dict[str, Any]:
     """Everything that is known of one trained model, JSON-ready."""
     z, best = prior_grid(500 if smoke else GRID)
     fine = 20 if smoke else FINE_STEPS
@@ -247,7 +254,7 @@ def run(report: Report) -> None:
         for seed in range(seeds(report)):
             print(f"{report.name}: {name}, training {seed + 1} of {seeds(report)}", flush=True)
             model = trained(report, kind, seed)
-            found.setdefault(kind, []).append(report.keep(f"{kind}-{seed}", partial(measure, model, kind, report.smoke, seed)))
+            found.setdefault(kind, []).append(report.cache(f"{kind}-{seed}", partial(measure, model, kind, report.smoke, seed)))
     models = {kind: trained(report, kind, 0) for kind in NAMES}
     report.number("entropy", DATA.entropy())
     report.number("models", found)
@@ -269,7 +276,7 @@ def run(report: Report) -> None:
     expectations(report, found)
 
 
-def draw_trajectories(models: dict[str, NDM]) -> "Figure":
+def draw_trajectories(models: dict[str, DiffusionModel]) -> "Figure":
     """DDPM and transport side by side."""
     figure = new_figure(9.6, 3.6)
     axes = figure.subplots(1, 6, sharey=True, width_ratios=[0.5, 2.6, 0.5, 0.5, 2.6, 0.5])
@@ -298,7 +305,7 @@ def draw_trajectories(models: dict[str, NDM]) -> "Figure":
     return figure
 
 
-def draw_map(models: dict[str, NDM], found: dict[str, list[dict[str, Any]]]) -> "Figure":
+def draw_map(models: dict[str, DiffusionModel], found: dict[str, list[dict[str, Any]]]) -> "Figure":
     """T and the optimal map; W2 against steps."""
     figure = new_figure(8.8, 3.7)
     left, right = figure.subplots(1, 2)

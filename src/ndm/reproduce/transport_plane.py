@@ -24,19 +24,19 @@ from torch import Tensor
 
 from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
-from ndm.evaluate import standard_error
-from ndm.lines import LineScale, LineTransform
-from ndm.model import NDM
-from ndm.monotone import ConvexMap
+from ndm.evaluation.evaluate import standard_error
+from ndm.evaluation.tables import plus_minus
+from ndm.model import NDM, DiffusionModel
 from ndm.nn import MLP
-from ndm.noise import part_seed
 from ndm.predictor import Predictor
-from ndm.report import plus_minus
+from ndm.random import part_seed
 from ndm.reproduce.report import Report
 from ndm.reproduce.transport import LOOKS, NAMES, STD, bend, few_steps, fit, integrated_bound, kept, quantiles, trajectories
-from ndm.schedule import DDPMLinear, LinearLogSNR
+from ndm.schedule import LinearBetaSchedule, LinearLogSNRSchedule
 from ndm.transform import Identity
-from ndm.transport import TransportNDM
+from ndm.variants.interpolation import InterpolationScale, InterpolationTransform
+from ndm.variants.monotone import ConvexMap
+from ndm.variants.transport import TransportNDM
 from ndm.viz import new_figure
 
 if TYPE_CHECKING:
@@ -60,14 +60,20 @@ def corners() -> Mixture:
 DATA = corners()
 
 
-def make(kind: str) -> NDM:
+def make(kind: str) -> DiffusionModel:
     """A new model: a diffusion, or one that generates by transport."""
     if kind == "ddpm":
-        return NDM(DDPMLinear(), Identity(), Predictor(MLP(2, hidden=128, blocks=2)), GaussianDecoder())
-    return TransportNDM(LinearLogSNR(-11.2, -11.19), LineTransform(), ConvexMap(2, 32, 3, scale=1.5), GaussianDecoder(), LineScale())
+        return NDM(LinearBetaSchedule(), Identity(), Predictor(MLP(2, hidden=128, blocks=2)), GaussianDecoder())
+    return TransportNDM(
+        LinearLogSNRSchedule(-11.2, -11.19),
+        InterpolationTransform(),
+        ConvexMap(2, 32, 3, scale=1.5),
+        GaussianDecoder(),
+        InterpolationScale(),
+    )
 
 
-def trained(report: Report, kind: str) -> NDM:
+def trained(report: Report, kind: str) -> DiffusionModel:
     """A model, trained on fresh samples of the data; as :func:`ndm.reproduce.transport.kept` gives it."""
     steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
     return kept(report, kind, 0, lambda: fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE))
@@ -87,7 +93,7 @@ def prior_points(count: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def flow(model: NDM, z: Tensor, steps: int) -> Tensor:
+def flow(model: DiffusionModel, z: Tensor, steps: int) -> Tensor:
     """Where the generative ODE takes points of the prior, ``(B, 2)``: a transport in one step."""
     return few_steps(model, z, 1)["Euler"] if isinstance(model, TransportNDM) else trajectories(model, z, steps)[0]
 
@@ -99,7 +105,7 @@ def distances(image: Tensor, best: Tensor) -> dict[str, float]:
     return {"w2_least": float(along), "w2_most": float((image - best).square().sum(1).mean().sqrt())}
 
 
-def measure(model: NDM, kind: str, fine: int, smoke: bool, seed: int) -> dict[str, Any]:
+def measure(model: DiffusionModel, kind: str, fine: int, smoke: bool, seed: int) -> dict[str, Any]:
     """Everything that is known of one trained model, JSON-ready."""
     z = prior_points(256 if smoke else POINTS)
     best = optimal(z)
@@ -127,12 +133,12 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 def run(report: Report) -> None:
     """Train, measure, draw."""
-    models, found = dict[str, NDM](), dict[str, dict[str, Any]]()
+    models, found = dict[str, DiffusionModel](), dict[str, dict[str, Any]]()
     fine = 8 if report.smoke else FINE_STEPS
     for kind in KINDS:
         print(f"{report.name}: {NAMES[kind]}", flush=True)
         models[kind] = trained(report, kind)
-        found[kind] = report.keep(kind, partial(measure, models[kind], kind, fine, report.smoke, report.seed))
+        found[kind] = report.cache(kind, partial(measure, models[kind], kind, fine, report.smoke, report.seed))
     report.number("entropy", DATA.entropy())
     report.number("models", found)
     report.say(
@@ -179,7 +185,7 @@ def table(report: Report, found: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def draw_trajectories(models: dict[str, NDM], steps: int) -> "Figure":
+def draw_trajectories(models: dict[str, DiffusionModel], steps: int) -> "Figure":
     """DDPM and transport side by side."""
     figure = new_figure(8.4, 4.2)
     z = prior_points(160, seed=1)
@@ -200,7 +206,7 @@ def draw_trajectories(models: dict[str, NDM], steps: int) -> "Figure":
     return figure
 
 
-def draw_map(models: dict[str, NDM], steps: int) -> "Figure":
+def draw_map(models: dict[str, DiffusionModel], steps: int) -> "Figure":
     """Circles and rays of the prior under the optimal map, the learned one and the diffusion's flow."""
     figure = new_figure(11.4, 4.0)
     turn = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)

@@ -20,7 +20,7 @@ class RunBatches(Sampler[list[int]]):
     Args:
         examples: number of examples in the data.
         size: examples in a part, b.
-        steps: optimiser steps of the whole run.
+        steps: optimizer steps of the whole run.
         seed: seed of the shuffling.
         first_step: the step to begin with.
         accumulate: A.

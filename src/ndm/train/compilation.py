@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ndm.elbo import BoundDraw
-from ndm.model import NDM
+from ndm.model import DiffusionModel
 
 
 class Terms(NamedTuple):
     """What a training step needs of a bound."""
 
     loss: Tensor
-    """Mean over the batch of what is minimised, ``()``, nats."""
+    """Mean over the batch of what is minimized, ``()``, nats."""
     means: Tensor
     """Means over the batch of prior, diffusion, reconstruction and their sum, ``(4,)``, nats; no gradient."""
     diffusion: Tensor
@@ -31,7 +31,7 @@ class Terms(NamedTuple):
 TermsFunction = Callable[[Tensor, BoundDraw], Terms]
 
 
-def training_terms(model: NDM) -> TermsFunction:
+def training_terms(model: DiffusionModel) -> TermsFunction:
     """The training bound of a batch at given random numbers, see :meth:`ndm.NDM.bound_at`."""
 
     def terms(x: Tensor, draw: BoundDraw) -> Terms:
@@ -57,7 +57,7 @@ def compiled(terms: TermsFunction, cuda_graphs: bool = False, **options: Any) ->
 
 
 def try_compiling(
-    model: NDM, terms: TermsFunction, trial: Callable[[TermsFunction], Tensor], cuda_graphs: bool = False, speak: bool = True
+    model: DiffusionModel, terms: TermsFunction, trial: Callable[[TermsFunction], Tensor], cuda_graphs: bool = False, speak: bool = True
 ) -> TermsFunction:
     """Compile the training bound, or leave it as it is, with one line on stderr, if that fails.
 

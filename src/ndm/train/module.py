@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from ndm.data import EventDataset, keep_batch
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError, require
-from ndm.model import NDM
-from ndm.noise import part_seed
-from ndm.ops import event_size
+from ndm.model import DiffusionModel
+from ndm.random import part_seed
+from ndm.shapes import event_size
 from ndm.train.batches import RunBatches
 from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
 from ndm.train.settings import TrainSettings
@@ -33,7 +33,7 @@ TERMS = ("prior", "diffusion", "reconstruction", "nelbo")
 
 
 class TrainingModule(LightningModule):
-    """Minimises the bound, in nats per dimension.
+    """Minimizes the bound, in nats per dimension.
 
     Args:
         model: the model.
@@ -43,7 +43,9 @@ class TrainingModule(LightningModule):
         validation: examples for validation, if any.
     """
 
-    def __init__(self, model: NDM, settings: TrainSettings, seed: int, data: EventDataset, validation: EventDataset | None = None):
+    def __init__(
+        self, model: DiffusionModel, settings: TrainSettings, seed: int, data: EventDataset, validation: EventDataset | None = None
+    ):
         super().__init__()
         self.model, self.settings, self.seed = model, settings, seed
         self._data, self._validation = data, validation
@@ -174,7 +176,7 @@ class TrainingModule(LightningModule):
         self._terms = training_terms(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimiser with a warm-up, and with a rate of its own for F."""
+        """The optimizer with a warm-up, and with a rate of its own for F."""
         settings = self.settings
         transform = {id(p) for p in self.model.transform.parameters()}
         exempt = {id(parameter) for module in self.model.modules() for parameter in _undecayed(module)}
@@ -272,7 +274,7 @@ class EMA(WeightAveraging):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Update after each optimiser step, without waiting for the device."""
+        """Update after each optimizer step, without waiting for the device."""
         if trainer.global_step <= self._latest_update_step:
             return
         assert self._average_model is not None

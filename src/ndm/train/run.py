@@ -1,318 +1,361 @@
-"""A run: a folder that holds a configuration, checkpoints, logs, the trained model, its evaluation and its pictures.
+"""A run: a folder with a configuration, checkpoints, logs, the trained model, its evaluation and its pictures.
 
 =========================  ==================================================================
-``config.yaml``            what was asked for, defaults filled in
-``data.json``              what the data are, with their checksum; written first
-``checkpoints/last.ckpt``  everything needed to go on: weights, moving average, optimiser, step
+``config.yaml``            the configuration, with all defaults
+``data.json``              the description of the data, with their checksum; written first
+``checkpoints/last.ckpt``  everything needed to resume: weights, moving average, optimizer, step
 ``logs/``                  every term of the bound, as CSV and for TensorBoard
 ``model/``                 the trained weights (moving average) as safetensors and JSON
 ``samples.png``            samples
 ``transform.png``          F(x, t), z_t and x̂ over time
-``metrics.json``           the evaluation; written last, so that it marks a finished run
+``metrics.json``           the evaluation; written last, so it marks a finished run
 ``.lock``                  held by the process that trains
 =========================  ==================================================================
 """
 
 import contextlib
-import math
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ndm.baselines import histogram_bpd, xz_bpd
 from ndm.data import DataDescription, DataSource
 from ndm.decoder import NetworkDecoder
-from ndm.errors import UserError
-from ndm.evaluate import evaluate_bound, pick_device
-from ndm.model import NDM
-from ndm.parallel import started_first
-from ndm.sample import draw_samples
-from ndm.serialize import read_json, write_atomically, write_json
-from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
-from ndm.train.settings import TrainSettings
-from ndm.viz import is_image, write_samples, write_transform
+from ndm.errors import ForeignModuleError, UserError
+from ndm.evaluation.processes import started_first
+from ndm.model import DiffusionModel
+from ndm.serialize import CONFIG_NAME, WEIGHTS_NAME, read_json, read_weights, to_config, write_atomically, write_json
+from ndm.train.config import RunConfig, RunParts, add_data, add_model, build_section, flat, read_values
+from ndm.train.settings import FINAL_SETTINGS, MACHINE_SETTINGS
 
-CHECKPOINT, DATA, METRICS = Path("checkpoints/last.ckpt"), Path("data.json"), Path("metrics.json")
-BASELINE_VALUES, SAMPLE_VALUES = 8_000_000, 200_000
+METRICS = "metrics.json"
 
 
-def check_data(model: NDM, data: DataSource, settings: TrainSettings) -> None:
-    """Check that model, data and settings fit one another, before anything is trained.
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run."""
+
+    folder: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The file of the configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def data_path(self) -> Path:
+        """The file of the description of the data."""
+        return self.folder / "data.json"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The file of the last checkpoint."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def model_path(self) -> Path:
+        """The folder of the trained model."""
+        return self.folder / "model"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file of the evaluation."""
+        return self.folder / METRICS
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained and evaluated to the end."""
+        return self.metrics_path.exists()
+
+    def metrics(self) -> dict[str, Any]:
+        """The evaluation at the end of training.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        return read_json(self.metrics_path)
+
+    def data(self) -> DataSource:
+        """The data source of the configuration.
+
+        Raises:
+            UserError: the configuration is missing or damaged.
+        """
+        source: DataSource = build_section(self.config_path, "data", add_data)
+        return source
+
+    def model(self) -> DiffusionModel:
+        """The trained model, in evaluation mode; that of the last checkpoint if the run is not finished. A model folder will do, too.
+
+        Networks from outside this library are imported from where ``config.yaml`` says, as when the run is resumed.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        if not self.folder.is_dir():
+            raise UserError(f"there is no run {self.folder}; make one with: ndm train --config digits --out {self.folder}")
+        if (self.folder / CONFIG_NAME).is_file():
+            return DiffusionModel.from_pretrained(self.folder)
+        if (self.model_path / CONFIG_NAME).is_file():
+            try:
+                return DiffusionModel.from_pretrained(self.model_path)
+            except ForeignModuleError:
+                model = self._new_model()
+                model.load_state_dict(read_weights(self.model_path / WEIGHTS_NAME, model.state_dict()))
+                model.info = {"data": read_json(self.model_path / CONFIG_NAME).get("data")}
+                return model.eval()
+        if not self.checkpoint_path.is_file():
+            raise UserError(f"{self.folder} holds no trained model yet; resume it with: ndm train --out {self.folder}")
+        model = self._new_model()
+        step = self.load_weights(model)["global_step"]
+        model.info = {"data": read_json(self.data_path)}
+        print(f"ndm: warning: {self.folder} is not finished; this is its model after {step:,} steps", file=sys.stderr)
+        return model.eval()
+
+    def _new_model(self) -> DiffusionModel:
+        model: DiffusionModel = build_section(self.config_path, "model", add_model)
+        return model
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Read the last checkpoint, memory-mapped. No code in it is run.
+
+        Raises:
+            UserError: it is truncated, damaged or not a checkpoint of a run.
+        """
+        path = self.checkpoint_path
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not {"global_step", "state_dict"} <= set(content):
+                raise ValueError("it is not a checkpoint of a run")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete it to start the run again"
+            ) from error
+        return content
+
+    def load_weights(self, model: DiffusionModel) -> dict[str, Any]:
+        """Load the weights of the last checkpoint into a model, the averaged ones if there are any, whatever the strategy.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            UserError: it is damaged, or belongs to another model.
+        """
+        checkpoint = self.checkpoint()
+        try:
+            model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint {self.checkpoint_path} does not fit the model of its configuration; another version of ndm wrote it"
+            ) from error
+        return checkpoint
+
+    def check(self, config: RunConfig) -> None:
+        """Check that the folder is free, or holds a run with this configuration.
+
+        Settings of the machine may differ, and settings of what follows the last step until that is done. Without a checkpoint
+        everything may differ: there is nothing to resume.
+
+        Raises:
+            UserError: it holds a run with another configuration, or is a file.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file; give a folder")
+        if not (self.config_path.exists() and (self.checkpoint_path.exists() or self.finished)):
+            return
+        old, new = flat(read_values(self.config_path)), flat(config.to_dict())
+        if new.keys() - old.keys():  # perhaps an older version wrote it, which had fewer settings
+            with contextlib.suppress(UserError):
+                old = flat(RunConfig.read(self.config_path).to_dict())
+        ignored = {f"train.{name}" for name in (*MACHINE_SETTINGS, *(() if self.finished else FINAL_SETTINGS))}
+        changed = sorted(key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key))
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{self.folder} holds a run with another configuration: {key} is {old.get(key)!r} there and {new.get(key)!r} here"
+                f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose another --out, or give --out alone to resume it"
+            )
+
+    def train(self, config: RunConfig) -> dict[str, Any] | None:
+        """Train, evaluate and draw; resume an interrupted run; return at once from a finished one.
+
+        Returns:
+            The metrics, or None in processes other than the first.
+
+        Raises:
+            UserError: the folder holds another run, the configuration is wrong, the data changed, or training failed for a reason that
+                the user can remove.
+        """
+        self.check(config)
+        if self.finished:
+            metrics = self.metrics()
+            print(
+                f"{self.folder} is finished: {float(metrics.get('nelbo_bpd', 'nan')):.4f} bits/dim on {metrics.get('split')}; nothing to do "
+                "(choose another --out to train again)"
+            )
+            return metrics
+        torch.manual_seed(config.seed)
+        parts = config.build()
+        if parts.settings.threads:
+            torch.set_num_threads(parts.settings.threads)
+        check_parts(parts)  # before anything is written
+        if parts.settings.start_from is not None and not self.checkpoint_path.exists():
+            start_from(parts.model, parts.settings.start_from)
+        with self.lock():
+            self.check(config)  # again: another process may have trained into it until now
+            if started_first():
+                text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+                write_atomically(self.config_path, lambda path: path.write_text(text, encoding="utf-8"))
+                print(describe(parts, self.folder), flush=True)
+            self._record_data(parts.data)
+            from ndm.train.fit import fit  # here: Lightning takes seconds to import
+            from ndm.train.results import describe_results, write_results
+
+            if not fit(parts, self, config.seed):
+                return None
+            metrics = write_results(parts, self, config.seed)
+        print(describe_results(metrics))
+        print(f"wrote {self.folder}/model, metrics.json, samples.png, transform.png")
+        return metrics
+
+    def _record_data(self, data: DataSource) -> None:
+        """Write the description of the data, or compare it with that of the run to resume.
+
+        Raises:
+            UserError: the run began with other data.
+        """
+        now = data.describe()
+        if self.checkpoint_path.exists() and self.data_path.exists():
+            then = DataDescription.from_dict(read_json(self.data_path))
+            if then.sha256 != now.sha256:
+                raise UserError(
+                    f"{now.name} changed since {self.folder} began (sha256 {then.sha256[:12]} then, {now.sha256[:12]} now): examples that it "
+                    "was trained on may be among the test examples; restore the data, or choose another --out"
+                )
+        elif started_first():
+            if not self.checkpoint_path.exists():
+                shutil.rmtree(self.model_path, ignore_errors=True)  # of an earlier training, whose checkpoint was deleted
+            write_json(self.data_path, now.to_dict())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the folder: two processes that train into it would overwrite each other's checkpoints.
+
+        Of several processes that train together the first locks it for all. The lock of a killed process is free.
+
+        Raises:
+            UserError: another process holds the lock, or the folder cannot be made.
+        """
+        if not started_first():
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out {self.folder} cannot be made: {error.strerror or error}; choose a folder that you can write to"
+            ) from error
+        lock, checkpoint = FileLock(self.folder / ".lock"), self.checkpoint_path
+        try:
+            lock.acquire(timeout=0)
+            for partial in checkpoint.parent.glob(f".{checkpoint.stem}-*{checkpoint.suffix}"):  # of a process killed while it saved
+                partial.unlink(missing_ok=True)
+        except Timeout as error:
+            raise UserError(
+                f"{self.folder}: another process is training into this folder; wait for it to end, or choose another --out"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            print(f"{self.folder}: cannot be locked ({error}); make sure that no other process trains into it", file=sys.stderr)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def check_parts(parts: RunParts) -> None:
+    """Check that model, data and settings fit together, before training.
 
     Raises:
         UserError: they do not.
     """
-    description = data.describe()
-    place = "model.decoder.init_args.base" if isinstance(model.decoder, NetworkDecoder) else "model.decoder"  # of what knows the grid
-    if description.levels is None and model.decoder.discrete:
+    model, description, settings = parts.model, parts.data.describe(), parts.settings
+    place = "model.decoder.init_args.base" if isinstance(model.decoder, NetworkDecoder) else "model.decoder"  # of the grid
+    if description.num_values is None and model.decoder.discrete:
         raise UserError(f"{description.name} is continuous but the decoder is discrete; use {place}=ndm.GaussianDecoder")
-    if description.levels is not None and not model.decoder.discrete:
+    if description.num_values is not None and not model.decoder.discrete:
         raise UserError(
             f"{description.name} is discrete but the decoder is continuous, and its bound would be a density; use "
-            f"{place}=ndm.DiscretizedGaussian with levels={description.levels}, or read the data without levels"
+            f"{place}=ndm.DiscretizedGaussian with num_values={description.num_values}, or read the data without num_values"
         )
-    if description.levels is not None and model.decoder.values is not None:
+    if description.num_values is not None and model.decoder.values is not None:
         have = len(model.decoder.values)
-        if have != description.levels:
+        if have != description.num_values:
             raise UserError(
-                f"{description.name} has {description.levels} levels but the decoder {have}; set {place}.init_args.levels={description.levels}"
+                f"{description.name} has {description.num_values} values but the decoder {have}; set "
+                f"{place}.init_args.num_values={description.num_values}"
             )
     for split in ("train", settings.evaluation_split, *([settings.validation_split] if settings.validate_every else [])):
-        if len(data.split(split)) == 0:
+        if len(parts.data.split(split)) == 0:
             raise UserError(f"{description.name}: the split {split!r} is empty")
-    # One example through the bound: a network of the wrong shape is found here, not after the set-up.
+    # The bound of one example shows whether the networks have the right shapes, before Lightning sets up.
     state = torch.random.get_rng_state()
     model.eval()
     with torch.no_grad():
-        model.bound(data.split("train").__getitems__([0, 0]), draws=1)
+        model.bound(parts.data.split("train").__getitems__([0, 0]), draws=1)
     model.train()
     torch.random.set_rng_state(state)
 
 
-def keep_description(data: DataSource, out: Path) -> None:
-    """Write what the data are, unless a run goes on that has done so.
+def describe(parts: RunParts, folder: Path) -> str:
+    """What is about to be trained, in a few lines."""
+    model, description, settings = parts.model, parts.data.describe(), parts.settings
+    counts = ", ".join(f"{count:,} {name}" for name, count in description.splits.items())
+    kind = "real values" if description.num_values is None else f"{description.num_values} values"
+    shares = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    shares["transform"] = sum(p.numel() for p in model.transform.parameters())
+    shares.pop("process", None)
+    of_it = ", ".join(f"{name} {count:,} ({count / parts.num_parameters:.0%})" for name, count in shares.items() if count)
+    epochs = settings.steps * settings.batch_size / len(parts.data.split("train"))
+    lines = {
+        "data": f"{description.name}: {counts}; examples of shape {tuple(description.event_shape)}, {kind}",
+        "source": description.version,
+        "model": f"{type(model).__name__}, {parts.num_parameters:,} parameters: {of_it}",
+        "training": f"{settings.steps:,} steps of {settings.batch_size:,} examples ({epochs:.3g} epochs), {settings.optimizer}",
+        "machine": f"{settings.accelerator} accelerator, {settings.devices} devices, {settings.precision}, {torch.get_num_threads()} CPU threads",
+        "folder": str(folder),
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def start_from(model: DiffusionModel, run: str) -> None:
+    """Give a model the weights of a run. Dropout, steps T, eta and the time sampler may differ: no weight depends on them.
 
     Raises:
-        UserError: it began with other data.
+        UserError: there is no such run, or its model is built otherwise.
     """
-    now = data.describe()
-    if (out / CHECKPOINT).exists() and (out / DATA).exists():
-        then = DataDescription.from_dict(read_json(out / DATA))
-        if then.sha256 != now.sha256:
+    other = Run(Path(run)).model()
+    weights, own = other.state_dict(), model.state_dict()
+    there, here = (flat(to_config(one)) for one in (other, model))
+    for key in {**here, **there}:
+        parts = key.removeprefix("init_args.").split(".")
+        if there.get(key) != here.get(key) and parts[0] not in ("time_sampler", "steps", "eta") and parts[-1] != "dropout":
+            place = ".".join(part for part in parts if part != "init_args")
             raise UserError(
-                f"{now.name} changed since {out} began (sha256 {then.sha256[:12]} then, {now.sha256[:12]} now): examples that it was trained on may "
-                "be among those that it is tested on; bring the data back, or choose another --out"
+                f"train.start_from={run}: {place} is {there.get(key)!r} there and {here.get(key)!r} here; give the model of {run}, or leave it out"
             )
-    elif started_first():
-        if not (out / CHECKPOINT).exists():
-            shutil.rmtree(out / "model", ignore_errors=True)  # of an earlier training, whose checkpoint was deleted
-        write_json(out / DATA, now.to_dict())
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of a run, memory-mapped; no code in it is run.
-
-    Raises:
-        UserError: it is truncated, damaged or not a checkpoint of a run.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"global_step", "state_dict"} <= set(content):
-            raise ValueError("it is not a checkpoint of a run")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete it to start the run again"
-        ) from error
-    return content
-
-
-def weights_of(out: Path, model: NDM) -> dict[str, Any]:
-    """Give a model the weights of the last checkpoint of a run, averaged where it averages; returns the checkpoint.
-
-    The checkpoint holds them whatever the strategy.
-
-    Raises:
-        UserError: it is damaged, or of another model.
-    """
-    checkpoint = read_checkpoint(out / CHECKPOINT)
-    try:
-        model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint {out / CHECKPOINT} does not fit the model of its configuration; it is of another version of ndm"
-        ) from error
-    return checkpoint
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it: Lightning's own way copies from /tmp when that is another disk."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-
-
-def make_trainer(settings: TrainSettings, out: Path, progress: bool = True) -> Trainer:
-    """Lightning's trainer for a run in the folder ``out``, with a progress bar or without."""
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            out / CHECKPOINT.parent, CHECKPOINT.stem, every_n_train_steps=settings.checkpoint_every, enable_version_counter=False
-        ),
-        FinalCheckpoint(out / CHECKPOINT),
-        LearningRateMonitor(),
-    ]
-    if progress:
-        callbacks.append(ProgressBar())
-    if settings.ema:
-        callbacks.insert(0, EMA(settings.ema))
-    csv = CSVLogger(out, name="logs")
-    validate = settings.validate_every is not None
-    return Trainer(
-        max_steps=settings.steps,
-        max_epochs=1,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
-        gradient_clip_val=settings.gradient_clip or None,
-        accumulate_grad_batches=settings.accumulate,
-        callbacks=callbacks,
-        logger=[csv, TensorBoardLogger(out, name="logs", version=csv.version)],
-        log_every_n_steps=min(settings.log_every, settings.steps),
-        val_check_interval=settings.validate_every * settings.accumulate if settings.validate_every else None,
-        limit_val_batches=None if validate else 0,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-        use_distributed_sampler=False,
-        benchmark=True,  # batches are all of one size
-        default_root_dir=out,
-        plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints()],
-    )
-
-
-def fit(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> bool:
-    """Train to the last step, from the last checkpoint if there is one.
-
-    Returns:
-        Whether this process is the first of all, the one that writes.
-
-    Raises:
-        UserError: the checkpoint is damaged, or training failed in a way that the user can mend.
-        KeyboardInterrupt: the run was interrupted.
-    """
-    quiet_lightning()
-    checkpoint, first_step = out / CHECKPOINT, 0
-    try:
-        trainer = make_trainer(settings, out)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"this machine cannot train with these settings: {reason}; see train.accelerator, train.devices, train.strategy"
-        ) from error
-    if checkpoint.exists():
-        first_step = read_checkpoint(checkpoint)["global_step"]
-        if trainer.is_global_zero:
-            print(f"{out}: going on from step {first_step} of {settings.steps}", flush=True)
-    if first_step < settings.steps:
-        validation = data.split(settings.validation_split) if settings.validate_every else None
-        module = TrainingModule(model, settings, seed, data.split("train"), validation)
-        try:
-            trainer.fit(module, ckpt_path=checkpoint if first_step else None, weights_only=True)
-        except SystemExit as error:  # Lightning turns Ctrl-C into an exit
-            raise KeyboardInterrupt from error
-    return trainer.is_global_zero
-
-
-def train(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int = 0) -> dict[str, Any] | None:
-    """Train, save, draw and evaluate; goes on where an interrupted run stopped. To be checked before by :func:`check_data`.
-
-    Args:
-        model: the model, freshly made.
-        data: the data.
-        settings: the settings.
-        out: folder of the run.
-        seed: seed of the data order, times and noise.
-
-    Returns:
-        The metrics, or None in processes other than the first.
-
-    Raises:
-        UserError: the data changed, the checkpoint is damaged, or training failed in a way that the user can mend.
-    """
-    keep_description(data, out)
-    first = fit(model, data, settings, out, seed)
-    if not first:
-        return None
-    description = data.describe().to_dict()
-    seconds = weights_of(out, model).get("seconds", 0.0)
-    model.to(pick_device(settings.accelerator)).eval()
-    model.save_pretrained(out / "model", {"data": description})
-    test = data.split(settings.evaluation_split)
-    record = evaluate_bound(model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True)
-    metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
-    metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
-    try:
-        draw(model, data, settings, out, seed)
-    except (UserError, torch.OutOfMemoryError) as error:  # the numbers are what counts
-        print(f"ndm: warning: {out} has no pictures: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-    write_json(out / METRICS, metrics)
-    return metrics
-
-
-def draw(model: NDM, data: DataSource, settings: TrainSettings, out: Path, seed: int) -> None:
-    """The pictures of a run, with no more images at once than a batch of training, unless they are small.
-
-    Raises:
-        UserError: samples are not finite.
-    """
-    test, shape = data.split(settings.evaluation_split), data.describe().event_shape
-    images = is_image(shape)
-    count, size = (settings.sample_images or 64) if images else 4096, settings.batch_size // settings.accumulate
-    samples = draw_samples(
-        model,
-        count,
-        shape,
-        steps=settings.sample_steps,
-        seed=seed,
-        batch_size=max(size, SAMPLE_VALUES // math.prod(shape)),
-        progress=True,
-    )
-    write_samples(out / "samples.png", samples, None if images else test.__getitems__(range(min(len(test), 4096))))
-    shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
-    write_transform(out / "transform.png", model, test.__getitems__(shown), seed=seed)
-
-
-@contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Hold the folder of a run, since two that train into it would each write over the checkpoints of the other.
-
-    Of several processes that train together the first holds it for all. A process that is killed lets go.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    if not started_first():
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror or error}; choose a folder that you can write to") from error
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-        for left in (out / CHECKPOINT.parent).glob(
-            f".{CHECKPOINT.stem}-*{CHECKPOINT.suffix}"
-        ):  # by a process that was killed while it saved
-            left.unlink(missing_ok=True)
-    except Timeout as error:
-        raise UserError(f"{out}: another process is training into this folder; wait for it to end, or choose another --out") from error
-    except (OSError, NotImplementedError) as error:
-        print(f"{out}: cannot be locked ({error}); see to it that no other process trains into it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def baselines(data: DataSource, split: str) -> dict[str, float]:
-    """Bits/dim of simple coders on a split of discrete data; empty for continuous data."""
-    levels = data.describe().levels
-    if levels is None:
-        return {}
-    train, test = (data.split(name) for name in ("train", split))
-    most = max(1, BASELINE_VALUES // math.prod(data.describe().event_shape))
-    known, held_out = (data.integers(part.__getitems__(range(min(len(part), most)))) for part in (train, test))
-    return {"histogram_bpd": histogram_bpd(known, held_out, levels), "xz_bpd": xz_bpd(held_out, levels)}
+    for name in {**own, **weights}:
+        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (weights, own)]
+        if shapes[0] != shapes[1] and name.split(".")[0] != "time_sampler":
+            raise UserError(
+                f"train.start_from={run}: {name} is {shapes[0]} there and {shapes[1]} here; give the model of {run}, or leave it out"
+            )
+    kept = {name: value for name, value in own.items() if name.startswith("time_sampler.")}
+    model.load_state_dict({**{name: value for name, value in weights.items() if not name.startswith("time_sampler.")}, **kept})

@@ -1,14 +1,18 @@
-"""What a training run is told: optimiser, schedule of the learning rate, precision, devices, checkpoints."""
+"""What a training run is told: optimizer, schedule of the learning rate, precision, devices, checkpoints."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ndm.device import Precision
 from ndm.errors import UserError, check_choice
-from ndm.precision import Precision
 
-Optimiser = Literal["adamw", "soap", "muon"]
+Optimizer = Literal["adamw", "soap", "muon"]
 Decay = Literal["cosine", "constant"]
+MACHINE_SETTINGS = ("accelerator", "devices", "nodes", "strategy", "threads", "workers", "compile", "checkpoint_every", "log_every")
+"""Settings that say how a run is carried out, not what it computes: they may change when it is resumed."""
+FINAL_SETTINGS = ("evaluation_draws", "evaluation_limit", "evaluation_split", "sample_images", "sample_steps")
+"""Settings of what follows the last step: they may change until it is done."""
 
 
 @dataclass
@@ -16,13 +20,13 @@ class TrainSettings:
     """Settings of a training run."""
 
     steps: int = 10_000
-    """Number of optimiser steps."""
+    """Number of optimizer steps."""
     batch_size: int = 64
-    """Examples in one optimiser step, over all devices and accumulated batches together."""
+    """Examples in one optimizer step, over all devices and accumulated batches together."""
     start_from: str | None = None
     """Folder of a run, or of a model, whose weights training starts from in the place of random ones. Its model must be built alike, but for dropout,
     steps T, eta and times."""
-    optimizer: Optimiser = "adamw"
+    optimizer: Optimizer = "adamw"
     """adamw; soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a step and takes longer for it; or muon: momentum whose
     matrices are made orthogonal, with AdamW for everything else."""
     learning_rate: float = 1e-3
@@ -82,7 +86,7 @@ class TrainSettings:
         Raises:
             UserError: a value is out of range.
         """
-        for name, known in (("optimizer", Optimiser), ("decay", Decay), ("precision", Precision)):
+        for name, known in (("optimizer", Optimizer), ("decay", Decay), ("precision", Precision)):
             check_choice(f"train.{name}", getattr(self, name), get_args(known))
         for name in ("steps", "batch_size", "accumulate", "nodes", "checkpoint_every", "log_every", "evaluation_draws"):
             if getattr(self, name) < 1:

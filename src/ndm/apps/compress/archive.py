@@ -44,14 +44,14 @@ class Archive:
     """Which model decodes it: SHA-256 of its description and weights."""
     event_shape: tuple[int, ...]
     """Shape of an image."""
-    levels: int
+    num_values: int
     """Number of values of a pixel."""
     low: int
     """Least value of a pixel."""
     plan: Plan
     """The numbers on which encoder and decoder agree."""
     items: tuple[Item, ...]
-    """Files and arrays, without their levels."""
+    """Files and arrays, without their values."""
     checksums: np.ndarray
     """Of each image, ``(N,)``, uint8."""
     coded: Coded
@@ -64,7 +64,7 @@ class Archive:
 
 
 def image_checksums(index: np.ndarray) -> np.ndarray:
-    """Checksums of images given by levels ``(N, D)``: the first byte of the SHA-256 of the levels as 2-byte numbers; uint8.
+    """Checksums of images given by values ``(N, D)``: the first byte of the SHA-256 of the values as 2-byte numbers; uint8.
 
     A byte each names the image that went wrong; that all are right is what the decoder's end on the initial bits shows.
     """
@@ -76,7 +76,7 @@ def pack(archive: Archive) -> bytes:
     header = {
         "model": archive.fingerprint,
         "event_shape": list(archive.event_shape),
-        "levels": archive.levels,
+        "num_values": archive.num_values,
         "low": archive.low,
         "initial": archive.coded.initial,
         "items": [item.to_dict() for item in archive.items],
@@ -146,7 +146,7 @@ def unpack(data: bytes) -> Archive:
     return Archive(
         fingerprint=header["model"],
         event_shape=shape,
-        levels=_whole(header["levels"], 2, 2**16),
+        num_values=_whole(header["num_values"], 2, 2**16),
         low=_whole(header["low"], -(2**31), 2**31),
         plan=Plan.unpack(plan),
         items=items,

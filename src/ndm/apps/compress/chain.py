@@ -33,7 +33,8 @@ from torch import Tensor
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.forward import posterior_coefficients
-from ndm.model import NDM
+from ndm.model import DiffusionModel
+from ndm.reverse import require_markov
 from ndm.schedule import NoiseLevel
 from ndm.transform import Curve
 
@@ -110,27 +111,27 @@ class Plan:
         return cls(steps, batch, numbers[0], *lists, alpha_0=numbers[1], sharpness=numbers[2])
 
 
-def make_plan(model: NDM, steps: int, batch: int, scale: Tensor | None = None, width: float = 0.5) -> Plan:
+def make_plan(model: DiffusionModel, steps: int, batch: int, variance_ratio: Tensor | None = None, width: float = 0.5) -> Plan:
     """The plan of a model.
 
     Args:
         model: the model.
         steps: T.
         batch: images that are coded side by side.
-        scale: r of each of n equal parts of [0, 1] (:func:`ndm.calibrate.best_scale`); 1 by default.
+        variance_ratio: r of each of n equal parts of [0, 1] (:func:`ndm.evaluation.calibrate.best_variance_ratio`); 1 by default.
         width: w.
 
     Raises:
-        UserError: the model is one of continuous time alone.
+        UserError: the model is one in continuous time only.
     """
-    model.process.check_discrete()
+    require_markov(model.reverse_process, "lossless compression")
     schedule = copy.deepcopy(model.schedule).double().cpu()
     with torch.no_grad():
         level = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
         s, t = _part(level, slice(None, -1)), _part(level, slice(1, None))
         step = posterior_coefficients(s, t, model.eta)
     delta = width * torch.cat([step.variance.sqrt(), level.sigma[-1:]])
-    ratio = torch.ones(1) if scale is None else scale.cpu()
+    ratio = torch.ones(1) if variance_ratio is None else variance_ratio.cpu()
     middle = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     chosen = ratio.double()[(middle * len(ratio)).long()]
     try:
@@ -213,7 +214,7 @@ class Chain:
         device: where the networks run.
     """
 
-    def __init__(self, model: NDM, plan: Plan, event_shape: tuple[int, ...], rows: int = 64, device: torch.device | None = None):
+    def __init__(self, model: DiffusionModel, plan: Plan, event_shape: tuple[int, ...], rows: int = 64, device: torch.device | None = None):
         if not isinstance(model.decoder, DiscretizedGaussian):
             raise UserError(
                 "the model is one of continuous data or has a decoder network; lossless compression needs decoder DiscretizedGaussian"
@@ -221,6 +222,7 @@ class Chain:
         self.plan, self.event_shape, self.rows = plan, tuple(event_shape), rows
         self.device = device or torch.device("cpu")
         self.model = copy.deepcopy(model).to(device=self.device, dtype=torch.float64).eval().requires_grad_(False)
+        self.reverse = require_markov(self.model.reverse_process, "lossless compression")
         self.values = model.decoder.values.numpy()
         self.dims = math.prod(event_shape)
         self.calls = 2 * plan.steps + 1
@@ -228,7 +230,7 @@ class Chain:
 
     @torch.no_grad()
     def transformed(self, index: np.ndarray) -> list[Tensor]:
-        """F(x, t) at t = 0, 1/T, ... 1 for levels ``index`` ``(B D,)``."""
+        """F(x, t) at t = 0, 1/T, ... 1 for values ``index`` ``(B D,)``."""
         x = torch.from_numpy(self.values[index]).reshape(-1, *self.event_shape).to(self.device)
         parts = [self._along(self.model.transform.curve(part), part) for part in x.split(self.rows)]
         return [torch.cat(of_time) for of_time in zip(*parts, strict=True)]
@@ -255,7 +257,7 @@ class Chain:
         parts = []
         for part in z.split(self.rows):
             s, t = self._level(step - 1, part), self._level(step, part)
-            at_s, at_t = self.model.reverse_process.curve(part, t, self.model.eta).at_both(s, t)
+            at_s, at_t = self.reverse.curve(part, t, self.model.eta).at_both(s, t)
             parts.append(self.pull(at_s, at_t, step))
         return np.concatenate(parts)
 

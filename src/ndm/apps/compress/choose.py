@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 from ndm.apps.compress.chain import Plan, make_plan
-from ndm.calibrate import best_scale
 from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
-from ndm.model import NDM
-from ndm.noise import ExampleNoise
+from ndm.evaluation.calibrate import best_variance_ratio
+from ndm.model import DiffusionModel
+from ndm.random import ExampleGenerators
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128)
 WIDTH = 0.5
 _SLACK = 0.01  # of the size, for the sake of fewer steps
 _SHARE = 0.02  # of the size, which the initial bits may take for the sake of a larger batch
 _EXAMPLES, _BINS, _ROWS = 64, 32, 64
-_NUMBERS = 2**25  # probabilities of a batch, all levels of all its pixels, in double precision
+_NUMBERS = 2**25  # probabilities of a batch, all values of all its pixels, in double precision
 
 
 class Rows(EventDataset):
-    """Images given by their levels ``(N, D)``."""
+    """Images given by their values ``(N, D)``."""
 
     def __init__(self, index: np.ndarray, values: Tensor, event_shape: Sequence[int]):
         self.index, self.values, self.event_shape = index, values, tuple(event_shape)
@@ -56,12 +56,12 @@ class Forecast:
     """Initial bits."""
     bits: float
     """All of it."""
-    scale: Tensor
+    variance_ratio: Tensor
     """The reverse variance of each step."""
 
 
 def choose_plan(
-    model: NDM,
+    model: DiffusionModel,
     index: np.ndarray,
     event_shape: Sequence[int],
     steps: int | None = None,
@@ -73,7 +73,7 @@ def choose_plan(
 
     Args:
         model: the model.
-        index: their levels, ``(N, D)``.
+        index: their values, ``(N, D)``.
         event_shape: shape of one.
         steps: T; by default the fewest steps whose archive is within 1% of the smallest.
         batch: images side by side; by default as many as keep the initial bits within 2% of the archive, at least one.
@@ -95,12 +95,12 @@ def choose_plan(
             break  # more steps only add initial bits from here on
     least = min(one.bits for one in forecasts)
     chosen = next(one for one in forecasts if one.bits <= (1 + _SLACK) * least)
-    return make_plan(model, chosen.steps, chosen.batch, chosen.scale, width), chosen
+    return make_plan(model, chosen.steps, chosen.batch, chosen.variance_ratio, width), chosen
 
 
-def _forecast(model: NDM, rows: Rows, steps: int, batch: int | None, width: float) -> Forecast:
+def _forecast(model: DiffusionModel, rows: Rows, steps: int, batch: int | None, width: float) -> Forecast:
     count, dims = rows.index.shape
-    scale = best_scale(model, rows, steps, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS)
+    variance_ratio = best_variance_ratio(model, rows, steps, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS)
     numbers = spread(count, _EXAMPLES)
     draws = min(4, steps)
     with torch.no_grad():
@@ -108,7 +108,9 @@ def _forecast(model: NDM, rows: Rows, steps: int, batch: int | None, width: floa
         for start in range(0, len(numbers), _ROWS):
             part = numbers[start : start + _ROWS]
             x = rows.__getitems__(part).to(model.like)
-            bounds.append(model.bound(x, steps=steps, draws=draws, generator=ExampleNoise(1, part), scale=scale).total.cpu())
+            bounds.append(
+                model.bound(x, steps=steps, draws=draws, generator=ExampleGenerators(1, part), variance_ratio=variance_ratio).total.cpu()
+            )
     rate = float(torch.cat(bounds).mean()) / math.log(2) / dims
     if not math.isfinite(rate):
         raise UserError("the model's bound on these data is not finite; it cannot code them")
@@ -117,4 +119,4 @@ def _forecast(model: NDM, rows: Rows, steps: int, batch: int | None, width: floa
         most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
         batch = max([size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most and size * each <= _SHARE * count * dims * rate], default=1)
     initial = min(batch, count) * each
-    return Forecast(steps, batch, rate, initial, count * dims * rate + initial, scale.values)
+    return Forecast(steps, batch, rate, initial, count * dims * rate + initial, variance_ratio.values)

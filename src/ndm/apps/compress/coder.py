@@ -70,7 +70,7 @@ class OutOfBits(Exception):
 
 
 class Stack:
-    """constriction's ANS coder with latents and levels as symbols.
+    """constriction's ANS coder with latents and values as symbols.
 
     Args:
         words: the bits that it starts with, uint32.
@@ -112,15 +112,15 @@ class Stack:
         most = self.far - self.near - 1
         return mean + np.clip(target - mean, -most, most)
 
-    def pop_levels(self, probabilities: np.ndarray) -> np.ndarray:
+    def pop_values(self, probabilities: np.ndarray) -> np.ndarray:
         """Levels by their probabilities ``(n, L)``; ``(n,)``."""
-        levels = self._coder.decode(self._categorical, probabilities)
+        values = self._coder.decode(self._categorical, probabilities)
         self._note()
-        return levels
+        return values
 
-    def push_levels(self, levels: np.ndarray, probabilities: np.ndarray) -> None:
-        """The inverse of :meth:`pop_levels`."""
-        self._coder.encode_reverse(levels.astype(np.int32), self._categorical, probabilities)
+    def push_values(self, values: np.ndarray, probabilities: np.ndarray) -> None:
+        """The inverse of :meth:`pop_values`."""
+        self._coder.encode_reverse(values.astype(np.int32), self._categorical, probabilities)
 
     def words(self) -> np.ndarray:
         """The bits on the stack, uint32."""
@@ -158,7 +158,7 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
 
     Args:
         chain: model and plan.
-        index: levels 0 ... L-1 of N images, ``(N, D)``.
+        index: values 0 ... L-1 of N images, ``(N, D)``.
         progress: show a progress bar with the running rate.
 
     Raises:
@@ -195,7 +195,7 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
         ValueError: the words do not decode to where an encoder started; the archive is damaged, or the model or machine differs.
     """
     stack, rounding = Stack(coded.words, chain.plan.width), Rounding(coded.exceptions)
-    levels: list[np.ndarray] = []
+    values: list[np.ndarray] = []
     try:
         bar = tqdm(total=count, desc="decompressing", unit="image", disable=not progress, delay=1, leave=False)
         with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may lead anywhere
@@ -203,13 +203,13 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
                 part = batch(number, count, chain.plan.batch)
                 images = part.stop - part.start
                 found = _decode_batch(chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock)
-                levels.append(found.reshape(images, chain.dims).astype(np.uint16))
+                values.append(found.reshape(images, chain.dims).astype(np.uint16))
                 bar.update(images)
     except OutOfBits as error:
         raise ValueError("it holds too few bits") from error
     if len(stack) != coded.initial or not np.array_equal(stack.words(), initial_words(coded.initial)):
         raise ValueError("its bits do not end where the encoder began")
-    return np.concatenate(levels[::-1])
+    return np.concatenate(values[::-1])
 
 
 def batch_numbers(count: int, size: int) -> range:
@@ -241,7 +241,7 @@ def _encode_batch(chain: Chain, stack: Stack, index: np.ndarray, rounding: Round
             latents.append(stack.pop(stack.within_reach(target, mean), unit, stack.near))
             means.append(mean)
     with clock.on("coder"):
-        stack.push_levels(index, chain.probabilities(latents[-1]))
+        stack.push_values(index, chain.probabilities(latents[-1]))
         for step in range(1, plan.steps + 1):
             stack.push(latents.pop(), means.pop(), plan.spread[step - 1], stack.far)
         stack.push(latents.pop(), zero, 1 / plan.delta[-1], stack.far)
@@ -258,7 +258,7 @@ def _decode_batch(chain: Chain, stack: Stack, size: int, rounding: Rounding, cal
             means.append(chain.mean(rounding(guess, call + step), latents[-1], step))
             latents.append(stack.pop(means[-1], plan.spread[step - 1], stack.far))
     with clock.on("coder"):
-        index = stack.pop_levels(chain.probabilities(latents[-1]))
+        index = stack.pop_values(chain.probabilities(latents[-1]))
     with clock.on("network"):
         transformed = chain.transformed(index)
     for step in range(1, plan.steps + 1):

@@ -1,4 +1,4 @@
-"""Files to levels and back: images, folders of images, ``.npy`` and ``.npz`` arrays."""
+"""Files to values and back: images, folders of images, ``.npy`` and ``.npz`` arrays."""
 
 import tempfile
 import zipfile
@@ -38,7 +38,7 @@ class Item:
     """Name of the array within an ``.npz`` file."""
     mode: str = ""
     """``L`` or ``RGB`` of an image."""
-    levels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    values: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Levels 0 ... L-1, ``(count, D)``; not part of the description."""
 
     @property
@@ -48,7 +48,7 @@ class Item:
 
     def to_dict(self) -> dict[str, Any]:
         """The description, JSON-ready."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name != "levels"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name != "values"}
 
     @classmethod
     def from_dict(cls, values: Any) -> "Item":
@@ -57,7 +57,7 @@ class Item:
         Raises:
             ValueError: it is not one; TypeError likewise.
         """
-        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "levels"}
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "values"}
         item = cls(**known)
         strings = (item.name, item.kind, item.dtype, item.key, item.mode)
         if not all(isinstance(text, str) for text in strings) or item.kind not in KINDS or item.dtype not in _DTYPES:
@@ -82,13 +82,13 @@ class Item:
             raise ValueError("a name leads outside of the folder, or holds characters that no file should")
 
 
-def read_items(paths: Sequence[str], event_shape: tuple[int, ...], levels: int, low: int) -> list[Item]:
+def read_items(paths: Sequence[str], event_shape: tuple[int, ...], num_values: int, low: int) -> list[Item]:
     """Read files and folders of files.
 
     Args:
         paths: images, folders of images, ``.npy``, ``.npz``.
         event_shape: shape of one image as the model sees it.
-        levels: number of values of a pixel.
+        num_values: number of values of a pixel.
         low: the least of them.
 
     Raises:
@@ -102,9 +102,9 @@ def read_items(paths: Sequence[str], event_shape: tuple[int, ...], levels: int, 
             if not found:
                 raise UserError(f"the folder {path} holds no images or arrays ({', '.join((*SUFFIXES, '.npy', '.npz'))})")
             for file in found:
-                items += _read_file(file, file.relative_to(path).as_posix(), event_shape, levels, low)
+                items += _read_file(file, file.relative_to(path).as_posix(), event_shape, num_values, low)
         else:
-            items += _read_file(path, path.name, event_shape, levels, low)
+            items += _read_file(path, path.name, event_shape, num_values, low)
     for item in items:
         try:
             item.check_name()
@@ -117,18 +117,18 @@ def read_items(paths: Sequence[str], event_shape: tuple[int, ...], levels: int, 
     return items
 
 
-def _read_file(path: Path, name: str, event_shape: tuple[int, ...], levels: int, low: int) -> list[Item]:
+def _read_file(path: Path, name: str, event_shape: tuple[int, ...], num_values: int, low: int) -> list[Item]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":
             array = np.load(path, allow_pickle=False)
-            return [_array_item(path, name, "npy", "", array, event_shape, levels, low)]
+            return [_array_item(path, name, "npy", "", array, event_shape, num_values, low)]
         if suffix == ".npz":
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 if not file.files or {"file", "allow_pickle"} & set(file.files):
                     raise UserError(f"{path} holds no arrays, or one with a name that NumPy cannot write")
-                return [_array_item(path, f"{name}/{key}", "npz", key, file[key], event_shape, levels, low) for key in file.files]
-        return [_image_item(path, name, event_shape, levels)]
+                return [_array_item(path, f"{name}/{key}", "npz", key, file[key], event_shape, num_values, low) for key in file.files]
+        return [_image_item(path, name, event_shape, num_values)]
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except UserError:
@@ -147,15 +147,15 @@ def _read_file(path: Path, name: str, event_shape: tuple[int, ...], levels: int,
         raise UserError(f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]})") from error
 
 
-def _image_item(path: Path, name: str, event_shape: tuple[int, ...], levels: int) -> Item:
-    if levels != 256:
-        raise UserError(f"{path}: image files have 256 levels but the model {levels}; give whole numbers in a .npy file")
+def _image_item(path: Path, name: str, event_shape: tuple[int, ...], num_values: int) -> Item:
+    if num_values != 256:
+        raise UserError(f"{path}: image files have 256 values but the model {num_values} values; give whole numbers in a .npy file")
     with Image.open(path) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path} has several frames; only single images can be compressed")
         if image.mode not in ("L", "RGB"):
             raise UserError(
-                f"{path} has mode {image.mode}; only grey (L) and RGB images of 8 bits keep their pixels here, convert it first"
+                f"{path} has mode {image.mode}; only gray (L) and RGB images of 8 bits keep their pixels here, convert it first"
             )
         pixels, mode = np.asarray(upright(image)), image.mode  # upright: what is restored has no EXIF data
     events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
@@ -163,23 +163,25 @@ def _image_item(path: Path, name: str, event_shape: tuple[int, ...], levels: int
         raise UserError(f"{path} is an image of shape {events.shape} (channels, height, width), the model takes {event_shape}")
     place = PurePosixPath(name)
     kept = name if place.suffix.lower() == ".png" else f"{name}.png"  # a photo.jpg comes back as photo.jpg.png
-    return Item(kept, "image", 1, mode=mode, levels=events.reshape(1, -1).astype(np.int64))
+    return Item(kept, "image", 1, mode=mode, values=events.reshape(1, -1).astype(np.int64))
 
 
-def _array_item(path: Path, name: str, kind: str, key: str, array: np.ndarray, event_shape: tuple[int, ...], levels: int, low: int) -> Item:
+def _array_item(
+    path: Path, name: str, kind: str, key: str, array: np.ndarray, event_shape: tuple[int, ...], num_values: int, low: int
+) -> Item:
     if array.dtype.name not in _DTYPES:
-        raise UserError(f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to {low + levels - 1}")
+        raise UserError(f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to {low + num_values - 1}")
     plain = event_shape[1:] if len(event_shape) == 3 and event_shape[0] == 1 else event_shape
     fits = any(array.shape == shape or array.shape[1:] == shape for shape in {event_shape, plain}) and array.size
     if not fits:
         raise UserError(f"{path}: the array has shape {array.shape}; the model takes (N, {', '.join(map(str, event_shape))})")
     rows = array.reshape(-1, int(np.prod(event_shape)))
-    outside = rows[(rows < low) | (rows > low + levels - 1)]
+    outside = rows[(rows < low) | (rows > low + num_values - 1)]
     if outside.size:
         raise UserError(
-            f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + levels - 1}"
+            f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + num_values - 1}"
         )
-    return Item(name, kind, len(rows), array.dtype.name, array.shape, key, levels=rows.astype(np.int64) - low)
+    return Item(name, kind, len(rows), array.dtype.name, array.shape, key, values=rows.astype(np.int64) - low)
 
 
 def check_places(items: Sequence[Item], folder: Path) -> list[str]:
@@ -200,7 +202,7 @@ def write_items(items: Sequence[Item], index: np.ndarray, event_shape: tuple[int
 
     Args:
         items: descriptions in the order of the images.
-        index: levels of all images, ``(N, D)``.
+        index: values of all images, ``(N, D)``.
         event_shape: shape of one image.
         low: the least value of a pixel.
         folder: where to, made if need be.

@@ -1,0 +1,115 @@
+"""``ndm sample``: draw samples from a trained run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ndm.cli.parsing import run_parser
+from ndm.data import DataDescription
+from ndm.device import Precision, autocast, pick_device
+from ndm.errors import UserError, check_whole
+from ndm.sample import Method
+from ndm.serialize import write_atomically
+from ndm.train.config import parse
+from ndm.train.run import Run
+from ndm.viz import is_image, to_pixels, write_images, write_samples
+
+
+def run_sample(words: Sequence[str]) -> None:
+    """``ndm sample``: parse and draw."""
+    parser = run_parser("sample", "Draw samples from a trained run.")
+    parser.add_function_arguments(sample, as_positional=False, skip={"run"})
+    sample(**vars(parse(parser, words)))
+
+
+def sample(
+    run: str,
+    out: str,
+    n: int = 64,
+    method: Method = "ancestral",
+    steps: int | None = None,
+    seed: int = 0,
+    eta: float | None = None,
+    solver: str | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    batch_size: int = 256,
+    device: str = "auto",
+    precision: Precision = "32-true",
+) -> None:
+    """Draw samples from a trained run.
+
+    Args:
+        run: folder of the run.
+        out: what to write: a .png file for one picture of all, .npy or .csv for the values in the units of the data (whole numbers of discrete data; .csv for
+            vectors), or a new folder, without an ending, for a PNG file of each image.
+        n: number of samples.
+        method: ancestral (DDPM), ddim, sde or ode.
+        steps: steps of the time grid; by default the model's own number, or 100.
+        seed: the same seed and batch size give the same samples.
+        eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 deterministic.
+        solver: for sde euler, heun, torchsde-euler or torchsde-srk; for ode heun, euler or dopri5.
+        rtol: relative tolerance of dopri5.
+        atol: absolute tolerance of dopri5.
+        batch_size: samples drawn at once.
+        device: auto, cpu or cuda.
+        precision: 32-true, or bf16-mixed or 16-mixed, where the predictor's network runs in half precision: faster on GPUs and CPUs that have it,
+            samples differ a little.
+    """
+    target = Path(out)
+    _check_target(target)
+    check_whole("seed", seed, 0)
+    if n < 1 or batch_size < 1:
+        raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
+    model = Run(Path(run)).model().to(pick_device(device))
+    description = DataDescription.from_dict(model.info.get("data"))
+    if not target.suffix and not is_image(description.event_shape):
+        raise UserError(
+            f"--out {out} is a folder for image files, and samples of {description.name} are no images; give a file that ends in .npy or .csv"
+        )
+    if target.suffix.lower() == ".csv" and len(description.event_shape) != 1:
+        raise UserError(
+            f"--out {out}: samples of {description.name} have the shape {description.event_shape}, no row of a table; give an .npy file"
+        )
+    options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
+    with autocast(model.like.device, precision):
+        samples = model.sample((n, *description.event_shape), method, seed=seed, batch_size=batch_size, progress=True, **options)
+    _write(target, samples, description)
+    print(f"wrote {n} samples to {target}")
+
+
+def _check_target(target: Path) -> None:
+    suffix = target.suffix.lower()
+    if suffix not in (".png", ".npy", ".csv", ""):
+        raise UserError(f"--out {target}: the file must end in .png, .npy or .csv, or be a new folder, without an ending")
+    if target.is_dir() and suffix:
+        raise UserError(f"--out {target} is a folder; give a file")
+    if target.exists() and not suffix:
+        raise UserError(f"--out {target} exists already; give a new folder, or a file that ends in .png, .npy or .csv")
+
+
+def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
+    """Write samples ``(n, *event)`` in the form that the name of the file says."""
+    suffix = target.suffix.lower()
+    if suffix == ".png":
+        write_samples(target, samples)
+        return
+    values = description.to_source_units(samples).numpy()
+    if description.num_values is not None:
+        least, most = (int(value or 0) for value in (description.low, description.high))
+        values = values.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))
+    if not suffix:
+        write_images(target, to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2))
+    elif suffix == ".csv":
+        form = {"fmt": "%d" if description.num_values else "%.9g", "header": ",".join(description.columns), "comments": ""}
+        write_atomically(target, lambda path: np.savetxt(path, values, delimiter=",", encoding="utf-8", **form))
+    else:
+        write_atomically(target, lambda path: _write_array(path, values))
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save would append .npy to a name that ends in .NPY
+        np.save(file, values)

@@ -1,0 +1,7 @@
+"""Bounds and likelihoods of whole data sets: measurements, calibration, baselines, tables, several processes."""
+
+from ndm.evaluation.calibrate import best_eta, best_variance_ratio
+from ndm.evaluation.evaluate import Evaluation, evaluate_bound
+from ndm.evaluation.tables import Measurement
+
+__all__ = ["Evaluation", "Measurement", "best_eta", "best_variance_ratio", "evaluate_bound"]

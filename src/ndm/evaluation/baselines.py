@@ -1,0 +1,33 @@
+r"""Simple coders of discrete data, to read a number of bits per dimension against.
+
+.. math::
+    \text{histogram: } -\tfrac1D \textstyle\sum_i \log_2 \frac{c_i(x_i) + a}{N + a L}, \quad c_i(v) = \#\{\text{training examples with } x_i = v\}
+
+a = 0.01 keeps unseen values possible. ``xz`` compresses all test integers as one stream of bytes (two bytes each above 256 values).
+"""
+
+import lzma
+
+import numpy as np
+from torch import Tensor
+
+
+def histogram_bpd(train: Tensor, test: Tensor, num_values: int, smoothing: float = 0.01) -> float:
+    """Bits/dim of a model with independent pixels, one histogram a pixel.
+
+    Args:
+        train: integers ``(N, *event)``.
+        test: integers ``(M, *event)``.
+        num_values: L.
+        smoothing: a.
+    """
+    counts = np.stack([np.bincount(pixel, minlength=num_values) for pixel in train.flatten(1).T.numpy()])
+    bits = -np.log2((counts + smoothing) / (len(train) + smoothing * num_values))
+    values = test.flatten(1).numpy()
+    return float(np.mean([bits[np.arange(len(bits)), row].mean() for row in values]))
+
+
+def xz_bpd(test: Tensor, num_values: int) -> float:
+    """Bits/dim of xz at its highest setting on the test integers in one stream."""
+    stream = test.numpy().astype(np.uint8 if num_values <= 256 else np.uint16).tobytes()
+    return 8 * len(lzma.compress(stream, preset=9 | lzma.PRESET_EXTREME)) / test.numel()

@@ -1,0 +1,1 @@
+"""Data on a grid of values: soft rounding, a predictor with probabilities of every value, and its kernels."""

@@ -1,0 +1,105 @@
+"""Learned noise in use: saved and loaded, measured, sampled, and what it refuses."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ndm.apps.compress.chain import make_plan
+from ndm.decoder import DiscretizedGaussian, GaussianDecoder
+from ndm.elbo import path_log_weight
+from ndm.errors import UserError
+from ndm.evaluation.calibrate import best_eta, best_variance_ratio
+from ndm.evaluation.evaluate import Evaluation
+from ndm.model import NDM
+from ndm.nn import UNet
+from ndm.ode import OdeSettings
+from ndm.predictor import Predictor
+from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule
+from ndm.transform import SeparableTransform
+from ndm.variants.nfdm import NFDM, NetworkScale
+from oracles import F64, Points, randomized
+from variants.test_nfdm import batch, learned_scale, model, network
+
+COARSE = OdeSettings(rtol=1e-3, atol=1e-3, nodes=16)
+
+
+def test_the_likelihood_of_a_data_set_and_its_bound_are_measured() -> None:
+    ours, data = model(), Points(batch(12)[0])
+    measured = Evaluation(ours, data)
+    bound = measured.nelbo(draws=16)
+    assert bound.name == "nelbo" and math.isfinite(bound.nats)
+    terms = ours.bound(data.x.repeat(64, 1), draws=8, generator=torch.Generator().manual_seed(0)).total
+    assert abs(bound.nats - terms.mean().item()) < 5 * (bound.stderr + terms.std().item() / math.sqrt(len(terms)))
+    likelihood = measured.nll(settings=COARSE, reverse_check=4)
+    expected = -ours.log_likelihood(data.x, settings=COARSE).log_p
+    assert likelihood.nats == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert likelihood.protocol["reversibility"]["rms_error"] < 0.1
+
+
+def test_a_fitted_eta_is_better() -> None:
+    ours, data = model(), Points(batch(64)[0])
+    eta = best_eta(ours, data, bins=4)
+    options: dict[str, Any] = {"draws": 32}
+    bounds = [
+        ours.bound(data.x, eta=e, generator=torch.Generator().manual_seed(0), **options).diffusion.mean() for e in (eta, 1.0, 0.8, 1.25)
+    ]
+    assert all(bounds[0].item() < other.item() for other in bounds[1:])
+
+
+def test_images_and_a_grid_of_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = lambda **more: UNet(1, 8, (1, 2), max_frequency=2.0, **more)  # noqa: E731
+    parts = LearnedSchedule(-8.0, 4.0), SeparableTransform(net(outputs=3)), NetworkScale(net(), "bridge"), Predictor(net())
+    ours = NFDM(*parts, DiscretizedGaussian(4), eta=0.9)
+    randomized(ours, 0.05).float().eval()
+    x = DiscretizedGaussian(4).values[torch.randint(4, (3, 1, 6, 6))].float()
+    ours.save_pretrained(tmp_path / "model")
+    back = NFDM.from_pretrained(tmp_path / "model")
+    assert type(back) is NFDM and (back.eta, back.scale.gate, back.scale.one_at_end) == (0.9, "bridge", True)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="holds a NFDM, not a NDM"):
+        NDM.from_pretrained(tmp_path / "model")
+    first, second = (m.bound(x, draws=2, generator=torch.Generator().manual_seed(0)).total for m in (ours, back))
+    assert torch.equal(first, second) and bool(first.isfinite().all())
+    for method in ("sde", "ode"):
+        assert torch.equal(ours.sample((2, 1, 6, 6), method, steps=4, seed=0), back.sample((2, 1, 6, 6), method, steps=4, seed=0))
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([x, x], 1)
+
+
+X = torch.zeros(2, 2, dtype=F64)
+REFUSED: dict[str, Callable[[], object]] = {
+    "steps of the bound": lambda: model().bound(X, steps=10),
+    "one step of the bound": lambda: model().bound(X, steps=1),
+    "a reverse variance": lambda: best_variance_ratio(model(), Points(X), 4),
+    "paths": lambda: path_log_weight(model().reverse_process, GaussianDecoder(), X, 3),
+    "ancestral": lambda: model().sample((2, 2), "ancestral"),
+    "ddim": lambda: model().sample((2, 2), "ddim"),
+    "compression": lambda: make_plan(model(), 4, 1),
+    "gate": lambda: NetworkScale(network(1), "noise"),  # type: ignore[arg-type]
+    "network": lambda: NetworkScale(3),  # type: ignore[arg-type]
+    "shape": lambda: NetworkScale(Twice())(X, LinearLogSNRSchedule()(X[:, 0])),
+    "no signal": lambda: model(FlowMatchingSchedule(0.05, 0.0)),
+    "the SDE without signal": lambda: model(FlowMatchingSchedule(0.05, 0.0), learned_scale("bridge")).sample((2, 2), "sde"),
+    "eta": lambda: model(eta=0.0),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_it_cannot_do_is_refused_in_one_line(what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        REFUSED[what]()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) > 30
+
+
+def test_without_signal_a_bridge_has_a_bound_and_an_ode() -> None:
+    ours = model(FlowMatchingSchedule(0.05, 0.0), learned_scale("bridge"))
+    assert bool(ours.bound(batch()[0], draws=8, generator=torch.Generator().manual_seed(0)).total.isfinite().all())
+    assert bool(ours.sample((2, 2), "ode", steps=5, seed=0).isfinite().all())
