@@ -1,11 +1,14 @@
-"""Rate and speed of ndm compress beside PNG, WebP, JPEG XL, zstd and xz on the same images in one run.
+"""Rate and speed of ndm compress beside PNG, WebP, JPEG XL, zstd and xz on the same images in one
+run.
 
-pip install -c constraints.txt -e '.[bench]'
-python bench/compress.py [RUN] [--images 1000] [--split test] [--steps T] [--batch-size B] [--json FILE]
+pip install -c constraints.txt -e '.[bench]' python bench/compress.py [RUN] [--images 1000] [--split
+test] [--steps T] [--batch-size B] [--json FILE]
 
-RUN is a trained run of ndm train on images, runs/digits by default (made by make demo); the images are those of one of its splits. Picture formats
-code each image by itself and, to spare them their headers, all images side by side in one sheet; zstd and xz take the raw pixels as
-one stream. "images" of ndm is the archive without initial bits, names, checksums and settings, "archive" is the file.
+RUN is a trained run of ndm train on images, runs/digits by default (made by make demo); the images
+are those of one of its splits. Picture formats code each image by itself and, to spare them their
+headers, all images side by side in one sheet; zstd and xz take the raw pixels as one stream.
+"images" of ndm is the archive without initial bits, names, checksums and settings, "archive" is the
+file.
 """
 
 import argparse
@@ -50,7 +53,11 @@ def sheet(images: np.ndarray) -> np.ndarray:
     rows = math.ceil(count / columns)
     page = np.zeros((rows * columns, channels, height, width), dtype=images.dtype)
     page[:count] = images
-    return page.reshape(rows, columns, channels, height, width).transpose(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
+    return (
+        page.reshape(rows, columns, channels, height, width)
+        .transpose(2, 0, 3, 1, 4)
+        .reshape(channels, rows * height, columns * width)
+    )
 
 
 def picture_bytes(pixels: np.ndarray, options: dict[str, object]) -> int:
@@ -58,7 +65,9 @@ def picture_bytes(pixels: np.ndarray, options: dict[str, object]) -> int:
     array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     file = io.BytesIO()
     Image.fromarray(array).save(file, **options)  # type: ignore[arg-type]
-    back = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("L" if len(pixels) == 1 else "RGB"))
+    back = np.asarray(
+        Image.open(io.BytesIO(file.getvalue())).convert("L" if len(pixels) == 1 else "RGB")
+    )
     if not np.array_equal(back, array):
         raise SystemExit(f"{options['format']} is not lossless here")
     return len(file.getvalue())
@@ -69,7 +78,9 @@ def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
     raw, page = images.tobytes(), sheet(images)
     entries: dict[str, Callable[[], int]] = {}
     for name, options in FORMATS.items():
-        entries[f"{name}, each image"] = lambda options=options: sum(picture_bytes(image, options) for image in images)
+        entries[f"{name}, each image"] = lambda options=options: sum(
+            picture_bytes(image, options) for image in images
+        )
         entries[f"{name}, one sheet"] = lambda options=options: picture_bytes(page, options)
     entries["zstd -22"] = lambda: len(zstandard.ZstdCompressor(level=22).compress(raw))
     entries["xz -9e"] = lambda: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
@@ -77,11 +88,21 @@ def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
 
 
 def bare_coder_seconds(symbols: int, calls: int, num_values: int, width: float) -> float:
-    """constriction's own loop on as many symbols: for each latent a pop and a push, for each pixel a push."""
+    """constriction's own loop on as many symbols: for each latent a pop and a push, for each pixel
+    a push.
+    """
     generator = np.random.default_rng(0)
-    coder = stream.stack.AnsCoder(generator.integers(1, 2**32, 4 * symbols * calls // 32 + 10_000, dtype=np.uint32))
-    near, far = (stream.model.QuantizedGaussian(-math.ceil(reach / width), math.ceil(reach / width)) for reach in (NEAR, FAR))
-    categorical, weights = stream.model.Categorical(perfect=False), generator.random((symbols, num_values))
+    coder = stream.stack.AnsCoder(
+        generator.integers(1, 2**32, 4 * symbols * calls // 32 + 10_000, dtype=np.uint32)
+    )
+    near, far = (
+        stream.model.QuantizedGaussian(-math.ceil(reach / width), math.ceil(reach / width))
+        for reach in (NEAR, FAR)
+    )
+    categorical, weights = (
+        stream.model.Categorical(perfect=False),
+        generator.random((symbols, num_values)),
+    )
     mean, std = generator.uniform(-0.5, 0.5, symbols), np.full(symbols, 1 / width)
     started = time.perf_counter()
     for _ in range(calls):
@@ -91,12 +112,18 @@ def bare_coder_seconds(symbols: int, calls: int, num_values: int, width: float) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run"
+    )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--split", default="test")
     parser.add_argument("--steps", type=int, help="T; by default as ndm compress chooses")
-    parser.add_argument("--batch-size", type=int, help="images side by side; by default as ndm compress chooses")
+    parser.add_argument(
+        "--batch-size", type=int, help="images side by side; by default as ndm compress chooses"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -106,7 +133,10 @@ def main() -> None:
     pixels = data.integers(split.__getitems__(numbers)).numpy()
     shape, count, values = pixels.shape[1:], len(pixels), pixels.size
     index = pixels.reshape(count, -1)
-    print(f"{count} {arguments.split} images of {data.describe().name}, {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads")
+    print(
+        f"{count} {arguments.split} images of {data.describe().name},"
+        f" {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads"
+    )
 
     plan, forecast = choose_plan(model, index, shape, arguments.steps, arguments.batch_size)
     chain = Chain(model, plan, shape)
@@ -119,14 +149,32 @@ def main() -> None:
         raise SystemExit("not lossless")
     decoding = time.perf_counter() - started
     item = Item("x.npy", "npy", count, "uint8", tuple(pixels.shape))
-    size = len(pack(Archive(fingerprint(model), tuple(shape), 256, 0, plan, (item,), image_checksums(index), coded)))
+    size = len(
+        pack(
+            Archive(
+                fingerprint(model),
+                tuple(shape),
+                256,
+                0,
+                plan,
+                (item,),
+                image_checksums(index),
+                coded,
+            )
+        )
+    )
 
     rows = Evaluation(model, split, limit=arguments.images)
     plain = rows.nelbo(plan.steps, 16)
     bound = model_bound(rows, plan.steps, forecast.scale)
     net = 32 * (len(coded.words) - coded.initial) / values
     bare = sum(
-        bare_coder_seconds(min(plan.batch, count - start) * index.shape[1], plan.steps + 1, len(chain.values), plan.width)
+        bare_coder_seconds(
+            min(plan.batch, count - start) * index.shape[1],
+            plan.steps + 1,
+            len(chain.values),
+            plan.width,
+        )
         for start in range(0, count, plan.batch)
     )
     record = {
@@ -161,13 +209,21 @@ def main() -> None:
 
 
 def model_bound(rows: Evaluation, steps: int, scale: torch.Tensor) -> float:
-    """The bound of the very model that the archive uses, bits/dim: its T and its reverse variance; every step once for each image."""
+    """The bound of the very model that the archive uses, bits/dim: its T and its reverse variance;
+    every step once for each image.
+    """
     total, draws = 0.0, max(steps, math.ceil(16 / steps) * steps)
     with torch.no_grad():
         for start in range(0, len(rows.numbers), 64):
             part = rows.numbers[start : start + 64]
             x = rows.data.__getitems__(part)
-            bound = rows.model.bound(x, steps=steps, draws=draws, generator=ExampleGenerators(2, part), scale=PiecewiseConstant(scale))
+            bound = rows.model.bound(
+                x,
+                steps=steps,
+                draws=draws,
+                generator=ExampleGenerators(2, part),
+                scale=PiecewiseConstant(scale),
+            )
             total += float(bound.total.sum())
     return total / len(rows.numbers) / rows.dims / math.log(2)
 

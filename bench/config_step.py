@@ -1,11 +1,15 @@
-"""A training step of a configuration on this machine, MEASURED: time, memory, rate of arithmetic and its share of the peak.
+"""A training step of a configuration on this machine, MEASURED: time, memory, rate of arithmetic
+and its share of the peak.
 
-python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--modes eager compiled graphs] [--profile] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
+python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--modes eager compiled
+graphs] [--profile] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
 
-Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates the same numbers without the device.
+Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates
+the same numbers without the device.
 
 * A step is random numbers, loss, gradients, their norm, and the configuration's optimizer, on random images, in its precision; the
-  moving average, loading data and logs are left out. Time is the median over three runs of steps, each the mean until the device has finished.
+  moving average, loading data and logs are left out. Time is the median over three runs of steps,
+  each the mean until the device has finished.
 * ``compiled`` is what ``train.compile`` does on a CPU, ``graphs`` what it does on a GPU, CUDA graphs included.
 * Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and backward (convolutions, matrix products and
   attention by its matrix products), and grow in proportion to the batch.
@@ -62,7 +66,13 @@ def operations(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast]) ->
     return counter.get_total_flops() / len(x)
 
 
-def stepper(model: NDM, terms: TermsFunction, settings: Namespace, x: Tensor, autocast: Callable[[], torch.autocast]) -> Callable[[], None]:
+def stepper(
+    model: NDM,
+    terms: TermsFunction,
+    settings: Namespace,
+    x: Tensor,
+    autocast: Callable[[], torch.autocast],
+) -> Callable[[], None]:
     """One step of the optimizer that the configuration asks for."""
     module = TrainingModule(model, settings, 0, ArraySplit(x))
     optimizer = module.configure_optimizers()["optimizer"]
@@ -79,12 +89,20 @@ def stepper(model: NDM, terms: TermsFunction, settings: Namespace, x: Tensor, au
     return step
 
 
-def peer_stepper(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], compiled: bool) -> tuple[Callable[[], None], int]:
-    """A step of diffusers' ``UNet2DModel`` of the same build as the predictor's U-Net, by noise prediction and AdamW, and its parameters."""
+def peer_stepper(
+    model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], compiled: bool
+) -> tuple[Callable[[], None], int]:
+    """A step of diffusers' ``UNet2DModel`` of the same build as the predictor's U-Net, by noise
+    prediction and AdamW, and its parameters.
+    """
     from diffusers import DDPMScheduler, UNet2DModel
 
     ours = model.predictor.network
-    attend = [ours.attention] * len(ours.multiples) if isinstance(ours.attention, bool) else ours.attention
+    attend = (
+        [ours.attention] * len(ours.multiples)
+        if isinstance(ours.attention, bool)
+        else ours.attention
+    )
     network = UNet2DModel(
         sample_size=x.shape[-1],
         in_channels=x.shape[1],
@@ -98,16 +116,23 @@ def peer_stepper(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], 
         resnet_time_scale_shift="scale_shift",
     ).to(x.device, memory_format=torch.channels_last)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer, forward = torch.optim.AdamW(network.parameters(), 1e-4, fused=True), torch.compile(network) if compiled else network
+    optimizer, forward = (
+        torch.optim.AdamW(network.parameters(), 1e-4, fused=True),
+        torch.compile(network) if compiled else network,
+    )
     noises, alphas = torch.randn_like(x), scheduler.alphas_cumprod.to(x.device)
 
     def step() -> None:
         optimizer.zero_grad()
         noise, t = noises.normal_(), torch.randint(1000, (len(x),), device=x.device)
         alpha = alphas[t].reshape(-1, 1, 1, 1)
-        noised = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        noised = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).contiguous(
+            memory_format=torch.channels_last
+        )
         with autocast():
-            loss = torch.nn.functional.mse_loss(forward(noised, t, return_dict=False)[0].float(), noise)
+            loss = torch.nn.functional.mse_loss(
+                forward(noised, t, return_dict=False)[0].float(), noise
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -115,15 +140,23 @@ def peer_stepper(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], 
     return step, sum(parameter.numel() for parameter in network.parameters())
 
 
-def show_peer(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], steps: int) -> list[dict[str, float | int | str]]:
+def show_peer(
+    model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], steps: int
+) -> list[dict[str, float | int | str]]:
     """Time and memory of the peer's step, as it comes and compiled."""
     records: list[dict[str, float | int | str]] = []
     for compiled in (False, True):
         torch.cuda.empty_cache() if x.is_cuda else None
         step, count = peer_stepper(model, x, autocast, compiled)
         name = "diffusers' UNet2DModel" + (", compiled" if compiled else "")
-        records.append({"peer": name, "parameters": count, "batch": len(x), "seconds": taken(step, steps)})
-        print(f"{len(x):>6} {name}, {count:,} parameters: {1e3 * float(records[-1]['seconds']):.1f} ms a step", flush=True)
+        records.append(
+            {"peer": name, "parameters": count, "batch": len(x), "seconds": taken(step, steps)}
+        )
+        print(
+            f"{len(x):>6} {name}, {count:,} parameters: {1e3 * float(records[-1]['seconds']):.1f}"
+            " ms a step",
+            flush=True,
+        )
     return records
 
 
@@ -141,7 +174,10 @@ def taken(step: Callable[[], None], count: int) -> float:
 
 def profiled(step: Callable[[], None]) -> None:
     """Print what the kernels of one step take, and how many there are."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    activities = [
+        ProfilerActivity.CPU,
+        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
     with profile(activities=activities) as found:
         step()
         synchronize()
@@ -149,7 +185,10 @@ def profiled(step: Callable[[], None]) -> None:
     print(found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
     kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     if kernels:
-        print(f"{len(kernels)} kernels, {sum(event.self_device_time_total for event in kernels) / 1e3:.1f} ms")
+        print(
+            f"{len(kernels)} kernels,"
+            f" {sum(event.self_device_time_total for event in kernels) / 1e3:.1f} ms"
+        )
 
 
 def measured(
@@ -157,7 +196,9 @@ def measured(
 ) -> dict[str, float | int | str]:
     """The record of one batch size and one mode."""
     model, device = parts.model, x.device.type
-    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=parts.settings.precision == "bf16-mixed")
+    autocast = partial(
+        torch.autocast, device, torch.bfloat16, enabled=parts.settings.precision == "bf16-mixed"
+    )
     start, terms = time.perf_counter(), training_terms(model)
     if mode != "eager":
         torch.compiler.reset()  # or other batch sizes than the first are compiled for any size
@@ -174,7 +215,14 @@ def measured(
     first = time.perf_counter() - start
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    took = taken(step, -(-arguments.steps // PERIOD) * PERIOD if parts.settings.optimizer == "soap" else arguments.steps)
+    took = taken(
+        step,
+        (
+            -(-arguments.steps // PERIOD) * PERIOD
+            if parts.settings.optimizer == "soap"
+            else arguments.steps
+        ),
+    )
     if arguments.profile:
         profiled(step)
     rate = each * len(x) / took
@@ -202,14 +250,29 @@ def show(record: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
-    parser.add_argument("--size", type=int, help="side of the images, where the configuration does not say it")
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes; by default what one device of the configuration takes at once")
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled", "graphs"])
+    parser.add_argument(
+        "--size", type=int, help="side of the images, where the configuration does not say it"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        help="batch sizes; by default what one device of the configuration takes at once",
+    )
+    parser.add_argument(
+        "--modes", nargs="+", default=["eager"], choices=["eager", "compiled", "graphs"]
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--peer", action="store_true", help="and diffusers' network of the same build")
-    parser.add_argument("--profile", action="store_true", help="print what the kernels of a step take")
+    parser.add_argument(
+        "--peer", action="store_true", help="and diffusers' network of the same build"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print what the kernels of a step take"
+    )
     parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -219,20 +282,33 @@ def main() -> None:
     channels, side = image(parts, arguments.size)
     half = parts.settings.precision == "bf16-mixed"
     if parts.settings.precision == "16-mixed":
-        sys.exit("config_step: give train.precision 32-true or bf16-mixed; 16-mixed scales its gradients, which is not measured here")
+        sys.exit(
+            "config_step: give train.precision 32-true or bf16-mixed; 16-mixed scales its"
+            " gradients, which is not measured here"
+        )
     model = parts.model.to(device)
     best = peak(device, half)
     each = operations(
-        model, random_images(model, 2, channels, side).to(device), lambda: torch.autocast(device, torch.bfloat16, enabled=half)
+        model,
+        random_images(model, 2, channels, side).to(device),
+        lambda: torch.autocast(device, torch.bfloat16, enabled=half),
     )
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(
-        f"{arguments.config.name}, {channels}x{side}x{side}, {parts.settings.precision}, {parts.settings.optimizer}, {where}, PyTorch {torch.__version__}"
+        f"{arguments.config.name}, {channels}x{side}x{side}, {parts.settings.precision},"
+        f" {parts.settings.optimizer}, {where}, PyTorch {torch.__version__}"
     )
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each / 1e9:.1f} GFLOP an example, matrix products {best / 1e12:.1f} TFLOP/s"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each / 1e9:.1f} GFLOP an"
+        f" example, matrix products {best / 1e12:.1f} TFLOP/s"
     )
-    print(f"{'batch':>6}{'':>10}{'ms a step':>10}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}{'GiB':>9}{'start, s':>9}")
+    print(
+        f"{'batch':>6}{'':>10}{'ms a step':>10}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}{'GiB':>9}{'start, s':>9}"
+    )
     records = []
     for batch in arguments.batches or [examples_at_once(parts.train)[1]]:
         x = random_images(model, batch, channels, side).to(device)
@@ -240,7 +316,12 @@ def main() -> None:
             records.append(measured(parts, x, mode, arguments, each, best))
             show(records[-1])
         if arguments.peer:
-            records += show_peer(model, x, lambda: torch.autocast(device, torch.bfloat16, enabled=half), arguments.steps)
+            records += show_peer(
+                model,
+                x,
+                lambda: torch.autocast(device, torch.bfloat16, enabled=half),
+                arguments.steps,
+            )
     if arguments.json:
         context = {
             "config": arguments.config.name,

@@ -1,13 +1,15 @@
-"""Speed and error of the likelihood by the ODE, beside flow_matching's and a scipy version, on one network in one run.
+"""Speed and error of the likelihood by the ODE, beside flow_matching's and a scipy version, on one
+network in one run.
 
 pip install -c constraints.txt -e '.[bench]'
 python bench/likelihood.py [RUN] [--images 32] [--repeats 3] [--json FILE]
 
-RUN is a trained run of ndm train, runs/digits by default (made by make demo). All methods compute log p(z_0) of the same latents by the same
-network. The error is the root mean square over images against the exact trace with fine steps, in bits per dimension. A probe's error
-averages out over repeated runs, so a method with error e needs (e/a)² runs to reach the error a; the last column divides the speed by
-that number for a = 0.03 bits/dim. (It is generous to methods whose error is not noise, which no repeat removes.) Methods take turns, round
-after round; medians are compared.
+RUN is a trained run of ndm train, runs/digits by default (made by make demo). All methods compute
+log p(z_0) of the same latents by the same network. The error is the root mean square over images
+against the exact trace with fine steps, in bits per dimension. A probe's error averages out over
+repeated runs, so a method with error e needs (e/a)² runs to reach the error a; the last column
+divides the speed by that number for a = 0.03 bits/dim. (It is generous to methods whose error is
+not noise, which no repeat removes.) Methods take turns, round after round; medians are compared.
 """
 
 import argparse
@@ -32,7 +34,9 @@ from ndm.train.run import Run
 
 TARGET = 0.03
 Method = Callable[[int], tuple[Tensor, float]]
-"""From the number of the round to log p(z_0), ``(B,)``, and the number of evaluations of the network."""
+"""From the number of the round to log p(z_0), ``(B,)``, and the number of evaluations of the
+network.
+"""
 
 
 def log_normal(z: Tensor) -> Tensor:
@@ -41,14 +45,28 @@ def log_normal(z: Tensor) -> Tensor:
 
 def ours(model: NDM, z: Tensor, **settings: object) -> Method:
     def run(seed: int) -> tuple[Tensor, float]:
-        found = ode_log_prob(model.reverse_process, z, OdeSettings(**settings), ExampleGenerators(seed, range(len(z))))  # type: ignore[arg-type]
+        found = ode_log_prob(
+            model.reverse_process,
+            z,
+            OdeSettings(**settings),
+            ExampleGenerators(seed, range(len(z))),
+        )  # type: ignore[arg-type]
         return found.log_p, found.nfe
 
     return run
 
 
-def flow_matching(model: NDM, z: Tensor, method: str, steps: int | None = None, tolerance: float = 1e-5, exact: bool = False) -> Method:
-    """Their clock runs from noise at 0 to data at 1, and their exact divergence takes flat events only."""
+def flow_matching(
+    model: NDM,
+    z: Tensor,
+    method: str,
+    steps: int | None = None,
+    tolerance: float = 1e-5,
+    exact: bool = False,
+) -> Method:
+    """Their clock runs from noise at 0 to data at 1, and their exact divergence takes flat events
+    only.
+    """
 
     def run(seed: int) -> tuple[Tensor, float]:
         count = 0
@@ -57,12 +75,21 @@ def flow_matching(model: NDM, z: Tensor, method: str, steps: int | None = None, 
             nonlocal count
             count += 1
             state = x.reshape(z.shape)
-            return -model.reverse_process.drift(state, model.process.level((1 - t).clamp(0, 1).to(z), state), 0.0).reshape(x.shape)
+            return -model.reverse_process.drift(
+                state, model.process.level((1 - t).clamp(0, 1).to(z), state), 0.0
+            ).reshape(x.shape)
 
         torch.manual_seed(seed)
-        options = {"step_size": None if steps is None else 1 / steps, "method": method, "rtol": tolerance, "atol": tolerance}
+        options = {
+            "step_size": None if steps is None else 1 / steps,
+            "method": method,
+            "rtol": tolerance,
+            "atol": tolerance,
+        }
         solver = ODESolver(velocity_model=velocity)
-        _, log_p = solver.compute_likelihood(z.flatten(1), log_normal, exact_divergence=exact, **options)
+        _, log_p = solver.compute_likelihood(
+            z.flatten(1), log_normal, exact_divergence=exact, **options
+        )
         return log_p.double(), count
 
     return run
@@ -73,7 +100,9 @@ def scipy_rk45(model: NDM, z: Tensor, tolerance: float) -> Method:
 
     def run(seed: int) -> tuple[Tensor, float]:
         count, size = 0, z.numel()
-        probe = (2 * torch.randint(2, z.shape, generator=torch.Generator().manual_seed(seed)) - 1).to(z)
+        probe = (
+            2 * torch.randint(2, z.shape, generator=torch.Generator().manual_seed(seed)) - 1
+        ).to(z)
 
         def field(t: float, y: np.ndarray) -> np.ndarray:
             nonlocal count
@@ -83,11 +112,19 @@ def scipy_rk45(model: NDM, z: Tensor, tolerance: float) -> Method:
                 f = model.reverse_process.drift(state, model.process.level(t, state), 0.0)
                 product = torch.autograd.grad(f, state, probe)[0]
             divergence = sum_event(product * probe)
-            return np.concatenate([f.detach().flatten().double().numpy(), divergence.double().numpy()])
+            return np.concatenate(
+                [f.detach().flatten().double().numpy(), divergence.double().numpy()]
+            )
 
         start = np.concatenate([z.flatten().double().numpy(), np.zeros(len(z))])
-        end = solve_ivp(field, (0.0, 1.0), start, method="RK45", rtol=tolerance, atol=tolerance).y[:, -1]
-        return log_normal(torch.from_numpy(end[:size].reshape(z.shape))) + torch.from_numpy(end[size:]), count
+        end = solve_ivp(field, (0.0, 1.0), start, method="RK45", rtol=tolerance, atol=tolerance).y[
+            :, -1
+        ]
+        return (
+            log_normal(torch.from_numpy(end[:size].reshape(z.shape)))
+            + torch.from_numpy(end[size:]),
+            count,
+        )
 
     return run
 
@@ -114,20 +151,29 @@ def methods(model: NDM, z: Tensor) -> dict[str, Method]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run"
+    )
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; exact traces of flow_matching run once")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds; exact traces of flow_matching run once"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     model = Run(arguments.run).model()
     x = Run(arguments.run).data().split("test").__getitems__(range(arguments.images))
     with torch.no_grad():
-        z, _ = latent(model.process, model.decoder, x, "variational", ExampleGenerators(0, range(len(x))))
+        z, _ = latent(
+            model.process, model.decoder, x, "variational", ExampleGenerators(0, range(len(x)))
+        )
     bits = x[0].numel() * math.log(2)
     print(
-        f"{len(x)} latents of {tuple(x.shape[1:])}, {torch.get_num_threads()} threads, median of {arguments.repeats}; reference ...",
+        f"{len(x)} latents of {tuple(x.shape[1:])}, {torch.get_num_threads()} threads, median of"
+        f" {arguments.repeats}; reference ...",
         flush=True,
     )
     reference, _ = ours(model, z, solver="rk4", nodes=96, probes="exact")(0)
@@ -146,7 +192,10 @@ def main() -> None:
     table = {}
     print(f"{'':<44}{'NFE':>5}{'images/s':>10}{'error':>8}{f'images/s at {TARGET}':>18}")
     for name, row in rows.items():
-        rate, error = len(x) / statistics.median(row["seconds"]), math.sqrt(statistics.mean(row["square"]))
+        rate, error = (
+            len(x) / statistics.median(row["seconds"]),
+            math.sqrt(statistics.mean(row["square"])),
+        )
         equal = rate * min(1.0, (TARGET / error) ** 2)
         table[name] = {
             "nfe": statistics.mean(row["nfe"]),
@@ -158,7 +207,9 @@ def main() -> None:
 
     def best(start: str, exact: bool) -> float:
         return max(
-            row["images_per_second_at_equal_error"] for name, row in table.items() if name.startswith(start) and ("exact" in name) == exact
+            row["images_per_second_at_equal_error"]
+            for name, row in table.items()
+            if name.startswith(start) and ("exact" in name) == exact
         )
 
     ratios = {
@@ -166,9 +217,17 @@ def main() -> None:
         "probes_ndm_over_scipy": best("ndm", False) / best("scipy", False),
         "exact_ndm_over_flow_matching": best("ndm", True) / best("flow_matching", True),
     }
-    print(f"best at equal error: {', '.join(f'{name} {value:.1f}' for name, value in ratios.items())}")
+    print(
+        f"best at equal error: {', '.join(f'{name} {value:.1f}' for name, value in ratios.items())}"
+    )
     if arguments.json:
-        content = {**ratios, "target_bpd": TARGET, "methods": table, "threads": torch.get_num_threads(), "repeats": arguments.repeats}
+        content = {
+            **ratios,
+            "target_bpd": TARGET,
+            "methods": table,
+            "threads": torch.get_num_threads(),
+            "repeats": arguments.repeats,
+        }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -1,4 +1,6 @@
-"""How the benchmarks of speed measure: variants in turn, medians of ratios within a round, memory in a fresh process each."""
+"""How the benchmarks of speed measure: variants in turn, medians of ratios within a round, memory
+in a fresh process each.
+"""
 
 import resource
 import statistics
@@ -28,7 +30,9 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; every round steps all, so that a slow spell of the machine hits each alike."""
+    """Seconds of each step in each round; every round steps all, so that a slow spell of the
+    machine hits each alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + WARM_UP):
         for name, step in steps.items():
@@ -46,15 +50,22 @@ def over(times: dict[str, list[float]], name: str, base: str) -> float:
 def matmul_peak(device: str) -> float:
     """Best rate of a float32 matrix product, floating-point operations per second.
 
-    Several sizes, and as a 1x1 convolution as well: on a CPU that is the same product by oneDNN, whose kernels may use wider instructions
-    than those of the linear algebra library. Many short runs, so that some of them have the core to themselves.
+    Several sizes, and as a 1x1 convolution as well: on a CPU that is the same product by oneDNN,
+    whose kernels may use wider instructions than those of the linear algebra library. Many short
+    runs, so that some of them have the core to themselves.
     """
     best = 0.0
     for size in (512, 1024) if device == "cpu" else (4096, 8192):
         a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-        image, kernel = a.reshape(1, size, 32, -1).to(memory_format=torch.channels_last), b.reshape(size, size, 1, 1)
+        image, kernel = (
+            a.reshape(1, size, 32, -1).to(memory_format=torch.channels_last),
+            b.reshape(size, size, 1, 1),
+        )
         with torch.no_grad():
-            for product in (lambda a=a, b=b: a @ b, lambda image=image, kernel=kernel: torch.conv2d(image, kernel)):
+            for product in (
+                lambda a=a, b=b: a @ b,
+                lambda image=image, kernel=kernel: torch.conv2d(image, kernel),
+            ):
                 product()
                 best = max(best, 2.0 * size**3 / min(seconds(product) for _ in range(30)))
     return best
@@ -66,10 +77,11 @@ def resident() -> int:
 
 
 def peak_memory(device: str, build: Callable[[], Callable[[], object]], steps: int = 3) -> int:
-    """Peak bytes from before the model is built until a few steps are done: weights, gradients, optimizer and activations.
+    """Peak bytes from before the model is built until a few steps are done: weights, gradients,
+    optimizer and activations.
 
-    On a CPU this is the peak of the resident set over what the process held before, and so right in a fresh process alone. It holds what
-    the allocator keeps and what oneDNN packs as well.
+    On a CPU this is the peak of the resident set over what the process held before, and so right in
+    a fresh process alone. It holds what the allocator keeps and what oneDNN packs as well.
     """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -86,5 +98,7 @@ def peak_memory(device: str, build: Callable[[], Callable[[], object]], steps: i
 
 def in_fresh_process(script: str, arguments: Sequence[str]) -> int:
     """The number that a benchmark prints when it is started anew with these arguments."""
-    found = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, script, *arguments], check=True, capture_output=True, text=True
+    )
     return int(found.stdout.split()[-1])

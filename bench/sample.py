@@ -1,10 +1,13 @@
-"""Time of one sampling step of NDM variants over that of a plain diffusion with the same predictor network.
+"""Time of one sampling step of NDM variants over that of a plain diffusion with the same predictor
+network.
 
-python bench/sample.py [--size 28] [--batch 64] [--channels 32] [--steps 4] [--repeats 9] [--bf16] [--json FILE]
+python bench/sample.py [--size 28] [--batch 64] [--channels 32] [--steps 4] [--repeats 9] [--bf16]
+[--json FILE]
 
-``variants.py`` says what is compared; ``direct_score`` is a direct reverse process with a second output, the one that has an ODE. Every variant
-takes a few steps of each method, and all methods and variants take turns; a ratio is the median over rounds of the ratio within a round.
-Nothing is drawn from the decoder. The time of the plain diffusion's step is given in ms.
+``variants.py`` says what is compared; ``direct_score`` is a direct reverse process with a second
+output, the one that has an ODE. Every variant takes a few steps of each method, and all methods and
+variants take turns; a ratio is the median over rounds of the ratio within a round. Nothing is drawn
+from the decoder. The time of the plain diffusion's step is given in ms.
 """
 
 import argparse
@@ -58,13 +61,26 @@ def make_steps(setting: Setting, steps: int) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=28, help="height and width of the images; a multiple of 4")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", type=int, default=28, help="height and width of the images; a multiple of 4"
+    )
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--channels", type=int, default=32, help="width of the predictor's first level; a multiple of 16")
-    parser.add_argument("--steps", type=int, default=4, help="sampling steps that are timed together")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        default=32,
+        help="width of the predictor's first level; a multiple of 16",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="sampling steps that are timed together"
+    )
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--bf16", action="store_true", help="networks under bf16 autocast; for GPUs")
+    parser.add_argument(
+        "--bf16", action="store_true", help="networks under bf16 autocast; for GPUs"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -73,14 +89,23 @@ def main() -> None:
     times = in_turn(make_steps(setting, arguments.steps), arguments.repeats)
     threads = torch.get_num_threads()
     where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} CPU threads"
-    print(f"{setting.size}x{setting.size}, batch {setting.batch}, width {setting.channels}, {where}, median of {arguments.repeats}")
+    print(
+        f"{setting.size}x{setting.size}, batch {setting.batch}, width {setting.channels}, {where},"
+        f" median of {arguments.repeats}"
+    )
     print(f"{'variant, method':<36}{'ms a step':>11}{'over ddpm':>11}")
     for name, taken in times.items():
         ratio = over(times, name, f"ddpm {name.split()[1]}")
         print(f"{name:<36}{1e3 * statistics.median(taken) / arguments.steps:11.1f}{ratio:11.3f}")
     if arguments.json:
         ratios = {key: over(times, name, f"ddpm {name.split()[1]}") for key, name in KEYS.items()}
-        context = {"device": where, "threads": threads, "repeats": arguments.repeats, "size": setting.size, "batch": setting.batch}
+        context = {
+            "device": where,
+            "threads": threads,
+            "repeats": arguments.repeats,
+            "size": setting.size,
+            "batch": setting.batch,
+        }
         arguments.json.write_text(json.dumps({**ratios, **context}, indent=2) + "\n")
 
 

@@ -1,13 +1,15 @@
-"""Time and memory of one training step of NDM variants, of a plain diffusion with the same predictor, and of two other libraries.
+"""Time and memory of one training step of NDM variants, of a plain diffusion with the same
+predictor, and of two other libraries.
 
-pip install -c constraints.txt -e '.[bench]'
-pip install -c constraints.txt --no-deps denoising-diffusion-pytorch
-python bench/train_step.py [--size 28] [--batch 64] [--channels 32] [--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
+pip install -c constraints.txt -e '.[bench]' pip install -c constraints.txt --no-deps
+denoising-diffusion-pytorch python bench/train_step.py [--size 28] [--batch 64] [--channels 32]
+[--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
 
-``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio is the median over rounds of the ratio
-within a round. Memory is the peak of a fresh process for each variant (see ``measure.py``), or the allocator's on a GPU.
-``share_of_matmul_peak`` is the floating-point operations of the plain diffusion's step, forward and backward, over its best time, divided by
-the best rate of a float32 matrix product in the same run with the same threads.
+``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio
+is the median over rounds of the ratio within a round. Memory is the peak of a fresh process for
+each variant (see ``measure.py``), or the allocator's on a GPU. ``share_of_matmul_peak`` is the
+floating-point operations of the plain diffusion's step, forward and backward, over its best time,
+divided by the best rate of a float32 matrix product in the same run with the same threads.
 """
 
 import argparse
@@ -59,7 +61,9 @@ def make_step(name: str, setting: Setting) -> Callable[[], object]:
 
 
 def operations(setting: Setting) -> int:
-    """Floating-point operations of the plain diffusion's step, forward and backward; attention counted by its matrix products."""
+    """Floating-point operations of the plain diffusion's step, forward and backward; attention
+    counted by its matrix products.
+    """
     model, loss = training("ddpm", setting)
     x = setting.data()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -69,11 +73,20 @@ def operations(setting: Setting) -> int:
 
 
 def measure_memory(names: list[str], setting: Setting) -> dict[str, int]:
-    flags = ["--size", str(setting.size), "--batch", str(setting.batch), "--channels", str(setting.channels)] + ["--bf16"] * setting.bf16
+    flags = [
+        "--size",
+        str(setting.size),
+        "--batch",
+        str(setting.batch),
+        "--channels",
+        str(setting.channels),
+    ] + ["--bf16"] * setting.bf16
     return {name: in_fresh_process(__file__, ["--memory-of", name, *flags]) for name in names}
 
 
-def report(times: dict[str, list[float]], memory: dict[str, int], setting: Setting) -> dict[str, float]:
+def report(
+    times: dict[str, list[float]], memory: dict[str, int], setting: Setting
+) -> dict[str, float]:
     """Print the table; the ratios by name."""
     ratios = {}
     print(f"{'variant':<42}{'ms':>9}{'over ddpm':>11}{'MiB':>8}{'over ddpm':>11}")
@@ -85,23 +98,40 @@ def report(times: dict[str, list[float]], memory: dict[str, int], setting: Setti
         if name != "ddpm":
             ratios[key] = over(times, "ddpm", name) if name in PEERS else ratio
             if held:
-                ratios[f"{key}_memory"] = memory["ddpm"] / held if name in PEERS else held / memory["ddpm"]
+                ratios[f"{key}_memory"] = (
+                    memory["ddpm"] / held if name in PEERS else held / memory["ddpm"]
+                )
     for name in ("ddpm", *(name for name in PEERS if name in times)):
         print(f"parameters of {name}: {parameters(training(name, setting)[0]):,}")
     return ratios
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=28, help="height and width of the images; a multiple of 4")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", type=int, default=28, help="height and width of the images; a multiple of 4"
+    )
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--channels", type=int, default=32, help="width of the predictor's first level; a multiple of 16")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        default=32,
+        help="width of the predictor's first level; a multiple of 16",
+    )
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="these variants, and ddpm")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*OURS, *PEERS], help="these variants, and ddpm"
+    )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="networks under bf16 autocast")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", choices=[*OURS, *PEERS], help="print the peak memory of one variant in bytes, nothing else")
+    parser.add_argument(
+        "--memory-of",
+        choices=[*OURS, *PEERS],
+        help="print the peak memory of one variant in bytes, nothing else",
+    )
     return parser.parse_args()
 
 
@@ -111,12 +141,20 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(arguments.size, arguments.batch, arguments.channels, device, arguments.bf16)
     if arguments.memory_of:
-        torch.randn(8, 8, device=device).sum()  # what the device needs by itself is there before the count begins
+        torch.randn(
+            8, 8, device=device
+        ).sum()  # what the device needs by itself is there before the count begins
         if arguments.memory_of in PEERS:
-            training(arguments.memory_of, Setting(size=8, batch=1, channels=16, device=device))  # imports, too
+            training(
+                arguments.memory_of, Setting(size=8, batch=1, channels=16, device=device)
+            )  # imports, too
         print(peak_memory(device, lambda: make_step(arguments.memory_of, setting)))
         return
-    names = [name for name in (*OURS, *PEERS) if name == "ddpm" or not arguments.only or name in arguments.only]
+    names = [
+        name
+        for name in (*OURS, *PEERS)
+        if name == "ddpm" or not arguments.only or name in arguments.only
+    ]
     memory = {} if arguments.no_memory else measure_memory(names, setting)
     peaks = [matmul_peak(device)]
     times = in_turn({name: make_step(name, setting) for name in names}, arguments.repeats)
@@ -124,12 +162,23 @@ def main() -> None:
     share = operations(setting) / min(times["ddpm"]) / max(peaks)
     threads = torch.get_num_threads()
     where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} CPU threads"
-    print(f"{setting.size}x{setting.size}, batch {setting.batch}, width {setting.channels}, {where}, median of {arguments.repeats}")
+    print(
+        f"{setting.size}x{setting.size}, batch {setting.batch}, width {setting.channels}, {where},"
+        f" median of {arguments.repeats}"
+    )
     ratios = report(times, memory, setting)
     print(f"share of the matmul peak ({max(peaks) / 1e9:.0f} GFLOP/s): {share:.2f}")
     if arguments.json:
-        context = {"device": where, "threads": threads, "repeats": arguments.repeats, "size": setting.size, "batch": setting.batch}
-        arguments.json.write_text(json.dumps({**ratios, "share_of_matmul_peak": share, **context}, indent=2) + "\n")
+        context = {
+            "device": where,
+            "threads": threads,
+            "repeats": arguments.repeats,
+            "size": setting.size,
+            "batch": setting.batch,
+        }
+        arguments.json.write_text(
+            json.dumps({**ratios, "share_of_matmul_peak": share, **context}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the benchmarks of speed compare: NDM variants with one predictor, and the same diffusion trained by two other libraries.
+"""What the benchmarks of speed compare: NDM variants with one predictor, and the same diffusion
+trained by two other libraries.
 
 ================================  ===========================================================================================
 ``ddpm``                          F = x, continuous time: the plain diffusion that everything is measured against
@@ -12,11 +13,12 @@ no suffix                         F is the predictor's U-Net at half its width
 ``*_channels_last``               that peer with its weights and its images in channels_last, as our U-Net has them
 ================================  ===========================================================================================
 
-The peers have as many parameters as our U-Net (the counts are printed). diffusers' network has the same architecture: resolutions, widths,
-blocks a level, attention at the lowest resolution and in the middle, scale and shift by time. The other has the same resolutions and full
-attention at the same places, and by its design two blocks a level and linear attention at the other stages; its width is chosen to match
-the number of parameters. Every variant steps the same optimizer. By itself neither peer chooses a memory format, so each is there twice: as it
-comes, and in channels_last.
+The peers have as many parameters as our U-Net (the counts are printed). diffusers' network has the
+same architecture: resolutions, widths, blocks a level, attention at the lowest resolution and in
+the middle, scale and shift by time. The other has the same resolutions and full attention at the
+same places, and by its design two blocks a level and linear attention at the other stages; its
+width is chosen to match the number of parameters. Every variant steps the same optimizer. By itself
+neither peer chooses a memory format, so each is there twice: as it comes, and in channels_last.
 """
 
 import sys
@@ -52,7 +54,12 @@ class Setting:
     def data(self) -> Tensor:
         """Random images of 256 gray values."""
         shape = (self.batch, 1, self.size, self.size)
-        return ndm.DiscretizedGaussian(NUM_VALUES).values[torch.randint(NUM_VALUES, shape)].float().to(self.device)
+        return (
+            ndm.DiscretizedGaussian(NUM_VALUES)
+            .values[torch.randint(NUM_VALUES, shape)]
+            .float()
+            .to(self.device)
+        )
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
@@ -60,7 +67,13 @@ class Setting:
 
 
 def unet(channels: int, outputs: int | None = None, max_frequency: float = 32.0) -> nn.Module:
-    return ndm.nn.UNet(channels=channels, multiples=MULTIPLES, attention=ATTENTION, outputs=outputs, max_frequency=max_frequency)
+    return ndm.nn.UNet(
+        channels=channels,
+        multiples=MULTIPLES,
+        attention=ATTENTION,
+        outputs=outputs,
+        max_frequency=max_frequency,
+    )
 
 
 def _transform(name: str, setting: Setting) -> Transform:
@@ -68,15 +81,25 @@ def _transform(name: str, setting: Setting) -> Transform:
         return ndm.Identity()
     outputs = CHANNELS if "separable" in name else None
     if "mlp" in name:
-        network: nn.Module = ndm.nn.MLP(setting.size**2, hidden=128, blocks=2, outputs=outputs, max_frequency=4.0)
+        network: nn.Module = ndm.nn.MLP(
+            setting.size**2, hidden=128, blocks=2, outputs=outputs, max_frequency=4.0
+        )
     else:
-        network = unet(setting.channels if "same_width" in name else setting.channels // 2, outputs, 4.0)
+        network = unet(
+            setting.channels if "same_width" in name else setting.channels // 2, outputs, 4.0
+        )
     return ndm.SeparableTransform(network) if outputs else ndm.NetworkTransform(network)
 
 
 def ours(name: str, setting: Setting) -> ndm.NDM:
     """A model by its name."""
-    reverse = "direct-score" if name.startswith("direct_score") else "direct" if name.startswith("direct") else "tied"
+    reverse = (
+        "direct-score"
+        if name.startswith("direct_score")
+        else "direct"
+        if name.startswith("direct")
+        else "tied"
+    )
     return ndm.NDM(
         ndm.LinearLogSNRSchedule(-13.3, 5.0),
         _transform(name, setting),
@@ -108,7 +131,9 @@ def diffusers(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     def loss(x: Tensor) -> Tensor:
         noise = torch.randn_like(x)
         t = torch.randint(1000, (len(x),), device=x.device)
-        return nn.functional.mse_loss(network(scheduler.add_noise(x, noise, t), t, return_dict=False)[0].float(), noise)
+        return nn.functional.mse_loss(
+            network(scheduler.add_noise(x, noise, t), t, return_dict=False)[0].float(), noise
+        )
 
     return network, loss
 
@@ -116,10 +141,15 @@ def diffusers(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 def _import_denoising_diffusion() -> tuple[type[nn.Module], type[nn.Module]]:
     """Its Unet and GaussianDiffusion.
 
-    The package imports torchvision for its data sets and pictures. torchvision has no build beside the CPU build of torch, so an empty
-    module stands in for it while the package is imported, and is removed again: network and loss use none of it.
+    The package imports torchvision for its data sets and pictures. torchvision has no build beside
+    the CPU build of torch, so an empty module stands in for it while the package is imported, and
+    is removed again: network and loss use none of it.
     """
-    names = () if "torchvision" in sys.modules else ("torchvision", "torchvision.transforms", "torchvision.utils")
+    names = (
+        ()
+        if "torchvision" in sys.modules
+        else ("torchvision", "torchvision.transforms", "torchvision.utils")
+    )
     stubs = {name: types.ModuleType(name) for name in names}
     for name, stub in stubs.items():
         if "." in name:
@@ -139,16 +169,31 @@ def parameters(module: nn.Module) -> int:
 
 
 def denoising_diffusion_pytorch(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Their network, of the (even) width and the head size that come nearest to our number of parameters, and the loss of a batch."""
+    """Their network, of the (even) width and the head size that come nearest to our number of
+    parameters, and the loss of a batch.
+    """
     unet_class, diffusion_class = _import_denoising_diffusion()
     wanted = parameters(unet(setting.channels))
 
     def network(width: int, head: int) -> nn.Module:
-        return unet_class(width, dim_mults=MULTIPLES, channels=1, full_attn=ATTENTION, attn_dim_head=head, flash_attn=True)
+        return unet_class(
+            width,
+            dim_mults=MULTIPLES,
+            channels=1,
+            full_attn=ATTENTION,
+            attn_dim_head=head,
+            flash_attn=True,
+        )
 
-    shapes = [(width, head) for width in range(setting.channels // 2, setting.channels + 5, 2) for head in (24, 28, 32, 36, 40)]
+    shapes = [
+        (width, head)
+        for width in range(setting.channels // 2, setting.channels + 5, 2)
+        for head in (24, 28, 32, 36, 40)
+    ]
     best = network(*min(shapes, key=lambda shape: abs(parameters(network(*shape)) - wanted)))
-    diffusion = diffusion_class(best, image_size=setting.size, objective="pred_noise", auto_normalize=False).to(setting.device)
+    diffusion = diffusion_class(
+        best, image_size=setting.size, objective="pred_noise", auto_normalize=False
+    ).to(setting.device)
     return diffusion, diffusion
 
 
@@ -164,13 +209,22 @@ def in_channels_last(peer: Peer) -> Peer:
         return module, lambda x: loss(last(x))
 
     def last(x: Tensor) -> Tensor:
-        # A tensor of one channel has both formats at once, and keeps strides that libraries read as the default one.
-        return torch.empty_strided(x.shape, (x[0].numel(), 1, x.shape[1] * x.shape[3], x.shape[1]), dtype=x.dtype, device=x.device).copy_(x)
+        # A tensor of one channel has both formats at once, and keeps strides that libraries read as
+        # the default one.
+        return torch.empty_strided(
+            x.shape,
+            (x[0].numel(), 1, x.shape[1] * x.shape[3], x.shape[1]),
+            dtype=x.dtype,
+            device=x.device,
+        ).copy_(x)
 
     return build
 
 
-PEERS: dict[str, Peer] = {"diffusers": diffusers, "denoising_diffusion_pytorch": denoising_diffusion_pytorch}
+PEERS: dict[str, Peer] = {
+    "diffusers": diffusers,
+    "denoising_diffusion_pytorch": denoising_diffusion_pytorch,
+}
 PEERS |= {f"{name}_channels_last": in_channels_last(peer) for name, peer in PEERS.items()}
 
 

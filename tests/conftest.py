@@ -13,19 +13,36 @@ torch.set_num_threads(1)
 TINY: dict[str, Any] = {
     "data": {
         "class_path": "ndm.data.Mixture",
-        "init_args": {"means": [[-1.0, 0.5], [1.0, -0.5]], "stds": [0.3, 0.5], "weights": [0.4, 0.6], "train_size": 200, "test_size": 100},
+        "init_args": {
+            "means": [[-1.0, 0.5], [1.0, -0.5]],
+            "stds": [0.3, 0.5],
+            "weights": [0.4, 0.6],
+            "train_size": 200,
+            "test_size": 100,
+        },
     },
     "model": {
-        "schedule": {"class_path": "ndm.LinearLogSNRSchedule", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0}},
+        "schedule": {
+            "class_path": "ndm.LinearLogSNRSchedule",
+            "init_args": {"gamma_0": -6.0, "gamma_1": 4.0},
+        },
         "transform": {
             "class_path": "ndm.NetworkTransform",
             "init_args": {
-                "network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 16, "blocks": 1, "max_frequency": 2.0}}
+                "network": {
+                    "class_path": "ndm.nn.MLP",
+                    "init_args": {"dims": 2, "hidden": 16, "blocks": 1, "max_frequency": 2.0},
+                }
             },
         },
         "predictor": {
             "class_path": "ndm.Predictor",
-            "init_args": {"network": {"class_path": "ndm.nn.MLP", "init_args": {"dims": 2, "hidden": 32, "blocks": 1}}},
+            "init_args": {
+                "network": {
+                    "class_path": "ndm.nn.MLP",
+                    "init_args": {"dims": 2, "hidden": 32, "blocks": 1},
+                }
+            },
         },
         "decoder": {"class_path": "ndm.GaussianDecoder"},
         "time_sampler": {"class_path": "ndm.ImportanceTimeSampler", "init_args": {"bins": 4}},

@@ -3,28 +3,32 @@ r"""Closed-form problems: a Gaussian mixture seen through a linear, time-depende
 .. math::
     x \sim \sum_j w_j N(m_j, S_j), \qquad F(x, t) = A(t) x + b(t), \quad A(t) = A_0 + t M, \quad b(t) = t c
 
-Every z_t is then a Gaussian mixture, and E[x|z_t] follows by conditioning and responsibilities. F is affine in x, so
-f(z, t, E[x|z]) = E[f(z, t, x)|z]: the reverse SDE and ODE with the exact predictor have the marginals of the forward process for every
-eta. The bound with the exact predictor is a different matter. Over the data,
+Every z_t is then a Gaussian mixture, and E[x|z_t] follows by conditioning and responsibilities. F
+is affine in x, so f(z, t, E[x|z]) = E[f(z, t, x)|z]: the reverse SDE and ODE with the exact
+predictor have the marginals of the forward process for every eta. The bound with the exact
+predictor is a different matter. Over the data,
 
 .. math::
     E[\text{NELBO}] - E[-\log p(x)] = KL(q(z_1) \| N(0, I)) + KL(q(z_{<1}|z_1) \| p(z_{<1}|z_1)) + KL(q(x|z) \| p(x|z_0)) .
 
-The term in the middle is zero only where the forward process, x averaged out, is Markov: eta = 1 and A constant in time. In continuous
-time :meth:`GaussianProblem.path_gap` has it in closed form; in discrete time :func:`joint_bound` computes the whole bound from dense
-joint Gaussians, without any formula of the bound.
+The term in the middle is zero only where the forward process, x averaged out, is Markov: eta = 1
+and A constant in time. In continuous time :meth:`GaussianProblem.path_gap` has it in closed form;
+in discrete time :func:`joint_bound` computes the whole bound from dense joint Gaussians, without
+any formula of the bound.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ndm.data import EventDataset
-from ndm.elbo import Draw, diffusion_integrand
+from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.forward import ForwardProcess
+from ndm.model import DiffusionModel
 from ndm.predictor import DataPredictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import Step
@@ -58,7 +62,12 @@ class Constant(nn.Module):
 class FormulaCurve(Curve):
     """A curve given by formulas for its value and its derivative."""
 
-    def __init__(self, like: Tensor, value: Callable[[NoiseLevel], Tensor], derivative: Callable[[NoiseLevel], Tensor]):
+    def __init__(
+        self,
+        like: Tensor,
+        value: Callable[[NoiseLevel], Tensor],
+        derivative: Callable[[NoiseLevel], Tensor],
+    ):
         self._like, self._value, self._derivative = like, value, derivative
 
     @property
@@ -78,7 +87,11 @@ class LinearTransform(Transform):
     def __init__(self, tilt: Tensor = TILT, offset: Tensor = OFFSET, start: Tensor | None = None):
         super().__init__()
         start = torch.eye(len(tilt), dtype=F64) if start is None else start
-        self.start, self.tilt, self.offset = nn.Parameter(start.clone()), nn.Parameter(tilt.clone()), nn.Parameter(offset.clone())
+        self.start, self.tilt, self.offset = (
+            nn.Parameter(start.clone()),
+            nn.Parameter(tilt.clone()),
+            nn.Parameter(offset.clone()),
+        )
         self.data_at_zero = bool((start == torch.eye(len(start), dtype=start.dtype)).all())
 
     def matrix(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +103,9 @@ class LinearTransform(Transform):
             matrix, offset = self.matrix(level.t)
             return (matrix @ x[..., None])[..., 0] + offset
 
-        return FormulaCurve(x, value, lambda level: self.rate(level)[:, None] * (x @ self.tilt.T + self.offset))
+        return FormulaCurve(
+            x, value, lambda level: self.rate(level)[:, None] * (x @ self.tilt.T + self.offset)
+        )
 
     def rate(self, level: NoiseLevel) -> Tensor:
         """How fast A(t) and b(t) move along M and c."""
@@ -104,9 +119,18 @@ def constant(start: Tensor) -> LinearTransform:
 
 
 class MixtureProblem(DataPredictor):
-    """A Gaussian mixture, a schedule and a linear transformation; as a module it is the exact predictor E[x|z_t]."""
+    """A Gaussian mixture, a schedule and a linear transformation; as a module it is the exact
+    predictor E[x|z_t].
+    """
 
-    def __init__(self, schedule: Schedule, transform: LinearTransform, weights: Tensor, means: Tensor, covariances: Tensor):
+    def __init__(
+        self,
+        schedule: Schedule,
+        transform: LinearTransform,
+        weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
+    ):
         super().__init__()
         self.process = ForwardProcess(schedule, transform)
         self.weights, self.means, self.covariances = weights, means, covariances
@@ -130,7 +154,10 @@ class MixtureProblem(DataPredictor):
     def covariance(self) -> Tensor:
         """cov x, ``(D, D)``."""
         centerd = self.means - self.mean()
-        return (self.weights[:, None, None] * (self.covariances + centerd[:, :, None] * centerd[:, None, :])).sum(0)
+        return (
+            self.weights[:, None, None]
+            * (self.covariances + centerd[:, :, None] * centerd[:, None, :])
+        ).sum(0)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Exact samples of x, ``(count, D)``."""
@@ -149,7 +176,12 @@ class MixtureProblem(DataPredictor):
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         if len(level.t) > 1 and bool((level.t == level.t[0]).all()):  # one time for all: solve once
-            level = NoiseLevel(**{name: getattr(level, name)[:1] for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")})
+            level = NoiseLevel(
+                **{
+                    name: getattr(level, name)[:1]
+                    for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")
+                }
+            )
         mean, covariance = self.latent(level)
         matrix, _ = self.linear.matrix(level.t)
         cross = level.alpha[:, None, None, None] * (self.covariances @ matrix[:, None].mT)
@@ -157,15 +189,29 @@ class MixtureProblem(DataPredictor):
         precision = torch.linalg.inv(covariance)
         conditional = self.means + (cross @ precision @ away[..., None])[..., 0]
         distance = (away[..., None, :] @ precision @ away[..., None])[..., 0, 0]
-        responsibility = torch.softmax(self.weights.log() - 0.5 * (distance + torch.logdet(covariance)), dim=1)
+        responsibility = torch.softmax(
+            self.weights.log() - 0.5 * (distance + torch.logdet(covariance)), dim=1
+        )
         return (responsibility[..., None] * conditional).sum(1)
 
 
 class GaussianProblem(MixtureProblem):
     """One correlated Gaussian, far from the identity, with its divergences in closed form."""
 
-    def __init__(self, schedule: Schedule, transform: LinearTransform | None = None, mean: Tensor = MEAN, covariance: Tensor = COVARIANCE):
-        super().__init__(schedule, transform or LinearTransform(), torch.ones(1, dtype=F64), mean[None], covariance[None])
+    def __init__(
+        self,
+        schedule: Schedule,
+        transform: LinearTransform | None = None,
+        mean: Tensor = MEAN,
+        covariance: Tensor = COVARIANCE,
+    ):
+        super().__init__(
+            schedule,
+            transform or LinearTransform(),
+            torch.ones(1, dtype=F64),
+            mean[None],
+            covariance[None],
+        )
 
     def entropy(self) -> Tensor:
         """E[-log p(x)], nats."""
@@ -178,10 +224,14 @@ class GaussianProblem(MixtureProblem):
 
     def prior_gap(self) -> Tensor:
         """KL(q(z_1) || N(0, I))."""
-        return gaussian_kl(*self.marginal(1.0), torch.zeros(self.dims, dtype=F64), torch.eye(self.dims, dtype=F64))
+        return gaussian_kl(
+            *self.marginal(1.0), torch.zeros(self.dims, dtype=F64), torch.eye(self.dims, dtype=F64)
+        )
 
     def decoder_gap(self) -> Tensor:
-        """E KL(q(x|z_0) || N(z_0/alpha_0, exp(gamma_0) I)): both Gaussian, and the mean of q(x|z_0) is affine in z_0."""
+        """E KL(q(x|z_0) || N(z_0/alpha_0, exp(gamma_0) I)): both Gaussian, and the mean of q(x|z_0)
+        is affine in z_0.
+        """
         level = self.process.schedule(torch.zeros(1, dtype=F64))
         mean, covariance = self.marginal(0.0)
         matrix = self.linear.matrix(level.t)[0][0]
@@ -195,9 +245,11 @@ class GaussianProblem(MixtureProblem):
         return gaussian_kl(zero, posterior, zero, width) + 0.5 * torch.trace(second) / width[0, 0]
 
     def path_gap(self, eta: float, panels: int = 4000) -> Tensor:
-        r"""KL(q(z_{<1}|z_1) || p(z_{<1}|z_1)) less KL(q(x|path) || q(x|z_0)): what a Markov reverse process cannot know.
+        r"""KL(q(z_{<1}|z_1) || p(z_{<1}|z_1)) less KL(q(x|path) || q(x|z_0)): what a Markov reverse
+        process cannot know.
 
-        With the precision of x given z_t, :math:`P = S^{-1} + e^{-\gamma} A^\top A`, the diffusion term of the exact predictor is
+        With the precision of x given z_t, :math:`P = S^{-1} + e^{-\gamma} A^\top A`, the diffusion
+        term of the exact predictor is
         :math:`\tfrac12 \log(\det P_0 / \det P_1)` plus
 
         .. math::
@@ -213,21 +265,34 @@ class GaussianProblem(MixtureProblem):
         precision = torch.linalg.inv(self.covariances) + snr * matrix.mT @ matrix
         mixed = slope_of_a.T @ matrix
         inner = (1 - eta**2) ** 2 / (4 * eta**2) * dgamma * matrix.mT @ matrix
-        inner = inner + (eta**2 - 1) / (2 * eta**2) * (mixed + mixed.mT) + slope_of_a.T @ slope_of_a / (eta**2 * dgamma)
+        inner = (
+            inner
+            + (eta**2 - 1) / (2 * eta**2) * (mixed + mixed.mT)
+            + slope_of_a.T @ slope_of_a / (eta**2 * dgamma)
+        )
         trace = (torch.linalg.inv(precision) @ (snr * inner)).diagonal(dim1=-2, dim2=-1).sum(-1)
         return 0.5 * trace.mean().detach()
 
     def cubature(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Data, noise and times whose plain average integrates every quadratic in (x, noise) exactly.
+        """Data, noise and times whose plain average integrates every quadratic in (x, noise)
+        exactly.
 
         Returns:
-            x and noise ``(P len(times), D)``, times repeated to match, and the mean over the P points: ``(N,)`` to ``(len(times),)``.
+            x and noise ``(P len(times), D)``, times repeated to match, and the mean over the P
+            points: ``(N,)`` to ``(len(times),)``.
         """
         size = 2 * self.dims
-        points = math.sqrt(size) * torch.cat([torch.eye(size, dtype=F64), -torch.eye(size, dtype=F64)])
+        points = math.sqrt(size) * torch.cat(
+            [torch.eye(size, dtype=F64), -torch.eye(size, dtype=F64)]
+        )
         x = self.means[0] + points[:, : self.dims] @ torch.linalg.cholesky(self.covariances[0]).T
         noise, count = points[:, self.dims :], len(times)
-        return x.repeat(count, 1), noise.repeat(count, 1), times.repeat_interleave(len(points)), lambda v: v.reshape(count, -1).mean(1)
+        return (
+            x.repeat(count, 1),
+            noise.repeat(count, 1),
+            times.repeat_interleave(len(points)),
+            lambda v: v.reshape(count, -1).mean(1),
+        )
 
 
 def diffusion(
@@ -242,32 +307,48 @@ def diffusion(
 ) -> Tensor:
     """The diffusion term of the bound with the tied reverse at u and noise, ``(B,)``."""
     reverse = ReverseProcess(process, predictor)  # type: ignore[arg-type]
-    return diffusion_integrand(reverse, process.transform.curve(x), Draw(u, noise), steps, eta, **options).bound
+    return diffusion_integrand(
+        reverse, process.transform.curve(x), Draw(u, noise), steps, eta, **options
+    ).bound
 
 
-def gaussian_kl(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:
+def gaussian_kl(
+    mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor
+) -> Tensor:
     """KL between two Gaussians, by torch.distributions."""
     first = torch.distributions.MultivariateNormal(mean, covariance)
-    return torch.distributions.kl_divergence(first, torch.distributions.MultivariateNormal(other_mean, other_covariance))
+    return torch.distributions.kl_divergence(
+        first, torch.distributions.MultivariateNormal(other_mean, other_covariance)
+    )
 
 
 def joint_bound(problem: GaussianProblem, steps: int, eta: float) -> Tensor:
-    r"""E[NELBO] of the T-step model as E_q[log q(z|x) - log p(z) - log p(x|z_0)], from dense joint Gaussians.
+    r"""E[NELBO] of the T-step model as E_q[log q(z|x) - log p(z) - log p(x|z_0)], from dense joint
+    Gaussians.
 
-    q is the chain x, z_1, z_{1-1/T}, ... , z_0 with DDPM's textbook posterior; p runs the same steps with E[x|z] in place of x.
+    q is the chain x, z_1, z_{1-1/T}, ... , z_0 with DDPM's textbook posterior; p runs the same
+    steps with E[x|z] in place of x.
     """
     n, eye = problem.dims, torch.eye(problem.dims, dtype=F64)
     level = problem.process.schedule(torch.arange(steps + 1, dtype=F64) / steps)
     matrix, offset = problem.linear.matrix(level.t)
     alpha, sigma = level.alpha.tolist(), level.sigma.tolist()
     size = n * (steps + 2)  # x, then z_1 ... z_0
-    mean, factor = torch.zeros(size, dtype=F64), torch.zeros(size, size, dtype=F64)  # everything as mean + factor @ white noise
+    mean, factor = (
+        torch.zeros(size, dtype=F64),
+        torch.zeros(size, size, dtype=F64),
+    )  # everything as mean + factor @ white noise
     mean[:n], factor[:n, :n] = problem.means[0], torch.linalg.cholesky(problem.covariances[0])
     row = n
     mean[row : row + n] = alpha[-1] * (matrix[-1] @ mean[:n] + offset[-1])
     factor[row : row + n] = alpha[-1] * matrix[-1] @ factor[:n]
     factor[row : row + n, row : row + n] = sigma[-1] * eye
-    log_ratio = torch.zeros((), dtype=F64) - n * math.log(sigma[-1]) + _half_square(mean[row : row + n], factor[row : row + n]) - 0.5 * n
+    log_ratio = (
+        torch.zeros((), dtype=F64)
+        - n * math.log(sigma[-1])
+        + _half_square(mean[row : row + n], factor[row : row + n])
+        - 0.5 * n
+    )
     for i in range(steps, 0, -1):
         ratio = (alpha[i] * sigma[i - 1] / (alpha[i - 1] * sigma[i])) ** 2  # exp(gamma_s - gamma_t)
         variance = eta**2 * sigma[i - 1] ** 2 * (1 - ratio)
@@ -275,17 +356,27 @@ def joint_bound(problem: GaussianProblem, steps: int, eta: float) -> Tensor:
         of_x = alpha[i - 1] * matrix[i - 1] - k * alpha[i] * matrix[i]
         bias = alpha[i - 1] * offset[i - 1] - k * alpha[i] * offset[i]
         z_mean, z_factor = mean[row : row + n], factor[row : row + n]
-        true_mean, true_factor = of_x @ mean[:n] + k * z_mean + bias, of_x @ factor[:n] + k * z_factor
+        true_mean, true_factor = (
+            of_x @ mean[:n] + k * z_mean + bias,
+            of_x @ factor[:n] + k * z_factor,
+        )
         latent_mean, latent_covariance = problem.marginal(i / steps)
         gain = alpha[i] * problem.covariances[0] @ matrix[i].T @ torch.linalg.inv(latent_covariance)
         guess_mean, guess_factor = problem.means[0] + gain @ (z_mean - latent_mean), gain @ z_factor
-        model_mean, model_factor = of_x @ guess_mean + k * z_mean + bias, of_x @ guess_factor + k * z_factor
-        log_ratio = log_ratio + _half_square(true_mean - model_mean, true_factor - model_factor) / variance
+        model_mean, model_factor = (
+            of_x @ guess_mean + k * z_mean + bias,
+            of_x @ guess_factor + k * z_factor,
+        )
+        log_ratio = (
+            log_ratio + _half_square(true_mean - model_mean, true_factor - model_factor) / variance
+        )
         row += n
         mean[row : row + n], factor[row : row + n] = true_mean, true_factor
         factor[row : row + n, row : row + n] = math.sqrt(variance) * eye
     width = (sigma[0] / alpha[0]) ** 2
-    miss = _half_square(mean[:n] - mean[row : row + n] / alpha[0], factor[:n] - factor[row : row + n] / alpha[0])
+    miss = _half_square(
+        mean[:n] - mean[row : row + n] / alpha[0], factor[:n] - factor[row : row + n] / alpha[0]
+    )
     return log_ratio + miss / width + 0.5 * n * math.log(2 * math.pi * width)
 
 
@@ -293,16 +384,57 @@ def _half_square(mean: Tensor, factor: Tensor) -> Tensor:
     return 0.5 * ((mean**2).sum() + (factor**2).sum())
 
 
-def affine_map(step: Step, problem: GaussianProblem, t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
-    """A step of a sampler as z_s = a + B z_t + C noise, read off by feeding it unit vectors: a ``(D,)``, B and C ``(D, D)``."""
+def affine_map(
+    step: Step, problem: GaussianProblem, t: NoiseLevel, s: NoiseLevel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of a sampler as z_s = a + B z_t + C noise, read off by feeding it unit vectors: a
+    ``(D,)``, B and C ``(D, D)``.
+    """
     n = problem.dims
     unit, zero = torch.eye(n, dtype=F64), torch.zeros(n, n, dtype=F64)
     z, noise = torch.cat([zero[:1], unit, zero]), torch.cat([zero[:1], zero, unit])
-    grow = {name: getattr(t, name).expand(2 * n + 1) for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")}
+    grow = {
+        name: getattr(t, name).expand(2 * n + 1)
+        for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")
+    }
     shrink = {name: getattr(s, name).expand(2 * n + 1) for name in grow}
     with torch.no_grad():
         out = step(problem.reverse, z, NoiseLevel(**grow), NoiseLevel(**shrink), noise)
     return out[0], (out[1 : n + 1] - out[0]).T, (out[n + 1 :] - out[0]).T
+
+
+def mixture_nodes(
+    means: Sequence[float] = (-1.5, 1.5), std: float = 0.5, weights: Sequence[float] = (0.4, 0.6)
+) -> tuple[Tensor, Tensor]:
+    """Points ``(N, 1)`` and weights ``(N,)`` that integrate over a mixture in one dimension."""
+    node, weight = np.polynomial.hermite_e.hermegauss(40)
+    x = np.array(means)[:, None] + std * node
+    share = np.array(weights)[:, None] * weight / weight.sum()
+    return torch.from_numpy(x.reshape(-1, 1)), torch.from_numpy(share.ravel())
+
+
+@torch.no_grad()
+def expected_bound(model: DiffusionModel, x: Tensor, share: Tensor) -> float:
+    """The bound in continuous time in its mean over data ``(N, 1)`` with weights ``(N,)``, over
+    times (Gauss-Legendre) and over noise (Gauss-Hermite), nats.
+    """
+    node, weight = np.polynomial.hermite_e.hermegauss(20)
+    noise = torch.from_numpy(node).repeat(len(x))[:, None]
+    share = share.repeat_interleave(len(node)) * torch.from_numpy(weight / weight.sum()).repeat(
+        len(x)
+    )
+    x = x.repeat_interleave(len(node), 0)
+    curve, total = model.process.curve(x), torch.zeros_like(x[:, 0])
+    for place, span in zip(*np.polynomial.legendre.leggauss(64), strict=True):
+        draw = Draw(torch.full_like(x[:, 0], (place + 1) / 2), noise)
+        total += (
+            span
+            / 2
+            * diffusion_integrand(model.reverse_process, curve, draw, None, model.bound_eta).bound
+        )
+    total += prior_term(model.process, x, curve)
+    total += reconstruction_term(model.process, model.decoder, x, noise, curve)
+    return float(share @ total)
 
 
 class Points(EventDataset):

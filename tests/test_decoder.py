@@ -20,12 +20,16 @@ def start(gamma: float, count: int, dtype: torch.dtype = F64) -> NoiseLevel:
     return LinearLogSNRSchedule(gamma, gamma + 1)(torch.zeros(count, dtype=dtype))
 
 
-grids = st.lists(st.integers(-50, 50), min_size=2, max_size=9, unique=True).map(lambda values: [v / 16 for v in sorted(values)])
+grids = st.lists(st.integers(-50, 50), min_size=2, max_size=9, unique=True).map(
+    lambda values: [v / 16 for v in sorted(values)]
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(grid=grids, gamma=st.floats(-9, 6), seed=st.integers(0, 1000))
-def test_probabilities_are_the_softmax_of_squares_and_sum_to_one(grid: list[float], gamma: float, seed: int) -> None:
+def test_probabilities_are_the_softmax_of_squares_and_sum_to_one(
+    grid: list[float], gamma: float, seed: int
+) -> None:
     decoder, level = DiscretizedGaussian(grid), start(gamma, 3)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(3, 2, dtype=F64, generator=generator)
@@ -37,24 +41,39 @@ def test_probabilities_are_the_softmax_of_squares_and_sum_to_one(grid: list[floa
         expected = -((z / alpha - value) ** 2) / (2 * width) - torch.logsumexp(logits, 0)
         torch.testing.assert_close(log_p, expected.sum(1), rtol=1e-9, atol=1e-9)
         each.append(decoder.log_prob(torch.full((3, 1), value, dtype=F64), z[:, :1], level).exp())
-    torch.testing.assert_close(torch.stack(each).sum(0), torch.ones(3, dtype=F64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.stack(each).sum(0), torch.ones(3, dtype=F64), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("gamma", [-13.3, -9.0, -6.5, -3.0])
 @pytest.mark.parametrize("spread", [1.0, 5.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_levels_that_are_left_out_change_neither_value_nor_gradient(gamma: float, spread: float, dtype: torch.dtype) -> None:
+def test_levels_that_are_left_out_change_neither_value_nor_gradient(
+    gamma: float, spread: float, dtype: torch.dtype
+) -> None:
     decoder, level, exact = DiscretizedGaussian(256), start(gamma, 4, dtype), start(gamma, 4)
     generator = torch.Generator().manual_seed(0)
     x = decoder.values[torch.randint(256, (4, 200), generator=generator)]
-    z = (x + spread * math.exp(gamma / 2) * torch.randn(4, 200, dtype=F64, generator=generator)).to(dtype).requires_grad_()
+    z = (
+        (x + spread * math.exp(gamma / 2) * torch.randn(4, 200, dtype=F64, generator=generator))
+        .to(dtype)
+        .requires_grad_()
+    )
     log_p = decoder.log_prob(x.to(dtype), z, level)
     all_levels = z.detach().double().requires_grad_()
-    expected = decoder.logits(all_levels, exact).gather(-1, decoder.index(x)[..., None])[..., 0].sum(1)
+    expected = (
+        decoder.logits(all_levels, exact).gather(-1, decoder.index(x)[..., None])[..., 0].sum(1)
+    )
     rtol = 1e-3 if dtype == torch.float32 else 1e-9
     torch.testing.assert_close(log_p.double(), expected, rtol=rtol, atol=1e-9)
-    (found,), (gradient,) = torch.autograd.grad(log_p.sum(), z), torch.autograd.grad(expected.sum(), all_levels)
-    torch.testing.assert_close(found.double(), gradient, rtol=0, atol=rtol * float(gradient.abs().max()))
+    (found,), (gradient,) = (
+        torch.autograd.grad(log_p.sum(), z),
+        torch.autograd.grad(expected.sum(), all_levels),
+    )
+    torch.testing.assert_close(
+        found.double(), gradient, rtol=0, atol=rtol * float(gradient.abs().max())
+    )
 
 
 def uneven(count: int, seed: int) -> list[float]:
@@ -67,17 +86,32 @@ def uneven(count: int, seed: int) -> list[float]:
 @pytest.mark.parametrize("sigma", [0.02, 0.11, 0.2, 0.3, 0.7, 1.0, 1.6, 3.0, 8.0, 1e3])
 @pytest.mark.parametrize("count", [2, 9, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_the_levels_left_out_are_below_rounding_wherever_the_latent_lies(sigma: float, count: int, dtype: torch.dtype) -> None:
-    """Against the softmax over all values: value and gradient, of every level, between values, on them and far outside of the grid."""
+def test_the_levels_left_out_are_below_rounding_wherever_the_latent_lies(
+    sigma: float, count: int, dtype: torch.dtype
+) -> None:
+    """Against the softmax over all values: value and gradient, of every level, between values, on
+    them and far outside of the grid.
+    """
     decoder = DiscretizedGaussian(uneven(count, 1))
     span = float(decoder.values[-1])
     one, width = torch.ones(1, dtype=dtype), torch.full((1,), sigma, dtype=dtype)
-    level = NoiseLevel(t=0 * one, gamma=2 * width.log(), alpha=one, sigma=width, dalpha=0 * one, dsigma=0 * one)
+    level = NoiseLevel(
+        t=0 * one, gamma=2 * width.log(), alpha=one, sigma=width, dalpha=0 * one, dsigma=0 * one
+    )
     inside = (decoder.values[:, None] + sigma * torch.linspace(-4, 4, 9, dtype=F64)).flatten()
     middles = (decoder.values[1:] + decoder.values[:-1]) / 2
     outside = torch.tensor([-3 * span, -span / 9, 1.2 * span, 5 * span], dtype=F64)
-    place = torch.cat([inside, middles - 1e-4, middles + 1e-4, outside]).to(dtype)[None].requires_grad_()
-    exact = NoiseLevel(**{name: getattr(level, name).double() for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")})
+    place = (
+        torch.cat([inside, middles - 1e-4, middles + 1e-4, outside])
+        .to(dtype)[None]
+        .requires_grad_()
+    )
+    exact = NoiseLevel(
+        **{
+            name: getattr(level, name).double()
+            for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")
+        }
+    )
     rounding = 20 * torch.finfo(dtype).eps
     nearest = torch.bucketize(place.detach()[0].double(), middles)
     for shift in (0, 1, -1, 4):
@@ -85,13 +119,21 @@ def test_the_levels_left_out_are_below_rounding_wherever_the_latent_lies(sigma: 
         all_levels = place.detach().double().requires_grad_()
         expected = decoder.logits(all_levels, exact)[0].gather(-1, index[:, None])[:, 0]
         x = decoder.values[index][None]
-        # one dimension an example, so that no sum hides a difference; the example axis takes the levels of the only time
-        at = {name: getattr(level, name).expand(len(index)) for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")}
+        # one dimension an example, so that no sum hides a difference; the example axis takes the
+        # levels of the only time
+        at = {
+            name: getattr(level, name).expand(len(index))
+            for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")
+        }
         found = decoder.log_prob(x.to(dtype).T, place.T, NoiseLevel(**at))
         (slope,) = torch.autograd.grad(found.sum(), place)
         (gradient,) = torch.autograd.grad(expected.sum(), all_levels)
         # the squares that cancel set the scale of rounding
-        size = 1 + ((all_levels.detach()[0].abs() + span) / sigma) ** 2 if dtype == torch.float32 else 1 + expected.detach().abs()
+        size = (
+            1 + ((all_levels.detach()[0].abs() + span) / sigma) ** 2
+            if dtype == torch.float32
+            else 1 + expected.detach().abs()
+        )
         assert bool(((found.double() - expected).abs() <= rounding * size).all())
         steep = (1 + (all_levels.detach()[0].abs() + span) / sigma) / sigma
         scale = steep * (1 + span / sigma) ** 2 if dtype == torch.float32 else steep
@@ -103,7 +145,9 @@ def test_without_noise_all_mass_is_on_the_value(num_values: int) -> None:
     decoder = DiscretizedGaussian(num_values)
     x = decoder.values[torch.arange(num_values)][None]
     level = start(-30.0, 1)
-    z = level.alpha[:, None] * x + level.sigma[:, None] * torch.randn(1, num_values, dtype=F64, generator=torch.Generator().manual_seed(0))
+    z = level.alpha[:, None] * x + level.sigma[:, None] * torch.randn(
+        1, num_values, dtype=F64, generator=torch.Generator().manual_seed(0)
+    )
     assert decoder.log_prob(x, z, level).item() == pytest.approx(0.0, abs=1e-9)
     assert torch.equal(decoder.sample(z, level), x)
     wrong = x.roll(1, 1)
@@ -111,19 +155,29 @@ def test_without_noise_all_mass_is_on_the_value(num_values: int) -> None:
 
 
 def test_without_signal_every_level_is_as_likely() -> None:
-    log_p = DiscretizedGaussian(256).log_prob(bin_centers(256)[None, :20], torch.randn(1, 20, dtype=F64), start(40.0, 1))
+    log_p = DiscretizedGaussian(256).log_prob(
+        bin_centers(256)[None, :20], torch.randn(1, 20, dtype=F64), start(40.0, 1)
+    )
     assert log_p.item() == pytest.approx(-20 * math.log(256), rel=1e-6)
 
 
 def test_bins_are_equal_parts_of_the_interval() -> None:
     centers = bin_centers(4)
     assert centers.tolist() == [-0.75, -0.25, 0.25, 0.75]
-    assert {round(b - a, 12) for a, b in pairwise(bin_centers(256).tolist())} == {round(2 / 256, 12)}
+    assert {round(b - a, 12) for a, b in pairwise(bin_centers(256).tolist())} == {
+        round(2 / 256, 12)
+    }
 
 
-@pytest.mark.parametrize(("count", "loudest"), [(4, 8.0), (256, -6.0)], ids=["all values", "near ones"])
-def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(count: int, loudest: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples alternate between no noise and so much that several values are likely; the noiseless ones must come back."""
+@pytest.mark.parametrize(
+    ("count", "loudest"), [(4, 8.0), (256, -6.0)], ids=["all values", "near ones"]
+)
+def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(
+    count: int, loudest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Examples alternate between no noise and so much that several values are likely; the noiseless
+    ones must come back.
+    """
     decoder = DiscretizedGaussian(count)
     x = decoder.values[torch.randint(count, (7, 5), generator=torch.Generator().manual_seed(0))]
     quiet, loud = start(-18.0, 1), start(loudest, 1)
@@ -131,35 +185,63 @@ def test_samples_drawn_a_few_at_a_time_go_with_their_own_levels(count: int, loud
     for index in range(1, 7):
         level = level.cat(loud if index % 2 else quiet)
     at_each = min(count, 2 * decoder._reach(level) + 1)
-    monkeypatch.setattr("ndm.decoder.MOST_LOGITS", 3 * 5 * at_each)  # three examples at once, and one left over
+    monkeypatch.setattr(
+        "ndm.decoder.MOST_LOGITS", 3 * 5 * at_each
+    )  # three examples at once, and one left over
     drawn = decoder.sample(level.expand(x).alpha * x, level, torch.Generator().manual_seed(1))
-    assert drawn.shape == x.shape and torch.equal(drawn[::2], x[::2]) and not torch.equal(drawn[1::2], x[1::2])
+    assert (
+        drawn.shape == x.shape
+        and torch.equal(drawn[::2], x[::2])
+        and not torch.equal(drawn[1::2], x[1::2])
+    )
 
 
 @pytest.mark.parametrize("shift", [-0.98, -0.4, 0.0, 0.37])
-@pytest.mark.parametrize(("grid", "gamma"), [([-1.0, -0.6, 0.1, 0.2, 1.0], -1.0), (256, -9.0)], ids=["all values", "near ones"])
-def test_sampled_levels_follow_their_probabilities(grid: list[float] | int, gamma: float, shift: float) -> None:
+@pytest.mark.parametrize(
+    ("grid", "gamma"),
+    [([-1.0, -0.6, 0.1, 0.2, 1.0], -1.0), (256, -9.0)],
+    ids=["all values", "near ones"],
+)
+def test_sampled_levels_follow_their_probabilities(
+    grid: list[float] | int, gamma: float, shift: float
+) -> None:
     decoder, level, count = DiscretizedGaussian(grid), start(gamma, 1), 40_000
     z = torch.full((1, count), shift, dtype=F64)
     drawn = decoder.sample(z, level, torch.Generator().manual_seed(3))
     observed = torch.stack([(drawn == value).sum() for value in decoder.values])
-    expected = torch.stack([decoder.log_prob(value.reshape(1, 1), z[:, :1], level).exp()[0] for value in decoder.values])
+    expected = torch.stack(
+        [
+            decoder.log_prob(value.reshape(1, 1), z[:, :1], level).exp()[0]
+            for value in decoder.values
+        ]
+    )
     assert int(observed.sum()) == count
     likely = count * expected > 5
     if not bool(likely.all()):  # the others count as one class
-        observed, expected = (torch.cat([part[likely], part[~likely].sum()[None]]) for part in (observed, expected))
+        observed, expected = (
+            torch.cat([part[likely], part[~likely].sum()[None]]) for part in (observed, expected)
+        )
     assert stats.chisquare(observed.numpy(), (count * expected).numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("level", [start(-3.0, 4), FlowMatchingSchedule(0.2)(torch.zeros(4, dtype=F64))], ids=["vp", "flow"])
+@pytest.mark.parametrize(
+    "level",
+    [start(-3.0, 4), FlowMatchingSchedule(0.2)(torch.zeros(4, dtype=F64))],
+    ids=["vp", "flow"],
+)
 @pytest.mark.parametrize("event", [(3,), (2, 2, 2)])
 def test_gaussian_decoder_is_the_normal_of_torch(level: NoiseLevel, event: tuple[int, ...]) -> None:
     x, z = torch.randn(2, 4, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
     at = level.expand(z)
     normal = torch.distributions.Normal(z / at.alpha, torch.exp(0.5 * at.gamma))
-    torch.testing.assert_close(GaussianDecoder().log_prob(x, z, level), normal.log_prob(x).flatten(1).sum(1))
+    torch.testing.assert_close(
+        GaussianDecoder().log_prob(x, z, level), normal.log_prob(x).flatten(1).sum(1)
+    )
     noise = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(9))
-    torch.testing.assert_close(GaussianDecoder().sample(z, level, torch.Generator().manual_seed(9)), normal.mean + normal.stddev * noise)
+    torch.testing.assert_close(
+        GaussianDecoder().sample(z, level, torch.Generator().manual_seed(9)),
+        normal.mean + normal.stddev * noise,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -173,7 +255,9 @@ def test_the_log_probability_of_an_image_is_that_of_its_pixels() -> None:
     decoder, level = DiscretizedGaussian(16), start(-4.0, 2, torch.float32)
     x = decoder.values.float()[torch.randint(16, (2, 3, 4, 4))]
     z = level.expand(x).alpha * x + 0.1
-    torch.testing.assert_close(decoder.log_prob(x, z, level), decoder.log_prob(x.flatten(1), z.flatten(1), level))
+    torch.testing.assert_close(
+        decoder.log_prob(x, z, level), decoder.log_prob(x.flatten(1), z.flatten(1), level)
+    )
 
 
 @pytest.mark.parametrize("bad", [0.01, 1.5, -7.0, math.nan, math.inf])
@@ -189,7 +273,9 @@ def test_values_off_the_grid_are_refused_with_the_value(bad: float) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("num_values", [1, 0, [0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf]])
+@pytest.mark.parametrize(
+    "num_values", [1, 0, [0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf]]
+)
 def test_grids_that_are_none_are_refused(num_values: int | list[float]) -> None:
     with pytest.raises(UserError, match="num_values="):
         DiscretizedGaussian(num_values)

@@ -1,4 +1,6 @@
-"""Half precision is for networks alone: under autocast the bound of the same prediction is the bound in float32."""
+"""Half precision is for networks alone: under autocast the bound of the same prediction is the
+bound in float32.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ NUM_VALUES, SHAPE = 256, (4, 1, 8, 8)
 
 
 class Exact(nn.Module):
-    """A network whose output half precision holds exactly: a product of matrices in autocast, with nothing to round."""
+    """A network whose output half precision holds exactly: a product of matrices in autocast, with
+    nothing to round.
+    """
 
     def __init__(self, outputs: int | None = None) -> None:
         super().__init__()
@@ -35,7 +39,9 @@ class Exact(nn.Module):
 
 
 def transformations() -> dict[str, Transform]:
-    """All kinds of F; those with a U-Net or an MLP have random weights, so that F is far from the identity."""
+    """All kinds of F; those with a U-Net or an MLP have random weights, so that F is far from the
+    identity.
+    """
     unet, several = UNet(1, 8, (1, 2)), UNet(1, 8, (1, 2), outputs=3)
     return {
         "identity": ndm.Identity(),
@@ -51,13 +57,26 @@ def transformations() -> dict[str, Transform]:
 
 @pytest.mark.parametrize("name", transformations())
 @pytest.mark.parametrize(
-    ("reverse", "steps"), [("tied", None), ("tied", 1000), ("diffenc", None), ("direct", None), ("direct-score", 1000)]
+    ("reverse", "steps"),
+    [("tied", None), ("tied", 1000), ("diffenc", None), ("direct", None), ("direct-score", 1000)],
 )
-def test_the_bound_under_autocast_is_that_of_float32(name: str, reverse: ReverseKind, steps: int | None) -> None:
+def test_the_bound_under_autocast_is_that_of_float32(
+    name: str, reverse: ReverseKind, steps: int | None
+) -> None:
     torch.manual_seed(0)
-    predictor, decoder = ndm.Predictor(Exact(2 if reverse == "direct-score" else None)), ndm.DiscretizedGaussian(NUM_VALUES)
+    predictor, decoder = (
+        ndm.Predictor(Exact(2 if reverse == "direct-score" else None)),
+        ndm.DiscretizedGaussian(NUM_VALUES),
+    )
     transform = randomized(transformations()[name]).float()
-    model = ndm.NDM(ndm.LinearLogSNRSchedule(-13.0, 5.0), transform, predictor, decoder, steps=steps, reverse=reverse)
+    model = ndm.NDM(
+        ndm.LinearLogSNRSchedule(-13.0, 5.0),
+        transform,
+        predictor,
+        decoder,
+        steps=steps,
+        reverse=reverse,
+    )
     x = decoder.values[torch.randint(NUM_VALUES, SHAPE)].float()
 
     def terms_and_gradients(half: bool) -> dict[str, Tensor]:
@@ -66,25 +85,39 @@ def test_the_bound_under_autocast_is_that_of_float32(name: str, reverse: Reverse
             bound = model.bound(x, draws=2, generator=torch.Generator().manual_seed(1))
             loss = bound.loss.mean()
         loss.backward()
-        gradients = {key: value.grad for key, value in model.transform.named_parameters() if value.grad is not None}
+        gradients = {
+            key: value.grad
+            for key, value in model.transform.named_parameters()
+            if value.grad is not None
+        }
         return {**bound.terms(), **gradients}
 
     expected, found = terms_and_gradients(False), terms_and_gradients(True)
     assert all(value.dtype == torch.float32 for value in found.values())
     for key, value in expected.items():
         torch.testing.assert_close(
-            found[key], value, rtol=1e-5, atol=1e-5 * float(value.detach().abs().max()), msg=lambda text, key=key: f"{key}: {text}"
+            found[key],
+            value,
+            rtol=1e-5,
+            atol=1e-5 * float(value.detach().abs().max()),
+            msg=lambda text, key=key: f"{key}: {text}",
         )
 
 
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("scale", [None, InterpolationScale], ids=["plain", "stretched"])
-def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(dims: int, scale: type[InterpolationScale] | None) -> None:
+def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(
+    dims: int, scale: type[InterpolationScale] | None
+) -> None:
     torch.manual_seed(0)
     transport = MonotoneMap() if dims == 1 else ConvexMap(dims)
     decoder = ndm.GaussianDecoder()
     model = TransportNDM(
-        ndm.LinearLogSNRSchedule(-6.0, -5.0), InterpolationTransform(), transport, decoder, None if scale is None else scale()
+        ndm.LinearLogSNRSchedule(-6.0, -5.0),
+        InterpolationTransform(),
+        transport,
+        decoder,
+        None if scale is None else scale(),
     )
     x = torch.randn(8, dims)
 
@@ -102,7 +135,12 @@ def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(dims: int, s
 def test_samples_under_autocast_are_those_of_float32(name: str, method: Method) -> None:
     torch.manual_seed(0)
     transform = randomized(transformations()[name]).float()
-    model = ndm.NDM(ndm.LinearLogSNRSchedule(-13.0, 5.0), transform, ndm.Predictor(Exact()), ndm.DiscretizedGaussian(NUM_VALUES))
+    model = ndm.NDM(
+        ndm.LinearLogSNRSchedule(-13.0, 5.0),
+        transform,
+        ndm.Predictor(Exact()),
+        ndm.DiscretizedGaussian(NUM_VALUES),
+    )
 
     def samples(precision: Precision) -> Tensor:
         with autocast(torch.device("cpu"), precision):
@@ -118,7 +156,12 @@ def test_samples_under_autocast_are_those_of_float32(name: str, method: Method) 
 def test_samples_in_half_precision_have_a_network_in_half_precision() -> None:
     """Told by the rounding of a network's weights, and refused for a precision there is none of."""
     torch.manual_seed(0)
-    model = ndm.NDM(ndm.LinearLogSNRSchedule(-13.0, 5.0), ndm.Identity(), ndm.Predictor(UNet(1, 8, (1, 2))), ndm.GaussianDecoder())
+    model = ndm.NDM(
+        ndm.LinearLogSNRSchedule(-13.0, 5.0),
+        ndm.Identity(),
+        ndm.Predictor(UNet(1, 8, (1, 2))),
+        ndm.GaussianDecoder(),
+    )
     with torch.no_grad():
         for value in model.predictor.parameters():
             value.normal_(0, 0.1)

@@ -1,4 +1,6 @@
-"""A direct model sampled through diffusers, on a Gaussian problem whose exact target and marginals are known."""
+"""A direct model sampled through diffusers, on a Gaussian problem whose exact target and marginals
+are known.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,13 @@ class GatedLinear(LinearTransform):
 
 
 def exact_model(problem: GaussianProblem) -> NDM:
-    return NDM(problem.process.schedule, problem.linear, ExactTarget(problem, 1.0), GaussianDecoder(), reverse="direct")  # type: ignore[arg-type]
+    return NDM(
+        problem.process.schedule,
+        problem.linear,
+        ExactTarget(problem, 1.0),
+        GaussianDecoder(),
+        reverse="direct",
+    )  # type: ignore[arg-type]
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +53,22 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "options", "steps"),
-    [("DDPMScheduler", {}, 500), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 100)],
+    [
+        ("DDPMScheduler", {}, 500),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 100),
+    ],
 )
-def test_diffusers_draws_the_data_of_a_transformed_process(name: str, options: dict[str, str], steps: int) -> None:
-    """F turns and shears in time, so the plain diffusion with E[x|z] in place of the target would not end in the data."""
+def test_diffusers_draws_the_data_of_a_transformed_process(
+    name: str, options: dict[str, str], steps: int
+) -> None:
+    """F turns and shears in time, so the plain diffusion with E[x|z] in place of the target would
+    not end in the data.
+    """
     schedule = LinearLogSNRSchedule(-7.0, 9.0)
     problem = GaussianProblem(schedule, GatedLinear(schedule))
-    network, scheduler = to_diffusers(exact_model(problem), getattr(diffusers, name), 1000, **options)
+    network, scheduler = to_diffusers(
+        exact_model(problem), getattr(diffusers, name), 1000, **options
+    )
     assert scheduler.config.prediction_type == "sample"
 
     def draw(predict: object) -> Tensor:
@@ -60,19 +77,25 @@ def test_diffusers_draws_the_data_of_a_transformed_process(name: str, options: d
         z = torch.randn(20_000, 2, dtype=F64, generator=generator)
         with torch.no_grad():
             for timestep in scheduler.timesteps:
-                z = scheduler.step(predict(z, timestep), timestep, z, generator=generator).prev_sample  # type: ignore[operator]
+                z = scheduler.step(
+                    predict(z, timestep), timestep, z, generator=generator
+                ).prev_sample  # type: ignore[operator]
         return z
 
     mean, covariance = moments(draw(lambda z, t: network(z, t).sample))
     spread = problem.covariance().diagonal().sqrt()
     assert bool(((mean - problem.mean()).abs() < 0.04 * spread).all())
-    assert bool(((covariance - problem.covariance()).abs() < 0.06 * torch.outer(spread, spread)).all())
+    assert bool(
+        ((covariance - problem.covariance()).abs() < 0.06 * torch.outer(spread, spread)).all()
+    )
 
     def data_prediction(z: Tensor, timestep: Tensor) -> Tensor:
         return problem(z, problem.process.level(timestep / 999, z))
 
     _, wrong = moments(draw(data_prediction))
-    assert bool(((wrong - problem.covariance()).abs() > 0.1 * torch.outer(spread, spread)).any()), "the test must tell y from x"
+    assert bool(((wrong - problem.covariance()).abs() > 0.1 * torch.outer(spread, spread)).any()), (
+        "the test must tell y from x"
+    )
 
 
 def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
@@ -81,11 +104,15 @@ def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
     network, scheduler = to_diffusers(model, diffusers.DDPMScheduler, 100)
     z = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     for index in (99, 60, 5, 1):
-        found = scheduler.step(network(z, index).sample, index, z, generator=torch.Generator().manual_seed(1)).prev_sample
+        found = scheduler.step(
+            network(z, index).sample, index, z, generator=torch.Generator().manual_seed(1)
+        ).prev_sample
         noise = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
         t, s = (model.process.level(i / 99, z) for i in (index, index - 1))
         expected = Ancestral(1.0)(model.reverse_process, z, t, s, noise)
-        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)  # diffusers keeps its schedule in single precision
+        torch.testing.assert_close(
+            found, expected, rtol=2e-4, atol=2e-4
+        )  # diffusers keeps its schedule in single precision
 
 
 def test_the_last_step_is_the_decoders_and_draws_are_of_the_evaluated_model() -> None:
@@ -99,7 +126,12 @@ def test_the_last_step_is_the_decoders_and_draws_are_of_the_evaluated_model() ->
 
 
 def make(reverse: ReverseKind, **options: object) -> NDM:
-    parts = {"schedule": LinearLogSNRSchedule(), "transform": GatedTransform(MLP(2, 8, 1)), "predictor": Predictor(MLP(2, 8, 1)), **options}
+    parts = {
+        "schedule": LinearLogSNRSchedule(),
+        "transform": GatedTransform(MLP(2, 8, 1)),
+        "predictor": Predictor(MLP(2, 8, 1)),
+        **options,
+    }
     return NDM(**parts, decoder=GaussianDecoder(), reverse=reverse)  # type: ignore[arg-type]
 
 

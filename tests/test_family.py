@@ -1,4 +1,6 @@
-"""Known models as special cases: DDPM's loss and flow matching as published, and the page that lists the family."""
+"""Known models as special cases: DDPM's loss and flow matching as published, and the page that
+lists the family.
+"""
 
 import math
 import re
@@ -14,7 +16,13 @@ from ndm.forward import ForwardProcess
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import DataPredictor, Predictor
-from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearBetaSchedule, NoiseLevel, VariancePreserving
+from ndm.schedule import (
+    CosineSchedule,
+    FlowMatchingSchedule,
+    LinearBetaSchedule,
+    NoiseLevel,
+    VariancePreserving,
+)
 from ndm.transform import Identity
 from oracles import F64, GaussianProblem, constant, diffusion, randomized
 
@@ -33,9 +41,15 @@ def network() -> MLP:
     return randomized(MLP(3, hidden=16, blocks=1, max_frequency=2.0), 0.1)
 
 
-@pytest.mark.parametrize("schedule", [LinearBetaSchedule(), CosineSchedule(-8.0, 5.0)], ids=["linear", "cosine"])
-def test_the_bound_is_ddpms_simple_loss_with_its_published_weight(schedule: VariancePreserving) -> None:
-    """Ho et al. 2020, equations 12 and 14, in betas: beta²/(2 beta~ (1 - beta)(1 - abar)) ||eps - eps_theta||² for each of T steps."""
+@pytest.mark.parametrize(
+    "schedule", [LinearBetaSchedule(), CosineSchedule(-8.0, 5.0)], ids=["linear", "cosine"]
+)
+def test_the_bound_is_ddpms_simple_loss_with_its_published_weight(
+    schedule: VariancePreserving,
+) -> None:
+    """Ho et al. 2020, equations 12 and 14, in betas: beta²/(2 beta~ (1 - beta)(1 - abar)) ||eps -
+    eps_theta||² for each of T steps.
+    """
     x, noise, u = draw()
     steps, net = 25, network()
     process, predictor = ForwardProcess(schedule, Identity()), Predictor(net, "eps")
@@ -54,7 +68,9 @@ FLOW = FlowMatchingSchedule(0.02)
 
 
 def test_the_drift_along_a_path_is_the_target_of_flow_matching() -> None:
-    """Lipman et al. 2023, equation 23, with time turned round: (1 - sigma_min) eps - x, the slope of the straight line from x to eps."""
+    """Lipman et al. 2023, equation 23, with time turned round: (1 - sigma_min) eps - x, the slope
+    of the straight line from x to eps.
+    """
     x, noise, t = draw()
     process = ForwardProcess(FLOW, Identity())
     level = process.schedule(t)
@@ -64,19 +80,36 @@ def test_the_drift_along_a_path_is_the_target_of_flow_matching() -> None:
 
 
 def test_the_ode_is_the_velocity_that_flow_matching_learns() -> None:
-    """The least-squares regression of (1 - sigma_min) eps - x on z_t, for Gaussian data by its covariances."""
+    """The least-squares regression of (1 - sigma_min) eps - x on z_t, for Gaussian data by its
+    covariances.
+    """
     problem = GaussianProblem(FLOW, constant(torch.eye(2, dtype=F64)))
-    z, t = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0)), torch.linspace(0.02, 1.0, 6, dtype=F64)
-    level, eye, mean, covariance = problem.process.schedule(t), torch.eye(2, dtype=F64), problem.means[0], problem.covariances[0]
+    z, t = (
+        torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0)),
+        torch.linspace(0.02, 1.0, 6, dtype=F64),
+    )
+    level, eye, mean, covariance = (
+        problem.process.schedule(t),
+        torch.eye(2, dtype=F64),
+        problem.means[0],
+        problem.covariances[0],
+    )
     found = problem.reverse.drift(z, level, 0.0)
     for row in range(6):
         alpha, sigma = 1 - t[row], 0.02 + 0.98 * t[row]
-        with_z, of_z = 0.98 * sigma * eye - alpha * covariance, alpha**2 * covariance + sigma**2 * eye
-        torch.testing.assert_close(found[row], -mean + with_z @ torch.linalg.solve(of_z, z[row] - alpha * mean))
+        with_z, of_z = (
+            0.98 * sigma * eye - alpha * covariance,
+            alpha**2 * covariance + sigma**2 * eye,
+        )
+        torch.testing.assert_close(
+            found[row], -mean + with_z @ torch.linalg.solve(of_z, z[row] - alpha * mean)
+        )
 
 
 def test_the_bound_is_the_loss_of_flow_matching_with_a_weight() -> None:
-    """alpha/sigma ||velocity - target||²: the path is straight, so alpha sigma' - alpha' sigma is 1."""
+    """alpha/sigma ||velocity - target||²: the path is straight, so alpha sigma' - alpha' sigma is
+    1.
+    """
     x, noise, t = draw()
     process, predictor = ForwardProcess(FLOW, Identity()), Predictor(network())
     level = process.schedule(t)
@@ -85,7 +118,12 @@ def test_the_bound_is_the_loss_of_flow_matching_with_a_weight() -> None:
     guess = predictor(z, level)
     velocity = 0.98 * (z - alpha * guess) / sigma - guess  # (1 - sigma_min) eps^ - x^
     loss = ((velocity - (0.98 * noise - x)) ** 2).sum(1)
-    torch.testing.assert_close(diffusion(process, predictor, x, t, noise), ((1 - t) / (0.02 + 0.98 * t)) * loss, rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        diffusion(process, predictor, x, t, noise),
+        ((1 - t) / (0.02 + 0.98 * t)) * loss,
+        rtol=1e-8,
+        atol=0,
+    )
 
 
 class Point(DataPredictor):

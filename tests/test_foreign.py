@@ -19,7 +19,11 @@ with warnings.catch_warnings():
     from diffusers import UNet2DModel
 
 BLOCKS = {
-    "plain": {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"), "add_attention": False},
+    "plain": {
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+    },
     "attention": {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -33,7 +37,13 @@ def network(kind: str, time_scale: float = 1000.0) -> FromDiffusers:
     options = BLOCKS[kind]
     return FromDiffusers(
         UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **options
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            **options,
         ),
         time_scale,
     )
@@ -45,7 +55,13 @@ def data(count: int = 4) -> Tensor:
 
 
 def model(transform: Transform, predictor: nn.Module, steps: int | None) -> NDM:
-    return NDM(LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(predictor), GaussianDecoder(), steps=steps)
+    return NDM(
+        LinearLogSNRSchedule(-5.0, 3.0),
+        transform,
+        Predictor(predictor),
+        GaussianDecoder(),
+        steps=steps,
+    )
 
 
 def fixed_bound(ndm: NDM, x: Tensor) -> Tensor:
@@ -53,7 +69,9 @@ def fixed_bound(ndm: NDM, x: Tensor) -> Tensor:
 
 
 def assert_learns(ndm: NDM, part: nn.Module, updates: int = 10) -> None:
-    """Finite bound, gradients to every parameter of the part, steps of Adam lower the same estimate of the bound."""
+    """Finite bound, gradients to every parameter of the part, steps of Adam lower the same estimate
+    of the bound.
+    """
     x = data()
     optimizer = torch.optim.Adam(ndm.parameters(), lr=2e-3)
     before = fixed_bound(ndm, x)
@@ -63,8 +81,12 @@ def assert_learns(ndm: NDM, part: nn.Module, updates: int = 10) -> None:
         fixed_bound(ndm, x).backward()
         optimizer.step()
     gradients = {name: p.grad for name, p in part.named_parameters()}
-    assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values()), [n for n, g in gradients.items() if g is None]
-    assert sum(float(g.abs().max()) > 0 for g in gradients.values() if g is not None) > 0.9 * len(gradients)
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values()), [
+        n for n, g in gradients.items() if g is None
+    ]
+    assert sum(float(g.abs().max()) > 0 for g in gradients.values() if g is not None) > 0.9 * len(
+        gradients
+    )
     assert float(fixed_bound(ndm, x).detach()) < float(before.detach())
 
 
@@ -85,7 +107,9 @@ def test_as_transformation_in_discrete_time(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_as_transformation_in_continuous_time_or_with_the_mend(kind: str, channels_last: bool) -> None:
+def test_as_transformation_in_continuous_time_or_with_the_mend(
+    kind: str, channels_last: bool
+) -> None:
     net = network(kind)
     ndm = model(GatedTransform(net), UNet(1, 8, (1,)), None)
     if channels_last:
@@ -98,12 +122,18 @@ def test_as_transformation_in_continuous_time_or_with_the_mend(kind: str, channe
 
 
 def test_its_time_derivative_is_that_of_central_differences() -> None:
-    """With a slow clock: diffusers embeds time in float32, too coarse for differences at a thousand steps."""
+    """With a slow clock: diffusers embeds time in float32, too coarse for differences at a thousand
+    steps.
+    """
     transform = NetworkTransform(network("plain", 10.0)).double()
     with torch.no_grad():
         assert transform.displacement.gain is not None
         transform.displacement.gain.fill_(0.7)
-        x, t, schedule = data(3).double(), torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64), LinearLogSNRSchedule(-5.0, 3.0)
+        x, t, schedule = (
+            data(3).double(),
+            torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64),
+            LinearLogSNRSchedule(-5.0, 3.0),
+        )
         _, derivative = transform.with_derivative(x, schedule(t))
         expected = (transform(x, schedule(t + 1e-3)) - transform(x, schedule(t - 1e-3))) / 2e-3
     assert float((derivative - expected).abs().max()) < 1e-3 * float(expected.abs().max())

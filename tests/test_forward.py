@@ -1,4 +1,6 @@
-"""The forward process: consistency of the posterior, DDPM and DDIM as diffusers write them, moments of the conditional SDE."""
+"""The forward process: consistency of the posterior, DDPM and DDIM as diffusers write them, moments
+of the conditional SDE.
+"""
 
 import math
 import warnings
@@ -12,7 +14,14 @@ from ndm.forward import ForwardProcess, Gaussian, posterior_coefficients
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import Ancestral
-from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearBetaSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
+from ndm.schedule import (
+    FlowMatchingSchedule,
+    LearnedSchedule,
+    LinearBetaSchedule,
+    LinearLogSNRSchedule,
+    NoiseLevel,
+    Schedule,
+)
 from ndm.transform import Identity
 from oracles import F64, SHEAR, LinearTransform
 
@@ -26,7 +35,10 @@ SCHEDULES: dict[str, Schedule] = {
     "flow": FlowMatchingSchedule(0.01, 0.0),
 }
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
-EARLY, LATE = torch.tensor([0.0, 0.1, 0.5, 0.85], dtype=F64), torch.tensor([0.1, 0.5, 0.55, 1.0], dtype=F64)
+EARLY, LATE = (
+    torch.tensor([0.0, 0.1, 0.5, 0.85], dtype=F64),
+    torch.tensor([0.1, 0.5, 0.55, 1.0], dtype=F64),
+)
 
 
 def setting(name: str) -> tuple[ForwardProcess, Tensor, NoiseLevel, NoiseLevel]:
@@ -35,8 +47,12 @@ def setting(name: str) -> tuple[ForwardProcess, Tensor, NoiseLevel, NoiseLevel]:
     return process, x, process.schedule(EARLY), process.schedule(LATE)
 
 
-def pushed(process: ForwardProcess, x: Tensor, s: NoiseLevel, t: NoiseLevel, posterior: object) -> tuple[Tensor, Tensor]:
-    """Mean and variance of z_s when z_t ~ q(z_t|x) goes through the affine posterior, read off at three points z."""
+def pushed(
+    process: ForwardProcess, x: Tensor, s: NoiseLevel, t: NoiseLevel, posterior: object
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of z_s when z_t ~ q(z_t|x) goes through the affine posterior, read off at
+    three points z.
+    """
     at_t = process.marginal(x, t)
     center, ahead = posterior(at_t.mean), posterior(at_t.mean + 1.0)  # type: ignore[operator]
     gain = ahead.mean - center.mean
@@ -57,7 +73,9 @@ def test_posterior_after_marginal_is_the_marginal(name: str, eta: float) -> None
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
 def test_any_variance_is_consistent_too(name: str, share: float) -> None:
     process, x, s, t = setting(name)
-    mean, variance = pushed(process, x, s, t, lambda z: process.posterior_with_variance(z, x, s, t, share * s.sigma**2))
+    mean, variance = pushed(
+        process, x, s, t, lambda z: process.posterior_with_variance(z, x, s, t, share * s.sigma**2)
+    )
     expected = process.marginal(x, s)
     torch.testing.assert_close(mean, expected.mean)
     torch.testing.assert_close(variance, (expected.std**2).expand_as(variance))
@@ -72,17 +90,24 @@ def test_marginal_is_alpha_f_and_sigma(name: str) -> None:
     shifted = (matrix @ x[..., None])[..., 0] + EARLY[:, None] * process.transform.offset  # type: ignore[operator]
     marginal = process.marginal(x, s)
     torch.testing.assert_close(marginal.mean, s.alpha[:, None] * shifted)
-    torch.testing.assert_close(marginal.sample(torch.ones_like(x)) - marginal.mean, s.sigma[:, None].expand(4, 2))
+    torch.testing.assert_close(
+        marginal.sample(torch.ones_like(x)) - marginal.mean, s.sigma[:, None].expand(4, 2)
+    )
 
 
 def test_eta_one_is_the_posterior_of_ddpm() -> None:
     """Ho et al. 2020, equations 6 and 7, in betas."""
     process = ForwardProcess(LinearBetaSchedule(), Identity())
-    s, t = process.schedule(torch.tensor([0.2, 0.6], dtype=F64)), process.schedule(torch.tensor([0.25, 0.7], dtype=F64))
+    s, t = (
+        process.schedule(torch.tensor([0.2, 0.6], dtype=F64)),
+        process.schedule(torch.tensor([0.25, 0.7], dtype=F64)),
+    )
     before, after = (s.alpha**2)[:, None], (t.alpha**2)[:, None]
     beta = 1 - after / before
     x, z = torch.randn(2, 2, 3, dtype=F64)
-    mean = before.sqrt() * beta / (1 - after) * x + (1 - beta).sqrt() * (1 - before) / (1 - after) * z
+    mean = (
+        before.sqrt() * beta / (1 - after) * x + (1 - beta).sqrt() * (1 - before) / (1 - after) * z
+    )
     posterior = process.posterior(z, x, s, t)
     torch.testing.assert_close(posterior.mean, mean)
     torch.testing.assert_close(posterior.std**2, (1 - before) / (1 - after) * beta)
@@ -93,24 +118,40 @@ def test_eta_one_is_the_posterior_of_ddpm() -> None:
 def test_the_weight_of_the_target_is_alpha_s_minus_k_alpha_t(name: str, eta: float) -> None:
     _, _, s, t = setting(name)
     coefficients = posterior_coefficients(s, t, eta)
-    torch.testing.assert_close(coefficients.target_weight, s.alpha - coefficients.k * t.alpha, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(coefficients.k, (s.sigma**2 - coefficients.variance).clamp(min=0).sqrt() / t.sigma, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        coefficients.target_weight, s.alpha - coefficients.k * t.alpha, rtol=1e-10, atol=1e-14
+    )
+    torch.testing.assert_close(
+        coefficients.k,
+        (s.sigma**2 - coefficients.variance).clamp(min=0).sqrt() / t.sigma,
+        rtol=1e-7,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.7])
 def test_close_steps_lose_nothing_in_single_precision(eta: float) -> None:
     gap, alpha, sigma = 2.0**-20, math.sqrt(0.5), math.sqrt(0.5)
     one, zero = torch.ones(1), torch.zeros(1)
-    late = NoiseLevel(t=one, gamma=zero, alpha=alpha * one, sigma=sigma * one, dalpha=zero, dsigma=zero)
-    early = NoiseLevel(t=zero, gamma=zero - gap, alpha=alpha * one, sigma=sigma * one, dalpha=zero, dsigma=zero)
+    late = NoiseLevel(
+        t=one, gamma=zero, alpha=alpha * one, sigma=sigma * one, dalpha=zero, dsigma=zero
+    )
+    early = NoiseLevel(
+        t=zero, gamma=zero - gap, alpha=alpha * one, sigma=sigma * one, dalpha=zero, dsigma=zero
+    )
     got = posterior_coefficients(early, late, eta)
-    assert got.target_weight.item() == pytest.approx(alpha * -math.expm1(0.5 * (-gap + math.log1p(eta**2 * math.expm1(-gap)))), rel=1e-5)
+    assert got.target_weight.item() == pytest.approx(
+        alpha * -math.expm1(0.5 * (-gap + math.log1p(eta**2 * math.expm1(-gap)))), rel=1e-5
+    )
     assert got.variance.item() == pytest.approx(eta**2 * 0.5 * -math.expm1(-gap), rel=1e-5)
 
 
 def test_the_largest_eta_is_allowed_and_finite() -> None:
     """v = sigma_s² to the last digit of single precision: k = 0, and nothing may be NaN."""
-    s, t = LinearLogSNRSchedule(-6.0, 4.0)(torch.linspace(0, 0.9, 50)), LinearLogSNRSchedule(-6.0, 4.0)(torch.linspace(0, 0.9, 50) + 0.07)
+    s, t = (
+        LinearLogSNRSchedule(-6.0, 4.0)(torch.linspace(0, 0.9, 50)),
+        LinearLogSNRSchedule(-6.0, 4.0)(torch.linspace(0, 0.9, 50) + 0.07),
+    )
     largest = (-torch.expm1(s.gamma - t.gamma)).rsqrt()
     for scale in (1 - 1e-7, 1.0, 1 + 2e-7):
         found = posterior_coefficients(s, t, scale * largest)
@@ -149,7 +190,9 @@ class Recorded(nn.Module):
 @pytest.mark.parametrize("target", ["x", "eps", "v"])
 @pytest.mark.parametrize("eta", [None, 0.0, 0.5, 1.0])
 def test_steps_are_those_of_diffusers(target: str, eta: float | None) -> None:
-    """None is DDPMScheduler, a number DDIMScheduler. Their index i is our t = i/T, so that even their step to 0 has our alpha_0."""
+    """None is DDPMScheduler, a number DDIMScheduler. Their index i is our t = i/T, so that even
+    their step to 0 has our alpha_0.
+    """
     steps, schedule = 12, LinearLogSNRSchedule(-4.0, 3.0)
     grid = schedule(torch.arange(steps + 1, dtype=F64) / steps)
     kept = grid.alpha**2
@@ -161,7 +204,9 @@ def test_steps_are_those_of_diffusers(target: str, eta: float | None) -> None:
         "prediction_type": {"x": "sample", "eps": "epsilon", "v": "v_prediction"}[target],
     }
     if eta is None:
-        reference = DDPMScheduler(**options, variance_type="fixed_small", timestep_spacing="leading")
+        reference = DDPMScheduler(
+            **options, variance_type="fixed_small", timestep_spacing="leading"
+        )
     else:
         reference = DDIMScheduler(**options, timestep_spacing="leading", steps_offset=0)
     reference.set_timesteps(steps + 1)
@@ -174,20 +219,26 @@ def test_steps_are_those_of_diffusers(target: str, eta: float | None) -> None:
         extra = {} if eta is None else {"eta": eta}
         expected = reference.step(output, i, z, generator=seed, **extra).prev_sample
         reverse = ReverseProcess(process, Predictor(Recorded(output), target))  # type: ignore[arg-type]
-        ours = Ancestral(1.0 if eta is None else eta)(reverse, z, process.level(i / steps, z), process.level((i - 1) / steps, z), noise)
+        ours = Ancestral(1.0 if eta is None else eta)(
+            reverse, z, process.level(i / steps, z), process.level((i - 1) / steps, z), noise
+        )
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @every_schedule
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 1.5])
 def test_the_conditional_sde_has_the_marginals(name: str, eta: float) -> None:
-    """Moments of the reverse-time SDE, f affine in z: d mean/dt = f(mean) and d sigma²/dt = 2 (df/dz) sigma² - g²."""
+    """Moments of the reverse-time SDE, f affine in z: d mean/dt = f(mean) and d sigma²/dt = 2
+    (df/dz) sigma² - g².
+    """
     process, x, _, _ = setting(name)
     t, width = torch.tensor([0.05, 0.3, 0.6, 0.9], dtype=F64), 1e-6
     level, ahead, behind = (process.schedule(t + shift) for shift in (0.0, width, -width))
     marginal = process.marginal(x, level)
     with torch.no_grad():
-        mean_slope = (process.marginal(x, ahead).mean - process.marginal(x, behind).mean) / (2 * width)
+        mean_slope = (process.marginal(x, ahead).mean - process.marginal(x, behind).mean) / (
+            2 * width
+        )
         variance_slope = (ahead.sigma**2 - behind.sigma**2) / (2 * width)
         drift = process.drift(marginal.mean, x, level, eta)
         torch.testing.assert_close(drift, mean_slope, rtol=1e-6, atol=1e-6)
@@ -196,7 +247,9 @@ def test_the_conditional_sde_has_the_marginals(name: str, eta: float) -> None:
     torch.testing.assert_close(expected, variance_slope, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rate[:, 0], rate[:, 1])
     gamma_slope = (ahead.gamma - behind.gamma) / (2 * width)
-    torch.testing.assert_close(level.diffusion(eta) ** 2, eta**2 * level.sigma**2 * gamma_slope, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        level.diffusion(eta) ** 2, eta**2 * level.sigma**2 * gamma_slope, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 1.5])
@@ -206,8 +259,12 @@ def test_the_drift_is_the_limit_of_the_posterior(eta: float) -> None:
     level = process.schedule(t)
     z = torch.randn(4, 2, dtype=F64)
     posterior = process.posterior(z, x, process.schedule(t - h), level, eta)
-    torch.testing.assert_close((z - posterior.mean) / h, process.drift(z, x, level, eta), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(posterior.std[:, 0] ** 2 / h, level.diffusion(eta) ** 2, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        (z - posterior.mean) / h, process.drift(z, x, level, eta), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        posterior.std[:, 0] ** 2 / h, level.diffusion(eta) ** 2, rtol=1e-4, atol=0
+    )
 
 
 def test_the_sde_is_refused_where_there_is_no_signal_and_the_ode_is_not() -> None:
@@ -230,7 +287,9 @@ def test_events_of_any_shape_are_treated_dimension_by_dimension(event: tuple[int
     flat = process.posterior(z.reshape(4, -1), x.reshape(4, -1), s, t, 0.5)
     posterior: Gaussian = process.posterior(z, x, s, t, 0.5)
     torch.testing.assert_close(posterior.sample(x).reshape(4, -1), flat.sample(x.reshape(4, -1)))
-    torch.testing.assert_close(process.drift(z, x, s).reshape(4, -1), process.drift(z.reshape(4, -1), x.reshape(4, -1), s))
+    torch.testing.assert_close(
+        process.drift(z, x, s).reshape(4, -1), process.drift(z.reshape(4, -1), x.reshape(4, -1), s)
+    )
 
 
 def test_one_step_over_the_whole_range_has_finite_gradients() -> None:

@@ -1,4 +1,6 @@
-"""Latent diffusion: a linear-Gaussian one in closed form, and a small one of images from end to end."""
+"""Latent diffusion: a linear-Gaussian one in closed form, and a small one of images from end to
+end.
+"""
 
 import math
 import re
@@ -25,8 +27,8 @@ from ndm.random import ExampleGenerators, standard_normal, uniform
 from ndm.reverse import ReverseProcess
 from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.time_sampling import PiecewiseConstant
+from ndm.train.checks import check_parts
 from ndm.train.config import RunParts
-from ndm.train.run import check_parts
 from ndm.train.settings import TrainSettings
 from ndm.transform import Encoder, Identity
 from ndm.viz import write_transform
@@ -49,9 +51,11 @@ def affine(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 class Linear:
-    """x in 3 dimensions, E x = W x in 2, the exact predictor of the latent y ~ N(m_y, S_y), and the decoder N(A z_0/alpha_0 + b, s² I).
+    """x in 3 dimensions, E x = W x in 2, the exact predictor of the latent y ~ N(m_y, S_y), and the
+    decoder N(A z_0/alpha_0 + b, s² I).
 
-    A and b are those for which the model's own p(z_0|x) is N(alpha_0 W x, sigma_0² I), the encoder's q(z_0|x), at every x.
+    A and b are those for which the model's own p(z_0|x) is N(alpha_0 W x, sigma_0² I), the
+    encoder's q(z_0|x), at every x.
     """
 
     @torch.no_grad()
@@ -60,7 +64,9 @@ class Linear:
         level = schedule(torch.zeros(1, dtype=F64))
         self.alpha, self.sigma = float(level.alpha), float(level.sigma)
         (start_mean, start), (end_mean, end) = self.latent.marginal(0.0), self.latent.marginal(1.0)
-        root = self.power(start, 0.5) @ self.power(end, -0.5)  # the ODE's z_0 = mean_0 + root (z_1 - mean_1), z_1 ~ N(0, I)
+        root = self.power(start, 0.5) @ self.power(
+            end, -0.5
+        )  # the ODE's z_0 = mean_0 + root (z_1 - mean_1), z_1 ~ N(0, I)
         self.z_mean, self.z_covariance = start_mean - root @ end_mean, root @ root.T
         precision = torch.linalg.inv(self.z_covariance)
         frame = torch.linalg.qr(torch.tensor([[1.0, 0.3], [-0.4, 1.0], [0.6, 0.8]], dtype=F64)).Q
@@ -79,7 +85,9 @@ class Linear:
     def marginal(self) -> MultivariateNormal:
         """P(x) of the whole model, by the ODE."""
         mean = self.a @ self.z_mean / self.alpha + self.b
-        covariance = self.a @ self.z_covariance @ self.a.T / self.alpha**2 + SCALE**2 * torch.eye(3, dtype=F64)
+        covariance = self.a @ self.z_covariance @ self.a.T / self.alpha**2 + SCALE**2 * torch.eye(
+            3, dtype=F64
+        )
         return MultivariateNormal(mean.detach(), covariance.detach())
 
 
@@ -90,24 +98,35 @@ def test_the_likelihood_of_a_linear_latent_model_is_that_of_its_gaussian(schedul
     found = problem.model.log_likelihood(x, samples=2, settings=SETTINGS)
     expected = problem.marginal().log_prob(x)
     assert float(expected.std()) > 1
-    torch.testing.assert_close(found.log_weights, expected[:, None].expand(6, 2), rtol=0, atol=1e-4)  # every single sample is exact
+    torch.testing.assert_close(
+        found.log_weights, expected[:, None].expand(6, 2), rtol=0, atol=1e-4
+    )  # every single sample is exact
 
 
 @every_schedule
-@pytest.mark.parametrize(("method", "tolerance"), [("ode", 0.03), ("ddim", 0.06)])  # DDIM's steps are of first order
-def test_samples_of_it_are_distributed_like_the_model(schedule: str, method: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [("ode", 0.03), ("ddim", 0.06)]
+)  # DDIM's steps are of first order
+def test_samples_of_it_are_distributed_like_the_model(
+    schedule: str, method: str, tolerance: float
+) -> None:
     problem = Linear(SCHEDULES[schedule])
     found = problem.model.sample((20_000, 3), method=method, steps=100, seed=1)  # type: ignore[arg-type]
     expected = problem.marginal()
     spread = expected.covariance_matrix.diagonal().sqrt()
     assert float(((found.mean(0) - expected.mean) / spread).abs().max()) < tolerance
-    assert float(((found.T.cov() - expected.covariance_matrix) / spread[:, None] / spread).abs().max()) < 2 * tolerance
+    assert (
+        float(((found.T.cov() - expected.covariance_matrix) / spread[:, None] / spread).abs().max())
+        < 2 * tolerance
+    )
 
 
 @every_schedule
 @pytest.mark.parametrize("steps", [None, 4000])
 def test_the_bound_of_it_is_its_closed_form(schedule: str, steps: int | None) -> None:
-    """Data with W x ~ N(m_y, S_y): E NELBO = E[-log p(x|z_0)] + I(x; z_0) + KL(q(z_1) || N(0, I)), a whole Markov chain undone."""
+    """Data with W x ~ N(m_y, S_y): E NELBO = E[-log p(x|z_0)] + I(x; z_0) + KL(q(z_1) || N(0, I)),
+    a whole Markov chain undone.
+    """
     problem = Linear(SCHEDULES[schedule])
     model, latent = problem.model, problem.latent
     inverse = torch.linalg.pinv(problem.w)
@@ -119,11 +138,20 @@ def test_the_bound_of_it_is_its_closed_form(schedule: str, steps: int | None) ->
     x, noise = mean + points[:, :3] @ torch.linalg.cholesky(covariance).T, points[:, 3:]
     curve = model.transform.curve(x)
     with torch.no_grad():
-        found = (prior_term(model.process, x, curve) + reconstruction_term(model.process, model.decoder, x, noise, curve)).mean()
+        found = (
+            prior_term(model.process, x, curve)
+            + reconstruction_term(model.process, model.decoder, x, noise, curve)
+        ).mean()
         panels = 200
-        for t in (torch.arange(panels, dtype=F64)[:, None] + 0.5 + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)).flatten() / panels:
+        for t in (
+            torch.arange(panels, dtype=F64)[:, None]
+            + 0.5
+            + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)
+        ).flatten() / panels:
             draw = Draw(t.expand(len(x)), noise)
-            found = found + diffusion_integrand(model.reverse_process, curve, draw, steps).bound.mean() / (2 * panels)
+            found = found + diffusion_integrand(
+                model.reverse_process, curve, draw, steps
+            ).bound.mean() / (2 * panels)
 
     zero, eye = torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64)
     _, start = latent.marginal(0.0)
@@ -131,7 +159,11 @@ def test_the_bound_of_it_is_its_closed_form(schedule: str, steps: int | None) ->
     miss_mean = mean - problem.a @ (problem.w @ mean) - problem.b
     reach = torch.eye(3, dtype=F64) - problem.a @ problem.w
     width = problem.a * problem.sigma / problem.alpha
-    miss = miss_mean @ miss_mean + torch.trace(reach @ covariance @ reach.T) + torch.trace(width @ width.T)
+    miss = (
+        miss_mean @ miss_mean
+        + torch.trace(reach @ covariance @ reach.T)
+        + torch.trace(width @ width.T)
+    )
     reconstruction = 0.5 * miss / SCALE**2 + 3 * (math.log(SCALE) + 0.5 * math.log(2 * math.pi))
     expected = reconstruction + information + gaussian_kl(*latent.marginal(1.0), zero, eye)
     assert found.item() == pytest.approx(expected.item(), abs=2e-4 if steps is None else 2e-2)
@@ -154,10 +186,16 @@ LEVEL = LinearLogSNRSchedule(-2.0, 3.0)(torch.zeros(4, dtype=F64))
 
 
 def test_a_decoder_network_gives_the_mean_of_its_base_distribution() -> None:
-    """Against torch.distributions and against the softmax written out; the noise level of z_0 plays no part but in z_0/alpha_0."""
+    """Against torch.distributions and against the softmax written out; the noise level of z_0 plays
+    no part but in z_0/alpha_0.
+    """
     generator = torch.Generator().manual_seed(0)
     mean, z = torch.randn(2, 4, 2, dtype=F64, generator=generator)
-    decoder = NetworkDecoder(affine(torch.tensor([[2.0, 1.0], [0.5, -1.0], [0.3, 0.2]], dtype=F64)), GaussianDecoder(), 0.4).double()
+    decoder = NetworkDecoder(
+        affine(torch.tensor([[2.0, 1.0], [0.5, -1.0], [0.3, 0.2]], dtype=F64)),
+        GaussianDecoder(),
+        0.4,
+    ).double()
     x = torch.randn(4, 3, dtype=F64, generator=generator)
     center = decoder.network(z / torch.sigmoid(torch.tensor(2.0, dtype=F64)).sqrt())
     expected = torch.distributions.Normal(center, 0.4).log_prob(x).sum(1)
@@ -169,22 +207,39 @@ def test_a_decoder_network_gives_the_mean_of_its_base_distribution() -> None:
     total = torch.zeros(4, dtype=F64)
     for i, first in enumerate(grid):
         for j, second in enumerate(grid):
-            found = discrete.log_prob(torch.tensor([[first, second]], dtype=F64).expand(4, 2), z, LEVEL)
-            torch.testing.assert_close(found, (probability[:, 0, i] * probability[:, 1, j]).log(), rtol=1e-5, atol=1e-5)
+            found = discrete.log_prob(
+                torch.tensor([[first, second]], dtype=F64).expand(4, 2), z, LEVEL
+            )
+            torch.testing.assert_close(
+                found, (probability[:, 0, i] * probability[:, 1, j]).log(), rtol=1e-5, atol=1e-5
+            )
             total += found.exp()
     torch.testing.assert_close(total, torch.ones_like(total))
-    assert discrete.discrete and not decoder.discrete and discrete.values is not None and discrete.values.tolist() == grid
+    assert (
+        discrete.discrete
+        and not decoder.discrete
+        and discrete.values is not None
+        and discrete.values.tolist() == grid
+    )
 
 
 def test_samples_of_a_decoder_network_follow_its_probabilities() -> None:
     count = 20_000
     level = LinearLogSNRSchedule(-2.0, 3.0)(torch.zeros(count, dtype=F64))
     z, generator = torch.zeros(count, 1, dtype=F64), torch.Generator().manual_seed(0)
-    drawn = NetworkDecoder(Fixed(torch.full((count, 1), 0.7, dtype=F64)), GaussianDecoder(), 0.5).sample(z, level, generator)
-    assert drawn.mean().item() == pytest.approx(0.7, abs=0.015) and drawn.std().item() == pytest.approx(0.5, abs=0.01)
+    drawn = NetworkDecoder(
+        Fixed(torch.full((count, 1), 0.7, dtype=F64)), GaussianDecoder(), 0.5
+    ).sample(z, level, generator)
+    assert drawn.mean().item() == pytest.approx(
+        0.7, abs=0.015
+    ) and drawn.std().item() == pytest.approx(0.5, abs=0.01)
     grid = [-1.0, 0.0, 0.5]
-    drawn = NetworkDecoder(Fixed(torch.full((count, 1), 0.2, dtype=F64)), DiscretizedGaussian(grid), 0.6).sample(z, level, generator)
-    expected = torch.softmax(torch.tensor([-((0.2 - value) ** 2) / 0.72 for value in grid], dtype=F64), 0)
+    drawn = NetworkDecoder(
+        Fixed(torch.full((count, 1), 0.2, dtype=F64)), DiscretizedGaussian(grid), 0.6
+    ).sample(z, level, generator)
+    expected = torch.softmax(
+        torch.tensor([-((0.2 - value) ** 2) / 0.72 for value in grid], dtype=F64), 0
+    )
     found = torch.stack([(drawn == value).double().mean() for value in grid])
     torch.testing.assert_close(found, expected, rtol=0, atol=0.015)
 
@@ -215,19 +270,30 @@ def test_a_latent_model_of_digits_from_end_to_end(tmp_path: Path) -> None:
         bound.loss.mean().backward()
         optimizer.step()
         totals.append(float(bound.total.detach().mean()) / (64 * math.log(2)))
-    assert sum(totals[-10:]) / 10 < 0.8 * sum(totals[:5]) / 5 and totals[-1] < 4.2  # a uniform model has log2(17) = 4.09
+    assert (
+        sum(totals[-10:]) / 10 < 0.8 * sum(totals[:5]) / 5 and totals[-1] < 4.2
+    )  # a uniform model has log2(17) = 4.09
     for part in (model.transform, model.predictor, model.decoder):
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in part.parameters())
-    write_transform(tmp_path / "transform.png", model, x[:2])  # latents of two channels are no pictures
+    write_transform(
+        tmp_path / "transform.png", model, x[:2]
+    )  # latents of two channels are no pictures
     model.save_pretrained(tmp_path)
     back = NDM.from_pretrained(tmp_path)
     for method in ("ancestral", "ode"):
-        samples = [m.sample((3, 1, 8, 8), method=method, steps=4, seed=2) for m in (model.eval(), back)]  # type: ignore[arg-type]
+        samples = [
+            m.sample((3, 1, 8, 8), method=method, steps=4, seed=2) for m in (model.eval(), back)
+        ]  # type: ignore[arg-type]
         assert samples[0].shape == (3, 1, 8, 8) and samples[0].equal(samples[1])
         DiscretizedGaussian(17).check(samples[0])  # raises unless every value is on the grid
     evaluation = Evaluation(back, test, limit=8, batch_size=4)
-    nelbo, nll = evaluation.nelbo(draws=2), evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=1))
-    assert nelbo.values.shape == (8,) and nelbo.protocol["scale"] == "probability of integers, 17 values"
+    nelbo, nll = (
+        evaluation.nelbo(draws=2),
+        evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=1)),
+    )
+    assert (
+        nelbo.values.shape == (8,) and nelbo.protocol.scale == "probability of integers, 17 values"
+    )
     assert nelbo.dims == 64 and bool(nll.values.isfinite().all())
 
 
@@ -240,7 +306,13 @@ def test_the_key_of_the_grid_is_named_where_it_is() -> None:
         (DiscretizedGaussian(5), f"{base}.init_args.num_values=17"),
         (GaussianDecoder(), f"{base}=ndm.DiscretizedGaussian"),
     ):
-        latent = NDM(model.schedule, model.transform, model.predictor, NetworkDecoder(model.decoder.network, decoder), reverse="direct")
+        latent = NDM(
+            model.schedule,
+            model.transform,
+            model.predictor,
+            NetworkDecoder(model.decoder.network, decoder),
+            reverse="direct",
+        )
         with pytest.raises(UserError, match=f"{re.escape(key)}"):
             check_parts(RunParts(latent, data, TrainSettings()))
     plain = NDM(model.schedule, Identity(), model.predictor, DiscretizedGaussian(5))
@@ -254,7 +326,9 @@ def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_h
     x = torch.randn(8, 5)
     for reverse, outputs in (("direct", None), ("direct-score", 2)):
         predictor = Predictor(MLP(2, 16, 1, outputs=outputs))
-        model = NDM(LinearLogSNRSchedule(-5.0, 3.0), parts[0], predictor, parts[1], steps=5, reverse=reverse)  # type: ignore[arg-type]
+        model = NDM(
+            LinearLogSNRSchedule(-5.0, 3.0), parts[0], predictor, parts[1], steps=5, reverse=reverse
+        )  # type: ignore[arg-type]
         model.bound(x).loss.mean().backward()
         assert model.sample((3, 5), method="ddim", seed=0).shape == (3, 5)
         assert model.noised(x, 0.5).shape == model.transformed(x, 0.2).shape == (8, 2)
@@ -263,9 +337,19 @@ def test_a_latent_model_of_vectors_trains_in_discrete_time_and_with_the_second_h
 def few_of_many(dims: int, steps: int | None = None) -> NDM:
     """Latents of 2 dimensions for data of many, with a predictor that is off."""
     torch.manual_seed(0)
-    encoder, decoder = Dense([dims], [2], 16), NetworkDecoder(Dense([2], [dims], 16), GaussianDecoder())
+    encoder, decoder = (
+        Dense([dims], [2], 16),
+        NetworkDecoder(Dense([2], [dims], 16), GaussianDecoder()),
+    )
     predictor = Predictor(randomized(MLP(2, 16, 1), 0.3))
-    return NDM(LinearLogSNRSchedule(-5.0, 3.0), Encoder(encoder), predictor, decoder, steps=steps, reverse="direct").double()
+    return NDM(
+        LinearLogSNRSchedule(-5.0, 3.0),
+        Encoder(encoder),
+        predictor,
+        decoder,
+        steps=steps,
+        reverse="direct",
+    ).double()
 
 
 def test_the_fitted_variance_of_a_latent_model_is_at_the_minimum_of_the_bound() -> None:
@@ -281,18 +365,27 @@ def test_the_fitted_variance_of_a_latent_model_is_at_the_minimum_of_the_bound() 
             u = (part + uniform(data.x[:, 0], source)) / steps
             draw = Draw(u, standard_normal(curve.like, source))
             scales = [PiecewiseConstant(factor * fitted.values) for factor in factors]
-            found = [diffusion_integrand(model.reverse_process, curve, draw, steps, 1.0, scale).bound.mean() for scale in scales]
+            found = [
+                diffusion_integrand(
+                    model.reverse_process, curve, draw, steps, 1.0, scale
+                ).bound.mean()
+                for scale in scales
+            ]
             assert int(torch.stack(found).argmin()) == 3, f"step {part}"
     assert float(fitted.values.max()) > 1.5
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("auto", "exact"), (3, 3)])
-def test_the_protocol_counts_probes_by_the_dimensions_of_the_latent(asked: Any, expected: object) -> None:
+def test_the_protocol_counts_probes_by_the_dimensions_of_the_latent(
+    asked: Any, expected: object
+) -> None:
     dims = EXACT_UP_TO + 1
     evaluation = Evaluation(few_of_many(dims), Points(torch.randn(3, dims, dtype=F64)))
-    measured = evaluation.nll(settings=OdeSettings(solver="rk4", nodes=8, probes=asked), reverse_check=0)
-    assert measured.protocol["probes"] == expected
-    assert measured.protocol["probe"] == (None if expected == "exact" else "rademacher")
+    measured = evaluation.nll(
+        settings=OdeSettings(solver="rk4", nodes=8, probes=asked), reverse_check=0
+    )
+    assert measured.protocol.probes == expected
+    assert measured.protocol.probe == (None if expected == "exact" else "rademacher")
 
 
 class Shapeless(Decoder):
@@ -303,28 +396,45 @@ class Shapeless(Decoder):
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         return -(x**2).sum(1) - (z**2).sum(1)
 
-    def sample(self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None
+    ) -> Tensor:
         return z.repeat(1, 2)
 
 
 def test_what_does_not_fit_a_latent_is_refused_in_one_line() -> None:
-    schedule, encoder, predictor = LinearLogSNRSchedule(-5.0, 3.0), Encoder(Dense([4], [2], 8)), Predictor(MLP(2, 8, 1))
+    schedule, encoder, predictor = (
+        LinearLogSNRSchedule(-5.0, 3.0),
+        Encoder(Dense([4], [2], 8)),
+        Predictor(MLP(2, 8, 1)),
+    )
     decoder = NetworkDecoder(Dense([2], [4], 8), GaussianDecoder())
     model = NDM(schedule, encoder, predictor, decoder, reverse="direct")
     x = torch.randn(3, 4)
     cases = [
         (lambda: NDM(schedule, encoder, predictor, decoder), "tied.*Encoder.*reverse=direct"),
-        (lambda: NDM(schedule, encoder, predictor, decoder, reverse="diffenc"), "diffenc.*Encoder.*reverse=direct"),
+        (
+            lambda: NDM(schedule, encoder, predictor, decoder, reverse="diffenc"),
+            "diffenc.*Encoder.*reverse=direct",
+        ),
         (lambda: ReverseProcess(model.process, predictor), "tied"),
         (
             lambda: NDM(schedule, encoder, predictor, GaussianDecoder(), reverse="direct"),
             r"decoder=NetworkDecoder\(network, GaussianDecoder",
         ),
-        (lambda: NDM(schedule, encoder, predictor, DiscretizedGaussian(4), reverse="direct"), "NetworkDecoder"),
-        (lambda: model.log_likelihood(x, dequantization="none"), "variational"),
-        (lambda: NDM(schedule, Identity(), Predictor(MLP(4, 8, 1)), decoder).bound(x), "Dense takes"),
         (
-            lambda: NetworkDecoder(nn.Linear(2, 3), GaussianDecoder()).log_prob(x, x[:, :2], schedule(torch.zeros(3))),
+            lambda: NDM(schedule, encoder, predictor, DiscretizedGaussian(4), reverse="direct"),
+            "NetworkDecoder",
+        ),
+        (lambda: model.log_likelihood(x, dequantization="none"), "variational"),
+        (
+            lambda: NDM(schedule, Identity(), Predictor(MLP(4, 8, 1)), decoder).bound(x),
+            "Dense takes",
+        ),
+        (
+            lambda: NetworkDecoder(nn.Linear(2, 3), GaussianDecoder()).log_prob(
+                x, x[:, :2], schedule(torch.zeros(3))
+            ),
             r"\(3, 2\) to \(3, 3\)",
         ),
         (lambda: NetworkDecoder(lambda m: m, GaussianDecoder()), "nn.Module"),
@@ -334,7 +444,10 @@ def test_what_does_not_fit_a_latent_is_refused_in_one_line() -> None:
         (lambda: ConvEncoder(1, 2, 8, 2)(torch.zeros(1, 1, 8, 6)), r"multiples of 4.*8, 6"),
         (lambda: ConvDecoder(1, 2, 8, 2)(torch.zeros(1, 1, 2, 2)), "latent_channels"),
         (lambda: ConvEncoder(0), "image_channels=0"),
-        (lambda: Chain(model, Plan(1, 1, 1.0, (1.0, 1.0), (0.0,), (1.0,), 1.0, 1.0), (4,)), "decoder network"),
+        (
+            lambda: Chain(model, Plan(1, 1, 1.0, (1.0, 1.0), (0.0,), (1.0,), 1.0, 1.0), (4,)),
+            "decoder network",
+        ),
     ]
     for act, pattern in cases:
         with pytest.raises(UserError, match=pattern) as caught:

@@ -1,4 +1,6 @@
-"""Fixed linear transformations: against scipy's transform, against closed forms of heat, masks and averages, and as whole processes."""
+"""Fixed linear transformations: against scipy's transform, against closed forms of heat, masks and
+averages, and as whole processes.
+"""
 
 import math
 from collections.abc import Callable
@@ -38,7 +40,9 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("event", [(3, 5, 8), (7, 4), (1, 1, 6), (2, 3, 4, 4)])
 def test_blur_is_the_published_one_by_scipys_cosine_transform(event: tuple[int, ...]) -> None:
-    """Hoogeboom & Salimans 2023, appendix: scaling = exp(-lambda tau) (1 - min_scale) + min_scale, alpha = a_t scaling."""
+    """Hoogeboom & Salimans 2023, appendix: scaling = exp(-lambda tau) (1 - min_scale) + min_scale,
+    alpha = a_t scaling.
+    """
     sigma_max, d_min = 3.0, 0.02
     process = ForwardProcess(CosineSchedule(-6.0, 4.0), Blur(sigma_max, d_min))
     x = images(5, *event)
@@ -46,15 +50,24 @@ def test_blur_is_the_published_one_by_scipys_cosine_transform(event: tuple[int, 
     for row, t in enumerate(TIMES.tolist()):
         dissipation = (sigma_max * math.sin(t * math.pi / 2) ** 2) ** 2 / 2
         height, width = (math.pi * torch.arange(n, dtype=F64) / n for n in event[-2:])
-        scaling = torch.exp(-(height[:, None] ** 2 + width[None] ** 2) * dissipation) * (1 - d_min) + d_min
+        scaling = (
+            torch.exp(-(height[:, None] ** 2 + width[None] ** 2) * dissipation) * (1 - d_min)
+            + d_min
+        )
         level = process.schedule(torch.tensor([t], dtype=F64))
         frequencies = torch.from_numpy(scipy.fft.dctn(x[row].numpy(), axes=(-2, -1), norm="ortho"))
-        expected = scipy.fft.idctn((float(level.alpha) * scaling * frequencies).numpy(), axes=(-2, -1), norm="ortho")
-        torch.testing.assert_close(marginal.mean[row], torch.from_numpy(expected), rtol=1e-10, atol=1e-12)
+        expected = scipy.fft.idctn(
+            (float(level.alpha) * scaling * frequencies).numpy(), axes=(-2, -1), norm="ortho"
+        )
+        torch.testing.assert_close(
+            marginal.mean[row], torch.from_numpy(expected), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_blur_far_from_the_edges_is_the_heat_kernel() -> None:
-    """A point of heat becomes a Gaussian of standard deviation sigma_B pixels; no heat is lost (d_min = 0 counts for the mean, too)."""
+    """A point of heat becomes a Gaussian of standard deviation sigma_B pixels; no heat is lost
+    (d_min = 0 counts for the mean, too).
+    """
     x = torch.zeros(2, 41, 41, dtype=F64)
     x[:, 20, 20] = 1.0
     t = torch.tensor([0.5, 2 / 3], dtype=F64)
@@ -67,8 +80,14 @@ def test_blur_far_from_the_edges_is_the_heat_kernel() -> None:
 
 
 def test_blur_solves_the_heat_equation_of_the_whole_image() -> None:
-    """dF/dtau of the cosine (i, j), an eigenfunction of the Laplacian between insulated edges, by the chain rule from dF/dt."""
-    rows, columns = torch.meshgrid((torch.arange(6, dtype=F64) + 0.5) / 6, (torch.arange(9, dtype=F64) + 0.5) / 9, indexing="ij")
+    """dF/dtau of the cosine (i, j), an eigenfunction of the Laplacian between insulated edges, by
+    the chain rule from dF/dt.
+    """
+    rows, columns = torch.meshgrid(
+        (torch.arange(6, dtype=F64) + 0.5) / 6,
+        (torch.arange(9, dtype=F64) + 0.5) / 9,
+        indexing="ij",
+    )
     wave = (torch.cos(math.pi * 2 * rows) * torch.cos(math.pi * 3 * columns))[None]
     t, sigma_max = torch.tensor([0.3], dtype=F64), 2.5
     value, derivative = Blur(sigma_max, 0.0).with_derivative(wave, SCHEDULE(t))
@@ -85,7 +104,9 @@ def test_the_cosines_are_orthonormal_and_may_be_made_in_inference_mode(size: int
         matrix = cosines(size, F64, torch.device("cpu"))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=F64))
     x = images(1, size, size).requires_grad_()
-    Blur()(x, SCHEDULE(torch.ones(1, dtype=F64))).square().sum().backward()  # an inference tensor would refuse
+    Blur()(
+        x, SCHEDULE(torch.ones(1, dtype=F64))
+    ).square().sum().backward()  # an inference tensor would refuse
 
 
 def test_the_mask_is_a_gaussian_that_deepens_and_grows() -> None:
@@ -103,14 +124,18 @@ def test_the_mask_is_a_gaussian_that_deepens_and_grows() -> None:
 
 
 def test_down_sampling_interpolates_between_averages_of_blocks() -> None:
-    """f-DM: within stage k linear from x^k to the upsampled mean of its 2 x 2 blocks, by loops over pixels."""
+    """f-DM: within stage k linear from x^k to the upsampled mean of its 2 x 2 blocks, by loops over
+    pixels.
+    """
     x, down = images(2, 3, 8, 4), Downsample((0.4, 0.75))
 
     def averaged(image: Tensor) -> Tensor:
         out = image.clone()
         for i in range(0, image.shape[-2], 2):
             for j in range(0, image.shape[-1], 2):
-                out[..., i : i + 2, j : j + 2] = image[..., i : i + 2, j : j + 2].sum((-2, -1), keepdim=True) / 4
+                out[..., i : i + 2, j : j + 2] = (
+                    image[..., i : i + 2, j : j + 2].sum((-2, -1), keepdim=True) / 4
+                )
         return out
 
     first = averaged(x)
@@ -157,7 +182,9 @@ class Problem(nn.Module):
     def latent(self, t: Tensor) -> tuple[Tensor, Tensor]:
         level, (matrix, _) = self.process.schedule(t), self.matrices(t)
         alpha, sigma = level.alpha[:, None, None], level.sigma[:, None, None]
-        covariance = alpha**2 * matrix @ self.covariance @ matrix.mT + sigma**2 * torch.eye(self.dims, dtype=F64)
+        covariance = alpha**2 * matrix @ self.covariance @ matrix.mT + sigma**2 * torch.eye(
+            self.dims, dtype=F64
+        )
         return level.alpha[:, None] * (matrix @ self.mean), covariance
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -169,22 +196,30 @@ class Problem(nn.Module):
         return (self.mean + (gain[inverse] @ away[..., None])[..., 0]).reshape(z.shape)
 
 
-@pytest.mark.parametrize("name", ["blur", "mask"])  # the Markov process of down-sampling has infinite noise where C_t is singular
+@pytest.mark.parametrize(
+    "name", ["blur", "mask"]
+)  # the Markov process of down-sampling has infinite noise where C_t is singular
 def test_its_generative_ode_is_the_published_probability_flow(name: str) -> None:
-    """Song et al.'s flow f z - ½ g² score of the Markov SDE with the same marginals: f = (alpha C)' (alpha C)^-1, g² = 2 sigma sigma' - 2 f sigma²."""
+    """Song et al.'s flow f z - ½ g² score of the Markov SDE with the same marginals: f = (alpha C)'
+    (alpha C)^-1, g² = 2 sigma sigma' - 2 f sigma².
+    """
     problem = Problem(SCHEDULE, OPERATORS[name]())
     t = torch.tensor([0.2, 0.35, 0.9], dtype=F64)
     level, (matrix, slope) = problem.process.schedule(t), problem.matrices(t)
     alpha, dalpha = level.alpha[:, None, None], level.dalpha[:, None, None]
     f = (dalpha * matrix + alpha * slope) @ torch.linalg.inv(alpha * matrix)
     eye = torch.eye(problem.dims, dtype=F64)
-    g_squared = 2 * (level.sigma * level.dsigma)[:, None, None] * eye - (level.sigma**2)[:, None, None] * (f + f.mT)
+    g_squared = 2 * (level.sigma * level.dsigma)[:, None, None] * eye - (level.sigma**2)[
+        :, None, None
+    ] * (f + f.mT)
     z = images(3, 4, 4, seed=2)
     mean, covariance = problem.latent(t)
     away = (z.flatten(1) - mean)[..., None]
     score = -torch.linalg.solve(covariance, away)
     expected = (f @ z.flatten(1)[..., None] - 0.5 * g_squared @ score)[..., 0]
-    torch.testing.assert_close(problem.reverse.drift(z, level, 0.0).flatten(1), expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        problem.reverse.drift(z, level, 0.0).flatten(1), expected, rtol=1e-7, atol=1e-9
+    )
 
 
 @every_operator
@@ -198,34 +233,61 @@ def test_the_soft_score_is_that_of_the_marginal(name: str) -> None:
     density = torch.distributions.MultivariateNormal(mean, covariance)
     leaf = z.flatten(1).requires_grad_()
     (score,) = torch.autograd.grad(density.log_prob(leaf).sum(), leaf)
-    torch.testing.assert_close(((corrupted - z) / level.sigma[:, None, None] ** 2).flatten(1), score, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        ((corrupted - z) / level.sigma[:, None, None] ** 2).flatten(1), score, rtol=1e-8, atol=1e-9
+    )
 
 
 @every_operator
 def test_the_ode_has_the_density_of_the_forward_process(name: str) -> None:
-    problem = Problem(LinearLogSNRSchedule(-3.0, 20.0), OPERATORS[name]())  # no signal is left at t = 1
+    problem = Problem(
+        LinearLogSNRSchedule(-3.0, 20.0), OPERATORS[name]()
+    )  # no signal is left at t = 1
     z = images(3, 4, 4, seed=3)
-    found = ode_log_prob(problem.reverse, z, OdeSettings(rtol=1e-6, atol=1e-6, nodes=64 if name != "downsample" else 512, probes="exact"))
+    found = ode_log_prob(
+        problem.reverse,
+        z,
+        OdeSettings(
+            rtol=1e-6, atol=1e-6, nodes=64 if name != "downsample" else 512, probes="exact"
+        ),
+    )
     mean, covariance = problem.latent(torch.zeros(1, dtype=F64))
     expected = torch.distributions.MultivariateNormal(mean[0], covariance[0]).log_prob(z.flatten(1))
-    torch.testing.assert_close(found.log_p, expected, rtol=0, atol=2e-3 if name != "downsample" else 2e-2)
+    torch.testing.assert_close(
+        found.log_p, expected, rtol=0, atol=2e-3 if name != "downsample" else 2e-2
+    )
 
 
 @every_operator
 def test_the_bound_of_the_exact_predictor_is_its_closed_form(name: str) -> None:
-    """Entropy, gaps of prior and decoder, and ½ ∫ e^-gamma tr P^-1 C'ᵀ C'/gamma' for the time that F takes from the reverse process."""
+    """Entropy, gaps of prior and decoder, and ½ ∫ e^-gamma tr P^-1 C'ᵀ C'/gamma' for the time that
+    F takes from the reverse process.
+    """
     problem = Problem(SCHEDULE, OPERATORS[name]())
     size, eye = problem.dims, torch.eye(problem.dims, dtype=F64)
-    points = math.sqrt(2 * size) * torch.cat([torch.eye(2 * size, dtype=F64), -torch.eye(2 * size, dtype=F64)])  # exact for quadratics
+    points = math.sqrt(2 * size) * torch.cat(
+        [torch.eye(2 * size, dtype=F64), -torch.eye(2 * size, dtype=F64)]
+    )  # exact for quadratics
     factor = torch.linalg.cholesky(problem.covariance)
     x = (problem.mean + points[:, :size] @ factor.T).reshape(-1, *problem.event)
     noise = points[:, size:].reshape(x.shape)
     curve, process = problem.process.transform.curve(x), problem.process
-    found = (prior_term(process, x, curve) + reconstruction_term(process, GaussianDecoder(), x, noise)).mean()
+    found = (
+        prior_term(process, x, curve) + reconstruction_term(process, GaussianDecoder(), x, noise)
+    ).mean()
     panels = 40
-    times = ((torch.arange(panels, dtype=F64)[:, None] + 0.5 + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)) / panels).flatten()
+    times = (
+        (
+            torch.arange(panels, dtype=F64)[:, None]
+            + 0.5
+            + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)
+        )
+        / panels
+    ).flatten()
     for t in times:
-        found = found + diffusion_integrand(problem.reverse, curve, Draw(t.expand(len(x)), noise)).bound.mean() / len(times)
+        found = found + diffusion_integrand(
+            problem.reverse, curve, Draw(t.expand(len(x)), noise)
+        ).bound.mean() / len(times)
 
     level, (matrix, slope) = process.schedule(times), problem.matrices(times)
     snr, dgamma = torch.exp(-level.gamma)[:, None, None], level.dgamma[:, None, None]
@@ -237,11 +299,18 @@ def test_the_bound_of_the_exact_predictor_is_its_closed_form(name: str) -> None:
     ends = [torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)]
     end_mean, end_covariance = problem.latent(ends[1])
     start = process.schedule(ends[0])
-    width = torch.exp(start.gamma) * eye  # C_0 = I: the decoder N(z_0/alpha_0, e^gamma_0) against q(x|z_0)
+    width = (
+        torch.exp(start.gamma) * eye
+    )  # C_0 = I: the decoder N(z_0/alpha_0, e^gamma_0) against q(x|z_0)
     posterior = torch.linalg.inv(torch.linalg.inv(problem.covariance) + torch.linalg.inv(width))
     _, start_covariance = problem.latent(ends[0])
-    gain = start.alpha * problem.covariance @ torch.linalg.inv(start_covariance[0]) - eye / start.alpha
-    decoder = gaussian_kl(zero, posterior, zero, width) + 0.5 * torch.trace(gain @ start_covariance[0] @ gain.T) / torch.exp(start.gamma)[0]
+    gain = (
+        start.alpha * problem.covariance @ torch.linalg.inv(start_covariance[0]) - eye / start.alpha
+    )
+    decoder = (
+        gaussian_kl(zero, posterior, zero, width)
+        + 0.5 * torch.trace(gain @ start_covariance[0] @ gain.T) / torch.exp(start.gamma)[0]
+    )
     expected = entropy + gaussian_kl(end_mean[0], end_covariance[0], zero, eye) + decoder + path
     assert path > 0.02
     assert found.item() == pytest.approx(expected.item(), abs=2e-3)
@@ -250,7 +319,12 @@ def test_the_bound_of_the_exact_predictor_is_its_closed_form(name: str) -> None:
 @every_operator
 def test_a_process_of_it_trains_and_samples(name: str) -> None:
     torch.manual_seed(0)
-    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), OPERATORS[name](), Predictor(UNet(1, 8, (1,))), GaussianDecoder())
+    model = NDM(
+        LinearLogSNRSchedule(-5.0, 4.0),
+        OPERATORS[name](),
+        Predictor(UNet(1, 8, (1,))),
+        GaussianDecoder(),
+    )
     x = torch.randn(4, 1, 8, 12)
     for steps in (None, 10):
         bound = model.bound(x, steps=steps)
@@ -270,7 +344,10 @@ def test_a_process_of_it_trains_and_samples(name: str) -> None:
         (lambda: Downsample((0.5, 0.5)), "ends="),
         (lambda: Downsample((0.5, 1.1)), "ends="),
         (lambda: Downsample((0.0, 0.5)), "ends="),
-        (lambda: Downsample()(torch.zeros(1, 1, 8, 6), SCHEDULE(torch.zeros(1))), "4 x 4.*8 x 6.*fewer ends"),
+        (
+            lambda: Downsample()(torch.zeros(1, 1, 8, 6), SCHEDULE(torch.zeros(1))),
+            "4 x 4.*8 x 6.*fewer ends",
+        ),
         (lambda: Blur()(torch.zeros(2, 3), SCHEDULE(torch.zeros(2))), r"images.*\(2, 3\)"),
         (lambda: Downsample()(torch.zeros(2, 3), SCHEDULE(torch.zeros(2))), r"images.*\(2, 3\)"),
     ],

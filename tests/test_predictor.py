@@ -11,7 +11,13 @@ import ndm
 from ndm.errors import UserError
 from ndm.evaluation.evaluate import Evaluation
 from ndm.predictor import Predictor
-from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
+from ndm.schedule import (
+    CosineSchedule,
+    FlowMatchingSchedule,
+    LinearLogSNRSchedule,
+    NoiseLevel,
+    Schedule,
+)
 from oracles import F64, Constant, Points
 
 TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
@@ -28,7 +34,9 @@ TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
     [LinearLogSNRSchedule(-8.0, 6.0), CosineSchedule(-8.0, 6.0), FlowMatchingSchedule(0.01, 0.02)],
     ids=["linear", "cosine", "flow"],
 )
-def test_the_true_output_gives_the_data_back(schedule: Schedule, target: str, event: tuple[int, ...]) -> None:
+def test_the_true_output_gives_the_data_back(
+    schedule: Schedule, target: str, event: tuple[int, ...]
+) -> None:
     x, noise = torch.randn(2, 9, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
     level = schedule(torch.linspace(0, 1, 9, dtype=F64))
     at = level.expand(x)
@@ -40,15 +48,22 @@ def test_the_true_output_gives_the_data_back(schedule: Schedule, target: str, ev
 
 def test_errors_of_the_network_reach_the_prediction_with_the_right_gain() -> None:
     """d x̂/d output is -sigma, -sigma/alpha and 1 on a variance-preserving schedule."""
-    level, z = LinearLogSNRSchedule(-8.0, 6.0)(torch.linspace(0, 1, 5, dtype=F64)), torch.zeros(5, 1, dtype=F64)
+    level, z = (
+        LinearLogSNRSchedule(-8.0, 6.0)(torch.linspace(0, 1, 5, dtype=F64)),
+        torch.zeros(5, 1, dtype=F64),
+    )
     gains = {"v": -level.sigma, "eps": -level.sigma / level.alpha, "x": torch.ones(5, dtype=F64)}
     for target, gain in gains.items():
-        torch.testing.assert_close(Predictor(Constant(torch.ones(5, 1, dtype=F64)), target)(z, level)[:, 0], gain)  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            Predictor(Constant(torch.ones(5, 1, dtype=F64)), target)(z, level)[:, 0], gain
+        )  # type: ignore[arg-type]
 
 
 def test_half_precision_output_is_returned_in_the_precision_of_z() -> None:
     level = LinearLogSNRSchedule()(torch.rand(2))
-    guess = Predictor(Constant(torch.ones(2, 3, dtype=torch.bfloat16)), "v")(torch.zeros(2, 3), level)
+    guess = Predictor(Constant(torch.ones(2, 3, dtype=torch.bfloat16)), "v")(
+        torch.zeros(2, 3), level
+    )
     assert guess.dtype == torch.float32
     torch.testing.assert_close(guess, -level.sigma[:, None].expand(2, 3))
 
@@ -61,7 +76,12 @@ def test_wrong_targets_networks_and_shapes_are_refused_in_one_line() -> None:
         (lambda: Predictor(Constant(torch.zeros(2, 1)))(z, level), r"\(2, 3\) to \(2, 1\)"),
         (lambda: Predictor(Constant((z,)))(z, level), "tuple.*FromDiffusers"),
         (
-            lambda: ndm.NDM(FlowMatchingSchedule(), ndm.Identity(), Predictor(Constant(z), "eps"), ndm.GaussianDecoder()),
+            lambda: ndm.NDM(
+                FlowMatchingSchedule(),
+                ndm.Identity(),
+                Predictor(Constant(z), "eps"),
+                ndm.GaussianDecoder(),
+            ),
             "alpha.*target='v'",
         ),
     ]
@@ -73,7 +93,9 @@ def test_wrong_targets_networks_and_shapes_are_refused_in_one_line() -> None:
 
 @pytest.mark.parametrize("target", ["v", "x"])
 def test_no_signal_at_the_end_is_fine_for_v_and_x(target: str) -> None:
-    guess = Predictor(Constant(torch.full((2, 3), 0.5)), target)(torch.ones(2, 3), FlowMatchingSchedule()(torch.ones(2)))  # type: ignore[arg-type]
+    guess = Predictor(Constant(torch.full((2, 3), 0.5)), target)(
+        torch.ones(2, 3), FlowMatchingSchedule()(torch.ones(2))
+    )  # type: ignore[arg-type]
     assert torch.equal(guess, torch.full((2, 3), {"v": -0.5, "x": 0.5}[target]))
 
 
@@ -91,8 +113,9 @@ class GaussianPrediction(nn.Module):
 
 
 def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> None:
-    """With s many spacings wide, the posterior mean of the quantised value is the rounded one of the Gaussian; without rounding the same network pays
-    for every digit that it does not see."""
+    """With s many spacings wide, the posterior mean of the quantised value is the rounded one of
+    the Gaussian; without rounding the same network pays for every digit that it does not see.
+    """
     num_values, s, schedule = 64, 0.2, LinearLogSNRSchedule(-12.0, 5.0)
     values = ndm.DiscretizedGaussian(num_values).values
     log_p = torch.log_softmax(-0.5 * (values / s) ** 2, 0)

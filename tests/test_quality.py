@@ -1,4 +1,6 @@
-"""Sample quality: closed forms of FID and KID, precision and recall counted by hand, and what a fingerprint promises."""
+"""Sample quality: closed forms of FID and KID, precision and recall counted by hand, and what a
+fingerprint promises.
+"""
 
 import hashlib
 import math
@@ -42,7 +44,9 @@ def cloud(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> Te
     return torch.from_numpy(mean + points @ np.linalg.cholesky(covariance).T)
 
 
-def frechet(mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray) -> float:
+def frechet(
+    mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
+) -> float:
     """The squared 2-Wasserstein distance of two Gaussians, in its symmetric form."""
     root = np.real(sqrtm(covariance_1))
     cross = np.real(sqrtm(root @ covariance_2 @ root))
@@ -55,12 +59,21 @@ COVARIANCES = FACTORS @ FACTORS.transpose(0, 2, 1) + 0.001 * np.eye(4)  # they d
 
 
 def test_fid_of_gaussian_clouds_is_their_wasserstein_distance() -> None:
-    real, generated = (cloud(MEANS[i], COVARIANCES[i], 300 + 40 * i, i).reshape(-1, 1, 2, 2) for i in range(2))
+    real, generated = (
+        cloud(MEANS[i], COVARIANCES[i], 300 + 40 * i, i).reshape(-1, 1, 2, 2) for i in range(2)
+    )
     assert real.abs().max() < 1, "values beyond ±1 would be clipped"
     assert generated.abs().max() < 1
     found = sample_quality(real.float(), generated.float(), FLAT)
-    assert found.fid == pytest.approx(frechet(MEANS[0], COVARIANCES[0], MEANS[1], COVARIANCES[1]), rel=1e-5)
-    assert (found.real_images, found.generated_images, found.neighbor_images, found.dims) == (300, 340, 300, 4)
+    assert found.fid == pytest.approx(
+        frechet(MEANS[0], COVARIANCES[0], MEANS[1], COVARIANCES[1]), rel=1e-5
+    )
+    assert (found.real_images, found.generated_images, found.neighbor_images, found.dims) == (
+        300,
+        340,
+        300,
+        4,
+    )
     assert (found.features, found.features_sha256) == ("the pixels", "0" * 64)
 
 
@@ -80,14 +93,18 @@ def moments(mean: float, std: float) -> Tensor:
 
 @pytest.mark.parametrize("other", [(0.2, 0.5), (0.5, 0.4)])
 def test_kid_is_an_unbiased_estimate_of_its_closed_form(other: tuple[float, float]) -> None:
-    """For d = 1 the kernel is (ab + 1)³ = 1 + 3ab + 3a²b² + a³b³, so MMD² is a weighted distance of three moments."""
+    """For d = 1 the kernel is (ab + 1)³ = 1 + 3ab + 3a²b² + a³b³, so MMD² is a weighted distance of
+    three moments.
+    """
     gap = (moments(0.2, 0.5) - moments(*other)) ** 2
     exact = float((torch.tensor([3.0, 3.0, 1.0]) * gap).sum())
     generator = torch.Generator().manual_seed(0)
     estimates = []
     for _ in range(200):
         first, second = (torch.randn(60, 1, generator=generator, dtype=F64) for _ in range(2))
-        estimates.append(compare_features(0.2 + 0.5 * first, other[0] + other[1] * second, kid_subsets=1).kid)
+        estimates.append(
+            compare_features(0.2 + 0.5 * first, other[0] + other[1] * second, kid_subsets=1).kid
+        )
     values = torch.tensor(estimates)
     error = float(values.std() / math.sqrt(len(values)))
     assert error < 0.02
@@ -98,7 +115,10 @@ def test_kid_is_an_unbiased_estimate_of_its_closed_form(other: tuple[float, floa
 
 def test_precision_and_recall_counted_by_hand() -> None:
     """Radii of the real ones: 1, 1, 1, 8; of the generated ones: 4.5, 4.5, 1, 1."""
-    real, generated = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([[0.5], [5.0], [20.0], [21.0]])
+    real, generated = (
+        torch.tensor([[0.0], [1.0], [2.0], [10.0]]),
+        torch.tensor([[0.5], [5.0], [20.0], [21.0]]),
+    )
     assert precision_recall(real, generated, neighbors=1) == (0.5, 0.75)
     assert precision_recall(generated, real, neighbors=1) == (0.75, 0.5)
 
@@ -120,7 +140,9 @@ def test_precision_and_recall_of_modes_missed_and_modes_invented() -> None:
 
 def test_blocks_and_batches_do_not_change_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
-    real, generated = (0.25 * torch.randn(90, 1, 2, 2, generator=generator) + 0.3 * i for i in range(2))
+    real, generated = (
+        0.25 * torch.randn(90, 1, 2, 2, generator=generator) + 0.3 * i for i in range(2)
+    )
     whole = sample_quality(real, generated, FLAT)
     monkeypatch.setattr(measures, "_PAIRS_AT_ONCE", 700)
     parts = sample_quality(real, generated, FLAT, batch_size=7)
@@ -155,7 +177,9 @@ def test_bytes_are_the_integers_of_the_data() -> None:
     unit = network(scale="unit").prepare(x).flatten()
     assert torch.allclose(unit, (num_values + 0.5) / 256)
     assert torch.equal(network().prepare(x), x)
-    assert network(scale="bytes").prepare(torch.tensor([-7.0, 7.0]).reshape(2, 1, 1, 1)).flatten().tolist() == [0, 255]
+    assert network(scale="bytes").prepare(
+        torch.tensor([-7.0, 7.0]).reshape(2, 1, 1, 1)
+    ).flatten().tolist() == [0, 255]
 
 
 def test_channels_and_sizes() -> None:
@@ -167,7 +191,9 @@ def test_channels_and_sizes() -> None:
     assert torch.allclose(grown[:, :, :6], torch.tensor(-0.5))
     assert torch.allclose(grown[:, :, 10:], torch.tensor(0.25))
     stripes = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(8).expand(1, 1, 32, 32)
-    assert network(size=8).prepare(stripes)[..., 1:-1].abs().max() < 0.3, "without antialiasing it would be 1 everywhere"
+    assert network(size=8).prepare(stripes)[..., 1:-1].abs().max() < 0.3, (
+        "without antialiasing it would be 1 everywhere"
+    )
     with pytest.raises(UserError, match="2 channels"):
         network(channels=3).prepare(torch.zeros(1, 2, 4, 4))
     with pytest.raises(UserError, match="choose one of bytes, unit, symmetric"):
@@ -191,7 +217,9 @@ class Maps(nn.Module):
 
 
 def saved(path: Path, module: nn.Module) -> Path:
-    with pytest.warns(DeprecationWarning):  # TorchScript is; the standard networks come in it all the same
+    with pytest.warns(
+        DeprecationWarning
+    ):  # TorchScript is; the standard networks come in it all the same
         torch.jit.save(torch.jit.script(module), str(path))
     return path
 
@@ -215,7 +243,11 @@ def test_files_that_are_no_feature_networks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must give features \(B, d\)"):
         torchscript_features(saved(tmp_path / "maps.pt", Maps()), (1, 2, 2))
     with pytest.raises(UserError, match="say what it expects: scale, size and channels"):
-        torchscript_features(saved(tmp_path / "wide.pt", nn.Sequential(nn.Flatten(), nn.Linear(7, 2))), (1, 2, 2), "unit")
+        torchscript_features(
+            saved(tmp_path / "wide.pt", nn.Sequential(nn.Flatten(), nn.Linear(7, 2))),
+            (1, 2, 2),
+            "unit",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -233,18 +265,29 @@ def wrong(data: EventDataset, model: Classifier) -> int:
     return int((model(data.__getitems__(list(range(len(data))))).argmax(1) != data.labels).sum())
 
 
-def test_the_classifier_learns_and_standardizes_its_features(classifier: Classifier, digits: Digits) -> None:
+def test_the_classifier_learns_and_standardizes_its_features(
+    classifier: Classifier, digits: Digits
+) -> None:
     assert classifier.info["accuracy"]["test"] > 0.85
-    assert wrong(digits.split("test"), classifier) == round((1 - classifier.info["accuracy"]["test"]) * 359)
+    assert wrong(digits.split("test"), classifier) == round(
+        (1 - classifier.info["accuracy"]["test"]) * 359
+    )
     train = classifier_features(classifier)(digits.split("train"))
     assert torch.allclose(train.mean(0), torch.zeros(64, dtype=F64), atol=1e-4)
     assert torch.allclose(train.std(0, correction=0), torch.ones(64, dtype=F64), atol=1e-4)
 
 
-def test_the_fingerprint_follows_seed_and_weights(classifier: Classifier, digits: Digits, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_seed_and_weights(
+    classifier: Classifier, digits: Digits, tmp_path: Path
+) -> None:
     before = torch.random.get_rng_state()
-    again, other = (train_classifier(digits, seed=0, steps=150), train_classifier(digits, seed=1, steps=1))
-    assert torch.equal(before, torch.random.get_rng_state()), "training leaves the global generator alone"
+    again, other = (
+        train_classifier(digits, seed=0, steps=150),
+        train_classifier(digits, seed=1, steps=1),
+    )
+    assert torch.equal(before, torch.random.get_rng_state()), (
+        "training leaves the global generator alone"
+    )
     fingerprint = classifier_features(classifier).sha256
     assert classifier_features(again).sha256 == fingerprint == classifier.info["sha256"]
     assert classifier_features(other).sha256 != fingerprint
@@ -262,7 +305,9 @@ def test_the_fingerprint_follows_seed_and_weights(classifier: Classifier, digits
         load_classifier(tmp_path / "c")
 
 
-def test_a_classifier_is_found_again_unless_something_changed(digits: Digits, tmp_path: Path) -> None:
+def test_a_classifier_is_found_again_unless_something_changed(
+    digits: Digits, tmp_path: Path
+) -> None:
     first = find_classifier(tmp_path / "c", digits, seed=0, steps=2)
     stamp = (tmp_path / "c" / "model.safetensors").stat().st_mtime_ns
     assert find_classifier(tmp_path / "c", digits, seed=0, steps=2).info == first.info
@@ -274,7 +319,9 @@ def test_a_classifier_is_found_again_unless_something_changed(digits: Digits, tm
 def test_features_tell_digits_from_their_negatives(classifier: Classifier, digits: Digits) -> None:
     features = classifier_features(classifier)
     test = digits.split("test").__getitems__(list(range(359)))
-    right, negative = (sample_quality(digits.split("train"), x, features, kid_subsets=10) for x in (test, -test))
+    right, negative = (
+        sample_quality(digits.split("train"), x, features, kid_subsets=10) for x in (test, -test)
+    )
     assert negative.fid > 10 * right.fid
     assert negative.kid > 10 * abs(right.kid)
     assert right.precision > 0.7 > 0.3 > negative.precision

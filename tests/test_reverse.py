@@ -1,4 +1,6 @@
-"""The direct reverse process against the tied one where both are exact, and DiffEnc's against its published loss."""
+"""The direct reverse process against the tied one where both are exact, and DiffEnc's against its
+published loss.
+"""
 
 from collections.abc import Callable
 
@@ -16,7 +18,13 @@ from ndm.ode import OdeSettings, ode_log_prob
 from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import Reverse, ReverseProcess
 from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler
-from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
+from ndm.schedule import (
+    FlowMatchingSchedule,
+    LearnedSchedule,
+    LinearLogSNRSchedule,
+    NoiseLevel,
+    Schedule,
+)
 from ndm.transform import GatedTransform
 from oracles import F64, GaussianProblem, diffusion, randomized, slope
 
@@ -28,7 +36,9 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
 
 
 class ExactTarget(DataPredictor):
-    """E[y|z_t] and E[F|z_t] of a Gaussian problem: F is affine in x, so both are F's own at E[x|z_t]."""
+    """E[y|z_t] and E[F|z_t] of a Gaussian problem: F is affine in x, so both are F's own at
+    E[x|z_t].
+    """
 
     def __init__(self, problem: GaussianProblem, eta: float, steps: int | None = None):
         super().__init__()
@@ -48,24 +58,36 @@ class ExactTarget(DataPredictor):
         return self(z, level), self.problem.linear(self.problem(z, level), level)
 
 
-def direct(problem: GaussianProblem, kind: Reverse, eta: float, steps: int | None = None) -> ReverseProcess:
+def direct(
+    problem: GaussianProblem, kind: Reverse, eta: float, steps: int | None = None
+) -> ReverseProcess:
     return ReverseProcess(problem.process, ExactTarget(problem, eta, steps), kind, eta)  # type: ignore[arg-type]
 
 
 def batch(problem: GaussianProblem, count: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = problem.draw(count, generator)
-    return x, torch.randn(x.shape, dtype=F64, generator=generator), torch.rand(count, dtype=F64, generator=generator)
+    return (
+        x,
+        torch.randn(x.shape, dtype=F64, generator=generator),
+        torch.rand(count, dtype=F64, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.02])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [None, 7])
-def test_with_the_exact_target_the_bound_is_that_of_the_exact_tied_reverse(schedule: str, eta: float, steps: int | None) -> None:
+def test_with_the_exact_target_the_bound_is_that_of_the_exact_tied_reverse(
+    schedule: str, eta: float, steps: int | None
+) -> None:
     problem = GaussianProblem(SCHEDULES[schedule]())
     x, noise, u = batch(problem)
-    found = diffusion_integrand(direct(problem, "direct", eta, steps), problem.linear.curve(x), Draw(u, noise), steps, eta).bound
-    torch.testing.assert_close(found, diffusion(problem.process, problem, x, u, noise, steps, eta), rtol=1e-8, atol=1e-10)
+    found = diffusion_integrand(
+        direct(problem, "direct", eta, steps), problem.linear.curve(x), Draw(u, noise), steps, eta
+    ).bound
+    torch.testing.assert_close(
+        found, diffusion(problem.process, problem, x, u, noise, steps, eta), rtol=1e-8, atol=1e-10
+    )
 
 
 def test_the_continuous_target_is_the_limit_of_the_discrete_one() -> None:
@@ -75,7 +97,12 @@ def test_the_continuous_target_is_the_limit_of_the_discrete_one() -> None:
     for steps in sizes:
         middle = (torch.floor(u * steps) + 0.5) / steps
         terms = [
-            diffusion_integrand(direct(problem, "direct", 1.0, own), problem.linear.curve(x), Draw(middle, noise), steps).bound.sum()
+            diffusion_integrand(
+                direct(problem, "direct", 1.0, own),
+                problem.linear.curve(x),
+                Draw(middle, noise),
+                steps,
+            ).bound.sum()
             for own in (None, steps)
         ]
         gaps.append(float((terms[0] - terms[1]).detach().abs()))
@@ -85,7 +112,9 @@ def test_the_continuous_target_is_the_limit_of_the_discrete_one() -> None:
 @pytest.mark.parametrize("other", [0.0, 0.6, 1.0, 1.4])
 @pytest.mark.parametrize("eta", [0.7, 1.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_with_its_second_head_a_direct_reverse_has_the_drift_of_every_eta(schedule: str, eta: float, other: float) -> None:
+def test_with_its_second_head_a_direct_reverse_has_the_drift_of_every_eta(
+    schedule: str, eta: float, other: float
+) -> None:
     problem = GaussianProblem(SCHEDULES[schedule]())
     z, _, t = batch(problem)
     level = problem.process.schedule(t)
@@ -98,7 +127,9 @@ def test_its_ode_has_the_likelihood_of_the_tied_one() -> None:
     z, _, _ = batch(problem, 4)
     settings = OdeSettings(rtol=1e-7, atol=1e-7, probes="exact")
     found = ode_log_prob(direct(problem, "direct-score", 1.0), z, settings).log_p
-    torch.testing.assert_close(found, ode_log_prob(problem.reverse, z, settings).log_p, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found, ode_log_prob(problem.reverse, z, settings).log_p, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_ddim_with_the_second_head_tends_to_the_ode_at_order_one() -> None:
@@ -108,26 +139,42 @@ def test_ddim_with_the_second_head_tends_to_the_ode_at_order_one() -> None:
     with torch.no_grad():
         end = AdaptiveODE(rtol=1e-9, atol=1e-9)(problem.reverse, z)
         sizes = [40, 80, 160]
-        errors = [float((GridSampler(Ancestral(0.0), steps)(reverse, z) - end).norm()) for steps in sizes]
+        errors = [
+            float((GridSampler(Ancestral(0.0), steps)(reverse, z) - end).norm()) for steps in sizes
+        ]
     assert 0.8 < slope(sizes, errors) < 1.3
     assert errors[-1] < 0.05
 
 
 @pytest.mark.parametrize("step", [Ancestral, Euler])
-def test_at_its_own_eta_sampling_needs_no_second_head_and_no_transformation(step: type[Ancestral] | type[Euler]) -> None:
+def test_at_its_own_eta_sampling_needs_no_second_head_and_no_transformation(
+    step: type[Ancestral] | type[Euler],
+) -> None:
     problem, eta = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0)), 0.8
     z = torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         processes = (direct(problem, "direct", eta), problem.reverse)
-        ends = [GridSampler(step(eta), 2000)(reverse, z, torch.Generator().manual_seed(1)) for reverse in processes]
-    torch.testing.assert_close(*ends, rtol=0, atol=5e-3)  # the same noise; the ancestral steps differ at second order
+        ends = [
+            GridSampler(step(eta), 2000)(reverse, z, torch.Generator().manual_seed(1))
+            for reverse in processes
+        ]
+    torch.testing.assert_close(
+        *ends, rtol=0, atol=5e-3
+    )  # the same noise; the ancestral steps differ at second order
 
 
 def small_model(reverse: Reverse, outputs: int | None, **options: object) -> NDM:
     torch.manual_seed(0)
     net = MLP(3, hidden=16, blocks=1, max_frequency=2.0, outputs=outputs)
     transform = GatedTransform(MLP(3, hidden=8, blocks=1, max_frequency=2.0))
-    model = NDM(LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(net), GaussianDecoder(), reverse=reverse, **options)  # type: ignore[arg-type]
+    model = NDM(
+        LinearLogSNRSchedule(-5.0, 3.0),
+        transform,
+        Predictor(net),
+        GaussianDecoder(),
+        reverse=reverse,
+        **options,
+    )  # type: ignore[arg-type]
     return randomized(model, 0.2)
 
 
@@ -160,19 +207,28 @@ def test_a_network_with_the_wrong_number_of_outputs_is_told_so() -> None:
 def gradients(loss: Tensor, model: NDM) -> dict[str, Tensor]:
     named = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), found, strict=True)
+    }
 
 
 @pytest.mark.parametrize("steps", [None, 5])
-def test_the_second_head_learns_without_bias_and_without_touching_the_bound(steps: int | None) -> None:
-    """Averaged over the random bit: the gradient of the bound is the plain one, and that of the regression stops at z and F."""
+def test_the_second_head_learns_without_bias_and_without_touching_the_bound(
+    steps: int | None,
+) -> None:
+    """Averaged over the random bit: the gradient of the bound is the plain one, and that of the
+    regression stops at z and F.
+    """
     model = small_model("direct-score", 2)
     x, noise = torch.randn(2, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
     u = torch.linspace(0.05, 0.95, 6, dtype=F64)
     reverse, curve = model.reverse_process, model.transform.curve(x)
     sums: dict[str, list[Tensor]] = {}
     for coin in (0.2, 0.8):  # both sides, equally often
-        found = diffusion_integrand(reverse, curve, Draw(u, noise, torch.tensor([coin], dtype=F64)), steps)
+        found = diffusion_integrand(
+            reverse, curve, Draw(u, noise, torch.tensor([coin], dtype=F64)), steps
+        )
         assert found.regression is not None
         for part, loss in (("bound", found.bound.sum()), ("regression", found.regression.sum())):
             sums.setdefault(part, []).append(gradients(loss, model))  # type: ignore[arg-type]
@@ -191,9 +247,16 @@ def test_the_second_head_learns_without_bias_and_without_touching_the_bound(step
 
     single = ReverseProcess(model.process, First(), "direct")  # type: ignore[arg-type]
     expected = {
-        "bound": gradients(diffusion_integrand(single, curve, Draw(u, noise), steps).bound.sum(), model),
+        "bound": gradients(
+            diffusion_integrand(single, curve, Draw(u, noise), steps).bound.sum(), model
+        ),
         "regression": gradients(
-            (0.5 * level.snr_decay * ((value.detach() - model.predictor.two(z.detach(), level)[1]) ** 2).sum(1)).sum(), model
+            (
+                0.5
+                * level.snr_decay
+                * ((value.detach() - model.predictor.two(z.detach(), level)[1]) ** 2).sum(1)
+            ).sum(),
+            model,
         ),
     }
     for part, pair in sums.items():
@@ -228,12 +291,16 @@ def test_training_minimises_the_bound_and_the_regression() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "learned"])
 def test_diffenc_has_its_published_loss(schedule: str) -> None:
-    """Nielsen et al. 2024, with lambda = -gamma: -½ dSNR/dt ||x̂ + d/dlambda x_phi(x̂) - x_phi(x) - d/dlambda x_phi(x)||², by autograd."""
+    """Nielsen et al. 2024, with lambda = -gamma: -½ dSNR/dt ||x̂ + d/dlambda x_phi(x̂) - x_phi(x) -
+    d/dlambda x_phi(x)||², by autograd.
+    """
     model = small_model("diffenc", None)
     model.process.schedule = SCHEDULES[schedule]()
     x, noise = torch.randn(2, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
     u = torch.linspace(0.05, 0.95, 6, dtype=F64)
-    found = diffusion_integrand(model.reverse_process, model.transform.curve(x), Draw(u, noise)).bound
+    found = diffusion_integrand(
+        model.reverse_process, model.transform.curve(x), Draw(u, noise)
+    ).bound
     t = u.clone().requires_grad_()
     level = model.schedule(t)
 
@@ -259,7 +326,12 @@ def test_the_discrete_bound_of_diffenc_tends_to_the_continuous_one(eta: float) -
     x, noise = torch.randn(2, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
     steps = 100_000
     u = (torch.floor(torch.linspace(0.05, 0.95, 6, dtype=F64) * steps) + 0.5) / steps
-    terms = [diffusion_integrand(model.reverse_process, model.transform.curve(x), Draw(u, noise), n, eta).bound for n in (steps, None)]
+    terms = [
+        diffusion_integrand(
+            model.reverse_process, model.transform.curve(x), Draw(u, noise), n, eta
+        ).bound
+        for n in (steps, None)
+    ]
     torch.testing.assert_close(*terms, rtol=1e-3, atol=0)
 
 
@@ -279,7 +351,10 @@ def test_models_of_every_kind_survive_their_files(tmp_path: object) -> None:
         again = NDM.from_pretrained(f"{tmp_path}/{kind}")
         assert again.reverse == kind
         x = values[torch.arange(8).reshape(2, 4) % 4]
-        bounds = [m.eval().bound(x, draws=2, generator=torch.Generator().manual_seed(0)).total for m in (model, again)]
+        bounds = [
+            m.eval().bound(x, draws=2, generator=torch.Generator().manual_seed(0)).total
+            for m in (model, again)
+        ]
         assert bounds[0].equal(bounds[1])
 
 
@@ -289,5 +364,8 @@ def test_a_constant_transformation_needs_no_second_head() -> None:
     process = ForwardProcess(LinearLogSNRSchedule(-4.0, 3.0), Identity())
     predictor = Predictor(randomized(MLP(3, hidden=8, blocks=1)))
     z, t = torch.randn(4, 3, dtype=F64), torch.rand(4, dtype=F64)
-    drifts = [ReverseProcess(process, predictor, kind).drift(z, process.schedule(t), 0.0) for kind in ("direct", "tied")]  # type: ignore[arg-type]
+    drifts = [
+        ReverseProcess(process, predictor, kind).drift(z, process.schedule(t), 0.0)
+        for kind in ("direct", "tied")
+    ]  # type: ignore[arg-type]
     assert drifts[0].equal(drifts[1])

@@ -1,8 +1,9 @@
-"""Samplers: convergence orders against closed forms, distributions of a mixture, seeds, shapes and errors.
+"""Samplers: convergence orders against closed forms, distributions of a mixture, seeds, shapes and
+errors.
 
-A step on a Gaussian problem is affine, so mean and covariance go through it exactly and the order is regressed without any sampling.
-Theory: posterior steps (DDPM and DDIM) and Euler are of order 1, Heun's trapezoid of order 2 on the ODE and, the noise being additive, of
-weak order 2 on the SDE.
+A step on a Gaussian problem is affine, so mean and covariance go through it exactly and the order
+is regressed without any sampling. Theory: posterior steps (DDPM and DDIM) and Euler are of order 1,
+Heun's trapezoid of order 2 on the ODE and, the noise being additive, of weak order 2 on the SDE.
 """
 
 import itertools
@@ -20,10 +21,31 @@ from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
-from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, Sampler, Step, TorchSDE, make_sampler
+from ndm.sample import (
+    AdaptiveODE,
+    Ancestral,
+    Euler,
+    GridSampler,
+    Heun,
+    Sampler,
+    Step,
+    TorchSDE,
+    make_sampler,
+)
 from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule, Schedule
 from ndm.transform import GatedTransform, Identity
-from oracles import COVARIANCE, F64, OFFSET, GaussianProblem, LinearTransform, MixtureProblem, affine_map, constant, sliced_w2, slope
+from oracles import (
+    COVARIANCE,
+    F64,
+    OFFSET,
+    GaussianProblem,
+    LinearTransform,
+    MixtureProblem,
+    affine_map,
+    constant,
+    sliced_w2,
+    slope,
+)
 
 STEPS: dict[str, tuple[Callable[[], Step], int]] = {
     "ancestral": (lambda: Ancestral(1.0), 1),
@@ -47,13 +69,18 @@ SCHEDULES: dict[str, Schedule] = {
 def end_error(problem: GaussianProblem, step: Step, steps: int) -> float:
     """Distance of the mean and covariance of z_0 to those of q(z_0), from the exact ones of q(z_1)."""
     level = problem.process.schedule(torch.arange(steps + 1, dtype=F64) / steps)
-    at = [type(level)(**{name: value[i : i + 1] for name, value in vars(level).items()}) for i in range(steps + 1)]
+    at = [
+        type(level)(**{name: value[i : i + 1] for name, value in vars(level).items()})
+        for i in range(steps + 1)
+    ]
     mean, covariance = problem.marginal(1.0)
     for i in range(steps, 0, -1):
         bias, gain, noise = affine_map(step, problem, at[i], at[i - 1])
         mean, covariance = bias + gain @ mean, gain @ covariance @ gain.T + noise @ noise.T
     true_mean, true_covariance = problem.marginal(0.0)
-    return float(((mean - true_mean) ** 2).sum() + ((covariance - true_covariance) ** 2).sum()) ** 0.5
+    return (
+        float(((mean - true_mean) ** 2).sum() + ((covariance - true_covariance) ** 2).sum()) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -68,14 +95,18 @@ def test_steps_converge_at_their_order(name: str, schedule: str) -> None:
 
 
 def test_ddim_is_exact_on_a_point_mass_whatever_the_number_of_steps() -> None:
-    problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0), covariance=1e-16 * torch.eye(2, dtype=F64))
+    problem = GaussianProblem(
+        LinearLogSNRSchedule(-4.0, 3.0), covariance=1e-16 * torch.eye(2, dtype=F64)
+    )
     assert end_error(problem, Ancestral(0.0), 2) < 1e-7
     assert end_error(problem, Ancestral(1.0), 3) < 1e-7
 
 
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=F64)
 MEANS = torch.tensor([[-1.2, 0.5], [0.9, -0.2]], dtype=F64)
-COVARIANCES = torch.tensor([[[0.10, 0.06], [0.06, 0.08]], [[0.20, -0.05], [-0.05, 0.05]]], dtype=F64)
+COVARIANCES = torch.tensor(
+    [[[0.10, 0.06], [0.06, 0.08]], [[0.20, -0.05], [-0.05, 0.05]]], dtype=F64
+)
 COUNT = 2500
 
 
@@ -90,13 +121,19 @@ class Exact(DataPredictor):
         return self.problem(z, level)
 
 
-def mixture_model(transform: LinearTransform, schedule: Schedule | None = None) -> tuple[MixtureProblem, NDM]:
-    problem = MixtureProblem(schedule or LinearLogSNRSchedule(-7.0, 7.0), transform, WEIGHTS, MEANS, COVARIANCES)
+def mixture_model(
+    transform: LinearTransform, schedule: Schedule | None = None
+) -> tuple[MixtureProblem, NDM]:
+    problem = MixtureProblem(
+        schedule or LinearLogSNRSchedule(-7.0, 7.0), transform, WEIGHTS, MEANS, COVARIANCES
+    )
     return problem, NDM(problem.process.schedule, transform, Exact(problem), GaussianDecoder())  # type: ignore[arg-type]
 
 
 def assert_distributed(problem: MixtureProblem, found: Tensor) -> None:
-    """Mean, covariance and sliced W2 as good as those of true samples, with head-room for the discretization."""
+    """Mean, covariance and sliced W2 as good as those of true samples, with head-room for the
+    discretization.
+    """
     generator = torch.Generator().manual_seed(7)
     truth = [problem.draw(len(found), generator) for _ in range(4)]
     yardstick = max(sliced_w2(a, b) for i, a in enumerate(truth) for b in truth[:i])
@@ -129,7 +166,12 @@ def test_samples_of_a_mixture_are_distributed_like_the_data(method: str, case: s
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "ode", "steps": 80}, {"method": "ancestral", "steps": 200}, {"method": "ddim", "steps": 200}]
+    "options",
+    [
+        {"method": "ode", "steps": 80},
+        {"method": "ancestral", "steps": 200},
+        {"method": "ddim", "steps": 200},
+    ],
 )
 def test_flow_matching_starts_from_pure_noise(options: dict[str, object]) -> None:
     problem, model = mixture_model(LinearTransform(), FlowMatchingSchedule(0.02, 0.0))
@@ -151,7 +193,9 @@ def test_reversing_the_ode_returns_to_the_start() -> None:
         start = AdaptiveODE(rtol=1e-6, atol=1e-6)(problem.reverse, z)
         back, heun, grid = start, Heun(0.0), torch.linspace(0, 1, 401, dtype=F64)
         for a, b in itertools.pairwise(grid):
-            back = heun(problem.reverse, back, problem.process.level(a, z), problem.process.level(b, z), z)
+            back = heun(
+                problem.reverse, back, problem.process.level(a, z), problem.process.level(b, z), z
+            )
         fine = GridSampler(heun, 400)(problem.reverse, z)
     torch.testing.assert_close(back, z, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(fine, start, rtol=2e-3, atol=2e-3)
@@ -159,9 +203,14 @@ def test_reversing_the_ode_returns_to_the_start() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
-    """Where all matrices share their eigenvectors, each of these directions is an ODE of its own, whose flow keeps the order of points:
-    z_t = m_t + (S_t S_1^{-1})^{1/2} (z_1 - m_1). F depends on t."""
-    problem = GaussianProblem(SCHEDULES[schedule], LinearTransform(0.3 * COVARIANCE - 0.5 * torch.eye(2, dtype=F64), OFFSET))
+    """Where all matrices share their eigenvectors, each of these directions is an ODE of its own,
+    whose flow keeps the order of points: z_t = m_t + (S_t S_1^{-1})^{1/2} (z_1 - m_1). F depends on
+    t.
+    """
+    problem = GaussianProblem(
+        SCHEDULES[schedule],
+        LinearTransform(0.3 * COVARIANCE - 0.5 * torch.eye(2, dtype=F64), OFFSET),
+    )
     z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     first_mean, first_covariance = problem.marginal(1.0)
     directions = torch.linalg.eigh(COVARIANCE).eigenvectors
@@ -172,7 +221,8 @@ def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
         for time, state in path[::50]:
             mean, covariance = problem.marginal(time)
             stretch = (
-                (directions.T @ covariance @ directions).diagonal() / (directions.T @ first_covariance @ directions).diagonal()
+                (directions.T @ covariance @ directions).diagonal()
+                / (directions.T @ first_covariance @ directions).diagonal()
             ).sqrt()
             expected = mean + (z - first_mean) @ (directions * stretch @ directions.T)
             torch.testing.assert_close(state, expected, rtol=0, atol=2e-3)
@@ -183,9 +233,13 @@ def test_a_path_ends_where_the_sampler_does(step: Step) -> None:
     problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     z = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        *_, (time, last) = GridSampler(step, 5).path(problem.reverse, z, torch.Generator().manual_seed(1))
+        *_, (time, last) = GridSampler(step, 5).path(
+            problem.reverse, z, torch.Generator().manual_seed(1)
+        )
         assert time == 0.0
-        assert torch.equal(last, GridSampler(step, 5)(problem.reverse, z, torch.Generator().manual_seed(1)))
+        assert torch.equal(
+            last, GridSampler(step, 5)(problem.reverse, z, torch.Generator().manual_seed(1))
+        )
 
 
 class Scale(nn.Module):
@@ -200,7 +254,12 @@ class Scale(nn.Module):
 
 
 def any_shape_model() -> NDM:
-    return NDM(LinearLogSNRSchedule(-6.0, 5.0), GatedTransform(Scale()), Predictor(Scale()), GaussianDecoder())
+    return NDM(
+        LinearLogSNRSchedule(-6.0, 5.0),
+        GatedTransform(Scale()),
+        Predictor(Scale()),
+        GaussianDecoder(),
+    )
 
 
 ANY = {name: {**options, "steps": 5} for name, options in METHODS.items() if "hot" not in name}
@@ -230,7 +289,9 @@ def test_an_ancestral_loop_visits_the_grid_and_ends_in_the_decoder() -> None:
             super().__init__(1.0)
             self.seen: list[tuple[float, float]] = []
 
-        def __call__(self, reverse: ReverseProcess, z: Tensor, t: object, s: object, noise: Tensor) -> Tensor:
+        def __call__(
+            self, reverse: ReverseProcess, z: Tensor, t: object, s: object, noise: Tensor
+        ) -> Tensor:
             self.seen.append((float(t.t[0]), float(s.t[0])))  # type: ignore[attr-defined]
             return torch.zeros_like(z)
 
@@ -298,7 +359,9 @@ def test_an_event_without_dimensions_is_sampled_too() -> None:
     z = torch.randn(5, generator=torch.Generator().manual_seed(0))
     wide = z[:, None]
     scalar = GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), z)
-    torch.testing.assert_close(scalar, GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), wide)[:, 0])
+    torch.testing.assert_close(
+        scalar, GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), wide)[:, 0]
+    )
 
 
 def test_the_model_samples_the_reverse_process_whose_bound_it_trains() -> None:
@@ -315,7 +378,9 @@ def test_only_adaptive_solvers_choose_their_steps(solver: str) -> None:
         AdaptiveODE(solver)
 
 
-@pytest.mark.parametrize("decoder", [GaussianDecoder(), DiscretizedGaussian(16)], ids=["continuous", "discrete"])
+@pytest.mark.parametrize(
+    "decoder", [GaussianDecoder(), DiscretizedGaussian(16)], ids=["continuous", "discrete"]
+)
 def test_samples_that_are_not_finite_are_refused(decoder: Decoder) -> None:
     """A network that overflows, as in half precision, or a solver that diverges."""
 

@@ -45,18 +45,36 @@ def central(function: Callable[[Tensor], Tensor], t: Tensor, width: float = 1e-5
 def test_derivatives_are_those_of_central_differences(name: str) -> None:
     schedule = SCHEDULES[name]()
     level = schedule(INSIDE)
-    for field, derivative in [("alpha", level.dalpha), ("sigma", level.dsigma), ("gamma", level.dgamma)]:
-        torch.testing.assert_close(derivative, central(lambda t, f=field: getattr(schedule(t), f), INSIDE), rtol=2e-6, atol=1e-9)
+    for field, derivative in [
+        ("alpha", level.dalpha),
+        ("sigma", level.dsigma),
+        ("gamma", level.dgamma),
+    ]:
+        torch.testing.assert_close(
+            derivative,
+            central(lambda t, f=field: getattr(schedule(t), f), INSIDE),
+            rtol=2e-6,
+            atol=1e-9,
+        )
     slope = central(lambda t: schedule(t).gamma, INSIDE)
     torch.testing.assert_close(level.inverse_dgamma, 1 / slope, rtol=2e-6, atol=0)
-    torch.testing.assert_close(level.snr_decay, -central(lambda t: torch.exp(-schedule(t).gamma), INSIDE), rtol=2e-5, atol=1e-9)
-    torch.testing.assert_close(level.omega, 0.5 * level.alpha * level.sigma * slope, rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(
+        level.snr_decay,
+        -central(lambda t: torch.exp(-schedule(t).gamma), INSIDE),
+        rtol=2e-5,
+        atol=1e-9,
+    )
+    torch.testing.assert_close(
+        level.omega, 0.5 * level.alpha * level.sigma * slope, rtol=2e-6, atol=1e-12
+    )
 
 
 @every
 def test_gamma_is_the_log_ratio_of_noise_to_signal_and_increases(name: str) -> None:
     level = SCHEDULES[name]()(torch.linspace(0, 1, 501, dtype=F64))
-    torch.testing.assert_close(level.gamma, torch.log(level.sigma**2 / level.alpha**2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        level.gamma, torch.log(level.sigma**2 / level.alpha**2), rtol=1e-9, atol=1e-9
+    )
     assert bool((level.gamma.diff() > 0).all() and (level.dgamma > 0).all())
     assert bool((level.alpha.diff() < 0).all() and (level.sigma.diff() > 0).all())
 
@@ -66,8 +84,12 @@ def test_variance_is_preserved(name: str) -> None:
     schedule = SCHEDULES[name]()
     assert isinstance(schedule, VariancePreserving)
     level = schedule(torch.linspace(0, 1, 101, dtype=F64))
-    torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones_like(level.t), rtol=1e-14, atol=0)
-    torch.testing.assert_close(level.alpha * level.dalpha, -level.sigma * level.dsigma, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        level.alpha**2 + level.sigma**2, torch.ones_like(level.t), rtol=1e-14, atol=0
+    )
+    torch.testing.assert_close(
+        level.alpha * level.dalpha, -level.sigma * level.dsigma, rtol=1e-12, atol=0
+    )
 
 
 def test_flow_matching_is_the_straight_path() -> None:
@@ -89,18 +111,25 @@ def test_flow_matching_is_the_straight_path() -> None:
     scale=st.sampled_from([0.1, 1.0]),
     double=st.booleans(),
 )
-def test_ends_of_a_learned_schedule_are_held_exactly(seed: int, units: int, count: int, scale: float, double: bool) -> None:
+def test_ends_of_a_learned_schedule_are_held_exactly(
+    seed: int, units: int, count: int, scale: float, double: bool
+) -> None:
     dtype = F64 if double else torch.float32
     generator = torch.Generator().manual_seed(seed)
     t = torch.rand(count, generator=generator, dtype=dtype)
-    zero, one = torch.rand(count, generator=generator) < 0.3, torch.rand(count, generator=generator) < 0.3
+    zero, one = (
+        torch.rand(count, generator=generator) < 0.3,
+        torch.rand(count, generator=generator) < 0.3,
+    )
     t[zero], t[one] = 0.0, 1.0
     zero = zero & ~one
     for learn_ends in (False, True):
         schedule = LearnedSchedule(-13.3, 5.0, learn_ends=learn_ends, units=units).to(dtype)
         with torch.no_grad():
             for parameter in schedule.parameters():
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+                parameter.add_(
+                    scale * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+                )
             gamma = schedule(t).gamma
             low, high = schedule.ends()
         assert bool((gamma[zero] == low).all() and (gamma[one] == high).all())
@@ -125,13 +154,20 @@ def test_learned_ends_receive_gradients_and_start_where_told() -> None:
     schedule = LearnedSchedule(-7.0, 2.0, learn_ends=True).double()
     t = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
     gamma = schedule(t).gamma
-    torch.testing.assert_close(gamma[[0, 2]].detach(), torch.tensor([-7.0, 2.0], dtype=F64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gamma[[0, 2]].detach(), torch.tensor([-7.0, 2.0], dtype=F64), rtol=1e-6, atol=0
+    )
     parameter = schedule.start_and_log_range
     assert parameter is not None
     fraction = (gamma.detach() + 7) / 9
     for index in range(3):  # gamma = start + exp(log range) * fraction
         gradient = torch.autograd.grad(gamma[index], parameter, retain_graph=True)[0]
-        torch.testing.assert_close(gradient, torch.stack([torch.ones((), dtype=F64), 9 * fraction[index]]), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            gradient,
+            torch.stack([torch.ones((), dtype=F64), 9 * fraction[index]]),
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 def test_a_learned_schedule_starts_nearly_linear_and_every_parameter_moves_its_inside() -> None:
@@ -149,7 +185,9 @@ def test_derivatives_carry_gradients_for_learned_parameters(name: str) -> None:
     if not parameters:
         pytest.skip("nothing to learn")
     generator = torch.Generator().manual_seed(1)
-    direction = {key: torch.randn(p.shape, dtype=F64, generator=generator) for key, p in parameters.items()}
+    direction = {
+        key: torch.randn(p.shape, dtype=F64, generator=generator) for key, p in parameters.items()
+    }
 
     def loss(shift: float) -> Tensor:
         moved = {key: p + shift * direction[key] for key, p in parameters.items()}
@@ -166,7 +204,9 @@ def test_ddpm_is_the_limit_of_a_thousand_steps() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import DDPMScheduler
-    reference = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod.double()
+    reference = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    ).alphas_cumprod.double()
     schedule = LinearBetaSchedule()
     u = torch.arange(1, 1001, dtype=F64) / 1000
     ours = schedule((u - schedule.t_0) / (1 - schedule.t_0)).alpha ** 2
@@ -195,7 +235,11 @@ def test_float32_is_accurate_near_both_ends(name: str) -> None:
     single, double = schedule(t), schedule.double()(t.double())
     for field in ("alpha", "sigma", "dalpha", "dsigma", "dgamma", "snr_decay", "inverse_dgamma"):
         torch.testing.assert_close(
-            getattr(single, field).double(), getattr(double, field), rtol=3e-5, atol=0, msg=lambda m, f=field: f"{f}: {m}"
+            getattr(single, field).double(),
+            getattr(double, field),
+            rtol=3e-5,
+            atol=0,
+            msg=lambda m, f=field: f"{f}: {m}",
         )
 
 
@@ -206,7 +250,9 @@ def test_levels_expand_and_concatenate_field_by_field() -> None:
     wide = direct.expand(torch.zeros(3, 2, 4, 4))
     for field in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma"):
         assert torch.equal(getattr(both, field), getattr(direct, field))
-        assert getattr(wide, field).shape == (3, 1, 1, 1) and torch.equal(getattr(wide, field).flatten(), getattr(direct, field))
+        assert getattr(wide, field).shape == (3, 1, 1, 1) and torch.equal(
+            getattr(wide, field).flatten(), getattr(direct, field)
+        )
     assert isinstance(both, NoiseLevel)
 
 

@@ -17,9 +17,22 @@ from ndm.model import NDM
 from ndm.nn import MLP, Dense, UNet
 from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
-from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LearnedSchedule, LinearBetaSchedule, LinearLogSNRSchedule, Schedule
+from ndm.schedule import (
+    CosineSchedule,
+    FlowMatchingSchedule,
+    LearnedSchedule,
+    LinearBetaSchedule,
+    LinearLogSNRSchedule,
+    Schedule,
+)
 from ndm.serialize import from_config, read_json, to_config, write_atomically, write_json
-from ndm.time_sampling import ImportanceTimeSampler, LowDiscrepancyTimeSampler, TimeSampler, TimeSamples, UniformTimeSampler
+from ndm.time_sampling import (
+    ImportanceTimeSampler,
+    LowDiscrepancyTimeSampler,
+    TimeSampler,
+    TimeSamples,
+    UniformTimeSampler,
+)
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import F64
 
@@ -53,10 +66,22 @@ TIMES: dict[str, Callable[[], TimeSampler]] = {
 DATA = torch.tensor([-0.875, -0.125, 0.375, 0.875])[torch.arange(48) % 4].reshape(3, 1, 4, 4)
 
 
-def make(schedule: str = "linear", transform: str = "mlp", decoder: str = "grid", times: str = "low", steps: int | None = None) -> NDM:
+def make(
+    schedule: str = "linear",
+    transform: str = "mlp",
+    decoder: str = "grid",
+    times: str = "low",
+    steps: int | None = None,
+) -> NDM:
     torch.manual_seed(0)
     predictor = Predictor(UNet(1, 4, (1,), fourier=[0]), "x")
-    parts = SCHEDULES[schedule](), TRANSFORMS[transform](), predictor, DECODERS[decoder](), TIMES[times]()
+    parts = (
+        SCHEDULES[schedule](),
+        TRANSFORMS[transform](),
+        predictor,
+        DECODERS[decoder](),
+        TIMES[times](),
+    )
     model = NDM(*parts, steps=steps, eta=0.75)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,7 +98,9 @@ def bound(model: NDM) -> Tensor:
 
 
 @pytest.mark.parametrize(("schedule", "transform"), list(product(SCHEDULES, TRANSFORMS)))
-def test_every_combination_of_parts_returns_bit_by_bit(schedule: str, transform: str, tmp_path: Path) -> None:
+def test_every_combination_of_parts_returns_bit_by_bit(
+    schedule: str, transform: str, tmp_path: Path
+) -> None:
     for index, (decoder, times) in enumerate(product(DECODERS, TIMES)):
         model = make(schedule, transform, decoder, times, steps=None if index % 2 else 7)
         model.save_pretrained(tmp_path / "m", {"data": {"name": "toy", "number": index}})
@@ -88,7 +115,9 @@ def test_every_combination_of_parts_returns_bit_by_bit(schedule: str, transform:
 
 def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
     predictor = Predictor(UNet(1, 4, (1,)), "v", 8)
-    model = NDM(LinearLogSNRSchedule(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)).eval()
+    model = NDM(
+        LinearLogSNRSchedule(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -100,7 +129,9 @@ def test_samples_return_too(tmp_path: Path) -> None:
     model = make("learned_ends")
     model.save_pretrained(tmp_path)
     back = NDM.from_pretrained(tmp_path)
-    assert torch.equal(back.sample((2, 1, 4, 4), steps=4, seed=1), model.sample((2, 1, 4, 4), steps=4, seed=1))
+    assert torch.equal(
+        back.sample((2, 1, 4, 4), steps=4, seed=1), model.sample((2, 1, 4, 4), steps=4, seed=1)
+    )
 
 
 @pytest.fixture
@@ -135,7 +166,9 @@ def test_flipped_bits_of_the_header_are_refused_or_harmless(folder: Path) -> Non
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+            assert all(
+                torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items()
+            )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -146,7 +179,17 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 1, "model": 5}', '{"format": 1, "model": {}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "\x00\xff",
+        '{"format": 1}',
+        '{"format": 1, "model": 5}',
+        '{"format": 1, "model": {}}',
+    ],
 )
 def test_a_damaged_config_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -160,18 +203,40 @@ def edited(folder: Path, change: Callable[[dict], object]) -> None:  # type: ign
 
 
 @pytest.mark.parametrize(
-    "path", ["os.system", "torch.nn.Linear", "ndm.serialize.write_json", "ndm.errors.UserError", "ndm.nope.Thing", "ndm.model.Nope"]
+    "path",
+    [
+        "os.system",
+        "torch.nn.Linear",
+        "ndm.serialize.write_json",
+        "ndm.errors.UserError",
+        "ndm.nope.Thing",
+        "ndm.model.Nope",
+    ],
 )
-def test_a_class_path_of_others_is_never_called(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_path_of_others_is_never_called(
+    folder: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
-    edited(folder, lambda c: c["model"]["init_args"]["schedule"].update(class_path=path, init_args={"command": "true"}))
+    edited(
+        folder,
+        lambda c: c["model"]["init_args"]["schedule"].update(
+            class_path=path, init_args={"command": "true"}
+        ),
+    )
     refused(folder, f"schedule.*{path}")
 
 
-def test_a_module_of_others_is_not_even_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_of_others_is_not_even_imported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "trojan.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    edited(folder, lambda c: c["model"]["init_args"]["predictor"]["init_args"]["network"].update(class_path="trojan.Net", init_args={}))
+    edited(
+        folder,
+        lambda c: c["model"]["init_args"]["predictor"]["init_args"]["network"].update(
+            class_path="trojan.Net", init_args={}
+        ),
+    )
     refused(folder, "model.predictor.network is a trojan.Net.*modules=")
 
 
@@ -211,16 +276,27 @@ class Foreign(nn.Module):
 
 
 def test_a_foreign_network_is_handed_in_again_and_gets_its_weights(tmp_path: Path) -> None:
-    model = NDM(LinearLogSNRSchedule(-5.0, 3.0), GatedTransform(Foreign()), Predictor(Foreign()), GaussianDecoder()).eval()
+    model = NDM(
+        LinearLogSNRSchedule(-5.0, 3.0),
+        GatedTransform(Foreign()),
+        Predictor(Foreign()),
+        GaussianDecoder(),
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    refused(tmp_path, r"model.transform.network is a .*Foreign.*modules=\{'model.transform.network'")
+    refused(
+        tmp_path, r"model.transform.network is a .*Foreign.*modules=\{'model.transform.network'"
+    )
     refused(tmp_path, "model.predictor.network", modules={"model.transform.network": Foreign()})
-    back = NDM.from_pretrained(tmp_path, {"model.transform.network": Foreign(), "model.predictor.network": Foreign()})
+    back = NDM.from_pretrained(
+        tmp_path, {"model.transform.network": Foreign(), "model.predictor.network": Foreign()}
+    )
     x, generators = torch.randn(5, 2), [torch.Generator().manual_seed(1) for _ in range(2)]
-    assert torch.equal(back.bound(x, generator=generators[0]).total, model.bound(x, generator=generators[1]).total)
+    assert torch.equal(
+        back.bound(x, generator=generators[0]).total, model.bound(x, generator=generators[1]).total
+    )
 
 
 def test_double_precision_returns(tmp_path: Path) -> None:
@@ -229,7 +305,9 @@ def test_double_precision_returns(tmp_path: Path) -> None:
     back = NDM.from_pretrained(tmp_path).double()
     assert to_config(from_config(to_config(model))) == to_config(model)
     x = DATA.double()
-    totals = [m.bound(x, draws=1, generator=torch.Generator().manual_seed(0)).total for m in (model, back)]
+    totals = [
+        m.bound(x, draws=1, generator=torch.Generator().manual_seed(0)).total for m in (model, back)
+    ]
     assert totals[0].dtype == F64
     torch.testing.assert_close(totals[0], totals[1], rtol=1e-5, atol=1e-5)
 
@@ -254,7 +332,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
 
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, broken)
-    assert read_json(path) == {"old": 1} and [p.name for p in path.parent.iterdir()] == ["file.json"]
+    assert read_json(path) == {"old": 1} and [p.name for p in path.parent.iterdir()] == [
+        "file.json"
+    ]
     write_json(path, {"new": [1.5, None]})
     assert read_json(path) == {"new": [1.5, None]}
     with pytest.raises(UserError, match="cannot write") as caught:
@@ -264,7 +344,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
 
 def test_tied_weights_are_saved_and_come_back(tmp_path: Path) -> None:
     network = MLP(2, hidden=8, blocks=1)
-    model = NDM(LinearLogSNRSchedule(), NetworkTransform(network), Predictor(network), GaussianDecoder())
+    model = NDM(
+        LinearLogSNRSchedule(), NetworkTransform(network), Predictor(network), GaussianDecoder()
+    )
     model.save_pretrained(tmp_path / "model")
     back = NDM.from_pretrained(tmp_path / "model")
     for name, value in model.state_dict().items():

@@ -8,7 +8,13 @@ from scipy import stats
 from torch import Tensor
 
 from ndm.errors import UserError
-from ndm.time_sampling import ImportanceTimeSampler, LowDiscrepancyTimeSampler, TimeSampler, TimeSamples, UniformTimeSampler
+from ndm.time_sampling import (
+    ImportanceTimeSampler,
+    LowDiscrepancyTimeSampler,
+    TimeSampler,
+    TimeSamples,
+    UniformTimeSampler,
+)
 from oracles import F64
 
 LIKE = torch.zeros((), dtype=F64)
@@ -26,7 +32,10 @@ def peak(u: Tensor) -> Tensor:
 
 def trained(bins: int = 20, **options: float) -> ImportanceTimeSampler:
     """Importance times that have seen the peak often enough."""
-    times, generator = ImportanceTimeSampler(bins, **options).double(), torch.Generator().manual_seed(0)
+    times, generator = (
+        ImportanceTimeSampler(bins, **options).double(),
+        torch.Generator().manual_seed(0),
+    )
     for _ in range(40):
         draw = times(400, LIKE, generator)
         times.update(draw, peak(draw.u))
@@ -59,17 +68,24 @@ def test_times_lie_in_the_half_open_interval(sampler: str, dtype: torch.dtype) -
     for count in (1, 2, 1000):
         for _ in range(30):
             draw = SAMPLERS[sampler](count, LIKE.to(dtype), generator)
-            assert draw.u.shape == draw.weight.shape == (count,) and draw.u.dtype == draw.weight.dtype == dtype
+            assert (
+                draw.u.shape == draw.weight.shape == (count,)
+                and draw.u.dtype == draw.weight.dtype == dtype
+            )
             assert bool((draw.u >= 0).all() and (draw.u < 1).all())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_place_of_the_batch_sees_every_time(sampler: str) -> None:
-    """The first time of many draws has the claimed density by itself: examples are not tied to times."""
+    """The first time of many draws has the claimed density by itself: examples are not tied to
+    times.
+    """
     generator = torch.Generator().manual_seed(2)
     times = SAMPLERS[sampler]
     first = torch.stack([times(4, LIKE, generator).u[0] for _ in range(1500)])
-    density = times.density() if isinstance(times, ImportanceTimeSampler) else torch.ones(10, dtype=F64)
+    density = (
+        times.density() if isinstance(times, ImportanceTimeSampler) else torch.ones(10, dtype=F64)
+    )
     edges = torch.cat([torch.zeros(1, dtype=F64), density.cumsum(0) / density.sum()])
 
     def cdf(u: Tensor) -> Tensor:
@@ -122,7 +138,9 @@ def test_a_peaked_loss_has_less_variance_than_with_uniform_times() -> None:
 
 def test_the_density_stays_uniform_until_every_bin_was_seen() -> None:
     times = ImportanceTimeSampler(4).double()
-    times.update(TimeSamples(torch.tensor([0.1, 0.3, 0.6]), torch.ones(3)), torch.tensor([1.0, 5.0, 9.0]))
+    times.update(
+        TimeSamples(torch.tensor([0.1, 0.3, 0.6]), torch.ones(3)), torch.tensor([1.0, 5.0, 9.0])
+    )
     assert times.density().tolist() == [1.0] * 4
     times.update(TimeSamples(torch.tensor([0.9]), torch.ones(1)), torch.tensor([1.0]))
     root = torch.tensor([1.0, 5.0, 9.0, 1.0], dtype=F64)
@@ -158,7 +176,9 @@ def test_a_loss_of_zero_everywhere_is_uniform() -> None:
     assert times.density().tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("options", [{"bins": 0}, {"uniform": 0.0}, {"uniform": 1.1}, {"decay": 1.0}, {"decay": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"bins": 0}, {"uniform": 0.0}, {"uniform": 1.1}, {"decay": 1.0}, {"decay": -0.1}]
+)
 def test_wrong_arguments_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"bins=.*uniform=.*decay="):
         ImportanceTimeSampler(**options)  # type: ignore[arg-type]

@@ -28,7 +28,9 @@ class Foreign(nn.Module):
 
 
 class Normed(nn.Module):
-    """torch's own layer, RMS and group norms, whose derivative in t must itself have the right gradient."""
+    """torch's own layer, RMS and group norms, whose derivative in t must itself have the right
+    gradient.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -86,8 +88,12 @@ every_kind = pytest.mark.parametrize("kind", [NetworkTransform, GatedTransform])
 SCHEDULE = CosineSchedule(-6.0, 4.0)
 
 
-def build(kind: type[Transform], network: str, started: bool = True) -> tuple[Transform, Tensor, Tensor]:
-    """A transformation in float64, its parameters randomized unless it is to be new; data and times."""
+def build(
+    kind: type[Transform], network: str, started: bool = True
+) -> tuple[Transform, Tensor, Tensor]:
+    """A transformation in float64, its parameters randomized unless it is to be new; data and
+    times.
+    """
     torch.manual_seed(0)
     make, event = NETWORKS[network]
     transform = kind(make()).double()  # type: ignore[call-arg]
@@ -109,7 +115,9 @@ def test_training_starts_at_the_identity_exactly(kind: type[Transform], network:
     assert torch.equal(derivative, torch.zeros_like(x))
     loss = (transform(x, SCHEDULE(t)) ** 2).sum()
     gradients = torch.autograd.grad(loss, list(transform.parameters()), allow_unused=True)
-    assert any(g is not None and float(g.abs().max()) > 0 for g in gradients), "a start at zero must not be a dead end"
+    assert any(g is not None and float(g.abs().max()) > 0 for g in gradients), (
+        "a start at zero must not be a dead end"
+    )
 
 
 @every_network
@@ -129,14 +137,19 @@ def test_gates_are_t_and_the_noise_variance(network: str) -> None:
     torch.manual_seed(0)
     level = SCHEDULE(t)
     shape = (-1, *[1] * (x.dim() - 1))
-    by_time, by_noise = (plain(x, level) - x) / t.reshape(shape), (gated(x, level) - x) / torch.sigmoid(level.gamma).reshape(shape)
+    by_time, by_noise = (
+        (plain(x, level) - x) / t.reshape(shape),
+        (gated(x, level) - x) / torch.sigmoid(level.gamma).reshape(shape),
+    )
     torch.testing.assert_close(by_time, by_noise, rtol=1e-8, atol=1e-10)
 
 
 @every_kind
 @every_network
 @pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.01)], ids=["cosine", "flow"])
-def test_derivative_is_that_of_central_differences(kind: type[Transform], network: str, schedule: nn.Module) -> None:
+def test_derivative_is_that_of_central_differences(
+    kind: type[Transform], network: str, schedule: nn.Module
+) -> None:
     transform, x, t = build(kind, network)
     with torch.no_grad():
         value, derivative = transform.with_derivative(x, schedule(t))
@@ -148,7 +161,9 @@ def test_derivative_is_that_of_central_differences(kind: type[Transform], networ
 
 @every_kind
 @every_network
-def test_gradients_of_the_derivative_are_those_of_finite_differences(kind: type[Transform], network: str) -> None:
+def test_gradients_of_the_derivative_are_those_of_finite_differences(
+    kind: type[Transform], network: str
+) -> None:
     """In the parameters and in x at once, along one random direction."""
     transform, x, t = build(kind, network)
     x.requires_grad_()
@@ -184,12 +199,18 @@ def test_both_times_at_once_equal_two_calls(transform: str) -> None:
 def test_identity_leaves_everything_alone() -> None:
     x = torch.randn(3, 2, 2)
     value, derivative = Identity().with_derivative(x, SCHEDULE(torch.rand(3)))
-    assert torch.equal(value, x) and torch.equal(derivative, torch.zeros_like(x)) and Identity().data_at_zero
+    assert (
+        torch.equal(value, x)
+        and torch.equal(derivative, torch.zeros_like(x))
+        and Identity().data_at_zero
+    )
 
 
 def test_time_derivative_of_a_known_function() -> None:
     x, t = torch.randn(5, 3, dtype=F64), torch.rand(5, dtype=F64)
-    value, derivative = time_derivative(lambda x, t: x * torch.exp(2 * t)[:, None] + t[:, None] ** 3, x, t)
+    value, derivative = time_derivative(
+        lambda x, t: x * torch.exp(2 * t)[:, None] + t[:, None] ** 3, x, t
+    )
     torch.testing.assert_close(value, x * torch.exp(2 * t)[:, None] + t[:, None] ** 3)
     torch.testing.assert_close(derivative, 2 * x * torch.exp(2 * t)[:, None] + 3 * t[:, None] ** 2)
 
@@ -226,7 +247,9 @@ class ThroughNumpy(nn.Module):
     ],
     ids=["checkpoint", "numpy"],
 )
-def test_a_network_that_forward_mode_cannot_pass_is_named_with_its_mend(network: nn.Module, x: Tensor, mend: str) -> None:
+def test_a_network_that_forward_mode_cannot_pass_is_named_with_its_mend(
+    network: nn.Module, x: Tensor, mend: str
+) -> None:
     transform = NetworkTransform(network)
     with torch.no_grad(), pytest.raises(ForwardModeError) as caught:
         transform.with_derivative(x, LinearLogSNRSchedule()(torch.tensor([0.2, 0.4])))
@@ -235,7 +258,11 @@ def test_a_network_that_forward_mode_cannot_pass_is_named_with_its_mend(network:
 
 
 def test_the_fast_path_of_multihead_attention_is_avoided_or_named_with_its_mend() -> None:
-    network, x, t = FastMultihead().eval().double(), torch.randn(2, 4, 8, dtype=F64), torch.tensor([0.2, 0.4], dtype=F64)
+    network, x, t = (
+        FastMultihead().eval().double(),
+        torch.randn(2, 4, 8, dtype=F64),
+        torch.tensor([0.2, 0.4], dtype=F64),
+    )
     with torch.no_grad():
         expected = (network(x, t + 1e-6) - network(x, t - 1e-6)) / 2e-6
         try:
@@ -252,7 +279,9 @@ def test_an_ordinary_error_of_a_network_keeps_its_own_face() -> None:
             return x @ torch.ones(7, 7)
 
     with pytest.raises(RuntimeError, match=r"mat1 and mat2|shapes") as caught:
-        NetworkTransform(Broken()).with_derivative(torch.zeros(2, 3), LinearLogSNRSchedule()(torch.rand(2)))
+        NetworkTransform(Broken()).with_derivative(
+            torch.zeros(2, 3), LinearLogSNRSchedule()(torch.rand(2))
+        )
     assert not isinstance(caught.value, UserError)
 
 

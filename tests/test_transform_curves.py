@@ -1,4 +1,6 @@
-"""Laws of the transformations that do their work once for x, in a curve: time-separable, fixed operators, encoders."""
+"""Laws of the transformations that do their work once for x, in a curve: time-separable, fixed
+operators, encoders.
+"""
 
 import math
 from collections.abc import Callable
@@ -51,7 +53,9 @@ class Counting(nn.Module):
         return self.network(x, t)
 
 
-def separable(network: str, gate: str, started: bool = True) -> tuple[SeparableTransform, Tensor, Tensor]:
+def separable(
+    network: str, gate: str, started: bool = True
+) -> tuple[SeparableTransform, Tensor, Tensor]:
     torch.manual_seed(0)
     make, event = SEPARABLE[network]
     transform = SeparableTransform(make(), gate).double()  # type: ignore[arg-type]
@@ -63,8 +67,12 @@ def separable(network: str, gate: str, started: bool = True) -> tuple[SeparableT
 
 @pytest.mark.parametrize("gate", ["noise", "time"])
 @pytest.mark.parametrize("network", SEPARABLE)
-@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"])
-def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: CosineSchedule | FlowMatchingSchedule) -> None:
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"]
+)
+def test_separable_form_obeys_the_laws(
+    network: str, gate: str, schedule: CosineSchedule | FlowMatchingSchedule
+) -> None:
     transform, x, t = separable(network, gate)
     value, derivative = transform.with_derivative(x, schedule(t))
     step = 1e-5
@@ -75,19 +83,27 @@ def test_separable_form_obeys_the_laws(network: str, gate: str, schedule: Cosine
     both = transform.at_both(x, schedule(t / 2), schedule(t))
     torch.testing.assert_close(both[1], value)
     torch.testing.assert_close(both[0], transform(x, schedule(t / 2)))
-    channels, weights = transform.displacement.channels(x), (schedule(t).sigma ** 2 if gate == "noise" else t)
+    channels, weights = (
+        transform.displacement.channels(x),
+        (schedule(t).sigma ** 2 if gate == "noise" else t),
+    )
     sizes = [1] * (x.dim() - 1)
     expected = x + sum(
-        (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes) * channels[:, k] for k in range(channels.shape[1])
+        (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes) * channels[:, k]
+        for k in range(channels.shape[1])
     )  # the definition, term by term
     torch.testing.assert_close(value, expected)
-    gradients = torch.autograd.grad((derivative**2).sum(), list(transform.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(
+        (derivative**2).sum(), list(transform.parameters()), allow_unused=True
+    )
     assert any(g is not None and float(g.abs().max()) > 0 for g in gradients)
 
 
 @pytest.mark.parametrize("gate", ["noise", "time"])
 @pytest.mark.parametrize("network", SEPARABLE)
-def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(network: str, gate: str) -> None:
+def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(
+    network: str, gate: str
+) -> None:
     transform, x, t = separable(network, gate, started=False)
     value, derivative = transform.with_derivative(x, SCHEDULE(t))
     assert torch.equal(value, x)
@@ -99,9 +115,17 @@ def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(net
 
 
 @pytest.mark.parametrize("steps", [None, 7])
-def test_the_bound_evaluates_the_separable_network_once_for_x_and_once_for_the_prediction(steps: int | None) -> None:
+def test_the_bound_evaluates_the_separable_network_once_for_x_and_once_for_the_prediction(
+    steps: int | None,
+) -> None:
     counting = Counting(MLP(3, 8, 1, outputs=4))
-    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), SeparableTransform(counting), Predictor(MLP(3, 8, 1)), GaussianDecoder(), steps=steps)
+    model = NDM(
+        LinearLogSNRSchedule(-5.0, 4.0),
+        SeparableTransform(counting),
+        Predictor(MLP(3, 8, 1)),
+        GaussianDecoder(),
+        steps=steps,
+    )
     model.bound(torch.randn(5, 3))
     assert counting.calls == 2
     model.bound(torch.randn(5, 3), draws=4)
@@ -127,9 +151,13 @@ OTHERS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"])
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"]
+)
 @pytest.mark.parametrize("name", OTHERS)
-def test_fixed_operators_and_encoders_obey_the_laws(name: str, schedule: CosineSchedule | FlowMatchingSchedule) -> None:
+def test_fixed_operators_and_encoders_obey_the_laws(
+    name: str, schedule: CosineSchedule | FlowMatchingSchedule
+) -> None:
     torch.manual_seed(0)
     make, event = OTHERS[name]
     transform, x = make().double(), torch.randn(4, *event, dtype=F64)
@@ -151,7 +179,9 @@ def test_fixed_operators_and_encoders_obey_the_laws(name: str, schedule: CosineS
         assert transform.latent_shape(zeros) == value.shape == curve.like.shape
         assert transform.keeps_shape == (value.shape == x.shape)
         parts = transform(x + 2 * x.flip(0), schedule(t[:1].expand(4)))
-        single = transform(x, schedule(t[:1].expand(4))) + 2 * transform(x.flip(0), schedule(t[:1].expand(4)))
+        single = transform(x, schedule(t[:1].expand(4))) + 2 * transform(
+            x.flip(0), schedule(t[:1].expand(4))
+        )
         assert isinstance(transform, Encoder) or parts.allclose(single)  # linear
 
 
@@ -171,7 +201,9 @@ def test_an_encoder_is_evaluated_once_a_bound_and_what_it_cannot_be_is_refused()
     with pytest.raises(UserError, match=r"nn.Module"):
         Encoder(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\(4, 3\) to \(1, 12\)"):
-        Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))(torch.randn(4, 3), SCHEDULE(torch.rand(4)))
+        Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))(
+            torch.randn(4, 3), SCHEDULE(torch.rand(4))
+        )
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "separable"])
@@ -180,7 +212,11 @@ def test_the_others_keep_their_precision_under_autocast(name: str) -> None:
         transform, x, t = separable("unet", "noise")
         transform, x, level = transform.float(), x.float(), SCHEDULE(t.float())
     else:
-        transform, x, level = OTHERS[name][0](), torch.randn(4, *OTHERS[name][1]), SCHEDULE(torch.rand(4))
+        transform, x, level = (
+            OTHERS[name][0](),
+            torch.randn(4, *OTHERS[name][1]),
+            SCHEDULE(torch.rand(4)),
+        )
     with torch.no_grad():
         plain = transform.with_derivative(x, level)
         with torch.autocast("cpu", dtype=torch.bfloat16):

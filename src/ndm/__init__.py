@@ -1,4 +1,6 @@
-"""Neural Diffusion Models: diffusion models that learn their forward process (Bartosh, Vetrov, Naesseth, ICML 2024)."""
+"""Neural Diffusion Models: diffusion models that learn their forward process (Bartosh, Vetrov,
+Naesseth, ICML 2024).
+"""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +16,16 @@ from ndm.ode import OdeSettings
 from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
-from ndm.sample import AdaptiveODE, Ancestral, Euler, GridSampler, Heun, Sampler, TorchSDE, make_sampler
+from ndm.sample import (
+    AdaptiveODE,
+    Ancestral,
+    Euler,
+    GridSampler,
+    Heun,
+    Sampler,
+    TorchSDE,
+    make_sampler,
+)
 from ndm.schedule import (
     CosineSchedule,
     FlowMatchingSchedule,
@@ -24,8 +35,21 @@ from ndm.schedule import (
     NoiseLevel,
     Schedule,
 )
-from ndm.time_sampling import ImportanceTimeSampler, LowDiscrepancyTimeSampler, TimeSampler, UniformTimeSampler
-from ndm.transform import Curve, Encoder, GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
+from ndm.time_sampling import (
+    ImportanceTimeSampler,
+    LowDiscrepancyTimeSampler,
+    TimeSampler,
+    UniformTimeSampler,
+)
+from ndm.transform import (
+    Curve,
+    Encoder,
+    GatedTransform,
+    Identity,
+    NetworkTransform,
+    SeparableTransform,
+    Transform,
+)
 from ndm.variants import NFDM, NetworkScale
 
 try:
@@ -33,7 +57,18 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-_SUBMODULES = ("apps", "compare", "data", "evaluation", "export", "quality", "reproduce", "train", "variants", "viz")
+_SUBMODULES = (
+    "apps",
+    "compare",
+    "data",
+    "evaluation",
+    "export",
+    "quality",
+    "reproduce",
+    "train",
+    "variants",
+    "viz",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,5 @@
-"""Devices, and the precision in which networks run on them. Everything that is not a network stays in the precision of the data.
+"""Devices, and the precision in which networks run on them. Everything that is not a network stays
+in the precision of the data.
 
 Precisions have Lightning's names: ``32-true`` for none, ``bf16-mixed``, ``16-mixed``.
 """
@@ -27,14 +28,24 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     try:
         if name == "auto":
-            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device(
+                "cpu"
+            )
         else:
             device = torch.device("cuda" if name == "gpu" else name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"the device {name!r} is not available here; choose auto, cpu or cuda") from error
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
+        raise UserError(
+            f"the device {name!r} is not available here; choose auto, cpu or cuda"
+        ) from error
     return device
 
 
@@ -47,17 +58,27 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     check_choice("precision", precision, get_args(Precision))
     if precision == "32-true":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
+    return torch.autocast(
+        device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The half precision of the autocast around us for the device of ``x``; None where there is none."""
+    """The half precision of the autocast around us for the device of ``x``; None where there is
+    none.
+    """
     device = x.device.type
-    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+    return (
+        torch.get_autocast_dtype(device)
+        if device != "meta" and torch.is_autocast_enabled(device)
+        else None
+    )
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """The context in which networks on the device of ``x`` run in the precision of their inputs, whatever autocast is around."""
+    """The context in which networks on the device of ``x`` run in the precision of their inputs,
+    whatever autocast is around.
+    """
     device = x.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 

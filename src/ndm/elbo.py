@@ -16,15 +16,18 @@ Continuous time (NDM, section 3.3; any eta, ours):
     L_{\text{diffusion}} = E_t\, \frac{e^{-\gamma}\gamma'}{2\eta^2}
         \Bigl\| \Delta\dot F / \gamma' - \tfrac12 (1 + \eta^2)\, \Delta F \Bigr\|^2, \qquad \Delta\dot F = \partial_t \Delta F
 
-The sign between the two is minus: at eta = 1 the target of the reverse process is F - dF/dgamma. With F = x this is VDM's loss. All three
-terms carry gradients for phi: leaving the prior or the reconstruction out, or reweighting the diffusion term, lets F collapse.
+The sign between the two is minus: at eta = 1 the target of the reverse process is F - dF/dgamma.
+With F = x this is VDM's loss. All three terms carry gradients for phi: leaving the prior or the
+reconstruction out, or reweighting the diffusion term, lets F collapse.
 
-A reverse process in discrete time may have another variance, r v instead of v (Analytic-DPM, Bao et al. 2022). Its step costs
+A reverse process in discrete time may have another variance, r v instead of v (Analytic-DPM, Bao et
+al. 2022). Its step costs
 
 .. math::
     KL(q(z_s|z_t,x)\,\|\,N(\hat\mu, r v I)) = \frac{\|\Delta\mu\|^2}{2 r v} + \frac D2 \bigl(\log r + \tfrac1r - 1\bigr),
 
-and with K whole paths z of q(.|x) the discrete-time model has a bound that tightens with K (Burda et al. 2016):
+and with K whole paths z of q(.|x) the discrete-time model has a bound that tightens with K (Burda
+et al. 2016):
 
 .. math::
     -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad w_k = p(x, z^{(k)}) / q(z^{(k)}|x) .
@@ -57,11 +60,15 @@ class Bound:
     diffusion: Tensor
     reconstruction: Tensor
     regression: Tensor | None = None
-    """What the second head of a direct reverse process learns from, with gradients alone; no part of the bound."""
+    """What the second head of a direct reverse process learns from, with gradients alone; no part
+    of the bound.
+    """
 
     @property
     def loss(self) -> Tensor:
-        """What training minimizes: the bound, and the regression of a second head if there is one; ``(B,)``, nats."""
+        """What training minimizes: the bound, and the regression of a second head if there is one;
+        ``(B,)``, nats.
+        """
         return self.total if self.regression is None else self.total + self.regression
 
     @property
@@ -71,7 +78,12 @@ class Bound:
 
     def terms(self) -> dict[str, Tensor]:
         """The terms and their sum by name."""
-        return {"prior": self.prior, "diffusion": self.diffusion, "reconstruction": self.reconstruction, "nelbo": self.total}
+        return {
+            "prior": self.prior,
+            "diffusion": self.diffusion,
+            "reconstruction": self.reconstruction,
+            "nelbo": self.total,
+        }
 
 
 def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
@@ -84,8 +96,12 @@ def prior_term(process: NoisingProcess, x: Tensor, curve: Curve | None = None) -
     return process.marginal(x, process.level(1.0, x), curve).kl_to_normal()
 
 
-def reconstruction_term(process: NoisingProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None) -> Tensor:
-    """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
+def reconstruction_term(
+    process: NoisingProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None
+) -> Tensor:
+    """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats; ``curve`` is t ->
+    F(x, t) where it is at hand.
+    """
     level = process.level(0.0, x)
     return -decoder.log_prob(x, process.first_marginal(x, level, curve).sample(noise), level)
 
@@ -106,11 +122,15 @@ class Draw:
     """One draw for each example: where in time, and what noise."""
 
     u: Tensor
-    """Uniform numbers in [0, 1), ``(B,)``: the time t in continuous time, in discrete time the step floor(uT) + 1."""
+    """Uniform numbers in [0, 1), ``(B,)``: the time t in continuous time, in discrete time the step
+    floor(uT) + 1.
+    """
     noise: Tensor
     """Standard normal, in the shape of F(x, t)."""
     coin: Tensor | None = None
-    """A uniform number ``(1,)`` for a direct reverse process with two heads, see :meth:`ndm.reverse.MarkovReverse.learning_curve`."""
+    """A uniform number ``(1,)`` for a direct reverse process with two heads, see
+    :meth:`ndm.reverse.MarkovReverse.learning_curve`.
+    """
 
 
 @dataclass(frozen=True)
@@ -133,8 +153,12 @@ class Integrand:
     """What the second head of a direct reverse process learns from; no part of the bound."""
 
 
-def discrete_errors(reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """||Δmu||²/v of the step that contains u and the middle of that step, each ``(B,)``, and the loss of a second head."""
+def discrete_errors(
+    reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """||Δmu||²/v of the step that contains u and the middle of that step, each ``(B,)``, and the
+    loss of a second head.
+    """
     step = torch.floor(draw.u * steps).clamp(max=steps - 1)
     middle = (step + 0.5) / steps
     s, t = reverse.process.schedule(step / steps), reverse.process.schedule((step + 1) / steps)
@@ -150,9 +174,15 @@ def discrete_errors(reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int
 
 
 def discrete_diffusion(
-    reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0, variance_ratio: PiecewiseConstant | None = None
+    reverse: MarkovReverse,
+    curve: Curve,
+    draw: Draw,
+    steps: int,
+    eta: Eta = 1.0,
+    variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
-    """T ||Δmu||²/(2v) at the step that contains u: unbiased for the sum over steps when u is uniform.
+    """T ||Δmu||²/(2v) at the step that contains u: unbiased for the sum over steps when u is
+    uniform.
 
     Args:
         reverse: the reverse process.
@@ -166,10 +196,17 @@ def discrete_diffusion(
     if variance_ratio is None:
         return Integrand(steps * square / 2, regression)
     ratio = variance_ratio(middle)
-    return Integrand(steps * 0.5 * (square / ratio + event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)), regression)
+    return Integrand(
+        steps
+        * 0.5
+        * (square / ratio + event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)),
+        regression,
+    )
 
 
-def continuous_errors(reverse: Reverse, curve: Curve, draw: Draw, eta: float | Tensor = 1.0) -> tuple[NoiseLevel, Tensor, Tensor | None]:
+def continuous_errors(
+    reverse: Reverse, curve: Curve, draw: Draw, eta: float | Tensor = 1.0
+) -> tuple[NoiseLevel, Tensor, Tensor | None]:
     """The level at t = u, and there :meth:`ndm.reverse.MarkovReverse.continuous_error`."""
     level = reverse.process.schedule(draw.u)
     error, regression = reverse.continuous_error(curve, draw.noise, level, eta, draw.coin)
@@ -177,7 +214,9 @@ def continuous_errors(reverse: Reverse, curve: Curve, draw: Draw, eta: float | T
 
 
 def continuous_diffusion(reverse: Reverse, curve: Curve, draw: Draw, eta: Eta = 1.0) -> Integrand:
-    """The integrand of the continuous-time diffusion term at t = u; arguments as :func:`discrete_diffusion`."""
+    """The integrand of the continuous-time diffusion term at t = u; arguments as
+    :func:`discrete_diffusion`.
+    """
     eta_at = _eta_at(eta, draw.u, draw.noise)
     level, error, regression = continuous_errors(reverse, curve, draw, eta_at)
     return Integrand(0.5 * level.snr_decay * sum_event(error**2 / eta_at**2), regression)
@@ -191,7 +230,8 @@ def diffusion_integrand(
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
-    """The diffusion term at one time an example, in discrete (``steps`` = T) or continuous time (``steps`` = None).
+    """The diffusion term at one time an example, in discrete (``steps`` = T) or continuous time
+    (``steps`` = None).
 
     Raises:
         UserError: eta or steps is out of range.
@@ -199,19 +239,28 @@ def diffusion_integrand(
     _check_reverse(reverse, steps, eta)
     if steps is None and variance_ratio is not None:
         raise UserError(
-            "in continuous time only the reverse variance of the forward process gives a finite bound; leave variance_ratio out, or give steps"
+            "in continuous time only the reverse variance of the forward process gives a finite"
+            " bound; leave variance_ratio out, or give steps"
         )
     if steps is None:
         return continuous_diffusion(reverse, curve, draw, eta)
-    return discrete_diffusion(require_markov(reverse, f"steps={steps}"), curve, draw, steps, eta, variance_ratio)
+    return discrete_diffusion(
+        require_markov(reverse, f"steps={steps}"), curve, draw, steps, eta, variance_ratio
+    )
 
 
 def _check_reverse(reverse: Reverse, steps: int | None, eta: Eta) -> None:
     if not isinstance(eta, PiecewiseConstant) and not eta > 0:
-        raise UserError(f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0, eta=1 for DDPM")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS):
         raise UserError(
-            f"steps={steps}: discrete time needs a whole number of steps from 1 to {MOST_STEPS}; None stands for continuous time"
+            f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0,"
+            " eta=1 for DDPM"
+        )
+    if steps is not None and (
+        isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS
+    ):
+        raise UserError(
+            f"steps={steps}: discrete time needs a whole number of steps from 1 to {MOST_STEPS};"
+            " None stands for continuous time"
         )
 
 
@@ -224,7 +273,8 @@ def path_log_weight(
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Tensor:
-    """log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process; its mean is minus the NELBO.
+    """log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process; its mean is
+    minus the NELBO.
 
     Args:
         reverse: the reverse process.
@@ -254,7 +304,9 @@ def path_log_weight(
         true_s = curve.at(s)
         q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
         p = markov.posterior(z, s, t, eta_at)
-        widened = p.std if variance_ratio is None else p.std * expand(variance_ratio(middle), z).sqrt()
+        widened = (
+            p.std if variance_ratio is None else p.std * expand(variance_ratio(middle), z).sqrt()
+        )
         z = q.sample(standard_normal(z, source))
         log_weight = log_weight + Gaussian(p.mean, widened).log_prob(z) - q.log_prob(z)
         t, true_t = s, true_s

@@ -1,7 +1,8 @@
 """The errors that a user of the library can cause, and can mend.
 
-Every message says what is wrong, where, which values are allowed, and how to mend it, in one line. The command line prints the
-message alone and ends with exit code 2; anything that is not a :class:`UserError` is a bug of ours and keeps its traceback.
+Every message says what is wrong, where, which values are allowed, and how to mend it, in one line.
+The command line prints the message alone and ends with exit code 2; anything that is not a
+:class:`UserError` is a bug of ours and keeps its traceback.
 """
 
 import importlib
@@ -21,7 +22,10 @@ class MissingExtraError(UserError, ImportError):
     """
 
     def __init__(self, package: str, extra: str):
-        super().__init__(f"{package} is not installed; it comes with the extra {extra!r}: pip install 'ndm[{extra}]'")
+        super().__init__(
+            f"{package} is not installed; it comes with the extra {extra!r}: pip install"
+            f" 'ndm[{extra}]'"
+        )
 
 
 class ForwardModeError(UserError):
@@ -55,7 +59,9 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
         UserError: it is not.
     """
     if value not in known:
-        raise UserError(f"{name}={describe_value(value)} is not known: choose one of {', '.join(known)}")
+        raise UserError(
+            f"{name}={describe_value(value)} is not known: choose one of {', '.join(known)}"
+        )
 
 
 def require(module: str, package: str, extra: str) -> None:

@@ -6,14 +6,16 @@ r"""The forward process: marginal, posterior for any variance, conditional drift
     f(z,t,x) &= \frac{d(\alpha F)}{dt} + \Bigl(\frac{\sigma'}{\sigma} + \frac{g^2}{2\sigma^2}\Bigr)(z - \alpha F),
     \qquad g^2 = \eta^2 \sigma^2 \gamma'
 
-The posterior family is consistent with the marginals for every 0 <= v <= sigma_s²; v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)) makes
-eta = 1 DDPM and eta = 0 DDIM. With d = gamma_s - gamma_t, what the bound needs is computed without cancellation however close s and t:
+The posterior family is consistent with the marginals for every 0 <= v <= sigma_s²; v = eta²
+sigma_s² (1 - exp(gamma_s - gamma_t)) makes eta = 1 DDPM and eta = 0 DDIM. With d = gamma_s -
+gamma_t, what the bound needs is computed without cancellation however close s and t:
 
 .. math::
     k \alpha_t / \alpha_s = \exp\bigl(\tfrac12 [d + \log(1 + \eta^2 (e^d - 1))]\bigr), \qquad
     \alpha_s - k \alpha_t = -\alpha_s\, \mathrm{expm1}\bigl(\tfrac12 [d + \mathrm{log1p}(\eta^2\, \mathrm{expm1}(d))]\bigr) .
 
-Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A; eta as in DDIM (Song et al. 2021).
+Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A; eta as in DDIM
+(Song et al. 2021).
 """
 
 import math
@@ -60,12 +62,16 @@ class PosteriorCoefficients:
     k: Tensor
     """Weight of the noise part z_t - alpha_t F(x, t)."""
     target_weight: Tensor
-    """alpha_s - k alpha_t, without cancellation: the weight of the data in the mean where F(x, s) = F(x, t)."""
+    """alpha_s - k alpha_t, without cancellation: the weight of the data in the mean where F(x, s) =
+    F(x, t).
+    """
     variance: Tensor
     """v"""
 
 
-def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> PosteriorCoefficients:
+def posterior_coefficients(
+    s: NoiseLevel, t: NoiseLevel, eta: float | Tensor
+) -> PosteriorCoefficients:
     """Coefficients of the posterior with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)).
 
     Args:
@@ -83,19 +89,26 @@ def posterior_coefficients(s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) ->
         if not bool((eta >= 0).all()) or not bool((taken >= -1 - 1e-6).all()):
             largest = float((-shrink).max()) ** -0.5
             raise UserError(
-                f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <= eta <= {largest:.6g}; eta=1 is DDPM"
+                f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <="
+                f" eta <= {largest:.6g}; eta=1 is DDPM"
             )
     taken = taken.clamp(min=-1)
-    # log1p stays off -1, where its gradient is infinite: a step may span so much of gamma that shrink rounds to -1.
+    # log1p stays off -1, where its gradient is infinite: a step may span so much of gamma that
+    # shrink rounds to -1.
     return PosteriorCoefficients(
         k=s.sigma / t.sigma * (1 + taken).sqrt(),
-        target_weight=-s.alpha * torch.expm1(0.5 * (s.gamma - t.gamma + torch.log1p(taken.clamp(min=-1 + torch.finfo(taken.dtype).eps)))),
+        target_weight=-s.alpha
+        * torch.expm1(
+            0.5
+            * (s.gamma - t.gamma + torch.log1p(taken.clamp(min=-1 + torch.finfo(taken.dtype).eps)))
+        ),
         variance=-(s.sigma**2) * taken,
     )
 
 
 class NoisingProcess(nn.Module, ABC):
-    """q(z_t|x) of a schedule and a transformation: what a bound in continuous time and its samplers need.
+    """q(z_t|x) of a schedule and a transformation: what a bound in continuous time and its samplers
+    need.
 
     Args:
         schedule: noise levels over time.
@@ -107,13 +120,17 @@ class NoisingProcess(nn.Module, ABC):
         self.schedule, self.transform = schedule, transform
 
     def level(self, t: Tensor | float, like: Tensor) -> NoiseLevel:
-        """The noise level at times ``t`` (a number or ``(B,)``) for a batch ``like`` ``(B, *event)``."""
+        """The noise level at times ``t`` (a number or ``(B,)``) for a batch ``like`` ``(B,
+        *event)``.
+        """
         t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
         return self.schedule(t.repeat(like.shape[0]) if t.dim() == 0 else t)
 
     @abstractmethod
     def curve(self, x: Tensor) -> Curve:
-        """What the process needs of ``x`` ``(B, *event)`` at any number of times, t -> F(x, t) among it."""
+        """What the process needs of ``x`` ``(B, *event)`` at any number of times, t -> F(x, t)
+        among it.
+        """
 
     @abstractmethod
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
@@ -121,15 +138,21 @@ class NoisingProcess(nn.Module, ABC):
 
     def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
         """q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), without an evaluation of F where F(x, 0) = x."""
-        return gaussian(x if self.transform.data_at_zero else (curve or self.curve(x)).at(level), level)
+        return gaussian(
+            x if self.transform.data_at_zero else (curve or self.curve(x)).at(level), level
+        )
 
 
 def gaussian(transformed: Tensor, level: NoiseLevel) -> Gaussian:
     """N(alpha_t F, sigma_t² I) given F ``(B, *event)``."""
-    return Gaussian(expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed))
+    return Gaussian(
+        expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed)
+    )
 
 
-def drift_of(z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0) -> Tensor:
+def drift_of(
+    z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0
+) -> Tensor:
     """The drift f(z, t, x) given F(x, t) and dF(x, t), ``(B, *event)``.
 
     Raises:
@@ -141,15 +164,17 @@ def drift_of(z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, e
     if eta:
         if bool((level.alpha == 0).any()):
             raise UserError(
-                "the generative SDE is infinite where alpha = 0 (t = 1 of this schedule); use the ODE, the ancestral sampler, or a "
-                "schedule that keeps some signal, for example FlowMatchingSchedule(alpha_1=1e-3)"
+                "the generative SDE is infinite where alpha = 0 (t = 1 of this schedule); use the"
+                " ODE, the ancestral sampler, or a schedule that keeps some signal, for example"
+                " FlowMatchingSchedule(alpha_1=1e-3)"
             )
         noise_rate = noise_rate + 0.5 * eta**2 * at.dgamma
     return at.dalpha * value + at.alpha * derivative + noise_rate * (z - at.alpha * value)
 
 
 class ForwardProcess(NoisingProcess):
-    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² I), with its posteriors: discrete time as well as continuous.
+    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² I), with its posteriors: discrete time as well as
+    continuous.
 
     Args:
         schedule: noise levels over time.
@@ -163,18 +188,29 @@ class ForwardProcess(NoisingProcess):
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
         return gaussian((curve or self.curve(x)).at(level), level)
 
-    def posterior(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0) -> Gaussian:
-        """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B, *event)``."""
+    def posterior(
+        self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0
+    ) -> Gaussian:
+        """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B,
+        *event)``.
+        """
         return self.posterior_of(z, self.curve(x).at_both(s, t), s, t, eta)
 
     def posterior_of(
-        self, z: Tensor, transformed: tuple[Tensor, Tensor], s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0
+        self,
+        z: Tensor,
+        transformed: tuple[Tensor, Tensor],
+        s: NoiseLevel,
+        t: NoiseLevel,
+        eta: float | Tensor = 1.0,
     ) -> Gaussian:
         """q(z_s|z_t,x) given F(x, s) and F(x, t)."""
         coefficients = posterior_coefficients(s.expand(z), t.expand(z), eta)
         return self._posterior(z, transformed, s, t, coefficients.k, coefficients.variance)
 
-    def posterior_with_variance(self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, variance: Tensor) -> Gaussian:
+    def posterior_with_variance(
+        self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, variance: Tensor
+    ) -> Gaussian:
         """q(z_s|z_t,x) with any variance v ``(B,)``, 0 <= v <= sigma_s².
 
         Raises:
@@ -183,16 +219,26 @@ class ForwardProcess(NoisingProcess):
         if bool((variance < 0).any()) or bool((variance > s.sigma**2 * (1 + 1e-6)).any()):
             raise UserError("the posterior variance must lie between 0 and sigma_s²")
         k = (s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma
-        return self._posterior(z, self.curve(x).at_both(s, t), s, t, expand(k, z), expand(variance, z))
+        return self._posterior(
+            z, self.curve(x).at_both(s, t), s, t, expand(k, z), expand(variance, z)
+        )
 
     @staticmethod
-    def _posterior(z: Tensor, transformed: tuple[Tensor, Tensor], s: NoiseLevel, t: NoiseLevel, k: Tensor, variance: Tensor) -> Gaussian:
+    def _posterior(
+        z: Tensor,
+        transformed: tuple[Tensor, Tensor],
+        s: NoiseLevel,
+        t: NoiseLevel,
+        k: Tensor,
+        variance: Tensor,
+    ) -> Gaussian:
         at_s, at_t = transformed
         mean = expand(s.alpha, z) * at_s + k * (z - expand(t.alpha, z) * at_t)
         return Gaussian(mean, variance.sqrt())
 
     def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma sqrt(gamma'); ``(B, *event)``.
+        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma
+        sqrt(gamma'); ``(B, *event)``.
 
         Raises:
             UserError: eta > 0 where alpha = 0, so that g is infinite.

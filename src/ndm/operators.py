@@ -1,25 +1,33 @@
-r"""Fixed linear transformations F(x, t) = C_t x of images, C_0 = I, over the last two axes: blur, fading mask, down-sampling.
+r"""Fixed linear transformations F(x, t) = C_t x of images, C_0 = I, over the last two axes: blur,
+fading mask, down-sampling.
 
 .. math::
     q(z_t|x) = N(\alpha_t C_t x, \sigma_t^2 I)
 
 ====================  =======================================================================  ==========================================
 :class:`Blur`         d_i = (1 - d_min) exp(-lambda_i tau(t)) + d_min in the basis of the DCT  heat dissipation (Rissanen et al. 2023),
-                                                                                               blurring diffusion (Hoogeboom & Salimans
+                                                                                               blurring
+                                                                                               diffusion
+                                                                                               (Hoogeboom
+                                                                                               &
+                                                                                               Salimans
                                                                                                2023)
 :class:`FadingMask`   d_p = exp(-lambda_p tau(t)) for each pixel p, that is 1 - m_t            Soft Diffusion (Daras et al. 2023)
 :class:`Downsample`   in stage k linear in t, from x^k to upsample(downsample(x^k))            f-DM (Gu et al. 2023)
 ====================  =======================================================================  ==========================================
 
-The first two decay along fixed axes V, orthonormal. With expm1 of the exponent, F(x, 0) is x to the last digit:
+The first two decay along fixed axes V, orthonormal. With expm1 of the exponent, F(x, 0) is x to the
+last digit:
 
 .. math::
     F(x, t) = x + (1 - d_{\min})\, V\, \mathrm{diag}(e^{-\lambda\tau} - 1)\, V^\top x, \qquad
     \partial_t F = -(1 - d_{\min})\, \tau'\, V\, \mathrm{diag}(\lambda e^{-\lambda\tau})\, V^\top x .
 
-A linear operator with other axes or rates is a subclass of :class:`Decay`, any other a :class:`ndm.transform.Transform`. The generative ODE
-of such a process is the published one, dz/dt = d(alpha C)/dt x̂ + (sigma'/sigma)(z - alpha C x̂). The papers' stochastic processes are
-Markov, with noise of another size along each axis of V; here the posterior's variance v is the same along all of them.
+A linear operator with other axes or rates is a subclass of :class:`Decay`, any other a
+:class:`ndm.transform.Transform`. The generative ODE of such a process is the published one, dz/dt =
+d(alpha C)/dt x̂ + (sigma'/sigma)(z - alpha C x̂). The papers' stochastic processes are Markov, with
+noise of another size along each axis of V; here the posterior's variance v is the same along all of
+them.
 """
 
 import functools
@@ -39,7 +47,8 @@ from ndm.transform import Curve, Displaced, SumCurve, Transform
 
 
 class Decay(Transform, ABC):
-    """F = V diag(d(t)) Vᵀ x with d = (1 - d_min) exp(-lambda tau(t)) + d_min, over the last two axes of images ``(B, ..., H, W)``.
+    """F = V diag(d(t)) Vᵀ x with d = (1 - d_min) exp(-lambda tau(t)) + d_min, over the last two
+    axes of images ``(B, ..., H, W)``.
 
     Args:
         d_min: what is left of every component in the end, in [0, 1).
@@ -48,7 +57,9 @@ class Decay(Transform, ABC):
     def __init__(self, d_min: float):
         super().__init__()
         if not 0 <= d_min < 1:
-            raise UserError(f"d_min={d_min}: give what is left of every component in the end, in [0, 1)")
+            raise UserError(
+                f"d_min={d_min}: give what is left of every component in the end, in [0, 1)"
+            )
         self.d_min = d_min
 
     @abstractmethod
@@ -77,7 +88,10 @@ class _DecayCurve(Curve):
 
     def __init__(self, operator: Decay, x: Tensor):
         self._operator, self._x = operator, x
-        self._rates, self._coefficients = operator.rates(x), (1 - operator.d_min) * operator.analysis(x)
+        self._rates, self._coefficients = (
+            operator.rates(x),
+            (1 - operator.d_min) * operator.analysis(x),
+        )
 
     @property
     def like(self) -> Tensor:
@@ -99,7 +113,8 @@ class _DecayCurve(Curve):
 
 
 class Blur(Decay):
-    r"""Heat spreads over the image, no heat leaves it: the cosine (i, j) decays at the rate of its frequency.
+    r"""Heat spreads over the image, no heat leaves it: the cosine (i, j) decays at the rate of its
+    frequency.
 
     .. math::
         \lambda_{ij} = \pi^2 (i^2/H^2 + j^2/W^2), \qquad \tau = \sigma_B(t)^2/2, \qquad \sigma_B = \sigma_{\max} \sin^2(\pi t/2) .
@@ -114,15 +129,23 @@ class Blur(Decay):
     def __init__(self, sigma_max: float = 20.0, d_min: float = 0.001):
         super().__init__(d_min)
         if not (sigma_max > 0 and math.isfinite(sigma_max)):
-            raise UserError(f"sigma_max={sigma_max}: give the width of the blur at t = 1 in pixels, positive")
+            raise UserError(
+                f"sigma_max={sigma_max}: give the width of the blur at t = 1 in pixels, positive"
+            )
         self.sigma_max = sigma_max
 
     def rates(self, x: Tensor) -> Tensor:
-        height, width = (math.pi * torch.arange(size, dtype=x.dtype, device=x.device) / size for size in x.shape[-2:])
+        height, width = (
+            math.pi * torch.arange(size, dtype=x.dtype, device=x.device) / size
+            for size in x.shape[-2:]
+        )
         return height[:, None] ** 2 + width**2
 
     def clock(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        width, slope = self.sigma_max * torch.sin(0.5 * math.pi * t) ** 2, self.sigma_max * 0.5 * math.pi * torch.sin(math.pi * t)
+        width, slope = (
+            self.sigma_max * torch.sin(0.5 * math.pi * t) ** 2,
+            self.sigma_max * 0.5 * math.pi * torch.sin(math.pi * t),
+        )
         return 0.5 * width**2, width * slope
 
     def analysis(self, x: Tensor) -> Tensor:
@@ -130,14 +153,19 @@ class Blur(Decay):
         return _both_sides(rows, x, columns.mT)
 
     def synthesis(self, coefficients: Tensor) -> Tensor:
-        rows, columns = (cosines(size, coefficients.dtype, coefficients.device) for size in coefficients.shape[-2:])
+        rows, columns = (
+            cosines(size, coefficients.dtype, coefficients.device)
+            for size in coefficients.shape[-2:]
+        )
         return _both_sides(rows.mT, coefficients, columns)
 
 
 class FadingMask(Decay):
-    r"""The image fades to zero from its middle outward: F = (1 - m_t) x with m_t = 1 - exp(-strength t² g), g a Gaussian over the image.
+    r"""The image fades to zero from its middle outward: F = (1 - m_t) x with m_t = 1 -
+    exp(-strength t² g), g a Gaussian over the image.
 
-    For small t the mask m_t is a Gaussian itself, of height strength t²; then it saturates, and its edge grows outward.
+    For small t the mask m_t is a Gaussian itself, of height strength t²; then it saturates, and its
+    edge grows outward.
 
     Args:
         strength: lambda tau in the middle at t = 1; exp(-strength) is left there.
@@ -151,7 +179,10 @@ class FadingMask(Decay):
         self.strength, self.width = strength, width
 
     def rates(self, x: Tensor) -> Tensor:
-        height, width = ((torch.arange(size, dtype=x.dtype, device=x.device) + 0.5) / size - 0.5 for size in x.shape[-2:])
+        height, width = (
+            (torch.arange(size, dtype=x.dtype, device=x.device) + 0.5) / size - 0.5
+            for size in x.shape[-2:]
+        )
         return torch.exp(-0.5 * (height[:, None] ** 2 + width**2) / self.width**2)
 
     def clock(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,8 +202,9 @@ class Downsample(Transform):
         F(x, t) = x^k + \frac{t - \tau_k}{\tau_{k+1} - \tau_k} (x^{k+1} - x^k), \qquad \tau_k \le t \le \tau_{k+1}, \qquad
         x^{k+1} = \mathrm{upsample}(\mathrm{downsample}(x^k)), \quad \tau_0 = 0 ,
 
-    with averages of 2 x 2 blocks, so that x^k holds the means of blocks of 2^k x 2^k. After the last end F stays at x^K. F has kinks at
-    the ends of stages, where dF is that of the later stage: an integral over time, such as the trace of the ODE, wants many nodes there.
+    with averages of 2 x 2 blocks, so that x^k holds the means of blocks of 2^k x 2^k. After the
+    last end F stays at x^K. F has kinks at the ends of stages, where dF is that of the later stage:
+    an integral over time, such as the trace of the ODE, wants many nodes there.
 
     Args:
         ends: tau_1 < ... < tau_K, the times at which the stages end, in (0, 1].
@@ -181,16 +213,22 @@ class Downsample(Transform):
     def __init__(self, ends: Sequence[float] = (1 / 3, 2 / 3)):
         super().__init__()
         self.ends = [float(end) for end in ends]
-        if not self.ends or not all(a < b for a, b in itertools.pairwise([0.0, *self.ends])) or self.ends[-1] > 1:
-            raise UserError(f"ends={self.ends}: give the times at which stages end, increasing, in (0, 1]")
+        if (
+            not self.ends
+            or not all(a < b for a, b in itertools.pairwise([0.0, *self.ends]))
+            or self.ends[-1] > 1
+        ):
+            raise UserError(
+                f"ends={self.ends}: give the times at which stages end, increasing, in (0, 1]"
+            )
 
     def curve(self, x: Tensor) -> Curve:
         _check_image(x, "Downsample")
         size, (height, width) = 2 ** len(self.ends), x.shape[-2:]
         if height % size or width % size:
             raise UserError(
-                f"Downsample with {len(self.ends)} stages averages blocks of {size} x {size}, which do not divide images of {height} x "
-                f"{width}; give fewer ends, or pad the images"
+                f"Downsample with {len(self.ends)} stages averages blocks of {size} x {size}, which"
+                f" do not divide images of {height} x {width}; give fewer ends, or pad the images"
             )
         return Displaced(x, _DownsampleCurve(x, self.ends))
 
@@ -200,7 +238,9 @@ class _DownsampleCurve(SumCurve):
 
     def __init__(self, x: Tensor, ends: Sequence[float]):
         states = [x, *(block_means(x, 2**k) for k in range(1, len(ends) + 1))]
-        super().__init__(torch.stack([after - before for before, after in itertools.pairwise(states)], 1))
+        super().__init__(
+            torch.stack([after - before for before, after in itertools.pairwise(states)], 1)
+        )
         self._ends = list(ends)
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -220,8 +260,13 @@ def block_means(x: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II as a matrix ``(n, n)``, c_i (2/n)^½ cos(pi i (j + ½)/n) in row i, with c_0 = 2^-½; V is its transpose."""
-    with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want gradients
+    """The orthonormal DCT-II as a matrix ``(n, n)``, c_i (2/n)^½ cos(pi i (j + ½)/n) in row i, with
+    c_0 = 2^-½; V is its transpose.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # kept for later calls, which may want gradients
         index = torch.arange(size, dtype=torch.float64)
         matrix = math.sqrt(2 / size) * torch.cos(math.pi / size * index[:, None] * (index + 0.5))
         matrix[0] *= math.sqrt(0.5)
@@ -235,4 +280,7 @@ def _both_sides(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
 
 def _check_image(x: Tensor, name: str) -> None:
     if x.dim() < 3:
-        raise UserError(f"{name} acts on images (B, ..., H, W), got a batch of shape {tuple(x.shape)}; another transformation fits vectors")
+        raise UserError(
+            f"{name} acts on images (B, ..., H, W), got a batch of shape {tuple(x.shape)}; another"
+            " transformation fits vectors"
+        )

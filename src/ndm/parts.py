@@ -8,16 +8,26 @@ from ndm.errors import UserError
 
 
 class Part(nn.Module):
-    """A part of a model. Every argument of its constructor is kept as an attribute of the same name, so that it can be shown and saved."""
+    """A part of a model. Every argument of its constructor is kept as an attribute of the same
+    name, so that it can be shown and saved.
+    """
 
     def arguments(self) -> dict[str, object]:
         """The constructor's arguments by name."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "args", "kwargs")]
+        names = [
+            name
+            for name in inspect.signature(type(self).__init__).parameters
+            if name not in ("self", "args", "kwargs")
+        ]
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """The arguments that are not modules themselves."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items() if not isinstance(value, nn.Module))
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.arguments().items()
+            if not isinstance(value, nn.Module)
+        )
 
 
 def check_network(network: object, owner: str, call: str) -> None:
@@ -32,4 +42,6 @@ def check_network(network: object, owner: str, call: str) -> None:
         UserError: it is not.
     """
     if not isinstance(network, nn.Module):
-        raise UserError(f"network is a {type(network).__name__}: {owner} needs an nn.Module called as {call}")
+        raise UserError(
+            f"network is a {type(network).__name__}: {owner} needs an nn.Module called as {call}"
+        )

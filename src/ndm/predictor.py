@@ -7,11 +7,13 @@ With z = alpha F(x, t) + sigma eps, the network's output is read as one of
     \epsilon: \; \hat x = \frac{z - \sigma \hat\epsilon}{\alpha}, \qquad
     x: \; \hat x = \text{network}(z, t).
 
-The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the network are scaled by sigma. The eps-form estimates F(x, t)
-rather than x once F is not the identity (the network has to make up the difference) and divides by alpha at t = 1. Where the reverse
-process is direct, x̂ stands for ŷ, see :mod:`ndm.reverse`.
+The v-form (Salimans & Ho 2022) tends to z as t tends to 0, so errors of the network are scaled by
+sigma. The eps-form estimates F(x, t) rather than x once F is not the identity (the network has to
+make up the difference) and divides by alpha at t = 1. Where the reverse process is direct, x̂
+stands for ŷ, see :mod:`ndm.reverse`.
 
-For data on a grid of L values, ``num_values=L`` rounds what is read to the grid where noise is low, see :mod:`ndm.grid.rounding`.
+For data on a grid of L values, ``num_values=L`` rounds what is read to the grid where noise is low,
+see :mod:`ndm.grid.rounding`.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +37,9 @@ class DataPredictor(Part, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of z."""
+        """x̂ for latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)`` in the dtype of
+        z.
+        """
 
     def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         """Check that the predictor fits the other parts of a model.
@@ -49,7 +53,10 @@ class DataPredictor(Part, ABC):
             UserError: it does not.
         """
         if reverse == "direct-score" and not isinstance(self, Predictor):
-            raise UserError(f"reverse=direct-score needs two outputs, which a {type(self).__name__} does not have: use ndm.Predictor")
+            raise UserError(
+                f"reverse=direct-score needs two outputs, which a {type(self).__name__} does not"
+                " have: use ndm.Predictor"
+            )
 
 
 class Predictor(DataPredictor):
@@ -58,7 +65,8 @@ class Predictor(DataPredictor):
     Args:
         network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
         target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
-        num_values: round softly to the grid of data with so many values, as many as the decoder has; None for data that lie on none.
+        num_values: round softly to the grid of data with so many values, as many as the decoder
+            has; None for data that lie on none.
     """
 
     def __init__(self, network: nn.Module, target: Target = "v", num_values: int | None = None):
@@ -73,20 +81,39 @@ class Predictor(DataPredictor):
 
     def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         super().check(process, decoder, reverse)
-        if self.target == "eps" and bool((process.schedule(torch.ones(1, device=_device(process))).alpha == 0).any()):
-            raise UserError("eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use target='v' or 'x'")
+        if self.target == "eps" and bool(
+            (process.schedule(torch.ones(1, device=_device(process))).alpha == 0).any()
+        ):
+            raise UserError(
+                "eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use"
+                " target='v' or 'x'"
+            )
         if self.num_values is None:
             return
         keeps, values = process.transform.keeps_shape, decoder.values
-        if not keeps or values is None or len(values) != self.num_values or not torch.allclose(values, bin_centers(self.num_values)):
-            have = "latents of its own" if not keeps else "no grid" if values is None else f"another grid, of {len(values)} values"
+        if (
+            not keeps
+            or values is None
+            or len(values) != self.num_values
+            or not torch.allclose(values, bin_centers(self.num_values))
+        ):
+            have = (
+                "latents of its own"
+                if not keeps
+                else "no grid"
+                if values is None
+                else f"another grid, of {len(values)} values"
+            )
             raise UserError(
-                f"predictor.num_values={self.num_values} is the grid of the centers of {self.num_values} equal bins of [-1, 1], but the model has {have}; "
-                "give the decoder as many values, or use ndm.Predictor without num_values"
+                f"predictor.num_values={self.num_values} is the grid of the centers of"
+                f" {self.num_values} equal bins of [-1, 1], but the model has {have}; give the"
+                " decoder as many values, or use ndm.Predictor without num_values"
             )
 
     def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Both outputs of a network that returns ``(B, 2, *event)``, each read as the target says; each ``(B, *event)``."""
+        """Both outputs of a network that returns ``(B, 2, *event)``, each read as the target says;
+        each ``(B, *event)``.
+        """
         first, second = self.two_outputs(z, level)
         return self.read(first, z, level), self.read(second, z, level)
 
@@ -98,13 +125,19 @@ class Predictor(DataPredictor):
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
         output = self.network(z, level.t)
         if not isinstance(output, torch.Tensor) or output.shape != shape:
-            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            found = (
+                tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            )
             mend = (
-                "give it as many output channels as input channels, or wrap a diffusers model in ndm.nn.FromDiffusers"
+                "give it as many output channels as input channels, or wrap a diffusers model in"
+                " ndm.nn.FromDiffusers"
                 if shape == z.shape
                 else "for reverse=direct-score give a network of this library outputs=2"
             )
-            raise UserError(f"the predictor's network maps {tuple(z.shape)} to {found}; it must return {tuple(shape)}: {mend}")
+            raise UserError(
+                f"the predictor's network maps {tuple(z.shape)} to {found}; it must return"
+                f" {tuple(shape)}: {mend}"
+            )
         return output.to(z.dtype)
 
     def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:

@@ -3,7 +3,8 @@ r"""The reverse process: what takes the place of F(x, .) once x is not known.
 .. math::
     p(z_s|z_t) = q(z_s|z_t, F \to \hat F), \qquad dz = f(z, t, F \to \hat F)\,dt + g\,d\bar w .
 
-Both, and the bound, see F through one combination alone: the posterior mean is :math:`k z_t + (\alpha_s - k\alpha_t)\, y`, and the drift is
+Both, and the bound, see F through one combination alone: the posterior mean is :math:`k z_t +
+(\alpha_s - k\alpha_t)\, y`, and the drift is
 :math:`(\sigma'/\sigma + \tfrac12\eta^2\gamma')\, z - \tfrac12(1 + \eta^2)\,\alpha\gamma'\, y`, with the target
 
 .. math::
@@ -13,7 +14,8 @@ Both, and the bound, see F through one combination alone: the posterior mean is 
 ================  =====================================================  ========================================================
 ``tied``          F(x̂(z, t), .), x̂ the predictor                         the paper; SDE, ODE and every eta
 ``direct``        a constant, ŷ(z, t), the predictor's output            the generator is a plain diffusion: one network evaluation
-                                                                         a step, the eta of training alone (ours)
+                                                                         a step, the eta of training
+                                                                         alone (ours)
 ``direct-score``  the same; a second output F̂ estimates E[F|z_t]         every eta, so the ODE and its likelihood, too (ours)
 ``diffenc``       F̂ + F(F̂, .) - F(F̂, t), F̂(z, t) the predictor         DiffEnc: right to first order in F - x (Nielsen et al. 2024);
                                                                          every eta
@@ -24,12 +26,13 @@ From both outputs :math:`\dot F/\gamma' = \tfrac12(1+\eta^2)(\hat F - \hat y)`, 
 .. math::
     \hat y_{\eta'} = \hat F - \frac{1 + \eta^2}{1 + \eta'^2} (\hat F - \hat y) .
 
-F̂ is no part of the bound. It learns by a regression of its own whose gradient does not reach the forward process, at no further evaluation: half of the
-examples of a batch carry the gradient of the bound through z_t, twice, and the other half, with z_t held fixed, that of the
-regression, twice. Both gradients stay unbiased.
+F̂ is no part of the bound. It learns by a regression of its own whose gradient does not reach the
+forward process, at no further evaluation: half of the examples of a batch carry the gradient of the
+bound through z_t, twice, and the other half, with z_t held fixed, that of the regression, twice.
+Both gradients stay unbiased.
 
-The target of a model in discrete time is that of its own T steps. With other numbers of steps, or with another eta from both outputs, it is
-right to first order in 1/T.
+The target of a model in discrete time is that of its own T steps. With other numbers of steps, or
+with another eta from both outputs, it is right to first order in 1/T.
 """
 
 from abc import ABC, abstractmethod
@@ -52,7 +55,9 @@ ReverseKind = Literal["tied", "direct", "direct-score", "diffenc"]
 
 
 class Reverse(ABC):
-    """A learned reverse process in continuous time: what the bound, the SDE, the ODE and the likelihood need."""
+    """A learned reverse process in continuous time: what the bound, the SDE, the ODE and the
+    likelihood need.
+    """
 
     process: NoisingProcess
     """The forward process."""
@@ -66,7 +71,9 @@ class Reverse(ABC):
 
     @property
     def serves_every_eta(self) -> bool:
-        """Whether it can run with another eta than that of training, eta = 0 (the ODE and DDIM) included."""
+        """Whether it can run with another eta than that of training, eta = 0 (the ODE and DDIM)
+        included.
+        """
         return True
 
     @property
@@ -83,19 +90,28 @@ class Reverse(ABC):
         if not self.serves_every_eta and not (isinstance(eta, (int, float)) and eta == self.eta):
             shown = f"eta={eta:g}" if isinstance(eta, (int, float)) else "another eta"
             raise UserError(
-                f"a direct reverse process runs with the noise of its training, eta={self.eta:g}, not with {shown}: sample by ancestral or sde. "
-                "The ODE, DDIM, the likelihood and fitted eta need its second head: train with reverse=direct-score, or tied"
+                f"a direct reverse process runs with the noise of its training, eta={self.eta:g},"
+                f" not with {shown}: sample by ancestral or sde. The ODE, DDIM, the likelihood and"
+                " fitted eta need its second head: train with reverse=direct-score, or tied"
             )
 
     @abstractmethod
     def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """What it predicts of the data from latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
+        """What it predicts of the data from latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B,
+        *event)``.
+        """
 
     @abstractmethod
     def continuous_error(
-        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+        self,
+        curve: Curve,
+        noise: Tensor,
+        level: NoiseLevel,
+        eta: float | Tensor,
+        coin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The difference of the drifts over alpha gamma', which the bound in continuous time squares, and the loss of a second head.
+        """The difference of the drifts over alpha gamma', which the bound in continuous time
+        squares, and the loss of a second head.
 
         Args:
             curve: that of the forward process at the data.
@@ -113,7 +129,13 @@ class Reverse(ABC):
         """f(z, t), ``(B, *event)``."""
 
     @abstractmethod
-    def log_prob(self, z: Tensor, settings: OdeSettings | None = None, source: RandomSource = None, progress: bool = False) -> LogDensity:
+    def log_prob(
+        self,
+        z: Tensor,
+        settings: OdeSettings | None = None,
+        source: RandomSource = None,
+        progress: bool = False,
+    ) -> LogDensity:
         """log p(z_0) of latents ``z`` ``(B, *event)`` under the generative ODE.
 
         Args:
@@ -125,13 +147,16 @@ class Reverse(ABC):
 
 
 class MarkovReverse(Reverse):
-    """A reverse process with posteriors p(z_s|z_t): discrete time, ancestral sampling and compression as well."""
+    """A reverse process with posteriors p(z_s|z_t): discrete time, ancestral sampling and
+    compression as well.
+    """
 
     process: ForwardProcess
 
     @abstractmethod
     def curve(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Curve:
-        """What stands for F(x, .) at latents ``z`` ``(B, *event)`` and times ``(B,)``, by one evaluation of the predictor.
+        """What stands for F(x, .) at latents ``z`` ``(B, *event)`` and times ``(B,)``, by one
+        evaluation of the predictor.
 
         Raises:
             UserError: this reverse process cannot run with that eta.
@@ -139,16 +164,23 @@ class MarkovReverse(Reverse):
 
     @abstractmethod
     def learning_curve(
-        self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+        self,
+        transformed: Tensor,
+        noise: Tensor,
+        level: NoiseLevel,
+        eta: float | Tensor,
+        coin: Tensor | None = None,
     ) -> tuple[Curve, Tensor | None]:
-        """The curve at z_t drawn from q(z_t|x) by ``noise``, for the bound; with a second head and gradients, its loss as well.
+        """The curve at z_t drawn from q(z_t|x) by ``noise``, for the bound; with a second head and
+        gradients, its loss as well.
 
         Args:
             transformed: F(x, t), ``(B, *event)``.
             noise: standard normal, ``(B, *event)``.
             level: the level at t.
             eta: of the bound.
-            coin: a uniform number ``(1,)``, which decides which half of the batch the second head learns from; None takes the odd ones.
+            coin: a uniform number ``(1,)``, which decides which half of the batch the second head
+                learns from; None takes the odd ones.
 
         Returns:
             The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)``, nats, or None.
@@ -167,8 +199,8 @@ def require_markov(reverse: Reverse, what: str) -> MarkovReverse:
     """
     if not isinstance(reverse, MarkovReverse):
         raise UserError(
-            f"{what} needs posteriors p(z_s|z_t), and this is a model in continuous time: leave steps out of its bound, sample by method='sde' or "
-            "'ode', or take ndm.NDM"
+            f"{what} needs posteriors p(z_s|z_t), and this is a model in continuous time: leave"
+            " steps out of its bound, sample by method='sde' or 'ode', or take ndm.NDM"
         )
     return reverse
 
@@ -196,8 +228,9 @@ class ReverseProcess(MarkovReverse):
         transform = self.process.transform
         if self.kind in ("tied", "diffenc") and not transform.keeps_shape:
             raise UserError(
-                f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__} maps data into a space of its own; use "
-                "reverse=direct, whose predictor predicts the latent itself"
+                f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__}"
+                " maps data into a space of its own; use reverse=direct, whose predictor predicts"
+                " the latent itself"
             )
 
     @property
@@ -233,7 +266,12 @@ class ReverseProcess(MarkovReverse):
         return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
 
     def learning_curve(
-        self, transformed: Tensor, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+        self,
+        transformed: Tensor,
+        noise: Tensor,
+        level: NoiseLevel,
+        eta: float | Tensor,
+        coin: Tensor | None = None,
     ) -> tuple[Curve, Tensor | None]:
         z = gaussian(transformed, level).sample(noise)
         if not self.tosses:
@@ -241,16 +279,25 @@ class ReverseProcess(MarkovReverse):
         parity = torch.arange(len(z), device=z.device) + (0 if coin is None else coin < 0.5)
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
-        z = fixed + 2 * expand(of_bound, z) * (z - fixed)  # the same value, half of the gradients doubled, the other half cut
+        z = fixed + 2 * expand(of_bound, z) * (
+            z - fixed
+        )  # the same value, half of the gradients doubled, the other half cut
         first, second = self._two_headed.two_outputs(z, level)
         apart = level.detach()  # a learned schedule belongs to the forward process, too
         error = sum_event((transformed.detach() - self._two_headed.read(second, fixed, apart)) ** 2)
         regression = (1 - of_bound) * apart.snr_decay * error
-        target = self._target(self._two_headed.read(first, z, level), self._two_headed.read(second, z, level), eta)
+        target = self._target(
+            self._two_headed.read(first, z, level), self._two_headed.read(second, z, level), eta
+        )
         return Constant(target), regression
 
     def continuous_error(
-        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+        self,
+        curve: Curve,
+        noise: Tensor,
+        level: NoiseLevel,
+        eta: float | Tensor,
+        coin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         value, derivative = curve.with_derivative(level)
         guess, regression = self.learning_curve(value, noise, level, eta, coin)
@@ -262,9 +309,19 @@ class ReverseProcess(MarkovReverse):
         return drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
 
     def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        return self._two_headed.two(z, level)[0] if self.kind == "direct-score" else self.predictor(z, level)
+        return (
+            self._two_headed.two(z, level)[0]
+            if self.kind == "direct-score"
+            else self.predictor(z, level)
+        )
 
-    def log_prob(self, z: Tensor, settings: OdeSettings | None = None, source: RandomSource = None, progress: bool = False) -> LogDensity:
+    def log_prob(
+        self,
+        z: Tensor,
+        settings: OdeSettings | None = None,
+        source: RandomSource = None,
+        progress: bool = False,
+    ) -> LogDensity:
         return ode_log_prob(self, z, settings, source, progress)
 
 

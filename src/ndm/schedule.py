@@ -1,13 +1,16 @@
-r"""Noise schedules: how much signal and noise a latent holds at time t in [0, 1] (0 is data, 1 is noise).
+r"""Noise schedules: how much signal and noise a latent holds at time t in [0, 1] (0 is data, 1 is
+noise).
 
 .. math::
     z_t = \alpha_t F(x, t) + \sigma_t \epsilon, \qquad \gamma_t = \log(\sigma_t^2 / \alpha_t^2), \qquad
     \omega_t = \alpha_t \sigma'_t - \alpha'_t \sigma_t = \tfrac12 \alpha_t \sigma_t \gamma'_t .
 
-Variance-preserving schedules are given by their gamma alone: :math:`\alpha^2 = \mathrm{sigmoid}(-\gamma)`,
+Variance-preserving schedules are given by their gamma alone: :math:`\alpha^2 =
+\mathrm{sigmoid}(-\gamma)`,
 :math:`\sigma^2 = \mathrm{sigmoid}(\gamma)`, so that both ends are exact in floating point ("1 minus something small" never appears).
-All quantities that the process needs are written in :math:`\alpha, \sigma, \alpha', \sigma'`, which stay finite where gamma does not
-(flow matching ends at :math:`\alpha_1 = 0`, :math:`\gamma_1 = \infty`):
+All quantities that the process needs are written in :math:`\alpha, \sigma, \alpha', \sigma'`, which
+stay finite where gamma does not (flow matching ends at :math:`\alpha_1 = 0`, :math:`\gamma_1 =
+\infty`):
 
 .. math::
     e^{-\gamma}\gamma' = 2\alpha\omega/\sigma^3, \qquad 1/\gamma' = \alpha\sigma/(2\omega).
@@ -28,7 +31,9 @@ from ndm.shapes import expand
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """A schedule at given times: every field has the shape of ``t``, ``(B,)`` or, expanded, ``(B, 1, ..., 1)``."""
+    """A schedule at given times: every field has the shape of ``t``, ``(B,)`` or, expanded, ``(B,
+    1, ..., 1)``.
+    """
 
     t: Tensor
     gamma: Tensor
@@ -66,19 +71,28 @@ class NoiseLevel:
 
     def expand(self, like: Tensor) -> "NoiseLevel":
         """The same level with every field reshaped to broadcast against ``like`` ``(B, *event)``."""
-        return NoiseLevel(**{field.name: expand(getattr(self, field.name), like) for field in fields(self)})
+        return NoiseLevel(
+            **{field.name: expand(getattr(self, field.name), like) for field in fields(self)}
+        )
 
     def detach(self) -> "NoiseLevel":
         """The same level without the gradient of a learned schedule."""
-        return NoiseLevel(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
+        return NoiseLevel(
+            **{field.name: getattr(self, field.name).detach() for field in fields(self)}
+        )
 
     def rows(self, chosen: slice) -> "NoiseLevel":
         """The level of some examples of the batch."""
-        return NoiseLevel(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+        return NoiseLevel(
+            **{field.name: getattr(self, field.name)[chosen] for field in fields(self)}
+        )
 
     def cat(self, other: "NoiseLevel") -> "NoiseLevel":
         """Both levels in one batch, for one network call at two sets of times."""
-        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in fields(self)
+        }
         return NoiseLevel(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
@@ -99,7 +113,10 @@ class VariancePreserving(Schedule, ABC):
 
     def forward(self, t: Tensor) -> NoiseLevel:
         gamma, dgamma = self.gamma(t)
-        alpha, sigma = torch.exp(0.5 * nnf.logsigmoid(-gamma)), torch.exp(0.5 * nnf.logsigmoid(gamma))
+        alpha, sigma = (
+            torch.exp(0.5 * nnf.logsigmoid(-gamma)),
+            torch.exp(0.5 * nnf.logsigmoid(gamma)),
+        )
         return NoiseLevel(
             t=t,
             gamma=gamma,
@@ -114,8 +131,8 @@ def check_gamma_ends(gamma_0: float, gamma_1: float) -> None:
     """Raise :class:`UserError` unless gamma_0 < gamma_1 and both are finite."""
     if not (math.isfinite(gamma_0) and math.isfinite(gamma_1) and gamma_0 < gamma_1):
         raise UserError(
-            f"gamma_0={gamma_0} and gamma_1={gamma_1}: gamma must increase from data to noise; give finite gamma_0 < gamma_1, "
-            "for 8-bit images gamma_0=-13.3 and gamma_1=5"
+            f"gamma_0={gamma_0} and gamma_1={gamma_1}: gamma must increase from data to noise; give"
+            " finite gamma_0 < gamma_1, for 8-bit images gamma_0=-13.3 and gamma_1=5"
         )
 
 
@@ -138,7 +155,8 @@ class LinearLogSNRSchedule(VariancePreserving):
 
 
 class CosineSchedule(VariancePreserving):
-    r"""gamma = 2 log tan(pi u/2), u running over the part of [0, 1] where gamma lies between its ends.
+    r"""gamma = 2 log tan(pi u/2), u running over the part of [0, 1] where gamma lies between its
+    ends.
 
     Nichol & Dhariwal 2021 (alpha = cos(pi u/2)), truncated exactly at ``gamma_0`` and ``gamma_1``.
 
@@ -153,17 +171,24 @@ class CosineSchedule(VariancePreserving):
         self.gamma_0, self.gamma_1 = gamma_0, gamma_1
 
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        start, end = math.atan(math.exp(0.5 * self.gamma_0)), math.atan(math.exp(0.5 * self.gamma_1))
+        start, end = (
+            math.atan(math.exp(0.5 * self.gamma_0)),
+            math.atan(math.exp(0.5 * self.gamma_1)),
+        )
         angle = start + (end - start) * t
-        gamma = 2 * torch.log(torch.tan(angle)).where(t > 0, 0.5 * self.gamma_0).where(t < 1, 0.5 * self.gamma_1)  # exact ends
+        gamma = 2 * torch.log(torch.tan(angle)).where(t > 0, 0.5 * self.gamma_0).where(
+            t < 1, 0.5 * self.gamma_1
+        )  # exact ends
         return gamma, 4 * (end - start) / torch.sin(2 * angle)
 
 
 class LinearBetaSchedule(VariancePreserving):
-    r"""DDPM's linear beta in continuous time: alpha² = exp(-B(u)), B(u) = beta_0 u + (beta_1 - beta_0) u²/2.
+    r"""DDPM's linear beta in continuous time: alpha² = exp(-B(u)), B(u) = beta_0 u + (beta_1 -
+    beta_0) u²/2.
 
-    Ho et al. 2020 with 1,000 steps of beta from 1e-4 to 0.02; Song et al. 2021 for the limit. u = t_0 + (1 - t_0) t starts at
-    ``t_0`` because gamma is minus infinity at u = 0. gamma = log(exp(B) - 1).
+    Ho et al. 2020 with 1,000 steps of beta from 1e-4 to 0.02; Song et al. 2021 for the limit. u =
+    t_0 + (1 - t_0) t starts at ``t_0`` because gamma is minus infinity at u = 0. gamma = log(exp(B)
+    - 1).
 
     Args:
         beta_0: rate at u = 0 (1,000 times DDPM's first beta).
@@ -174,30 +199,39 @@ class LinearBetaSchedule(VariancePreserving):
     def __init__(self, beta_0: float = 0.1, beta_1: float = 20.0, t_0: float = 1e-3):
         super().__init__()
         if not (0 < beta_0 <= beta_1 and 0 < t_0 < 1):
-            raise UserError(f"beta_0={beta_0}, beta_1={beta_1}, t_0={t_0}: need 0 < beta_0 <= beta_1 and 0 < t_0 < 1")
+            raise UserError(
+                f"beta_0={beta_0}, beta_1={beta_1}, t_0={t_0}: need 0 < beta_0 <= beta_1 and 0 <"
+                " t_0 < 1"
+            )
         self.beta_0, self.beta_1, self.t_0 = beta_0, beta_1, t_0
 
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         u = self.t_0 + (1 - self.t_0) * t
         integral = self.beta_0 * u + 0.5 * (self.beta_1 - self.beta_0) * u**2
         rate = (1 - self.t_0) * (self.beta_0 + (self.beta_1 - self.beta_0) * u)
-        # log(exp(B) - 1) = B + log(1 - exp(-B)): no overflow for large B, no cancellation for small B.
+        # log(exp(B) - 1) = B + log(1 - exp(-B)): no overflow for large B, no cancellation for small
+        # B.
         return integral + torch.log(-torch.expm1(-integral)), rate / -torch.expm1(-integral)
 
 
 class FlowMatchingSchedule(Schedule):
-    """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023), not variance preserving.
+    """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023), not
+    variance preserving.
 
     Args:
-        sigma_0: noise left at t = 0 (sigma = sigma_0 + (1 - sigma_0) t): the width of the decoder, so positive.
-        alpha_1: signal left at t = 1 (alpha = 1 - (1 - alpha_1) t). With 0 the prior term is exactly 0 and the ODE and the
-            ancestral sampler are finite, while the coefficient of the SDE is infinite at t = 1.
+        sigma_0: noise left at t = 0 (sigma = sigma_0 + (1 - sigma_0) t): the width of the decoder,
+            so positive.
+        alpha_1: signal left at t = 1 (alpha = 1 - (1 - alpha_1) t). With 0 the prior term is
+            exactly 0 and the ODE and the ancestral sampler are finite, while the coefficient of the
+            SDE is infinite at t = 1.
     """
 
     def __init__(self, sigma_0: float = 1e-3, alpha_1: float = 0.0):
         super().__init__()
         if not (0 < sigma_0 < 1 and 0 <= alpha_1 < 1):
-            raise UserError(f"sigma_0={sigma_0}, alpha_1={alpha_1}: need 0 < sigma_0 < 1 and 0 <= alpha_1 < 1")
+            raise UserError(
+                f"sigma_0={sigma_0}, alpha_1={alpha_1}: need 0 < sigma_0 < 1 and 0 <= alpha_1 < 1"
+            )
         self.sigma_0, self.alpha_1 = sigma_0, alpha_1
 
     def forward(self, t: Tensor) -> NoiseLevel:
@@ -221,23 +255,36 @@ class LearnedSchedule(VariancePreserving):
         \gamma(t) = \gamma_0 + (\gamma_1 - \gamma_0)\, \frac{g(t) - g(0)}{g(1) - g(0)}, \qquad
         g(t) = w t + \sum_j a_j\, \mathrm{sigmoid}(b_j (t - c_j)), \quad w, a_j, b_j > 0 .
 
-    VDM's monotone network with its normalization (Kingma et al. 2021, appendix), written so that the derivative is a closed form.
-    It starts linear up to a few per cent. In continuous time the bound of a plain diffusion does not depend on the inside of the
-    schedule, only on its ends; the inside then acts on the variance of the estimate alone.
+    VDM's monotone network with its normalization (Kingma et al. 2021, appendix), written so that
+    the derivative is a closed form. It starts linear up to a few per cent. In continuous time the
+    bound of a plain diffusion does not depend on the inside of the schedule, only on its ends; the
+    inside then acts on the variance of the estimate alone.
 
     Args:
         gamma_0: gamma at t = 0; the starting value if the ends are learned.
         gamma_1: gamma at t = 1; the starting value if the ends are learned.
-        learn_ends: learn both ends too; gamma_1 - gamma_0 stays positive. Then gamma(0) and gamma(1) are exactly ``ends()``.
+        learn_ends: learn both ends too; gamma_1 - gamma_0 stays positive. Then gamma(0) and
+            gamma(1) are exactly ``ends()``.
         units: number of sigmoids.
     """
 
-    def __init__(self, gamma_0: float = -13.3, gamma_1: float = 5.0, learn_ends: bool = False, units: int = 32):
+    def __init__(
+        self,
+        gamma_0: float = -13.3,
+        gamma_1: float = 5.0,
+        learn_ends: bool = False,
+        units: int = 32,
+    ):
         super().__init__()
         check_gamma_ends(gamma_0, gamma_1)
         if units < 1:
             raise UserError(f"units={units}: the learned schedule needs at least one unit")
-        self.gamma_0, self.gamma_1, self.learn_ends, self.units = gamma_0, gamma_1, learn_ends, units
+        self.gamma_0, self.gamma_1, self.learn_ends, self.units = (
+            gamma_0,
+            gamma_1,
+            learn_ends,
+            units,
+        )
         start = torch.tensor([gamma_0, math.log(gamma_1 - gamma_0)])
         self.start_and_log_range = nn.Parameter(start) if learn_ends else None
         self.log_slope = nn.Parameter(torch.zeros(()))
@@ -249,7 +296,10 @@ class LearnedSchedule(VariancePreserving):
         """gamma at t = 0 and at t = 1, scalars; of the given dtype, or that of the parameters."""
         dtype = dtype or self.log_slope.dtype
         if self.start_and_log_range is None:
-            start, end = (self.log_slope.new_full((), gamma, dtype=dtype) for gamma in (self.gamma_0, self.gamma_1))
+            start, end = (
+                self.log_slope.new_full((), gamma, dtype=dtype)
+                for gamma in (self.gamma_0, self.gamma_1)
+            )
             return start, end
         start, log_range = self.start_and_log_range.to(dtype)
         return start, start + log_range.exp()
@@ -258,10 +308,13 @@ class LearnedSchedule(VariancePreserving):
         steepness, height = self.log_steepness.exp(), self.log_height.exp()
         gate = torch.sigmoid(steepness * (t[..., None] - self.center))
         slope = self.log_slope.exp()
-        return slope * t + (height * gate).sum(-1), slope + (height * steepness * gate * (1 - gate)).sum(-1)
+        return slope * t + (height * gate).sum(-1), slope + (
+            height * steepness * gate * (1 - gate)
+        ).sum(-1)
 
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        # One call for the ends and the times, so that t = 0 and t = 1 give the very floats of the ends.
+        # One call for the ends and the times, so that t = 0 and t = 1 give the very floats of the
+        # ends.
         value, slope = self._raw(torch.cat([torch.arange(2, dtype=t.dtype, device=t.device), t]))
         low, high, value, slope = value[0], value[1], value[2:], slope[2:]
         start, end = self.ends(t.dtype)

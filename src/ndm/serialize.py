@@ -1,10 +1,13 @@
-r"""A model as plain files: ``config.json`` says what it is made of, ``model.safetensors`` holds its numbers. No pickles.
+r"""A model as plain files: ``config.json`` says what it is made of, ``model.safetensors`` holds its
+numbers. No pickles.
 
-Every part of a model keeps each argument of its constructor as an attribute of the same name (:class:`ndm.parts.Part`), so a part is described
-by ``{"class_path": ..., "init_args": {...}}``, the form that YAML configurations use too, and rebuilt by calling the constructor.
-A class is named as users import it, ``ndm.NDM`` or ``ndm.nn.UNet``, wherever its code is. Only public classes of this library are ever
-looked up for a model folder; a network of the user's own is passed in by the user. (The ``config.yaml`` of a run may name classes of the
-user's, which are imported where the run is used: take runs from people whose code you would run.)
+Every part of a model keeps each argument of its constructor as an attribute of the same name
+(:class:`ndm.parts.Part`), so a part is described by ``{"class_path": ..., "init_args": {...}}``,
+the form that YAML configurations use too, and rebuilt by calling the constructor. A class is named
+as users import it, ``ndm.NDM`` or ``ndm.nn.UNet``, wherever its code is. Only public classes of
+this library are ever looked up for a model folder; a network of the user's own is passed in by the
+user. (The ``config.yaml`` of a run may name classes of the user's, which are imported where the run
+is used: take runs from people whose code you would run.)
 """
 
 import errno
@@ -30,7 +33,10 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Of the errors by which a system says that there is no place for a file."""
-_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # of the RuntimeError by which torch.save says that a disk is full
+_TORCH_SAVE = (
+    "PytorchStreamWriter",
+    "inline_container",
+)  # of the RuntimeError by which torch.save says that a disk is full
 
 
 NAMESPACES = ("ndm", "ndm.nn", "ndm.variants", "ndm.quality")
@@ -40,13 +46,17 @@ NAMESPACES = ("ndm", "ndm.nn", "ndm.variants", "ndm.quality")
 def class_path(cls: type) -> str:
     """The public name of a class of this library, ``ndm.NDM``; the full dotted name of any other."""
     for namespace in NAMESPACES:
-        if f"{cls.__module__}.".startswith(f"{namespace}.") and getattr(_public(namespace), cls.__name__, None) is cls:
+        if (
+            f"{cls.__module__}.".startswith(f"{namespace}.")
+            and getattr(_public(namespace), cls.__name__, None) is cls
+        ):
             return f"{namespace}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def to_config(part: object, defaults: bool = True) -> object:
-    """Describe a part of a model, or a plain value, as JSON-ready data. Foreign modules get ``init_args`` None.
+    """Describe a part of a model, or a plain value, as JSON-ready data. Foreign modules get
+    ``init_args`` None.
 
     Args:
         part: the part.
@@ -61,9 +71,17 @@ def to_config(part: object, defaults: bool = True) -> object:
         return {"class_path": path, "init_args": None}
     arguments = part.arguments()
     if not defaults:
-        usual = {name: one.default for name, one in inspect.signature(type(part).__init__).parameters.items()}
-        arguments = {name: value for name, value in arguments.items() if not _same(value, usual[name])}
-    return {"class_path": path, "init_args": {name: to_config(value, defaults) for name, value in arguments.items()}}
+        usual = {
+            name: one.default
+            for name, one in inspect.signature(type(part).__init__).parameters.items()
+        }
+        arguments = {
+            name: value for name, value in arguments.items() if not _same(value, usual[name])
+        }
+    return {
+        "class_path": path,
+        "init_args": {name: to_config(value, defaults) for name, value in arguments.items()},
+    }
 
 
 def _same(value: object, default: object) -> bool:
@@ -84,7 +102,9 @@ def _is_public(path: str) -> bool:
     return namespace in NAMESPACES and hasattr(_public(namespace), name)
 
 
-def from_config(config: object, where: str = "model", replace: Mapping[str, nn.Module] | None = None) -> object:
+def from_config(
+    config: object, where: str = "model", replace: Mapping[str, nn.Module] | None = None
+) -> object:
     """Rebuild what :func:`to_config` described.
 
     Args:
@@ -93,35 +113,49 @@ def from_config(config: object, where: str = "model", replace: Mapping[str, nn.M
         replace: modules of the user for given places, instead of what the description says there.
 
     Raises:
-        ForeignModuleError: the description names a class that is not part of this library and no module was given for it.
+        ForeignModuleError: the description names a class that is not part of this library and no
+            module was given for it.
         UserError: it cannot be rebuilt.
     """
     if replace and where in replace:
         return replace[where]
     if isinstance(config, list):
-        return [from_config(item, f"{where}[{index}]", replace) for index, item in enumerate(config)]
+        return [
+            from_config(item, f"{where}[{index}]", replace) for index, item in enumerate(config)
+        ]
     if not isinstance(config, Mapping):
         return config
     path, arguments = config.get("class_path"), config.get("init_args")
     if not isinstance(path, str) or not path.startswith("ndm.") or arguments is None:
         raise ForeignModuleError(
-            f"{where} is a {path}, which is not part of ndm and is never imported from a model folder; build it yourself and pass "
-            f"modules={{'{where}': network}}"
+            f"{where} is a {path}, which is not part of ndm and is never imported from a model"
+            f" folder; build it yourself and pass modules={{'{where}': network}}"
         )
     if not _is_public(path):
-        raise UserError(f"{where} names {path}, which this version of ndm does not have; update ndm")
+        raise UserError(
+            f"{where} names {path}, which this version of ndm does not have; update ndm"
+        )
     namespace, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(namespace), name)
     if not (isinstance(cls, type) and issubclass(cls, Part)):
         raise UserError(f"{where} names {path}, which is not a part of a model")
     try:
-        return cls(**{key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()})
+        return cls(
+            **{
+                key: from_config(value, f"{where}.{key}", replace)
+                for key, value in arguments.items()
+            }
+        )
     except TypeError as error:
-        raise UserError(f"{where}: {path} does not take the arguments of this file ({error}): another version of ndm wrote it") from error
+        raise UserError(
+            f"{where}: {path} does not take the arguments of this file ({error}): another version"
+            " of ndm wrote it"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then rename it: the file is whole or not there, after a power cut, too.
+    """Let ``write`` make a temporary file beside ``path``, then rename it: the file is whole or not
+    there, after a power cut, too.
 
     Raises:
         UserError: the folder cannot be made or written to, or is full.
@@ -130,9 +164,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"cannot write {path}: it is a folder; choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        )
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder that you can write to") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose a folder that you can write to"
+        ) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -147,8 +185,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
             raise
         known = isinstance(error, OSError) and error.errno not in FULL
-        mend = "choose another name, or a folder that you can write to" if known else "is the disk full?"
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or _one_line(error)}; {mend}") from error
+        mend = (
+            "choose another name, or a folder that you can write to"
+            if known
+            else "is the disk full?"
+        )
+        raise UserError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or _one_line(error)}; {mend}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -159,7 +203,10 @@ def _one_line(error: Exception) -> str:
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON with two-space indentation, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+    write_atomically(
+        path,
+        lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"),
+    )
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -173,13 +220,20 @@ def read_json(path: Path) -> dict[str, object]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); it is damaged, or not a file of ndm") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}); it is damaged, or not a file of ndm"
+        ) from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds a JSON {type(data).__name__} where an object is needed; it is not a file of ndm")
+        raise UserError(
+            f"{path} holds a JSON {type(data).__name__} where an object is needed; it is not a file"
+            " of ndm"
+        )
     return data
 
 
-def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[str, object] | None = None) -> None:
+def save_model(
+    path: str | os.PathLike[str], model: nn.Module, extra: Mapping[str, object] | None = None
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` into the folder ``path``.
 
     Args:
@@ -188,15 +242,20 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, extra: Mapping[st
         extra: JSON-ready information to keep beside the description, such as that of the data.
     """
     folder = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+    }
     write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
     write_json(folder / CONFIG_NAME, {**(extra or {}), "format": FORMAT, "model": to_config(model)})
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's description and weights, 64 hexadecimal digits: the same for a saved and loaded copy, on any device.
+    """SHA-256 of a model's description and weights, 64 hexadecimal digits: the same for a saved and
+    loaded copy, on any device.
 
-    Arguments that have their default value are left out, so that a later version with a new argument gives the same digits.
+    Arguments that have their default value are left out, so that a later version with a new
+    argument gives the same digits.
     """
     digest = hashlib.sha256(json.dumps(to_config(model, defaults=False), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -206,7 +265,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | None = None) -> tuple[nn.Module, dict[str, object]]:
+def load_model(
+    path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | None = None
+) -> tuple[nn.Module, dict[str, object]]:
     """Read a model written by :func:`save_model`.
 
     Returns:
@@ -217,14 +278,21 @@ def load_model(path: str | os.PathLike[str], replace: Mapping[str, nn.Module] | 
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"there is no model folder {folder}; a finished run keeps its model in RUN/model")
+        raise UserError(
+            f"there is no model folder {folder}; a finished run keeps its model in RUN/model"
+        )
     config = read_json(folder / CONFIG_NAME)
     version = config.pop("format", None)
     if version != FORMAT:
-        raise UserError(f"{folder / CONFIG_NAME} has format {version}, this version of ndm reads format {FORMAT}; update ndm")
+        raise UserError(
+            f"{folder / CONFIG_NAME} has format {version}, this version of ndm reads format"
+            f" {FORMAT}; update ndm"
+        )
     model = from_config(config.pop("model", None), "model", replace)
     if not isinstance(model, nn.Module):
-        raise UserError(f"{folder / CONFIG_NAME} describes no model; it is damaged, or not a file of ndm")
+        raise UserError(
+            f"{folder / CONFIG_NAME} describes no model; it is damaged, or not a file of ndm"
+        )
     model.load_state_dict(read_weights(folder / WEIGHTS_NAME, model.state_dict()))
     return model, config
 
@@ -244,8 +312,18 @@ def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it is truncated or damaged: copy it again or train again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); it is truncated or damaged: copy it again or train"
+            " again"
+        ) from error
     for name in {**expected, **tensors}:
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            raise UserError(f"{path} does not fit its {CONFIG_NAME}: the tensor {name!r} is missing, unknown or of another shape")
+        if (
+            name not in tensors
+            or name not in expected
+            or tensors[name].shape != expected[name].shape
+        ):
+            raise UserError(
+                f"{path} does not fit its {CONFIG_NAME}: the tensor {name!r} is missing, unknown or"
+                " of another shape"
+            )
     return tensors

@@ -1,4 +1,5 @@
-r"""Event-shape helpers: a batch is ``(B, *event)``, a time is ``(B,)``, and nothing here knows how long the event is.
+r"""Event-shape helpers: a batch is ``(B, *event)``, a time is ``(B,)``, and nothing here knows how
+long the event is.
 
 .. math::
     \text{expand}: (B,) \to (B, 1, \dots, 1), \qquad \text{sum\_event}: (B, *event) \to (B,) .
@@ -8,7 +9,9 @@ from torch import Tensor
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """Reshape a per-example ``(B,)`` tensor to ``(B, 1, ..., 1)``, so that it broadcasts against ``like`` ``(B, *event)``."""
+    """Reshape a per-example ``(B,)`` tensor to ``(B, 1, ..., 1)``, so that it broadcasts against
+    ``like`` ``(B, *event)``.
+    """
     return value.reshape(value.shape[0], *([1] * (like.dim() - 1)))
 
 

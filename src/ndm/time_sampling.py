@@ -3,8 +3,8 @@ r"""How times are drawn for the Monte Carlo estimate of the bound.
 .. math::
     \int_0^1 l(u)\,du = E_{u \sim p}\bigl[l(u) / p(u)\bigr] .
 
-Every sampler returns u in [0, 1) and the weight 1/p(u), so the estimate is unbiased whatever p. Discrete time uses
-i = floor(uT) + 1 with the same u.
+Every sampler returns u in [0, 1) and the weight 1/p(u), so the estimate is unbiased whatever p.
+Discrete time uses i = floor(uT) + 1 with the same u.
 """
 
 from abc import ABC, abstractmethod
@@ -26,14 +26,19 @@ class TimeSamples:
 
 
 class PiecewiseConstant:
-    """A function of time that is constant on n equal parts of [0, 1], such as an eta or a reverse variance fitted in each part.
+    """A function of time that is constant on n equal parts of [0, 1], such as an eta or a reverse
+    variance fitted in each part.
 
     Args:
         values: its n values, ``(n,)``, from t = 0 to t = 1.
     """
 
     def __init__(self, values: Tensor):
-        if values.dim() != 1 or not len(values) or not (values.requires_grad or bool((values.isfinite() & (values > 0)).all())):
+        if (
+            values.dim() != 1
+            or not len(values)
+            or not (values.requires_grad or bool((values.isfinite() & (values > 0)).all()))
+        ):
             raise UserError("a step function needs a vector of at least one positive finite value")
         self.values = values
 
@@ -47,18 +52,24 @@ class TimeSampler(Part, ABC):
     """Draws times with their importance weights."""
 
     @abstractmethod
-    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeSamples:
+    def forward(
+        self, count: int, like: Tensor, generator: torch.Generator | None = None
+    ) -> TimeSamples:
         """Draw ``count`` times in the dtype and on the device of ``like``."""
 
     def update(self, draw: TimeSamples, loss: Tensor) -> None:
-        """Learn from the unweighted loss l(u) ``(B,)`` of a draw; does nothing unless the sampler is loss-aware."""
+        """Learn from the unweighted loss l(u) ``(B,)`` of a draw; does nothing unless the sampler
+        is loss-aware.
+        """
         del draw, loss
 
 
 class UniformTimeSampler(TimeSampler):
     """Independent uniform times."""
 
-    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeSamples:
+    def forward(
+        self, count: int, like: Tensor, generator: torch.Generator | None = None
+    ) -> TimeSamples:
         u = torch.rand(count, generator=generator, dtype=like.dtype, device=like.device)
         return TimeSamples(u, torch.ones_like(u))
 
@@ -66,25 +77,31 @@ class UniformTimeSampler(TimeSampler):
 class LowDiscrepancyTimeSampler(TimeSampler):
     """One uniform offset, then equally spaced times modulo 1, in random order (VDM, appendix I.1).
 
-    Each time is uniform by itself, so the estimate is unbiased; over a batch the times fill [0, 1] evenly, so its variance is lower.
-    The examples of one batch are then not independent: a standard error over examples needs times drawn per example.
+    Each time is uniform by itself, so the estimate is unbiased; over a batch the times fill [0, 1]
+    evenly, so its variance is lower. The examples of one batch are then not independent: a standard
+    error over examples needs times drawn per example.
     """
 
-    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeSamples:
+    def forward(
+        self, count: int, like: Tensor, generator: torch.Generator | None = None
+    ) -> TimeSamples:
         offset = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
         order = torch.randperm(count, generator=generator, device=like.device)
-        u = ((offset + order.to(like.dtype)) / max(count, 1)).clamp(max=1 - torch.finfo(like.dtype).eps)
+        u = ((offset + order.to(like.dtype)) / max(count, 1)).clamp(
+            max=1 - torch.finfo(like.dtype).eps
+        )
         return TimeSamples(u, torch.ones_like(u))
 
 
 class ImportanceTimeSampler(TimeSampler):
-    r"""Loss-aware times: a piecewise-constant density proportional to the root mean square of recent losses in each bin.
+    r"""Loss-aware times: a piecewise-constant density proportional to the root mean square of
+    recent losses in each bin.
 
     .. math::
         p(u) = (1 - \epsilon)\, \frac{r_{b(u)}}{\tfrac1n \sum_j r_j} + \epsilon, \qquad r_b^2 = \text{moving average of } l(u)^2 \text{ in bin } b
 
-    The density with the least variance (Nichol & Dhariwal 2021, section 3.3), in continuous time. Until every bin has been seen
-    the density is uniform.
+    The density with the least variance (Nichol & Dhariwal 2021, section 3.3), in continuous time.
+    Until every bin has been seen the density is uniform.
 
     Args:
         bins: number n of equal bins of [0, 1].
@@ -98,7 +115,10 @@ class ImportanceTimeSampler(TimeSampler):
     def __init__(self, bins: int = 64, uniform: float = 0.1, decay: float = 0.95):
         super().__init__()
         if not (bins >= 1 and 0 < uniform <= 1 and 0 <= decay < 1):
-            raise UserError(f"bins={bins}, uniform={uniform}, decay={decay}: need bins >= 1, 0 < uniform <= 1 and 0 <= decay < 1")
+            raise UserError(
+                f"bins={bins}, uniform={uniform}, decay={decay}: need bins >= 1, 0 < uniform <= 1"
+                " and 0 <= decay < 1"
+            )
         self.bins, self.uniform, self.decay = bins, uniform, decay
         self.register_buffer("square", torch.zeros(bins))
         self.register_buffer("seen", torch.zeros(bins))
@@ -110,7 +130,9 @@ class ImportanceTimeSampler(TimeSampler):
         density = (1 - self.uniform) * root / torch.where(known, root.mean(), 1) + self.uniform
         return torch.where(known, density, 1.0)
 
-    def forward(self, count: int, like: Tensor, generator: torch.Generator | None = None) -> TimeSamples:
+    def forward(
+        self, count: int, like: Tensor, generator: torch.Generator | None = None
+    ) -> TimeSamples:
         density = self.density().to(device=like.device, dtype=like.dtype)
         even = LowDiscrepancyTimeSampler()(count, like, generator).u
         edges = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])
@@ -125,9 +147,17 @@ class ImportanceTimeSampler(TimeSampler):
     @torch.no_grad()
     def update(self, draw: TimeSamples, loss: Tensor) -> None:
         index = self._bin(draw.u)
-        total = self.square.new_zeros(self.bins).index_add_(0, index, loss.detach().to(self.square.dtype) ** 2)
-        count = self.square.new_zeros(self.bins).index_add_(0, index, torch.ones_like(loss, dtype=self.square.dtype))
+        total = self.square.new_zeros(self.bins).index_add_(
+            0, index, loss.detach().to(self.square.dtype) ** 2
+        )
+        count = self.square.new_zeros(self.bins).index_add_(
+            0, index, torch.ones_like(loss, dtype=self.square.dtype)
+        )
         mean = total / count.clamp(min=1)
-        hit = (count > 0) & mean.isfinite().all()  # one overflowing batch must not poison the density for good
-        self.square.copy_(torch.where(hit, self.decay * self.square + (1 - self.decay) * mean, self.square))
+        hit = (
+            count > 0
+        ) & mean.isfinite().all()  # one overflowing batch must not poison the density for good
+        self.square.copy_(
+            torch.where(hit, self.decay * self.square + (1 - self.decay) * mean, self.square)
+        )
         self.seen.add_(hit.to(self.seen.dtype))

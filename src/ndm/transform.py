@@ -13,18 +13,21 @@ r"""Transformations F(x, t) of the data, with their time derivative dF at fixed 
 
 Fixed linear ones (blur, masks, down-sampling) are in :mod:`ndm.operators`.
 
-A transformation has one abstract method: :meth:`Transform.curve` gives t -> F(x, t) at fixed x, with its time derivative. The learned ones
-are F = x + d(x, t) with a :class:`Displacement` d that vanishes at t = 0, which the noise scale of :mod:`ndm.variants.nfdm` shares:
+A transformation has one abstract method: :meth:`Transform.curve` gives t -> F(x, t) at fixed x,
+with its time derivative. The learned ones are F = x + d(x, t) with a :class:`Displacement` d that
+vanishes at t = 0, which the noise scale of :mod:`ndm.variants.nfdm` shares:
 
 .. math::
     d(x, t) = w(t) f(x, t) \quad\text{or}\quad w(t) \textstyle\sum_k \cos(\pi k t)\, c_k(x), \qquad w(t) = t,\; \sigma_t^2 \text{ or } t (1 - t) .
 
-The time-separable form evaluates its network once for F(x, s), F(x, t), F(x, 1) and every time derivative of the same x: the c_k(x) are
-channels of one network output that does not depend on t, and w and the cosines are differentiated by hand.
+The time-separable form evaluates its network once for F(x, s), F(x, t), F(x, 1) and every time
+derivative of the same x: the c_k(x) are channels of one network output that does not depend on t,
+and w and the cosines are differentiated by hand.
 
-Training starts at the identity: networks of this library zero their last layer, any other network is multiplied by a learned scalar that
-starts at zero. Networks here run in the precision of x, never under autocast: the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up
-to 800, and half precision would drown it.
+Training starts at the identity: networks of this library zero their last layer, any other network
+is multiplied by a learned scalar that starts at zero. Networks here run in the precision of x,
+never under autocast: the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up to 800, and half
+precision would drown it.
 """
 
 import math
@@ -44,7 +47,9 @@ Gate = Literal["time", "noise", "bridge"]
 
 
 def gate(kind: Gate, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """The factor w(t) of a displacement, and its derivative in t, in the shape of ``level``: t, sigma_t² or t (1 - t)."""
+    """The factor w(t) of a displacement, and its derivative in t, in the shape of ``level``: t,
+    sigma_t² or t (1 - t).
+    """
     if kind == "time":
         return level.t, torch.ones_like(level.t)
     if kind == "noise":
@@ -95,7 +100,9 @@ class Constant(Curve):
 
 
 class Transform(Part, ABC):
-    """F(x, t). Times come as a :class:`NoiseLevel`, because a transformation may depend on the noise as well as on t."""
+    """F(x, t). Times come as a :class:`NoiseLevel`, because a transformation may depend on the
+    noise as well as on t.
+    """
 
     data_at_zero: bool = True
     """Whether F(x, 0) is x exactly, so that the reconstruction term needs no evaluation."""
@@ -121,7 +128,9 @@ class Transform(Part, ABC):
         return self.curve(x).at_both(s, t)
 
     def latent_shape(self, x: Tensor) -> torch.Size:
-        """Shape of F(x, t), which is that of the latents, for a batch in the shape of ``x``; its values are not read."""
+        """Shape of F(x, t), which is that of the latents, for a batch in the shape of ``x``; its
+        values are not read.
+        """
         return x.shape
 
 
@@ -135,7 +144,8 @@ class Identity(Transform):
 
 
 class Displacement(Part, ABC):
-    """d(x, t) with d(x, 0) = 0 (with the gate ``noise``, sigma_0² f): what moves x in F = x + d, or the logarithm of a noise scale.
+    """d(x, t) with d(x, 0) = 0 (with the gate ``noise``, sigma_0² f): what moves x in F = x + d, or
+    the logarithm of a noise scale.
 
     Args:
         network: the network that it is made of.
@@ -164,7 +174,8 @@ class Displacement(Part, ABC):
 
 
 class NetworkDisplacement(Displacement):
-    """d = w(t) f(x, t) with a network f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
+    """d = w(t) f(x, t) with a network f, any ``nn.Module`` called as ``network(x, t)`` with ``(B,
+    *event)`` and ``(B,)``.
 
     Args:
         network: f. In continuous time it must be differentiable in t by forward mode.
@@ -180,8 +191,8 @@ class NetworkDisplacement(Displacement):
             output = self.network(x, t)
         if output.shape != x.shape:
             raise UserError(
-                f"the network maps {tuple(x.shape)} to {tuple(output.shape)}; F(x, t) and h(x, t) must keep the shape of x: "
-                "give it as many output channels as input channels"
+                f"the network maps {tuple(x.shape)} to {tuple(output.shape)}; F(x, t) and h(x, t)"
+                " must keep the shape of x: give it as many output channels as input channels"
             )
         return self._scaled(output)
 
@@ -195,12 +206,15 @@ class _NetworkCurve(Curve):
         return self._x
 
     def at(self, level: NoiseLevel) -> Tensor:
-        return gate(self._displacement.gate, level.expand(self._x))[0] * self._displacement.output(self._x, level.t)
+        return gate(self._displacement.gate, level.expand(self._x))[0] * self._displacement.output(
+            self._x, level.t
+        )
 
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         one, x = self._displacement, self._x
         w, slope = gate(one.gate, level.expand(x))
-        # A network that is not of this library may hold operations whose compiled derivative would be wrong.
+        # A network that is not of this library may hold operations whose compiled derivative would
+        # be wrong.
         derive = time_derivative if one.gain is None else torch.compiler.disable(time_derivative)
         output, rate = derive(one.output, x, level.t, type(one.network).__name__)
         return w * output, slope * output + w * rate
@@ -213,11 +227,12 @@ class _NetworkCurve(Curve):
 
 
 class SeparableDisplacement(Displacement):
-    """d = w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one x, and no forward mode.
+    """d = w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one
+    x, and no forward mode.
 
     Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or
-            any other ``nn.Module``.
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network
+            of this library with ``outputs=K``, or any other ``nn.Module``.
         gate: w(t).
     """
 
@@ -230,8 +245,9 @@ class SeparableDisplacement(Displacement):
             channels = self.network(x, x.new_zeros(len(x)))
         if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
             raise UserError(
-                f"the network of the time-separable form maps {tuple(x.shape)} to {tuple(channels.shape)}; it must return "
-                "(B, K, *event): give a network of this library outputs=K"
+                f"the network of the time-separable form maps {tuple(x.shape)} to"
+                f" {tuple(channels.shape)}; it must return (B, K, *event): give a network of this"
+                " library outputs=K"
             )
         return self._scaled(channels)
 
@@ -275,7 +291,9 @@ class _SeparableCurve(SumCurve):
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         w, slope = (value[:, None] for value in gate(self._kind, level))
-        order = math.pi * torch.arange(self._channels.shape[1], dtype=level.t.dtype, device=level.t.device)
+        order = math.pi * torch.arange(
+            self._channels.shape[1], dtype=level.t.dtype, device=level.t.device
+        )
         angle = order * level.t[:, None]
         return w * angle.cos(), slope * angle.cos() - w * order * angle.sin()
 
@@ -334,11 +352,12 @@ class ResidualTransform(Transform):
 
 
 class NetworkTransform(ResidualTransform):
-    """The paper's form F = (1-t) x + t g(x, t) with g(x, t) = x + f(x, t), that is F = x + t f(x, t).
+    """The paper's form F = (1-t) x + t g(x, t) with g(x, t) = x + f(x, t), that is F = x + t f(x,
+    t).
 
     Args:
-        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``. In continuous time it must be
-            differentiable in t by forward mode.
+        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
+            In continuous time it must be differentiable in t by forward mode.
     """
 
     def __init__(self, network: nn.Module):
@@ -346,7 +365,8 @@ class NetworkTransform(ResidualTransform):
 
 
 class GatedTransform(ResidualTransform):
-    """The log-SNR gated form F = x + sigma_t² f(x, t), whose bound stays finite near t = 0 whatever f does (DiffEnc).
+    """The log-SNR gated form F = x + sigma_t² f(x, t), whose bound stays finite near t = 0 whatever
+    f does (DiffEnc).
 
     Args:
         network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
@@ -357,12 +377,14 @@ class GatedTransform(ResidualTransform):
 
 
 class SeparableTransform(ResidualTransform):
-    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), see :class:`SeparableDisplacement`.
+    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), see
+    :class:`SeparableDisplacement`.
 
     Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or
-            any other ``nn.Module``.
-        gate: w(t): ``noise`` is sigma_t², as in :class:`GatedTransform`; ``time`` is t, as in the paper's form.
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network
+            of this library with ``outputs=K``, or any other ``nn.Module``.
+        gate: w(t): ``noise`` is sigma_t², as in :class:`GatedTransform`; ``time`` is t, as in the
+            paper's form.
     """
 
     def __init__(self, network: nn.Module, gate: Literal["noise", "time"] = "noise"):
@@ -371,12 +393,15 @@ class SeparableTransform(ResidualTransform):
 
 
 class Encoder(Transform):
-    """F(x, t) = E(x), a learned encoder into a space of its own, the same at every t: latent diffusion (LSGM, Vahdat et al. 2021).
+    """F(x, t) = E(x), a learned encoder into a space of its own, the same at every t: latent
+    diffusion (LSGM, Vahdat et al. 2021).
 
-    The latents z_t have the shape of E(x). It goes with :class:`ndm.NetworkDecoder` and ``reverse="direct"``, whose predictor predicts E(x).
+    The latents z_t have the shape of E(x). It goes with :class:`ndm.NetworkDecoder` and
+    ``reverse="direct"``, whose predictor predicts E(x).
 
     Args:
-        network: E, any ``nn.Module`` called as ``network(x)`` with ``(B, *event)``; it returns ``(B, *latent)``.
+        network: E, any ``nn.Module`` called as ``network(x)`` with ``(B, *event)``; it returns
+            ``(B, *latent)``.
     """
 
     constant = True
@@ -394,7 +419,10 @@ class Encoder(Transform):
             code = self.network(x)
         if not isinstance(code, Tensor) or code.shape[:1] != x.shape[:1]:
             found = tuple(code.shape) if isinstance(code, Tensor) else f"a {type(code).__name__}"
-            raise UserError(f"the encoder's network maps {tuple(x.shape)} to {found}; it must return one tensor (B, *latent)")
+            raise UserError(
+                f"the encoder's network maps {tuple(x.shape)} to {found}; it must return one tensor"
+                " (B, *latent)"
+            )
         return code
 
     def curve(self, x: Tensor) -> Curve:

@@ -1,4 +1,6 @@
-"""The codec: bit-exact round trips of anything, at the rate of the bound, whatever the threads, batches and noise of the networks."""
+"""The codec: bit-exact round trips of anything, at the rate of the bound, whatever the threads,
+batches and noise of the networks.
+"""
 
 import json
 import math
@@ -34,19 +36,33 @@ from oracles import randomized
 def network(shape: Sequence[int], seed: int, outputs: int | None = None) -> nn.Module:
     torch.manual_seed(seed)
     if len(shape) == 3:
-        net: nn.Module = UNet(shape[0], 8, (1,), attention=bool(seed % 2), max_frequency=4.0, outputs=outputs)
+        net: nn.Module = UNet(
+            shape[0], 8, (1,), attention=bool(seed % 2), max_frequency=4.0, outputs=outputs
+        )
     else:
         net = MLP(math.prod(shape), hidden=16, blocks=1, max_frequency=4.0, outputs=outputs)
     return randomized(net, 0.03, seed).float()
 
 
-def make_model(shape: Sequence[int], num_values: int = 16, seed: int = 0, schedule: Schedule | None = None, gamma_0: float = -5.0) -> NDM:
-    kinds: list[Transform] = [Identity(), NetworkTransform(network(shape, seed + 1)), GatedTransform(network(shape, seed + 2))]
+def make_model(
+    shape: Sequence[int],
+    num_values: int = 16,
+    seed: int = 0,
+    schedule: Schedule | None = None,
+    gamma_0: float = -5.0,
+) -> NDM:
+    kinds: list[Transform] = [
+        Identity(),
+        NetworkTransform(network(shape, seed + 1)),
+        GatedTransform(network(shape, seed + 2)),
+    ]
     transform = randomized(kinds[seed % 3], 0.02, seed).float()
     schedule = schedule or LinearLogSNRSchedule(gamma_0, 4.0)
     reverse: ReverseKind = get_args(ReverseKind)[seed // 3 % 4] if seed > 9 else "tied"
     predictor = Predictor(network(shape, seed + 3, 2 if reverse == "direct-score" else None))
-    return NDM(schedule, transform, predictor, DiscretizedGaussian(num_values), reverse=reverse).eval()
+    return NDM(
+        schedule, transform, predictor, DiscretizedGaussian(num_values), reverse=reverse
+    ).eval()
 
 
 def patterns(generator: np.random.Generator, count: int, dims: int, num_values: int) -> np.ndarray:
@@ -68,10 +84,22 @@ def test_two_hundred_shapes_patterns_depths_and_schedules_come_back(block: int) 
     for case in range(25 * block, 25 * block + 25):
         generator = np.random.default_rng(case)
         flat = bool(generator.integers(2))
-        shape = tuple(generator.integers(1, 9, 1)) if flat else (int(generator.integers(1, 4)), *generator.integers(2, 8, 2))
+        shape = (
+            tuple(generator.integers(1, 9, 1))
+            if flat
+            else (int(generator.integers(1, 4)), *generator.integers(2, 8, 2))
+        )
         shape = tuple(map(int, shape))
-        num_values, steps, batch = int(generator.choice([2, 3, 16, 17, 256])), int(generator.integers(1, 5)), int(generator.integers(1, 6))
-        schedule = [LinearLogSNRSchedule(-7.0, 4.0), FlowMatchingSchedule(0.05, 0.0), LearnedSchedule(-6.0, 3.0)][case % 3]
+        num_values, steps, batch = (
+            int(generator.choice([2, 3, 16, 17, 256])),
+            int(generator.integers(1, 5)),
+            int(generator.integers(1, 6)),
+        )
+        schedule = [
+            LinearLogSNRSchedule(-7.0, 4.0),
+            FlowMatchingSchedule(0.05, 0.0),
+            LearnedSchedule(-6.0, 3.0),
+        ][case % 3]
         model = make_model(shape, num_values, case, schedule)
         count = int(generator.integers(1, 9))
         index = patterns(generator, count, math.prod(shape), num_values)
@@ -80,7 +108,9 @@ def test_two_hundred_shapes_patterns_depths_and_schedules_come_back(block: int) 
         coded = encode(Chain(model, plan, shape, rows=int(generator.integers(1, 5))), index)
         restored = Plan.unpack(plan.pack())
         found = decode(
-            Chain(model, restored, shape, rows=int(generator.integers(1, 9))), Coded(coded.words, coded.initial, coded.exceptions), count
+            Chain(model, restored, shape, rows=int(generator.integers(1, 9))),
+            Coded(coded.words, coded.initial, coded.exceptions),
+            count,
         )
         np.testing.assert_array_equal(found, index, err_msg=f"case {case}")
 
@@ -95,7 +125,9 @@ def test_neither_threads_nor_rows_change_the_archive() -> None:
         torch.set_num_threads(2)
         again = encode(Chain(model, plan, (1, 8, 8), rows=3), index)
         np.testing.assert_array_equal(again.words, coded.words)
-        np.testing.assert_array_equal(decode(Chain(model, plan, (1, 8, 8), rows=7), coded, 12), index)
+        np.testing.assert_array_equal(
+            decode(Chain(model, plan, (1, 8, 8), rows=7), coded, 12), index
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -130,8 +162,16 @@ def test_the_way_near_a_boundary_is_written_and_followed() -> None:
     exceptions = writer.exceptions()
     assert exceptions[:, 0].tolist() == [4, 4, 4]
     for noise in (-0.49, 0.49):
-        np.testing.assert_array_equal(Rounding(exceptions)(values + noise * MARGIN * np.array([1, 1, 1, 1, 1]), 4), written)
-    assert Rounding(exceptions)(values, 5).tolist() == [0, 1, 3, -3, 7], "another call has no exceptions"
+        np.testing.assert_array_equal(
+            Rounding(exceptions)(values + noise * MARGIN * np.array([1, 1, 1, 1, 1]), 4), written
+        )
+    assert Rounding(exceptions)(values, 5).tolist() == [
+        0,
+        1,
+        3,
+        -3,
+        7,
+    ], "another call has no exceptions"
     assert len(Rounding(np.zeros((0, 2), dtype=np.int64)).exceptions()) == 0
     with pytest.raises(UserError, match="finite"):
         writer(np.array([math.nan]), 0)
@@ -141,13 +181,17 @@ def test_the_way_near_a_boundary_is_written_and_followed() -> None:
 
 @pytest.mark.parametrize(("steps", "width"), [(3, 0.5), (5, 0.25), (8, 0.5), (5, 1.0)])
 def test_the_rate_is_the_bound(steps: int, width: float) -> None:
-    """Both by the same steps and reverse variance; the rate is one draw of what the bound is the mean of.
+    """Both by the same steps and reverse variance; the rate is one draw of what the bound is the
+    mean of.
 
-    With a reverse variance that does not fit, pushed bits are not random, and what is popped from them is no sample of q.
+    With a reverse variance that does not fit, pushed bits are not random, and what is popped from
+    them is no sample of q.
     """
     shape, count = (6,), 3000
     model = make_model(shape, 16, 2)
-    index = np.clip(np.random.default_rng(0).normal(8, 2, (count, 6)).round(), 0, 15).astype(np.int64)
+    index = np.clip(np.random.default_rng(0).normal(8, 2, (count, 6)).round(), 0, 15).astype(
+        np.int64
+    )
     rows = Rows(index, model.decoder.values, shape)  # type: ignore[union-attr,arg-type]
     scale = best_variance_ratio(model, rows, steps).values
     bound = Evaluation(model, rows).nelbo(steps, 50, rows)
@@ -167,7 +211,9 @@ def test_the_means_are_those_of_the_process() -> None:
     last = model.process.level(1.0, x)
     with torch.no_grad():
         expected = model.process.marginal(x, last).mean.flatten().numpy()
-        np.testing.assert_allclose(chain.first(transformed) / FINE * plan.delta[-1], expected, rtol=1e-6)
+        np.testing.assert_allclose(
+            chain.first(transformed) / FINE * plan.delta[-1], expected, rtol=1e-6
+        )
         latent = np.random.default_rng(1).integers(-20, 20, 15).astype(float)
         for step in range(1, steps + 1):
             s, t = (model.process.level(i / steps, x) for i in (step - 1, step))
@@ -178,11 +224,19 @@ def test_the_means_are_those_of_the_process() -> None:
             ):
                 posterior = model.process.posterior(z, source, s, t, model.eta)
                 mean = chain.mean(values, latent, step) * plan.delta[step - 1]
-                np.testing.assert_allclose(mean, posterior.mean.flatten().numpy(), rtol=1e-5, atol=1e-6)
-            assert float(posterior.std.flatten()[0]) == pytest.approx(plan.delta[step - 1] / plan.width, rel=1e-6)
+                np.testing.assert_allclose(
+                    mean, posterior.mean.flatten().numpy(), rtol=1e-5, atol=1e-6
+                )
+            assert float(posterior.std.flatten()[0]) == pytest.approx(
+                plan.delta[step - 1] / plan.width, rel=1e-6
+            )
 
 
-@pytest.mark.parametrize("schedule", [LinearLogSNRSchedule(-4.0, 4.0), FlowMatchingSchedule(0.1, 0.0)], ids=["linear", "flow"])
+@pytest.mark.parametrize(
+    "schedule",
+    [LinearLogSNRSchedule(-4.0, 4.0), FlowMatchingSchedule(0.1, 0.0)],
+    ids=["linear", "flow"],
+)
 def test_the_decoder_is_that_of_the_model(schedule: Schedule) -> None:
     model = make_model((1,), 17, 0, schedule).double()
     chain = Chain(model, make_plan(model, 2, 1, width=0.25), (1,))
@@ -196,7 +250,10 @@ def test_the_decoder_is_that_of_the_model(schedule: Schedule) -> None:
 
 def test_damaged_bits_do_not_end_where_the_encoder_began() -> None:
     model = make_model((4,), 16, 1)
-    chain, index = Chain(model, make_plan(model, 3, 2), (4,)), np.random.default_rng(0).integers(0, 16, (6, 4))
+    chain, index = (
+        Chain(model, make_plan(model, 3, 2), (4,)),
+        np.random.default_rng(0).integers(0, 16, (6, 4)),
+    )
     coded = encode(chain, index)
     for place in range(len(coded.words) - 1):
         words = coded.words.copy()
@@ -210,7 +267,10 @@ def test_damaged_bits_do_not_end_where_the_encoder_began() -> None:
 def test_initial_bits_are_those_of_one_batch() -> None:
     model = make_model((8,), 16, 1)
     index = np.random.default_rng(0).integers(0, 16, (64, 8))
-    initial = {batch: encode(Chain(model, make_plan(model, 10, batch), (8,)), index).initial for batch in (8, 32)}
+    initial = {
+        batch: encode(Chain(model, make_plan(model, 10, batch), (8,)), index).initial
+        for batch in (8, 32)
+    }
     assert 2.5 < initial[32] / initial[8] < 5
     bits = 32 * initial[32] / (32 * 8 * 11)
     assert bits == pytest.approx(math.log2(math.sqrt(2 * math.pi * math.e) / 0.5), rel=0.25)
@@ -241,7 +301,9 @@ def test_the_plan_weighs_initial_bits_against_the_bound() -> None:
     model = make_model((16,), 16, 0)
     index = np.random.default_rng(0).integers(4, 12, (600, 16))
     forecasts: list[float] = []
-    plan, chosen = choose_plan(model, index, (16,), tell=lambda forecast: forecasts.append(forecast.bits))
+    plan, chosen = choose_plan(
+        model, index, (16,), tell=lambda forecast: forecasts.append(forecast.bits)
+    )
     assert chosen.bits <= 1.01 * min(forecasts)
     assert plan.steps == chosen.steps
     few, _ = choose_plan(model, index[:3], (16,))
@@ -251,10 +313,21 @@ def test_the_plan_weighs_initial_bits_against_the_bound() -> None:
     assert (forced.steps, forced.batch) == (7, 13)
 
 
-def make_archive(model: NDM, index: np.ndarray, shape: tuple[int, ...], steps: int = 3, batch: int = 4) -> Archive:
+def make_archive(
+    model: NDM, index: np.ndarray, shape: tuple[int, ...], steps: int = 3, batch: int = 4
+) -> Archive:
     plan = make_plan(model, steps, batch)
     item = Item("x.npy", "npy", len(index), "uint8", (len(index), *shape))
-    return Archive(fingerprint(model), shape, 16, 0, plan, (item,), image_checksums(index), encode(Chain(model, plan, shape), index))
+    return Archive(
+        fingerprint(model),
+        shape,
+        16,
+        0,
+        plan,
+        (item,),
+        image_checksums(index),
+        encode(Chain(model, plan, shape), index),
+    )
 
 
 def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -291,19 +364,27 @@ def mutate(data: bytes, generator: np.random.Generator, other: bytes) -> bytes:
         body[cut:] = other[cut:-32]
     elif kind == 3:  # a size of the start
         at = 8 + 4 * int(generator.integers(6))
-        body[at : at + 4] = int(generator.choice([0, 1, 2**31, 2**32 - 1, int(generator.integers(2**16))])).to_bytes(4, "little")
+        body[at : at + 4] = int(
+            generator.choice([0, 1, 2**31, 2**32 - 1, int(generator.integers(2**16))])
+        ).to_bytes(4, "little")
     elif kind == 4:  # a number of the header
         _, _, size, *_ = _START.unpack_from(body)
         header = json.loads(zlib.decompress(bytes(body[_START.size : _START.size + size])))
-        key = str(generator.choice(["event_shape", "num_values", "low", "initial", "items", "model"]))
-        header[key] = [None, -1, 2**63, 2**200, "x" * 64, [], [2**63], {"name": "../x"}, 1.5, True][generator.integers(10)]
+        key = str(
+            generator.choice(["event_shape", "num_values", "low", "initial", "items", "model"])
+        )
+        header[key] = [None, -1, 2**63, 2**200, "x" * 64, [], [2**63], {"name": "../x"}, 1.5, True][
+            generator.integers(10)
+        ]
         text = zlib.compress(json.dumps(header).encode())
         body[_START.size : _START.size + size] = text
         body[12:16] = len(text).to_bytes(4, "little")
     elif kind == 5:  # a number of the plan
         _, _, size, steps, *_ = _START.unpack_from(body)
         at = _START.size + size + 4 * int(generator.integers(3 * steps + 6))
-        body[at : at + 4] = generator.choice(np.array([0, -1, 1e-30, 1e30, math.nan, math.inf, 0.7], dtype="<f4")).tobytes()
+        body[at : at + 4] = generator.choice(
+            np.array([0, -1, 1e-30, 1e30, math.nan, math.inf, 0.7], dtype="<f4")
+        ).tobytes()
     else:
         body[-int(generator.integers(1, 40)) :] = generator.bytes(int(generator.integers(0, 60)))
     return resealed(bytes(body)) if generator.integers(2) or kind > 2 else bytes(body) + data[-32:]
@@ -314,7 +395,10 @@ def test_ten_thousand_damaged_archives_are_refused_or_decode_to_the_same(tmp_pat
     model = make_model(shape, 16, 1)
     generator = np.random.default_rng(0)
     index = generator.integers(0, 16, (6, 4))
-    data, other = (pack(make_archive(model, rows, shape)) for rows in (index, generator.integers(0, 16, (6, 4))))
+    data, other = (
+        pack(make_archive(model, rows, shape))
+        for rows in (index, generator.integers(0, 16, (6, 4)))
+    )
     outcomes = {"same": 0, "refused": 0}
     with np.errstate(all="ignore"):
         for _ in range(10_000):
@@ -329,7 +413,9 @@ def test_ten_thousand_damaged_archives_are_refused_or_decode_to_the_same(tmp_pat
                     raise ValueError("checksum")
                 outcomes["same"] += 1
                 assert np.array_equal(rows, index) or damaged[:-32] == other[:-32]
-            except UserError:  # everything that is wrong with a file, and an output that is not finite
+            except (
+                UserError
+            ):  # everything that is wrong with a file, and an output that is not finite
                 outcomes["refused"] += 1
             except ValueError:  # everything that is wrong with its bits
                 outcomes["refused"] += 1
@@ -354,6 +440,8 @@ def test_sizes_that_lie_are_found_before_anything_is_made() -> None:
 
 
 def test_a_continuous_model_is_no_codec() -> None:
-    model = NDM(LinearLogSNRSchedule(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder())
+    model = NDM(
+        LinearLogSNRSchedule(-5.0, 4.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder()
+    )
     with pytest.raises(UserError, match="continuous"):
         Chain(model, make_plan(model, 2, 1), (2,))

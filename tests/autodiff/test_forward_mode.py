@@ -24,26 +24,36 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm_two_dimensions": lambda h: nnf.layer_norm(h, (4, 3), eps=0.1),
     "layer_norm_torch": lambda h: torch.layer_norm(last(h), [8], W, None),
     "group_norm": lambda h: nnf.group_norm(h, 2, W, B),
-    "group_norm_channels_last": lambda h: nnf.group_norm(h.contiguous(memory_format=torch.channels_last), 4, W, B),
+    "group_norm_channels_last": lambda h: nnf.group_norm(
+        h.contiguous(memory_format=torch.channels_last), 4, W, B
+    ),
     "group_norm_plain": lambda h: torch.group_norm(h, 2),
     "instance_norm": lambda h: nnf.instance_norm(h, weight=W, bias=B),
     "instance_norm_running": lambda h: nnf.instance_norm(h, B, W, W, B, use_input_stats=False),
     "batch_norm_running": lambda h: nnf.batch_norm(h, B, W, W, B),
     "rms_norm": lambda h: nnf.rms_norm(last(h), (8,), W),
     "group_norm_of_vectors": lambda h: nnf.group_norm(h[:, :, 0, 0], 2, W, B)[..., None, None],
-    "group_norm_weighted_by_time": lambda h: nnf.group_norm(h.cos(), 2, h[0, :, 0, 0], h[0, :, 1, 1])[:1],
+    "group_norm_weighted_by_time": lambda h: nnf.group_norm(
+        h.cos(), 2, h[0, :, 0, 0], h[0, :, 1, 1]
+    )[:1],
     "silu": nnf.silu,
     "silu_in_place": lambda h: nnf.silu(1 * h, inplace=True),
     "gelu": nnf.gelu,
     "glu": lambda h: nnf.glu(h, 1),
     "softmax": lambda h: nnf.softmax(h, 1),
-    "attention": lambda h: nnf.scaled_dot_product_attention(last(h)[:, None], 1.1 * last(h)[:, None], last(h)[:, None].sin()),
+    "attention": lambda h: nnf.scaled_dot_product_attention(
+        last(h)[:, None], 1.1 * last(h)[:, None], last(h)[:, None].sin()
+    ),
     "convolution": lambda h: nnf.conv2d(h, K, padding=1),
-    "convolution_with_groups": lambda h: nnf.conv2d(h, K[:, :4, :, :2], B, stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+    "convolution_with_groups": lambda h: nnf.conv2d(
+        h, K[:, :4, :, :2], B, stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2
+    ),
     "convolution_same": lambda h: nnf.conv2d(h, K, padding="same"),
     "convolution_of_lines": lambda h: nnf.conv1d(h.flatten(2), K[..., 0], B),
     "convolution_of_one": lambda h: nnf.conv2d(h[0], K, padding=1)[None],
-    "convolution_by_time": lambda h: nnf.conv2d(h[:1], K * h[0, :, 0, 0, None, None, None], h[0, 0, 0, 0] * B, padding=1),
+    "convolution_by_time": lambda h: nnf.conv2d(
+        h[:1], K * h[0, :, 0, 0, None, None, None], h[0, 0, 0, 0] * B, padding=1
+    ),
     "interpolation": lambda h: nnf.interpolate(h, scale_factor=2.0, mode="nearest"),
 }
 
@@ -52,12 +62,19 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_value_derivative_and_gradient_of_the_derivative(name: str) -> None:
     """The gradient is the one that fused norms get silently wrong."""
     generator = torch.Generator().manual_seed(1)
-    x, mix = (torch.randn(shape, dtype=F64, generator=generator) for shape in ((3, 8, 4, 3), (8, 8)))
-    t, parameter = torch.rand(3, dtype=F64, generator=generator), torch.randn(8, dtype=F64, generator=generator)
+    x, mix = (
+        torch.randn(shape, dtype=F64, generator=generator) for shape in ((3, 8, 4, 3), (8, 8))
+    )
+    t, parameter = (
+        torch.rand(3, dtype=F64, generator=generator),
+        torch.randn(8, dtype=F64, generator=generator),
+    )
 
     def network(x: Tensor, t: Tensor, parameter: Tensor) -> Tensor:
         wave = torch.sin(3 * t[:, None, None, None] * parameter[:, None, None])
-        return OPERATIONS[name](torch.einsum("bchw,cd->bdhw", x, mix) * wave + parameter[:, None, None])
+        return OPERATIONS[name](
+            torch.einsum("bchw,cd->bdhw", x, mix) * wave + parameter[:, None, None]
+        )
 
     def derivative_at(parameter: Tensor) -> Tensor:
         return time_derivative(lambda x, t: network(x, t, parameter), x, t)[1]
@@ -72,18 +89,30 @@ def test_value_derivative_and_gradient_of_the_derivative(name: str) -> None:
     leaf = parameter.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((probe * derivative_at(leaf)).sum(), leaf)
     shifts = step * torch.eye(8, dtype=F64)
-    expected = torch.stack([(probe * (derivative_at(parameter + e) - derivative_at(parameter - e))).sum() / (2 * step) for e in shifts])
+    expected = torch.stack(
+        [
+            (probe * (derivative_at(parameter + e) - derivative_at(parameter - e))).sum()
+            / (2 * step)
+            for e in shifts
+        ]
+    )
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_can_be_differentiated_again() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2,), (2, 4, 3, 2), (4,), (4, 4, 2, 1))
-    t, x, weight, kernel = (torch.rand(shape, dtype=F64, generator=generator).requires_grad_() for shape in shapes)
+    t, x, weight, kernel = (
+        torch.rand(shape, dtype=F64, generator=generator).requires_grad_() for shape in shapes
+    )
 
     def both(t: Tensor, x: Tensor, weight: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return nnf.silu(nnf.group_norm(nnf.conv2d((x + t[:, None, None, None]).cos(), kernel), 2, weight, weight))
+            return nnf.silu(
+                nnf.group_norm(
+                    nnf.conv2d((x + t[:, None, None, None]).cos(), kernel), 2, weight, weight
+                )
+            )
 
         return time_derivative(network, x, t)
 
@@ -117,9 +146,15 @@ def test_batch_norm_in_training_is_refused_because_it_couples_times() -> None:
     norm = nn.BatchNorm1d(2)
     for coupled in (norm, lambda h: nnf.batch_norm(h, None, None, training=True)):
         with pytest.raises(ForwardModeError, match="group norm for batch norm"):
-            time_derivative(lambda x, t, coupled=coupled: coupled(x * t[:, None]), torch.randn(4, 2), torch.rand(4))
+            time_derivative(
+                lambda x, t, coupled=coupled: coupled(x * t[:, None]),
+                torch.randn(4, 2),
+                torch.rand(4),
+            )
     norm.eval()
-    _, derivative = time_derivative(lambda x, t: norm(x * t[:, None]), torch.ones(4, 2), torch.rand(4))
+    _, derivative = time_derivative(
+        lambda x, t: norm(x * t[:, None]), torch.ones(4, 2), torch.rand(4)
+    )
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
     torch.testing.assert_close(derivative, scale.expand(4, 2))
 

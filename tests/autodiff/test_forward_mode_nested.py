@@ -25,7 +25,12 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
         "norm": lambda: (Normed(), (3, 4)),
         "unet": lambda: (UNet(channels=8, multiples=(1, 2), attention=(False, True)), (3, 1, 4, 4)),
     }[name]()
-    return randomized(network, 0.1).double(), torch.randn(shape, dtype=F64), torch.rand(3, dtype=F64), torch.randn(shape, dtype=F64)
+    return (
+        randomized(network, 0.1).double(),
+        torch.randn(shape, dtype=F64),
+        torch.rand(3, dtype=F64),
+        torch.randn(shape, dtype=F64),
+    )
 
 
 class Normed(nn.Module):
@@ -58,7 +63,10 @@ def close(found: object, expected: object) -> None:
 def test_within_forward_mode_it_agrees_with_finite_differences(name: str) -> None:
     network, x, t, dx = make(name)
     one = torch.ones_like(t)
-    in_x, in_t = (lambda x: time_derivative(network, x, t)), (lambda t: time_derivative(network, x, t))
+    in_x, in_t = (
+        (lambda x: time_derivative(network, x, t)),
+        (lambda t: time_derivative(network, x, t)),
+    )
     close(torch.func.jvp(in_x, (x,), (dx,))[1], central(in_x, x, dx))
     close(torch.func.jvp(in_t, (t,), (one,))[1], central(in_t, t, one))
     second = time_derivative(lambda x, t: time_derivative(network, x, t)[1], x, t)
@@ -69,7 +77,9 @@ def test_within_forward_mode_it_agrees_with_finite_differences(name: str) -> Non
 
 @every_network
 def test_within_reverse_mode_it_agrees_with_finite_differences(name: str) -> None:
-    """U-Nets: convolutions whose inputs need no gradient followed by norms that do, and the reverse."""
+    """U-Nets: convolutions whose inputs need no gradient followed by norms that do, and the
+    reverse.
+    """
     network, x, t, dx = make(name)
 
     def derivative(x: Tensor) -> Tensor:
@@ -79,7 +89,9 @@ def test_within_reverse_mode_it_agrees_with_finite_differences(name: str) -> Non
     for part in (0, 1):
         jacobian = torch.func.jacrev(lambda x, part=part: time_derivative(network, x, t)[part])(x)
         close(torch.tensordot(jacobian, dx, dx.dim()), expected[part])
-    (alone,) = torch.autograd.grad(derivative(leaf := x.clone().requires_grad_()).square().sum(), leaf)
+    (alone,) = torch.autograd.grad(
+        derivative(leaf := x.clone().requires_grad_()).square().sum(), leaf
+    )
     close(torch.func.grad(lambda x: derivative(x).square().sum())(x), alone)
     hessian = torch.func.jacrev(torch.func.grad(lambda x: derivative(x).square().sum()))(x)
     gradient = lambda x: (torch.func.grad(lambda x: derivative(x).square().sum())(x),) * 2  # noqa: E731
@@ -91,9 +103,13 @@ def test_gradients_of_several_outputs_at_once(name: str) -> None:
     network, x, t, _ = make(name)
     derivative = time_derivative(network, leaf := x.clone().requires_grad_(), t)[1]
     vectors = torch.randn(4, *x.shape, dtype=F64)
-    expected = torch.stack([torch.autograd.grad(derivative, leaf, vector, retain_graph=True)[0] for vector in vectors])
+    expected = torch.stack(
+        [torch.autograd.grad(derivative, leaf, vector, retain_graph=True)[0] for vector in vectors]
+    )
     for again in (False, True):
-        (found,) = torch.autograd.grad(derivative, leaf, vectors, is_grads_batched=True, retain_graph=True, create_graph=again)
+        (found,) = torch.autograd.grad(
+            derivative, leaf, vectors, is_grads_batched=True, retain_graph=True, create_graph=again
+        )
         torch.testing.assert_close(found, expected)
 
 
@@ -101,9 +117,15 @@ def test_vmap_over_batches_and_over_examples() -> None:
     network, x, t, _ = make("mlp")
     batches, times = torch.stack([x, x + 1, 2 * x]), torch.stack([t, t / 2, t / 3])
     expected = [
-        torch.stack(part) for part in zip(*(time_derivative(network, *each) for each in zip(batches, times, strict=True)), strict=True)
+        torch.stack(part)
+        for part in zip(
+            *(time_derivative(network, *each) for each in zip(batches, times, strict=True)),
+            strict=True,
+        )
     ]
-    torch.testing.assert_close(list(torch.func.vmap(lambda x, t: time_derivative(network, x, t))(batches, times)), expected)
+    torch.testing.assert_close(
+        list(torch.func.vmap(lambda x, t: time_derivative(network, x, t))(batches, times)), expected
+    )
     single = torch.func.vmap(lambda x, t: time_derivative(network, x[None], t[None])[1][0])(x, t)
     torch.testing.assert_close(single, time_derivative(network, x, t)[1])
 
@@ -112,14 +134,21 @@ def test_vmap_over_batches_and_over_examples() -> None:
 def test_vmap_of_gradients(name: str) -> None:
     network, x, t, _ = make(name)
     loss = lambda x, t: time_derivative(network, x[None], t[None])[1].square().sum()  # noqa: E731
-    (expected,) = torch.autograd.grad(time_derivative(network, leaf := x.clone().requires_grad_(), t)[1].square().sum(), leaf)
+    (expected,) = torch.autograd.grad(
+        time_derivative(network, leaf := x.clone().requires_grad_(), t)[1].square().sum(), leaf
+    )
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x, t), expected)
 
 
 @every_network
 def test_what_cannot_be_nested_is_said_to_be_that(name: str) -> None:
     network, x, t, dx = make(name)
-    with forward_ad.dual_level(), pytest.raises(ForwardModeError, match=r"within another transform.*dual_level.*Nested.*torch.func.jvp"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(
+            ForwardModeError, match=r"within another transform.*dual_level.*Nested.*torch.func.jvp"
+        ),
+    ):
         time_derivative(network, forward_ad.make_dual(x, dx), t)
 
 
@@ -130,7 +159,10 @@ def test_a_network_that_works_in_vmap_but_not_in_forward_mode_is_named() -> None
         return x
 
     x = torch.ones(2, 3)
-    with pytest.raises(ForwardModeError, match=r"works but .* within another transform, of torch.func \(vmap.*no derivative") as caught:
+    with pytest.raises(
+        ForwardModeError,
+        match=r"works but .* within another transform, of torch.func \(vmap.*no derivative",
+    ) as caught:
         torch.func.vmap(lambda x: time_derivative(network, x, x))(x)
     assert "discrete time" not in str(caught.value)
 
@@ -138,7 +170,11 @@ def test_a_network_that_works_in_vmap_but_not_in_forward_mode_is_named() -> None
 def test_an_error_of_the_network_itself_passes_within_a_transform_too() -> None:
     wrong = nn.Linear(3, 2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
-        torch.func.jvp(lambda x: time_derivative(lambda x, t: wrong(x), x, torch.rand(4)), (torch.randn(4, 2),), (torch.randn(4, 2),))
+        torch.func.jvp(
+            lambda x: time_derivative(lambda x, t: wrong(x), x, torch.rand(4)),
+            (torch.randn(4, 2),),
+            (torch.randn(4, 2),),
+        )
     assert not isinstance(caught.value, ForwardModeError)
 
 
@@ -157,11 +193,16 @@ def test_nesting_is_what_is_active() -> None:
     with forward_ad.dual_level():
         look(x)
     assert seen[:2] == [NOTHING, ONE_JVP]
-    assert seen[2] == Nesting(2, "Jvp", 1) and seen[3:] == [Nesting(1, "Vmap", 0), Nesting(0, "", 1)]
+    assert seen[2] == Nesting(2, "Jvp", 1) and seen[3:] == [
+        Nesting(1, "Vmap", 0),
+        Nesting(0, "", 1),
+    ]
 
 
 @pytest.mark.parametrize("owner", ["interpreter", "level"])
-def test_without_pytorchs_private_names_everything_takes_the_plain_way(owner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pytorchs_private_names_everything_takes_the_plain_way(
+    owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fused_module, "SMALLEST", 1)
     network, x, t, _ = make("unet")
     expected = network(x, t), *time_derivative(network, x, t)
@@ -179,16 +220,22 @@ def test_without_pytorchs_private_names_everything_takes_the_plain_way(owner: st
 @pytest.mark.parametrize("size", [4, 128], ids=["plain", "fused"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_forward_mode_of_the_user_s_own(size: int, frozen: bool) -> None:
-    """Without time_derivative around it, norms are PyTorch's own: they must not see channels_last, forward or backward, whoever is frozen."""
+    """Without time_derivative around it, norms are PyTorch's own: they must not see channels_last,
+    forward or backward, whoever is frozen.
+    """
     torch.manual_seed(0)
     t = torch.rand(3, dtype=F64)
-    network = randomized(UNet(channels=8, multiples=(1, 2)), 0.1).double()  # without attention, whose fused form has no forward derivative
+    network = randomized(
+        UNet(channels=8, multiples=(1, 2)), 0.1
+    ).double()  # without attention, whose fused form has no forward derivative
     x, dx = (torch.randn(3, 1, size, size, dtype=F64) for _ in range(2))
     for parameter in network.first.parameters():
         parameter.requires_grad_(not frozen)
     value, derivative = torch.func.jvp(lambda x: network(x, t), (x,), (dx,))  # type: ignore[misc]
     with torch.no_grad():
-        torch.testing.assert_close(torch.func.jvp(lambda x: network(x, t), (x,), (dx,))[1], derivative)  # type: ignore[misc]
+        torch.testing.assert_close(
+            torch.func.jvp(lambda x: network(x, t), (x,), (dx,))[1], derivative
+        )  # type: ignore[misc]
         torch.testing.assert_close(value, network(x, t))
         difference = (network(x + STEP * dx, t) - network(x - STEP * dx, t)) / (2 * STEP)
     close(derivative, difference)
@@ -202,6 +249,10 @@ def test_norms_of_constant_inputs_within_forward_mode_in_t() -> None:
     x = torch.randn(3, 16, 5, 4, dtype=F64).to(memory_format=torch.channels_last)
     for function in (lambda: fused_module.norm_silu(norm, x), lambda: attention(x)):
         t = torch.rand(3, dtype=F64)
-        found = torch.func.jvp(lambda t: function() * t[:, None, None, None], (t,), (torch.ones_like(t),))[1]  # type: ignore[misc]  # noqa: B023
+
+        def scaled(t: Tensor, function: Callable[[], Tensor] = function) -> Tensor:
+            return function() * t[:, None, None, None]
+
+        found = torch.func.jvp(scaled, (t,), (torch.ones_like(t),))[1]
         torch.testing.assert_close(found, function())
         found.sum().backward()

@@ -20,17 +20,29 @@ from ndm.viz import write_images
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
-    network = {"class_path": "ndm.nn.UNet", "init_args": {"channels": 8, "multiples": [1], "attention": True, "fourier": [3]}}
+    network = {
+        "class_path": "ndm.nn.UNet",
+        "init_args": {"channels": 8, "multiples": [1], "attention": True, "fourier": [3]},
+    }
     model = {
-        "schedule": {"class_path": "ndm.LearnedSchedule", "init_args": {"gamma_0": -6.0, "gamma_1": 4.0, "learn_ends": True}},
+        "schedule": {
+            "class_path": "ndm.LearnedSchedule",
+            "init_args": {"gamma_0": -6.0, "gamma_1": 4.0, "learn_ends": True},
+        },
         "transform": {"class_path": "ndm.GatedTransform", "init_args": {"network": {**network}}},
         "predictor": {"class_path": "ndm.Predictor", "init_args": {"network": network}},
         "decoder": {"class_path": "ndm.DiscretizedGaussian", "init_args": {"num_values": 17}},
         "steps": 10,
     }
-    config = {"data": {"class_path": "ndm.data.Digits"}, "model": model, "train": {**TINY["train"], "steps": 3, "evaluation_draws": 1}}
+    config = {
+        "data": {"class_path": "ndm.data.Digits"},
+        "model": model,
+        "train": {**TINY["train"], "steps": 3, "evaluation_draws": 1},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["train", "--config", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
+    assert (
+        main(["train", "--config", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
+    )
     return folder / "run"
 
 
@@ -43,7 +55,12 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     assert code == 0
     text = capsys.readouterr().out
     if command == "train":
-        for words in ("Number of optimizer steps", "--model.help ndm.NDM", "Example: ndm train", "exponential moving average"):
+        for words in (
+            "Number of optimizer steps",
+            "--model.help ndm.NDM",
+            "Example: ndm train",
+            "exponential moving average",
+        ):
             assert words in " ".join(text.split())
     elif command == "":
         assert all(f"  {name}" in text for name in COMMANDS)
@@ -58,20 +75,61 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
         assert words.get(command, "folder of the run") in " ".join(text.split())
 
 
-def test_evaluate_keeps_its_contract(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_keeps_its_contract(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "deep" / "evaluation.json"
-    assert main(["evaluate", str(digits_run), "--split", "test", "--json", str(file), "--draws", "3", "--seed", "5"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(digits_run),
+                "--split",
+                "test",
+                "--json",
+                str(file),
+                "--draws",
+                "3",
+                "--seed",
+                "5",
+            ]
+        )
+        == 0
+    )
     record = json.loads(file.read_text())
-    keys = "nelbo_bpd nelbo_bpd_stderr prior_bpd diffusion_bpd reconstruction_bpd num_examples seed time_samples_per_example parameters data_sha256"
+    keys = (
+        "nelbo_bpd nelbo_bpd_stderr prior_bpd diffusion_bpd reconstruction_bpd num_examples seed"
+        " time_samples_per_example parameters data_sha256"
+    )
     assert set(keys.split()) <= set(record)
-    assert record["nelbo_bpd"] == pytest.approx(record["prior_bpd"] + record["diffusion_bpd"] + record["reconstruction_bpd"], abs=1e-9)
-    assert (record["seed"], record["time_samples_per_example"], record["num_examples"]) == (5, 3, 359)
+    assert record["nelbo_bpd"] == pytest.approx(
+        record["prior_bpd"] + record["diffusion_bpd"] + record["reconstruction_bpd"], abs=1e-9
+    )
+    assert (record["seed"], record["time_samples_per_example"], record["num_examples"]) == (
+        5,
+        3,
+        359,
+    )
     assert record["data_sha256"] == Digits().describe().sha256
     model = ndm.NDM.from_pretrained(digits_run / "model")
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert f"{record['nelbo_bpd']:.4f}" in capsys.readouterr().out
 
-    assert main(["evaluate", str(digits_run), "--json", str(tmp_path / "again.json"), "--draws", "3", "--seed", "5"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(digits_run),
+                "--json",
+                str(tmp_path / "again.json"),
+                "--draws",
+                "3",
+                "--seed",
+                "5",
+            ]
+        )
+        == 0
+    )
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["nelbo_bpd"] == record["nelbo_bpd"]
 
@@ -87,10 +145,24 @@ def test_evaluate_keeps_its_contract(digits_run: Path, tmp_path: Path, capsys: p
         ["--method", "ode", "--solver", "dopri5", "--rtol", "1e-2", "--atol", "1e-2"],
     ],
 )
-def test_samples_are_digits_levels_and_follow_the_seed(options: list[str], digits_run: Path, tmp_path: Path) -> None:
+def test_samples_are_digits_levels_and_follow_the_seed(
+    options: list[str], digits_run: Path, tmp_path: Path
+) -> None:
     files = [tmp_path / f"{name}.npy" for name in "abc"]
     for file, seed in zip(files, (1, 1, 2), strict=True):
-        words = ["sample", str(digits_run), "--n", "5", "--steps", "4", "--seed", str(seed), "--out", str(file), *options]
+        words = [
+            "sample",
+            str(digits_run),
+            "--n",
+            "5",
+            "--steps",
+            "4",
+            "--seed",
+            str(seed),
+            "--out",
+            str(file),
+            *options,
+        ]
         assert main(words) == 0
     first, second, other = (np.load(file) for file in files)
     assert first.shape == (5, 1, 8, 8)
@@ -102,7 +174,22 @@ def test_samples_are_digits_levels_and_follow_the_seed(options: list[str], digit
 def test_options_may_be_written_with_dashes(digits_run: Path, tmp_path: Path) -> None:
     words = [["--batch-size", "3"], ["--batch-size=3"], ["--batch_size", "3"]]
     for index, option in enumerate(words):
-        assert main(["sample", str(digits_run), "--n", "5", "--steps", "2", "--out", str(tmp_path / f"{index}.npy"), *option]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    str(digits_run),
+                    "--n",
+                    "5",
+                    "--steps",
+                    "2",
+                    "--out",
+                    str(tmp_path / f"{index}.npy"),
+                    *option,
+                ]
+            )
+            == 0
+        )
     first, *others = (np.load(tmp_path / f"{index}.npy") for index in range(3))
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -110,21 +197,62 @@ def test_options_may_be_written_with_dashes(digits_run: Path, tmp_path: Path) ->
 
 def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:
     for name in ("x.png", "x.npy"):
-        assert main(["sample", str(digits_run), "--n", "4", "--steps", "3", "--out", str(tmp_path / name)]) == 0
-    values, picture = np.load(tmp_path / "x.npy"), np.asarray(Image.open(tmp_path / "x.png").convert("L"))
+        assert (
+            main(
+                [
+                    "sample",
+                    str(digits_run),
+                    "--n",
+                    "4",
+                    "--steps",
+                    "3",
+                    "--out",
+                    str(tmp_path / name),
+                ]
+            )
+            == 0
+        )
+    values, picture = (
+        np.load(tmp_path / "x.npy"),
+        np.asarray(Image.open(tmp_path / "x.png").convert("L")),
+    )
     scale = picture.shape[0] // (2 * 9 + 1)  # two rows of eight pixels, gaps of one
     small = picture[::scale, ::scale]
-    cells = [small[1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column] for row in range(2) for column in range(2)]
+    cells = [
+        small[1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column]
+        for row in range(2)
+        for column in range(2)
+    ]
     for value, cell in zip(values[:, 0], cells, strict=True):
         np.testing.assert_array_equal(np.round(cell / 255 * 17 - 0.5), value)
 
 
-def test_a_folder_gets_a_file_for_each_image(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same samples as in an array, which holds whole numbers that ``ndm compress`` takes; gray for gray."""
+def test_a_folder_gets_a_file_for_each_image(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same samples as in an array, which holds whole numbers that ``ndm compress`` takes; gray
+    for gray.
+    """
     for name in ("x.npy", "x"):
-        assert main(["sample", str(digits_run), "--n", "5", "--steps", "3", "--out", str(tmp_path / name)]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    str(digits_run),
+                    "--n",
+                    "5",
+                    "--steps",
+                    "3",
+                    "--out",
+                    str(tmp_path / name),
+                ]
+            )
+            == 0
+        )
     values = np.load(tmp_path / "x.npy")
-    assert values.dtype == np.uint8 and sorted(path.name for path in (tmp_path / "x").iterdir()) == [f"{n:06d}.png" for n in range(5)]
+    assert values.dtype == np.uint8 and sorted(
+        path.name for path in (tmp_path / "x").iterdir()
+    ) == [f"{n:06d}.png" for n in range(5)]
     for number, value in enumerate(values[:, 0]):
         image = np.asarray(Image.open(tmp_path / f"x/{number:06d}.png"))
         np.testing.assert_array_equal(np.round(image / 255 * 17 - 0.5), value)
@@ -142,7 +270,8 @@ def test_bytes_in_files_are_those_of_the_data(tmp_path: Path) -> None:
         for number, expected in enumerate(pixels):
             image = np.asarray(Image.open(tmp_path / f"{channels}/{number:06d}.png"))
             np.testing.assert_array_equal(
-                image if channels == 1 else image.transpose(2, 0, 1), expected.squeeze() if channels == 1 else expected
+                image if channels == 1 else image.transpose(2, 0, 1),
+                expected.squeeze() if channels == 1 else expected,
             )
 
 
@@ -150,18 +279,36 @@ def test_library_and_command_line_draw_from_the_same_model(digits_run: Path) -> 
     model = ndm.NDM.from_pretrained(digits_run / "model")
     assert model.steps == 10
     x = Digits().split("test").__getitems__(range(8))
-    bounds = [model.bound(x, generator=torch.Generator().manual_seed(0), draws=2).total for _ in range(2)]
+    bounds = [
+        model.bound(x, generator=torch.Generator().manual_seed(0), draws=2).total for _ in range(2)
+    ]
     assert torch.equal(*bounds)
     assert model.info["data"]["name"] == "digits"  # type: ignore[index]
 
 
-def test_a_run_that_is_not_finished_is_used_as_far_as_it_is(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_not_finished_is_used_as_far_as_it_is(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From its checkpoint, which holds the average of the weights; a model folder serves as well."""
     half = shutil.copytree(digits_run, tmp_path / "half")
     shutil.rmtree(half / "model")
     (half / "metrics.json").unlink()
     for name, run in (("half", half), ("whole", digits_run), ("model", digits_run / "model")):
-        assert main(["sample", str(run), "--n", "4", "--steps", "3", "--out", str(tmp_path / f"{name}.npy")]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    str(run),
+                    "--n",
+                    "4",
+                    "--steps",
+                    "3",
+                    "--out",
+                    str(tmp_path / f"{name}.npy"),
+                ]
+            )
+            == 0
+        )
         warned = f"{half} is not finished; this is its model after 3 steps"
         assert (warned in capsys.readouterr().err) is (name == "half")
     samples = [np.load(tmp_path / f"{name}.npy") for name in ("half", "whole", "model")]
@@ -172,16 +319,28 @@ def test_a_run_that_is_not_finished_is_used_as_far_as_it_is(digits_run: Path, tm
     assert "holds no trained model yet" in capsys.readouterr().err
 
 
-def test_a_run_with_a_network_of_the_user_serves_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_a_network_of_the_user_serves_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``config.yaml`` says where it is; a model folder alone does not have it imported."""
-    model = TINY["model"] | {"predictor": {"class_path": "ndm.Predictor", "init_args": {"network": {"class_path": "oracles.OwnNetwork"}}}}
+    model = TINY["model"] | {
+        "predictor": {
+            "class_path": "ndm.Predictor",
+            "init_args": {"network": {"class_path": "oracles.OwnNetwork"}},
+        }
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY | {"model": model}))
     run = tmp_path / "run"
     assert main(["train", "--config", str(tmp_path / "config.yaml"), "--out", str(run)]) == 0
     trained = float(json.loads((run / "metrics.json").read_text())["nelbo_bpd"])
     assert main(["evaluate", str(run), "--draws", "2", "--json", str(tmp_path / "e.json")]) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["nelbo_bpd"] == pytest.approx(trained, rel=1e-5)
-    assert main(["sample", str(run), "--n", "4", "--steps", "3", "--out", str(tmp_path / "x.npy")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["nelbo_bpd"] == pytest.approx(
+        trained, rel=1e-5
+    )
+    assert (
+        main(["sample", str(run), "--n", "4", "--steps", "3", "--out", str(tmp_path / "x.npy")])
+        == 0
+    )
     capsys.readouterr()
     assert main(["sample", str(run / "model"), "--n", "4", "--out", str(tmp_path / "y.npy")]) == 2
     assert "OwnNetwork, which is not part of ndm" in capsys.readouterr().err

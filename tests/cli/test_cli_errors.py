@@ -43,7 +43,9 @@ def train_words(config: Path, out: Path, *more: str) -> list[str]:
 
 def image(path: Path, size: tuple[int, int] = (8, 8), seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    ).save(path)
 
 
 def idx(path: Path, values: np.ndarray) -> None:
@@ -51,15 +53,24 @@ def idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
-@pytest.mark.parametrize("words", [["frobnicate"], ["train", "--out"], ["sample", "--nope"], ["evaluate"]])
+@pytest.mark.parametrize(
+    "words", [["frobnicate"], ["train", "--out"], ["sample", "--nope"], ["evaluate"]]
+)
 def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, words)
 
 
-def test_configuration_that_is_missing_broken_or_binary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuration_that_is_missing_broken_or_binary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     refused(capsys, train_words(tmp_path / "missing.yaml", out), "missing.yaml")
-    for name, content in (("broken", b"train: {steps: [1\n"), ("binary", bytes(range(256))), ("empty", b""), ("list", b"- 1\n- 2\n")):
+    for name, content in (
+        ("broken", b"train: {steps: [1\n"),
+        ("binary", bytes(range(256))),
+        ("empty", b""),
+        ("list", b"- 1\n- 2\n"),
+    ):
         path = tmp_path / f"{name}.yaml"
         path.write_bytes(content)
         refused(capsys, train_words(path, out))
@@ -94,13 +105,21 @@ def test_configuration_that_is_missing_broken_or_binary(tmp_path: Path, capsys: 
         ("--train.evaluation_split=holdout", "holdout"),
     ],
 )
-def test_wrong_values(override: str, culprit: str, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_values(
+    override: str,
+    culprit: str,
+    write_config: ConfigWriter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = train_words(write_config(), tmp_path / "run", override, "--train.accumulate=2")
     refused(capsys, words, culprit)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_unknown_key_in_the_file(write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_key_in_the_file(
+    write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(capsys, train_words(write_config(trane={"steps": 1}), tmp_path / "run"), "trane")
     path = write_config()
     config = yaml.safe_load(path.read_text())
@@ -114,20 +133,32 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
     """A data section with one thing wrong, and the word that the message must hold."""
     folder.mkdir()
     if kind == "missing table":
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "nothing.csv")}}, "nothing.csv"
+        return {
+            "class_path": "ndm.data.Table",
+            "init_args": {"path": str(folder / "nothing.csv")},
+        }, "nothing.csv"
     if kind == "NaN":
         values = np.random.default_rng(0).normal(size=(50, 2))
         values[17, 1] = np.nan
         np.save(folder / "table.npy", values)
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy")}}, "17"
+        return {
+            "class_path": "ndm.data.Table",
+            "init_args": {"path": str(folder / "table.npy")},
+        }, "17"
     if kind == "out of range":
         values = np.random.default_rng(0).integers(0, 17, (50, 2))
         values[3, 0] = 99
         np.save(folder / "table.npy", values)
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "num_values": 17}}, "99"
+        return {
+            "class_path": "ndm.data.Table",
+            "init_args": {"path": str(folder / "table.npy"), "num_values": 17},
+        }, "99"
     if kind == "pickle":
         np.save(folder / "table.npy", np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy")}}, "table.npy"
+        return {
+            "class_path": "ndm.data.Table",
+            "init_args": {"path": str(folder / "table.npy")},
+        }, "table.npy"
     if kind == "image sizes":
         for index in range(6):
             image(folder / f"{index}.png", (8, 8) if index else (8, 9), index)
@@ -144,12 +175,18 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
         return {"class_path": "ndm.data.ImageFolder", "init_args": {"path": str(folder)}}, "test"
     if kind == "discrete under a density":
         np.save(folder / "table.npy", np.random.default_rng(0).integers(0, 17, (50, 2)))
-        return {"class_path": "ndm.data.Table", "init_args": {"path": str(folder / "table.npy"), "num_values": 17}}, "DiscretizedGaussian"
+        return {
+            "class_path": "ndm.data.Table",
+            "init_args": {"path": str(folder / "table.npy"), "num_values": 17},
+        }, "DiscretizedGaussian"
     assert kind == "class missing in MNIST files"
     generator = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
         idx(folder / f"{prefix}-images-idx3-ubyte.gz", generator.integers(0, 256, (40, 28, 28)))
-        idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(40) % 10 if prefix == "train" else np.arange(40) % 9)
+        idx(
+            folder / f"{prefix}-labels-idx1-ubyte.gz",
+            np.arange(40) % 10 if prefix == "train" else np.arange(40) % 9,
+        )
     return {"class_path": "ndm.data.MNIST", "init_args": {"path": str(folder)}}, "9"
 
 
@@ -167,7 +204,9 @@ def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
         "discrete under a density",
     ],
 )
-def test_bad_data(kind: str, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data(
+    kind: str, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, culprit = bad_data(kind, tmp_path / "data")
     config = write_config()
     content = yaml.safe_load(config.read_text())
@@ -196,7 +235,9 @@ def copy_of(run: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("keep", [0, 100, -1])
-def test_a_damaged_checkpoint_is_named_and_kept(keep: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_named_and_kept(
+    keep: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = copy_of(finished, tmp_path / "run")
     (run / "metrics.json").unlink()
     checkpoint = run / "checkpoints/last.ckpt"
@@ -207,7 +248,9 @@ def test_a_damaged_checkpoint_is_named_and_kept(keep: int, finished: Path, tmp_p
     assert checkpoint.read_bytes() == damaged
 
 
-def test_a_checkpoint_is_not_unpickled(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_is_not_unpickled(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "owned"),)
@@ -219,7 +262,9 @@ def test_a_checkpoint_is_not_unpickled(finished: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_damaged_model_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_model_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = copy_of(finished, tmp_path / "run")
     weights = run / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -232,11 +277,15 @@ def test_another_configuration_in_the_same_folder(
     finished: Path, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "config.yaml").read_bytes()
-    refused(capsys, train_words(write_config(), finished, "--train.steps=3"), "train.steps", "2", "3")
+    refused(
+        capsys, train_words(write_config(), finished, "--train.steps=3"), "train.steps", "2", "3"
+    )
     assert (finished / "config.yaml").read_bytes() == before
 
 
-def test_a_run_of_a_version_that_had_fewer_settings_goes_on(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_a_version_that_had_fewer_settings_goes_on(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With their defaults; another value of one is refused."""
     run = copy_of(finished, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -244,7 +293,13 @@ def test_a_run_of_a_version_that_had_fewer_settings_goes_on(finished: Path, tmp_
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["train", "--out", str(run)]) == 0
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    refused(capsys, ["train", "--out", str(run), "--train.optimizer=soap"], "train.optimizer", "'adamw'", "'soap'")
+    refused(
+        capsys,
+        ["train", "--out", str(run), "--train.optimizer=soap"],
+        "train.optimizer",
+        "'adamw'",
+        "'soap'",
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,19 +333,44 @@ def test_a_run_of_a_version_that_had_fewer_settings_goes_on(finished: Path, tmp_
     ],
 )
 def test_wrong_use_of_a_run(
-    words: list[str], culprit: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    culprit: str,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(capsys, [str(finished) if word == "RUN" else word for word in words], culprit)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_or_forbidden_place_to_write(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_or_forbidden_place_to_write(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("not a folder")
-    refused(capsys, ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "file" / "x.npy")], "file")
+    refused(
+        capsys,
+        ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "file" / "x.npy")],
+        "file",
+    )
     (tmp_path / "x.npy").mkdir()
-    refused(capsys, ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "x.npy")], "x.npy is a folder")
-    refused(capsys, ["train", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "file" / "run")], "cannot be made")
+    refused(
+        capsys,
+        ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "x.npy")],
+        "x.npy is a folder",
+    )
+    refused(
+        capsys,
+        [
+            "train",
+            "--config",
+            str(finished / "config.yaml"),
+            "--out",
+            str(tmp_path / "file" / "run"),
+        ],
+        "cannot be made",
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of files")
@@ -302,11 +382,19 @@ def test_a_full_or_forbidden_place_to_write(finished: Path, tmp_path: Path, caps
         lambda path: save_file({"x": torch.zeros(10**5)}, path),
     ],
 )
-def test_a_file_for_which_there_is_no_place(write: Callable[[Path], object], tmp_path: Path) -> None:
-    """As on a full disk: one line, what was there stays, nothing is left over. By a limit on the size of files."""
+def test_a_file_for_which_there_is_no_place(
+    write: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """As on a full disk: one line, what was there stays, nothing is left over. By a limit on the
+    size of files.
+    """
     import resource
 
-    target, limits, ignored = tmp_path / "x", resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    target, limits, ignored = (
+        tmp_path / "x",
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     target.write_text("before")
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, limits[1]))
     try:
@@ -318,8 +406,19 @@ def test_a_file_for_which_there_is_no_place(write: Callable[[Path], object], tmp
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and target.read_text() == "before"
 
 
-def test_too_little_memory(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sample", str(finished), "--n", str(10**16), "--batch_size", str(10**16), "--out", str(tmp_path / "x.npy")]
+def test_too_little_memory(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "sample",
+        str(finished),
+        "--n",
+        str(10**16),
+        "--batch_size",
+        str(10**16),
+        "--out",
+        str(tmp_path / "x.npy"),
+    ]
     refused(capsys, words, "not enough memory", "--batch_size")
 
 

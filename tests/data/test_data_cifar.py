@@ -1,4 +1,6 @@
-"""CIFAR-10's binary version and a folder of faces, made here: pixels come back exactly, and each fault has its message."""
+"""CIFAR-10's binary version and a folder of faces, made here: pixels come back exactly, and each
+fault has its message.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,14 @@ from PIL import Image
 from ndm.data import CIFAR10, CelebAHQ, cifar
 from ndm.errors import UserError
 
-NAMES = ["data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin", "test_batch.bin"]
+NAMES = [
+    "data_batch_1.bin",
+    "data_batch_2.bin",
+    "data_batch_3.bin",
+    "data_batch_4.bin",
+    "data_batch_5.bin",
+    "test_batch.bin",
+]
 
 
 @pytest.fixture
@@ -25,7 +34,9 @@ def records():
 def write(folder, records):
     folder.mkdir(parents=True, exist_ok=True)
     for name, (labels, pixels) in records.items():
-        rows = b"".join(bytes([label]) + image.tobytes() for label, image in zip(labels, pixels, strict=True))
+        rows = b"".join(
+            bytes([label]) + image.tobytes() for label, image in zip(labels, pixels, strict=True)
+        )
         (folder / name).write_bytes(rows)
     return folder
 
@@ -39,23 +50,38 @@ def small(monkeypatch):
 def test_pixels_and_labels_come_back_in_order(tmp_path, records, small):
     source = CIFAR10(str(write(tmp_path / "cifar-10-batches-bin", records)))
     description = source.describe()
-    assert (description.name, description.event_shape, description.num_values) == ("cifar10", (3, 32, 32), 256)
+    assert (description.name, description.event_shape, description.num_values) == (
+        "cifar10",
+        (3, 32, 32),
+        256,
+    )
     assert description.classes[3] == "cat" and description.splits == {"train": 100, "test": 20}
     for split, names in (("train", NAMES[:5]), ("test", NAMES[5:])):
         examples = source.split(split)
         pixels = np.concatenate([records[name][1] for name in names])
-        np.testing.assert_array_equal(source.integers(examples.__getitems__(range(len(examples)))).numpy(), pixels)
-        assert examples.labels.tolist() == np.concatenate([records[name][0] for name in names]).tolist()
+        np.testing.assert_array_equal(
+            source.integers(examples.__getitems__(range(len(examples)))).numpy(), pixels
+        )
+        assert (
+            examples.labels.tolist()
+            == np.concatenate([records[name][0] for name in names]).tolist()
+        )
     assert CIFAR10(str(tmp_path)).describe() == description
 
 
 def test_a_part_is_refused_or_has_another_name(tmp_path, records):
     folder = str(write(tmp_path, records))
-    with pytest.raises(UserError, match=r"100 of 50000 train, 20 of 10000 test.*partial: true") as error:
+    with pytest.raises(
+        UserError, match=r"100 of 50000 train, 20 of 10000 test.*partial: true"
+    ) as error:
         CIFAR10(folder).describe()
     assert "\n" not in str(error.value)
     description = CIFAR10(folder, partial=True).describe()
-    assert description.name == "cifar10-partial" and "100 of 50000" in description.version and description.classes == ()
+    assert (
+        description.name == "cifar10-partial"
+        and "100 of 50000" in description.version
+        and description.classes == ()
+    )
 
 
 def test_a_pinned_checksum_holds_the_content(tmp_path, records, small):
@@ -122,10 +148,19 @@ def faces(folder, names, side=8):
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_faces_are_split_by_the_numbers_in_their_names(tmp_path, padded):
-    source = CelebAHQ(faces(tmp_path, [f"{i:05d}.png" if padded else f"{i}.png" for i in range(30)]), size=8, partial=True)
-    assert source.describe().name == "celebahq8-partial" and source.describe().splits == {"train": 27, "test": 3}
+    source = CelebAHQ(
+        faces(tmp_path, [f"{i:05d}.png" if padded else f"{i}.png" for i in range(30)]),
+        size=8,
+        partial=True,
+    )
+    assert source.describe().name == "celebahq8-partial" and source.describe().splits == {
+        "train": 27,
+        "test": 3,
+    }
     shades = {
-        split: (source.integers(source.split(split).__getitems__(range(n)))[:, 0, 0, 0] // 3).tolist()
+        split: (
+            (source.integers(source.split(split).__getitems__(range(n)))[:, 0, 0, 0] // 3).tolist()
+        )
         for split, n in (("train", 27), ("test", 3))
     }
     assert shades == {"train": list(range(27)), "test": [27, 28, 29]}
@@ -135,14 +170,18 @@ def test_faces_scaled_beforehand_are_the_same_pixels(tmp_path):
     rng, names = np.random.default_rng(0), ["a.png", "b.png"]
     for name in names:
         (tmp_path / "large").mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "large" / name)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+            tmp_path / "large" / name
+        )
     large = CelebAHQ(str(tmp_path / "large"), size=8, partial=True)
     (tmp_path / "small").mkdir()
     for split, name in (("train", "a.png"), ("test", "b.png")):
         pixels = large.integers(large.split(split)[0]).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(tmp_path / "small" / name)
     small = CelebAHQ(str(tmp_path / "small"), size=8, partial=True)
-    assert all(torch.equal(large.split(split)[0], small.split(split)[0]) for split in ("train", "test"))
+    assert all(
+        torch.equal(large.split(split)[0], small.split(split)[0]) for split in ("train", "test")
+    )
 
 
 def test_another_number_of_faces_is_refused(tmp_path):

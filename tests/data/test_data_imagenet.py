@@ -1,4 +1,6 @@
-"""The two releases of small ImageNet in their real formats, made here: pixels come back exactly, and each fault has its message."""
+"""The two releases of small ImageNet in their real formats, made here: pixels come back exactly,
+and each fault has its message.
+"""
 
 import io
 import pickle
@@ -19,7 +21,10 @@ FOLDERS = {"train": "train_32x32", "test": "valid_32x32"}
 @pytest.fixture
 def pixels():
     generator = np.random.default_rng(0)
-    return {split: generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8) for split, count in COUNTS.items()}
+    return {
+        split: generator.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        for split, count in COUNTS.items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -44,12 +49,17 @@ def as_folders(root, pixels):
 
 
 def as_tars(root, pixels):
-    """In another order than that of the names, as archives are, with a hidden file of macOS among them."""
+    """In another order than that of the names, as archives are, with a hidden file of macOS among
+    them.
+    """
     root.mkdir(exist_ok=True)
     for split, images in pixels.items():
         with tarfile.open(root / f"{FOLDERS[split]}.tar", "w") as archive:
             for index in reversed(range(len(images))):
-                for name, data in ((f"{index:07d}.png", png(images[index])), (f"._{index:07d}.png", b"no image")):
+                for name, data in (
+                    (f"{index:07d}.png", png(images[index])),
+                    (f"._{index:07d}.png", b"no image"),
+                ):
                     member = tarfile.TarInfo(f"{FOLDERS[split]}/{name}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -63,29 +73,42 @@ def as_arrays(root, pixels, save=np.savez, batches=(3, 4)):
         rows = pixels["train"][start : start + size].reshape(size, -1)
         save(root / f"train_data_batch_{number}.npz", data=rows, labels=np.arange(size) + 1)
         start += size
-    save(root / "val_data.npz", data=pixels["test"].reshape(len(pixels["test"]), -1), labels=np.arange(4) + 1)
+    save(
+        root / "val_data.npz",
+        data=pixels["test"].reshape(len(pixels["test"]), -1),
+        labels=np.arange(4) + 1,
+    )
     return root
 
 
 def assert_holds(source, pixels):
     for split, images in pixels.items():
         examples = source.split(split)
-        np.testing.assert_array_equal(source.integers(examples.__getitems__(range(len(examples)))).numpy(), images)
+        np.testing.assert_array_equal(
+            source.integers(examples.__getitems__(range(len(examples)))).numpy(), images
+        )
         order = [3, 0, 2]
-        assert torch.equal(examples.__getitems__(order), torch.stack([examples[index] for index in order]))
+        assert torch.equal(
+            examples.__getitems__(order), torch.stack([examples[index] for index in order])
+        )
         again = pickle.loads(pickle.dumps(examples))  # what a worker gets
         assert torch.equal(again[3], examples[3])
 
 
 def test_archives_and_folders_hold_the_same_data(tmp_path, pixels):
-    sources = [ImageNetOord(str(build(tmp_path / name, pixels))) for name, build in (("tar", as_tars), ("png", as_folders))]
+    sources = [
+        ImageNetOord(str(build(tmp_path / name, pixels)))
+        for name, build in (("tar", as_tars), ("png", as_folders))
+    ]
     for source in sources:
         assert_holds(source, pixels)
         assert source.describe().name == "imagenet32-oord" and source.describe().splits == COUNTS
     assert sources[0].describe() == sources[1].describe()
 
 
-@pytest.mark.parametrize(("save", "batches"), [(np.savez, (3, 4)), (np.savez_compressed, (1, 1, 5)), (np.savez, (7,))])
+@pytest.mark.parametrize(
+    ("save", "batches"), [(np.savez, (3, 4)), (np.savez_compressed, (1, 1, 5)), (np.savez, (7,))]
+)
 def test_arrays_are_mapped_in_place_or_expanded_once(tmp_path, pixels, save, batches):
     source = ImageNetChrabaszcz(str(as_arrays(tmp_path / "a", pixels, save, batches)))
     assert_holds(source, pixels)
@@ -112,13 +135,19 @@ def test_new_files_are_expanded_again(tmp_path, pixels):
 
 def test_the_parts_of_the_larger_release_may_lie_in_subfolders(tmp_path, pixels):
     as_arrays(tmp_path, pixels)
-    for name, part in (("train_data_batch_1.npz", "part1"), ("train_data_batch_2.npz", "part2"), ("val_data.npz", "val")):
+    for name, part in (
+        ("train_data_batch_1.npz", "part1"),
+        ("train_data_batch_2.npz", "part2"),
+        ("val_data.npz", "val"),
+    ):
         (tmp_path / part).mkdir()
         (tmp_path / name).rename(tmp_path / part / name)
     assert_holds(ImageNetChrabaszcz(str(tmp_path)), pixels)
 
 
-@pytest.mark.parametrize(("build", "source"), [(as_tars, ImageNetOord), (as_arrays, ImageNetChrabaszcz)])
+@pytest.mark.parametrize(
+    ("build", "source"), [(as_tars, ImageNetOord), (as_arrays, ImageNetChrabaszcz)]
+)
 def test_a_part_is_refused_or_has_another_name(tmp_path, pixels, build, source, monkeypatch):
     folder = str(build(tmp_path, pixels))
     for name in ("OORD", "CHRABASZCZ"):
@@ -173,24 +202,54 @@ def saved(**arrays):
     ("build", "damage", "culprits"),
     [
         (as_tars, cut("train_32x32.tar"), ["train_32x32.tar", "truncated"]),
-        (as_tars, lambda f: (f / "valid_32x32.tar").write_bytes(b"<html>gone</html>"), ["valid_32x32.tar", "plain tar"]),
+        (
+            as_tars,
+            lambda f: (f / "valid_32x32.tar").write_bytes(b"<html>gone</html>"),
+            ["valid_32x32.tar", "plain tar"],
+        ),
         (as_tars, lambda f: (f / "valid_32x32.tar").unlink(), ["valid_32x32", "van den Oord"]),
         (as_folders, cut("train_32x32/0000003.png"), ["0000003.png", "cannot be read"]),
-        (as_folders, lambda f: (f / "valid_32x32/0000001.png").unlink(), ["3 of 4 test", "partial"]),
         (
             as_folders,
-            lambda f: (f / "train_32x32/0000000.png").write_bytes(png(np.zeros((3, 16, 16), np.uint8))),
+            lambda f: (f / "valid_32x32/0000001.png").unlink(),
+            ["3 of 4 test", "partial"],
+        ),
+        (
+            as_folders,
+            lambda f: (f / "train_32x32/0000000.png").write_bytes(
+                png(np.zeros((3, 16, 16), np.uint8))
+            ),
             ["16 x 16", "resolution=32"],
         ),
-        (as_arrays, cut("train_data_batch_2.npz"), ["train_data_batch_2.npz", "truncated, damaged"]),
+        (
+            as_arrays,
+            cut("train_data_batch_2.npz"),
+            ["train_data_batch_2.npz", "truncated, damaged"],
+        ),
         (as_arrays, flip("train_data_batch_2.npz", 5000), ["train_data_batch_2.npz", "CRC-32"]),
-        (lambda root, pixels: as_arrays(root, pixels, np.savez_compressed), flip("val_data.npz", 5000), ["val_data.npz", "damaged"]),
+        (
+            lambda root, pixels: as_arrays(root, pixels, np.savez_compressed),
+            flip("val_data.npz", 5000),
+            ["val_data.npz", "damaged"],
+        ),
         (as_arrays, pickled, ["pickled batches", "never opened", "npz", "numpy.savez"]),
         (as_arrays, objects, ["train_data_batch_1.npz", "Python objects", "never opened"]),
-        (as_arrays, saved(images=np.zeros((4, 3072), np.uint8)), ["val_data.npz", "'data'", "images"]),
-        (as_arrays, saved(data=np.zeros((4, 12288), np.uint8)), ["4 x 12288", "N x 3072", "resolution=32"]),
+        (
+            as_arrays,
+            saved(images=np.zeros((4, 3072), np.uint8)),
+            ["val_data.npz", "'data'", "images"],
+        ),
+        (
+            as_arrays,
+            saved(data=np.zeros((4, 12288), np.uint8)),
+            ["4 x 12288", "N x 3072", "resolution=32"],
+        ),
         (as_arrays, saved(data=np.zeros((4, 3072))), ["float64", "uint8"]),
-        (as_arrays, lambda f: (f / "train_data_batch_1.npz").unlink(), ["without gaps", "train_data_batch_2.npz, val_data.npz"]),
+        (
+            as_arrays,
+            lambda f: (f / "train_data_batch_1.npz").unlink(),
+            ["without gaps", "train_data_batch_2.npz, val_data.npz"],
+        ),
     ],
 )
 def test_damage_is_named_in_one_line(tmp_path, pixels, build, damage, culprits, capfd):
@@ -204,7 +263,9 @@ def test_damage_is_named_in_one_line(tmp_path, pixels, build, damage, culprits, 
 
 
 def test_the_other_release_is_recognised(tmp_path, pixels):
-    with pytest.raises(UserError, match=r"other release.*--data ndm.data.ImageNetChrabaszcz --data.resolution 32"):
+    with pytest.raises(
+        UserError, match=r"other release.*--data ndm.data.ImageNetChrabaszcz --data.resolution 32"
+    ):
         ImageNetOord(str(as_arrays(tmp_path / "a", pixels))).describe()
     with pytest.raises(UserError, match=r"other release.*--data ndm.data.ImageNetOord"):
         ImageNetChrabaszcz(str(as_tars(tmp_path / "b", pixels))).describe()
@@ -213,6 +274,11 @@ def test_the_other_release_is_recognised(tmp_path, pixels):
 
 
 def test_the_two_releases_are_two_data_sets(tmp_path, pixels):
-    sources = [ImageNetOord(str(as_tars(tmp_path / "a", pixels))), ImageNetChrabaszcz(str(as_arrays(tmp_path / "b", pixels)))]
-    names, sums = ({getattr(source.describe(), key) for source in sources} for key in ("name", "sha256"))
+    sources = [
+        ImageNetOord(str(as_tars(tmp_path / "a", pixels))),
+        ImageNetChrabaszcz(str(as_arrays(tmp_path / "b", pixels))),
+    ]
+    names, sums = (
+        {getattr(source.describe(), key) for source in sources} for key in ("name", "sha256")
+    )
     assert len(names) == len(sums) == 2

@@ -1,4 +1,6 @@
-"""Image folders and image columns: pixels come back exactly, splits are by class, and each fault has its message."""
+"""Image folders and image columns: pixels come back exactly, splits are by class, and each fault
+has its message.
+"""
 
 import io
 import pickle
@@ -23,7 +25,9 @@ def picture(seed: int, height=6, width=5, channels=3) -> np.ndarray:
 
 def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze() if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    Image.fromarray(
+        pixels.squeeze() if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
+    ).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -54,9 +58,16 @@ def pixels_of(source, split):
 
 def test_pixels_of_a_flat_folder_come_back_each_once(tmp_path):
     source = ImageFolder(flat(tmp_path / "imgs"))
-    assert source.describe().event_shape == (3, 6, 5) and source.describe().splits == {"train": 8, "test": 2}
-    ours = sorted(image.tobytes() for split in ("train", "test") for image in pixels_of(source, split))
-    theirs = sorted(picture(index).transpose(2, 0, 1).astype(np.int64).tobytes() for index in range(10))
+    assert source.describe().event_shape == (3, 6, 5) and source.describe().splits == {
+        "train": 8,
+        "test": 2,
+    }
+    ours = sorted(
+        image.tobytes() for split in ("train", "test") for image in pixels_of(source, split)
+    )
+    theirs = sorted(
+        picture(index).transpose(2, 0, 1).astype(np.int64).tobytes() for index in range(10)
+    )
     assert ours == theirs
     examples = pickle.loads(pickle.dumps(source.split("test")))
     assert torch.equal(examples[1], source.split("test")[1])
@@ -75,7 +86,9 @@ def test_checksum_changes_with_one_pixel_and_not_with_the_place(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_upright(tmp_path, orientation, kind):
     """Whatever way the camera was held: EXIF's eight orientations against the turns that undo them."""
-    upright = np.kron(picture(0, 3, 2), np.ones((8, 8, 1), dtype=np.uint8))  # whole blocks of JPEG's
+    upright = np.kron(
+        picture(0, 3, 2), np.ones((8, 8, 1), dtype=np.uint8)
+    )  # whole blocks of JPEG's
     upright[..., :] = upright[..., :1]  # and gray
     stored = {
         1: upright,
@@ -95,13 +108,17 @@ def test_photographs_are_upright(tmp_path, orientation, kind):
         write(tmp_path / f"{name}.{kind.lower()}", buffer.getvalue())
     source = ImageFolder(str(tmp_path))
     assert source.describe().event_shape == (3, 24, 16)
-    np.testing.assert_allclose(pixels_of(source, "train")[0], upright.transpose(2, 0, 1), atol=3 if kind == "JPEG" else 0)
+    np.testing.assert_allclose(
+        pixels_of(source, "train")[0], upright.transpose(2, 0, 1), atol=3 if kind == "JPEG" else 0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_data_turn_nothing(tmp_path):
     buffer = io.BytesIO()
-    Image.fromarray(picture(0)).save(buffer, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff broken")
+    Image.fromarray(picture(0)).save(
+        buffer, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff broken"
+    )
     for name in "abcdefghij":
         write(tmp_path / f"{name}.jpg", buffer.getvalue())
     source = ImageFolder(str(tmp_path))
@@ -112,7 +129,10 @@ def test_own_splits_and_classes_are_found(tmp_path):
     by_class(tmp_path / "train", {"cat": 3, "dog": 2})
     by_class(tmp_path / "test", {"cat": 1, "dog": 2})
     source = ImageFolder(str(tmp_path))
-    assert source.describe().classes == ("cat", "dog") and source.describe().splits == {"train": 5, "test": 3}
+    assert source.describe().classes == ("cat", "dog") and source.describe().splits == {
+        "train": 5,
+        "test": 3,
+    }
     assert source.split("test").labels.tolist() == [0, 1, 1]
     np.testing.assert_array_equal(pixels_of(source, "test")[1], picture(100).transpose(2, 0, 1))
     assert ImageFolder(str(tmp_path), class_folders=False).describe().classes == ()
@@ -158,7 +178,12 @@ def deep(root, mode):
     else:  # the header of a PNG with 16 bits a value, which Pillow would read as 8 bits
 
         def chunk(kind, data):
-            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            return (
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+            )
 
         rows = b"".join(b"\0" + bytes(5 * 6) for _ in range(6))
         data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0))
@@ -174,7 +199,10 @@ def then(action, root, **arguments):
 FAULTS = {
     "no folder": (lambda d: ImageFolder(str(d / "none")).describe(), ["none", "not a directory"]),
     "no images": (lambda d: ImageFolder(flat(d, count=0)).describe(), ["no images", ".png"]),
-    "unreadable": (lambda d: then(lambda r: (flat(r), write(r / "04.png", b"hello")), d), ["04.png", "cannot be read"]),
+    "unreadable": (
+        lambda d: then(lambda r: (flat(r), write(r / "04.png", b"hello")), d),
+        ["04.png", "cannot be read"],
+    ),
     "cut": (lambda d: then(lambda r: (flat(r), cut(r)), d), ["00.png", "cannot be read"]),
     "cut inside the pixels": (late_damage, [".jpg", "cannot be read"]),
     "sizes": (
@@ -183,18 +211,37 @@ FAULTS = {
     ),
     "16 bits": (lambda d: deep(d, "gray"), ["05.png", "8 bits"]),
     "16 bits in color": (lambda d: deep(d, "color"), ["05.png", "8 bits"]),
-    "empty class": (lambda d: ImageFolder(by_class(d, {"cat": 5, "dog": 0})).describe(), ["class dog", "class_folders=False"]),
+    "empty class": (
+        lambda d: ImageFolder(by_class(d, {"cat": 5, "dog": 0})).describe(),
+        ["class dog", "class_folders=False"],
+    ),
     "class missing in test": (
-        lambda d: then(lambda r: (by_class(r / "train", {"cat": 2, "dog": 2}), by_class(r / "test", {"cat": 2})), d),
+        lambda d: then(
+            lambda r: (
+                by_class(r / "train", {"cat": 2, "dog": 2}),
+                by_class(r / "test", {"cat": 2}),
+            ),
+            d,
+        ),
         ["'test'", "class dog"],
     ),
-    "class too small": (lambda d: ImageFolder(by_class(d, {"cat": 10, "dog": 1})).describe(), ["'test'", "class dog", "test_fraction=0.2"]),
+    "class too small": (
+        lambda d: ImageFolder(by_class(d, {"cat": 10, "dog": 1})).describe(),
+        ["'test'", "class dog", "test_fraction=0.2"],
+    ),
     "one image": (lambda d: ImageFolder(flat(d, count=1)).describe(), ["test split", "empty"]),
     "stray image": (
-        lambda d: then(lambda r: (by_class(r, {"cat": 5}), write(r / "stray.png", png(picture(0)))), d, class_folders=True),
+        lambda d: then(
+            lambda r: (by_class(r, {"cat": 5}), write(r / "stray.png", png(picture(0)))),
+            d,
+            class_folders=True,
+        ),
         ["stray.png", "class_folders=False"],
     ),
-    "half a split": (lambda d: then(lambda r: by_class(r / "train", {"cat": 5}), d), ["train", "test"]),
+    "half a split": (
+        lambda d: then(lambda r: by_class(r / "train", {"cat": 5}), d),
+        ["train", "test"],
+    ),
 }
 
 
@@ -218,8 +265,14 @@ def offline(monkeypatch, tmp_path):
 
 def write_split(folder, split, images, datasets, **columns):
     folder.mkdir(exist_ok=True)
-    features = {"image": datasets.Image(), **{name: feature for name, (feature, _) in columns.items()}}
-    storage = pa.array([{"bytes": image, "path": None} for image in images], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    features = {
+        "image": datasets.Image(),
+        **{name: feature for name, (feature, _) in columns.items()},
+    }
+    storage = pa.array(
+        [{"bytes": image, "path": None} for image in images],
+        pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    )
     arrays = {"image": storage, **{name: pa.array(values) for name, (_, values) in columns.items()}}
     schema = datasets.Features(features).arrow_schema
     pq.write_table(pa.table(arrays).cast(schema), folder / f"{split}-00000.parquet")
@@ -230,17 +283,40 @@ def hub(folder, datasets, test_labels=(1, 0, 2), changed=False):
     images = [png(picture(index)) for index in range(9)]
     if changed:
         images[0] = png(picture(77))
-    write_split(folder, "train", images[:6], datasets, label=(pets, [0, 1, 2] * 2), weight=(datasets.Value("float64"), np.arange(6.0)))
-    write_split(folder, "test", images[6:], datasets, label=(pets, list(test_labels)), weight=(datasets.Value("float64"), np.arange(3.0)))
+    write_split(
+        folder,
+        "train",
+        images[:6],
+        datasets,
+        label=(pets, [0, 1, 2] * 2),
+        weight=(datasets.Value("float64"), np.arange(6.0)),
+    )
+    write_split(
+        folder,
+        "test",
+        images[6:],
+        datasets,
+        label=(pets, list(test_labels)),
+        weight=(datasets.Value("float64"), np.arange(3.0)),
+    )
     return str(folder)
 
 
 def test_image_column_gives_the_pixels_and_the_classes(tmp_path, offline):
     source = HuggingFace(hub(tmp_path / "pets", offline), label_column="label")
     description = source.describe()
-    assert description.name == "pets" and description.splits == {"train": 6, "test": 3} and description.classes == ("cat", "dog", "owl")
+    assert (
+        description.name == "pets"
+        and description.splits == {"train": 6, "test": 3}
+        and description.classes == ("cat", "dog", "owl")
+    )
     for split, start in (("train", 0), ("test", 6)):
-        expected = np.stack([picture(start + index).transpose(2, 0, 1) for index in range(description.splits[split])])
+        expected = np.stack(
+            [
+                picture(start + index).transpose(2, 0, 1)
+                for index in range(description.splits[split])
+            ]
+        )
         np.testing.assert_array_equal(pixels_of(source, split), expected)
     assert source.split("test").labels.tolist() == [1, 0, 2]
     examples = pickle.loads(pickle.dumps(source.split("test")))
@@ -248,7 +324,10 @@ def test_image_column_gives_the_pixels_and_the_classes(tmp_path, offline):
 
 
 def test_checksum_of_a_column_is_of_its_images(tmp_path, offline):
-    first, second, changed = (HuggingFace(hub(tmp_path / name, offline, changed=name == "c")).describe().sha256 for name in ("a", "b", "c"))
+    first, second, changed = (
+        HuggingFace(hub(tmp_path / name, offline, changed=name == "c")).describe().sha256
+        for name in ("a", "b", "c")
+    )
     assert first == second != changed
 
 
@@ -260,14 +339,38 @@ def test_columns_of_numbers_are_standardized(tmp_path, offline):
 
 
 HUB_FAULTS = {
-    "missing class": (lambda f, d: HuggingFace(hub(f, d, (0, 0, 1)), label_column="label"), ["'test'", "class owl"]),
-    "hidden labels": (lambda f, d: HuggingFace(hub(f, d, (0, 1, -1)), label_column="label"), ["'test'", "row 2", "-1"]),
-    "unknown column": (lambda f, d: HuggingFace(hub(f, d), image_column="img"), ["'img'", "image, label, weight"]),
-    "not an image": (lambda f, d: HuggingFace(hub(f, d), image_column="weight"), ["'weight'", "float64"]),
-    "unknown split": (lambda f, d: HuggingFace(hub(f, d), splits={"train": "train", "test": "exam"}), ["'exam'", "splits"]),
-    "not found": (lambda f, d: HuggingFace("nobody/nothing-of-this-name"), ["nobody/nothing-of-this-name", "network"]),
-    "text column": (lambda f, d: HuggingFace(hub(f, d), image_column=None, columns=["image"]), ["'image'", "not numbers"]),
-    "two kinds": (lambda f, d: HuggingFace("x", columns=["a"]), ["image_column='image'", "columns=['a']"]),
+    "missing class": (
+        lambda f, d: HuggingFace(hub(f, d, (0, 0, 1)), label_column="label"),
+        ["'test'", "class owl"],
+    ),
+    "hidden labels": (
+        lambda f, d: HuggingFace(hub(f, d, (0, 1, -1)), label_column="label"),
+        ["'test'", "row 2", "-1"],
+    ),
+    "unknown column": (
+        lambda f, d: HuggingFace(hub(f, d), image_column="img"),
+        ["'img'", "image, label, weight"],
+    ),
+    "not an image": (
+        lambda f, d: HuggingFace(hub(f, d), image_column="weight"),
+        ["'weight'", "float64"],
+    ),
+    "unknown split": (
+        lambda f, d: HuggingFace(hub(f, d), splits={"train": "train", "test": "exam"}),
+        ["'exam'", "splits"],
+    ),
+    "not found": (
+        lambda f, d: HuggingFace("nobody/nothing-of-this-name"),
+        ["nobody/nothing-of-this-name", "network"],
+    ),
+    "text column": (
+        lambda f, d: HuggingFace(hub(f, d), image_column=None, columns=["image"]),
+        ["'image'", "not numbers"],
+    ),
+    "two kinds": (
+        lambda f, d: HuggingFace("x", columns=["a"]),
+        ["image_column='image'", "columns=['a']"],
+    ),
     "no train": (lambda f, d: HuggingFace("x", splits={"test": "test"}), ["splits=", "'train'"]),
 }
 

@@ -1,4 +1,6 @@
-"""IDX files, made here: plain and gzipped give the same data, and each kind of damage has its message."""
+"""IDX files, made here: plain and gzipped give the same data, and each kind of damage has its
+message.
+"""
 
 import gzip
 import struct
@@ -10,11 +12,19 @@ import torch
 from ndm.data import MNIST
 from ndm.errors import UserError
 
-NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+NAMES = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
 
 
 def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 @pytest.fixture
@@ -30,12 +40,17 @@ def write(folder, content, zipped=False):
     folder.mkdir(exist_ok=True)
     for name, array in content.items():
         data = idx(array)
-        (folder / (f"{name}.gz" if zipped else name)).write_bytes(gzip.compress(data) if zipped else data)
+        (folder / (f"{name}.gz" if zipped else name)).write_bytes(
+            gzip.compress(data) if zipped else data
+        )
     return MNIST(str(folder))
 
 
 def test_pixels_come_back_from_plain_and_gzipped_files(tmp_path, content):
-    plain, zipped = write(tmp_path / "plain", content), write(tmp_path / "zipped", content, zipped=True)
+    plain, zipped = (
+        write(tmp_path / "plain", content),
+        write(tmp_path / "zipped", content, zipped=True),
+    )
     assert plain.describe().sha256 == zipped.describe().sha256
     assert plain.describe().event_shape == (1, 5, 4) and plain.describe().name == "plain"
     for split, name in (("train", NAMES[0]), ("test", NAMES[2])):
@@ -54,11 +69,16 @@ def test_limit_and_classes_select(tmp_path, content):
     limited = MNIST(str(tmp_path), limit_train=7)
     assert limited.describe().splits == {"train": 7, "test": 20}
     chosen = MNIST(str(tmp_path), classes=[4, 2])
-    assert chosen.describe().classes == ("4", "2") and chosen.describe().splits == {"train": 6, "test": 4}
+    assert chosen.describe().classes == ("4", "2") and chosen.describe().splits == {
+        "train": 6,
+        "test": 4,
+    }
     rows = np.isin(content[NAMES[1]], [2, 4])
     x = chosen.split("train").__getitems__(range(6))
     assert torch.equal(chosen.integers(x)[:, 0], torch.from_numpy(content[NAMES[0]][rows]))
-    assert [(4, 2)[label] for label in chosen.split("train").labels] == content[NAMES[1]][rows].tolist()
+    assert [(4, 2)[label] for label in chosen.split("train").labels] == content[NAMES[1]][
+        rows
+    ].tolist()
 
 
 def swap_magic(folder, content):
@@ -92,14 +112,23 @@ def set_label(value):
             lambda folder, content: (folder / NAMES[2]).write_bytes(idx(content[NAMES[2]])[:-3]),
             [NAMES[2], "truncated", "20 x 5 x 4", "397"],
         ),
-        (lambda folder, content: (folder / NAMES[2]).write_bytes(b"\0\0\x08\x03\0"), [NAMES[2], "truncated"]),
+        (
+            lambda folder, content: (folder / NAMES[2]).write_bytes(b"\0\0\x08\x03\0"),
+            [NAMES[2], "truncated"],
+        ),
         (corrupt_gzip, [f"{NAMES[0]}.gz", "damaged"]),
         (no_gzip, [f"{NAMES[0]}.gz", "damaged"]),
         (swap_magic, [NAMES[0], "2049", "2051"]),
-        (lambda folder, content: (folder / NAMES[1]).write_bytes(idx(content[NAMES[1]][:-1])), [NAMES[1], "30 images", "29 labels"]),
+        (
+            lambda folder, content: (folder / NAMES[1]).write_bytes(idx(content[NAMES[1]][:-1])),
+            [NAMES[1], "30 images", "29 labels"],
+        ),
         (set_label(7), ["'test'", "class 8", "classes="]),
         (set_label(12), [NAMES[3], "label 8 is 12", "classes="]),
-        (lambda folder, content: (folder / NAMES[2]).write_bytes(idx(content[NAMES[2]][:, :4])), ["test 4 x 4", "train 5 x 4"]),
+        (
+            lambda folder, content: (folder / NAMES[2]).write_bytes(idx(content[NAMES[2]][:, :4])),
+            ["test 4 x 4", "train 5 x 4"],
+        ),
     ],
 )
 def test_damage_is_named_in_one_line(tmp_path, content, damage, culprits):

@@ -31,7 +31,10 @@ def photos(folder: Path, count: int = 10, size: tuple[int, int] = (9, 7)) -> Ima
 def exported(source: DataSource, folder: Path) -> str:
     """The test split of a source as a file in its own units."""
     test = source.split("test")
-    np.save(folder / "x.npy", source.to_source_units(test.__getitems__(range(len(test))).double()).numpy())
+    np.save(
+        folder / "x.npy",
+        source.to_source_units(test.__getitems__(range(len(test))).double()).numpy(),
+    )
     return str(folder / "x.npy")
 
 
@@ -51,10 +54,15 @@ def test_columns_and_scales_are_those_of_the_training(tmp_path: Path) -> None:
     """Not those of the other rows, whose mean and spread are what is to be judged."""
     source = table(tmp_path)
     trained = source.describe()
-    (tmp_path / "new.csv").write_text("c,b,a\n" + "\n".join(f"{trained.offset[0] + n * trained.scale[0]},0.5,{n + 0.25}" for n in range(4)))
+    (tmp_path / "new.csv").write_text(
+        "c,b,a\n"
+        + "\n".join(f"{trained.offset[0] + n * trained.scale[0]},0.5,{n + 0.25}" for n in range(4))
+    )
     x = read_like(source, str(tmp_path / "new.csv"), trained).splits["all"].__getitems__(range(4))
     torch.testing.assert_close(x[:, 0], torch.arange(4.0))
-    torch.testing.assert_close(x[:, 1], torch.tensor([(n + 0.25 - trained.offset[1]) / trained.scale[1] for n in range(4)]))
+    torch.testing.assert_close(
+        x[:, 1], torch.tensor([(n + 0.25 - trained.offset[1]) / trained.scale[1] for n in range(4)])
+    )
 
 
 def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
@@ -64,12 +72,22 @@ def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
     assert trained.columns == ("a", "b", "c")
     rows = np.random.default_rng(1).normal(3, 2, (5, 3))
     np.save(tmp_path / "plain.npy", rows)
-    np.savetxt(tmp_path / "turned.csv", rows[:, ::-1], delimiter=",", header="c,b,a", comments="", fmt="%.17g")
+    np.savetxt(
+        tmp_path / "turned.csv",
+        rows[:, ::-1],
+        delimiter=",",
+        header="c,b,a",
+        comments="",
+        fmt="%.17g",
+    )
     plain, turned = (
-        read_like(source, str(tmp_path / name), trained).splits["all"].__getitems__(range(5)) for name in ("plain.npy", "turned.csv")
+        read_like(source, str(tmp_path / name), trained).splits["all"].__getitems__(range(5))
+        for name in ("plain.npy", "turned.csv")
     )
     torch.testing.assert_close(turned, plain)
-    again = read_like(None, str(tmp_path / "turned.csv"), DataDescription.from_dict(trained.to_dict()))
+    again = read_like(
+        None, str(tmp_path / "turned.csv"), DataDescription.from_dict(trained.to_dict())
+    )
     torch.testing.assert_close(again.splits["all"].__getitems__(range(5)), plain)
     (tmp_path / "other.csv").write_text("c,b,x\n0.5,1.5,2.5\n")
     with pytest.raises(UserError, match="no column 'a'"):
@@ -80,7 +98,11 @@ def test_images_of_a_folder_are_cut_and_scaled_as_those_of_the_training(tmp_path
     source = photos(tmp_path)
     other = read_like(source, str(tmp_path / "photos"), source.describe()).splits["all"]
     assert len(other) == 10 and other.where(3).endswith("03.png")  # type: ignore[attr-defined]
-    theirs = {str(file): x for split in ("train", "test") for file, x in zip(source.split(split).files, source.split(split), strict=False)}  # type: ignore[attr-defined]
+    theirs = {
+        str(file): x
+        for split in ("train", "test")
+        for file, x in zip(source.split(split).files, source.split(split), strict=False)
+    }  # type: ignore[attr-defined]
     for index in range(10):
         assert torch.equal(other[index], theirs[other.where(index)])  # type: ignore[attr-defined]
 
@@ -96,7 +118,9 @@ def test_images_of_a_folder_are_cut_and_scaled_as_those_of_the_training(tmp_path
         (photos, "wide.npy", "wide.npy"),
     ],
 )
-def test_what_does_not_fit_is_refused(make: Callable[[Path], DataSource], file: str, culprit: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    make: Callable[[Path], DataSource], file: str, culprit: str, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "wide.npy", np.random.default_rng(0).normal(size=(4, 5)))
     source = make(tmp_path)

@@ -1,4 +1,6 @@
-"""Laws that every source obeys: grid and units invert, splits partition and reproduce, checksums follow the content."""
+"""Laws that every source obeys: grid and units invert, splits partition and reproduce, checksums
+follow the content.
+"""
 
 import json
 import pickle
@@ -10,7 +12,19 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from ndm.data import MNIST, Checkerboard, DataSource, Digits, HuggingFace, ImageFolder, Mixture, Pinwheel, Table, TwoMoons, keep_batch
+from ndm.data import (
+    MNIST,
+    Checkerboard,
+    DataSource,
+    Digits,
+    HuggingFace,
+    ImageFolder,
+    Mixture,
+    Pinwheel,
+    Table,
+    TwoMoons,
+    keep_batch,
+)
 from ndm.data.arrays import discrete
 from ndm.data.splits import check_classes, split_by_class
 from ndm.decoder import DiscretizedGaussian, bin_centers, from_grid, to_grid
@@ -62,11 +76,20 @@ def test_pickled_source_gives_the_same_data(source):
 def test_unknown_split_names_the_splits(source):
     with pytest.raises(UserError) as error:
         source.split("nope")
-    assert "'nope'" in str(error.value) and "train, test" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "'nope'" in str(error.value)
+        and "train, test" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_constructors_do_not_read():
-    missing = [MNIST("nowhere"), ImageFolder("nowhere"), Table("nowhere.csv"), HuggingFace("nowhere")]
+    missing = [
+        MNIST("nowhere"),
+        ImageFolder("nowhere"),
+        Table("nowhere.csv"),
+        HuggingFace("nowhere"),
+    ]
     assert all("_loaded" not in source.__dict__ for source in missing)
 
 
@@ -79,7 +102,10 @@ def test_loader_workers_give_the_batches_of_the_split():
 def test_digits_are_the_scikit_learn_images_each_once():
     source = Digits()
     integers = torch.cat(
-        [source.integers(source.split(split).__getitems__(range(size))) for split, size in source.describe().splits.items()]
+        [
+            source.integers(source.split(split).__getitems__(range(size)))
+            for split, size in source.describe().splits.items()
+        ]
     )
     ours = sorted(image.flatten().tolist() for image in integers)
     theirs = sorted(load_digits().data.astype(int).tolist())
@@ -94,15 +120,24 @@ def test_digits_lie_on_the_grid_of_their_decoder():
 
 
 def test_split_of_digits_is_the_published_one():
-    assert Digits().describe().sha256 == "3bdd44ca130b94ade28a7728b0e41fd4b345bd27b4078e0d27914e64b809bc54"
+    assert (
+        Digits().describe().sha256
+        == "3bdd44ca130b94ade28a7728b0e41fd4b345bd27b4078e0d27914e64b809bc54"
+    )
 
 
 def test_digits_of_some_classes_are_those_images():
     source, data = Digits(classes=[7, 3]), load_digits()
-    images = {image.astype(int).tobytes(): digit for image, digit in zip(data.data, data.target, strict=True)}
+    images = {
+        image.astype(int).tobytes(): digit
+        for image, digit in zip(data.data, data.target, strict=True)
+    }
     for split, size in source.describe().splits.items():
         examples = source.split(split)
-        found = [images[image.numpy().tobytes()] for image in source.integers(examples.__getitems__(range(size)))]
+        found = [
+            images[image.numpy().tobytes()]
+            for image in source.integers(examples.__getitems__(range(size)))
+        ]
         assert found == [(7, 3)[label] for label in examples.labels]
 
 
@@ -128,7 +163,12 @@ def test_checksum_follows_pixels_split_and_order_alone():
         return discrete(name, version, arrays, 17).description.sha256
 
     first = checksum(arrays)
-    assert checksum({split: array.astype(np.int64).copy() for split, array in arrays.items()}, "b", "2") == first
+    assert (
+        checksum(
+            {split: array.astype(np.int64).copy() for split, array in arrays.items()}, "b", "2"
+        )
+        == first
+    )
     changed = {split: array.copy() for split, array in arrays.items()}
     changed["test"][1, 7] += 1
     assert checksum(changed) != first
@@ -139,8 +179,15 @@ def test_checksum_follows_pixels_split_and_order_alone():
 
 def test_missing_class_is_named():
     with pytest.raises(UserError) as error:
-        check_classes({"train": np.array([0, 1, 2]), "test": np.array([0, 2])}, ["cat", "dog", "owl"], "pets", "add some")
-    assert "'test'" in str(error.value) and "dog" in str(error.value) and "owl" not in str(error.value)
+        check_classes(
+            {"train": np.array([0, 1, 2]), "test": np.array([0, 2])},
+            ["cat", "dog", "owl"],
+            "pets",
+            "add some",
+        )
+    assert (
+        "'test'" in str(error.value) and "dog" in str(error.value) and "owl" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +197,10 @@ def test_missing_class_is_named():
         (lambda: Digits(seed=-1), "seed=-1"),
         (lambda: Digits(classes=[3, 12]), "[3, 12]"),
         (lambda: Digits(test_fraction=0.001).describe(), "test_fraction=0.001"),
-        (lambda: Digits().integers(torch.zeros(1)) and Mixture(**SMALL).integers(torch.zeros(1)), "mixture is continuous"),
+        (
+            lambda: Digits().integers(torch.zeros(1)) and Mixture(**SMALL).integers(torch.zeros(1)),
+            "mixture is continuous",
+        ),
         (lambda: MNIST("x", limit_train=0), "limit_train=0"),
         (lambda: ImageFolder("x", channels=4), "channels=4"),
         (lambda: ImageFolder("x", size=0), "size=0"),

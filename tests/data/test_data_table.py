@@ -1,4 +1,6 @@
-"""Tables: the same numbers in any format give the same tensors, standardization inverts, and each fault has its message."""
+"""Tables: the same numbers in any format give the same tensors, standardization inverts, and each
+fault has its message.
+"""
 
 import math
 import pickle
@@ -19,7 +21,9 @@ NAMES = ["a", "b", "c"]
 
 def write_csv(path, values=VALUES, names=NAMES):
     lines = [",".join(names)] if names else []
-    path.write_text("\n".join(lines + [",".join(repr(float(cell)) for cell in row) for row in values]) + "\n")
+    path.write_text(
+        "\n".join(lines + [",".join(repr(float(cell)) for cell in row) for row in values]) + "\n"
+    )
     return str(path)
 
 
@@ -58,7 +62,9 @@ def test_standardization_inverts_and_log_scale_moves_the_density(tmp_path):
     x = everything(source, "train").double()
     assert torch.allclose(x.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(x.std(0, correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
-    back = torch.cat([source.to_source_units(everything(source, split).double()) for split in ("train", "test")])
+    back = torch.cat(
+        [source.to_source_units(everything(source, split).double()) for split in ("train", "test")]
+    )
     by_first = back[back[:, 0].argsort()].numpy()
     np.testing.assert_allclose(by_first, VALUES[VALUES[:, 0].argsort()], rtol=1e-5, atol=1e-6)
     # the change of variables of a normal density, in both units
@@ -66,7 +72,8 @@ def test_standardization_inverts_and_log_scale_moves_the_density(tmp_path):
     unit = torch.distributions.Normal(0.0, 1.0)
     ours = unit.log_prob(x).sum(1) - description.log_scale
     moved = torch.distributions.Normal(
-        torch.tensor(description.offset, dtype=torch.float64), torch.tensor(description.scale, dtype=torch.float64)
+        torch.tensor(description.offset, dtype=torch.float64),
+        torch.tensor(description.scale, dtype=torch.float64),
     )
     assert torch.allclose(ours, moved.log_prob(source.to_source_units(x)).sum(1), atol=1e-6)
 
@@ -79,19 +86,29 @@ def test_columns_choose_and_order(tmp_path):
 
 
 def test_own_test_file_and_no_standardization_keep_the_values(tmp_path):
-    train, test = write_npy(tmp_path / "a.npy", VALUES[:30]), write_npy(tmp_path / "b.npy", VALUES[30:])
+    train, test = (
+        write_npy(tmp_path / "a.npy", VALUES[:30]),
+        write_npy(tmp_path / "b.npy", VALUES[30:]),
+    )
     source = Table(train, test_path=test, standardize=False)
     assert torch.equal(everything(source, "test"), torch.from_numpy(VALUES[30:]).float())
-    assert source.describe().log_scale == 0 and source.describe().splits == {"train": 30, "test": 10}
+    assert source.describe().log_scale == 0 and source.describe().splits == {
+        "train": 30,
+        "test": 10,
+    }
     assert torch.equal(
-        everything(Table(train, test_path=test), "train"), everything(pickle.loads(pickle.dumps(Table(train, test_path=test))), "train")
+        everything(Table(train, test_path=test), "train"),
+        everything(pickle.loads(pickle.dumps(Table(train, test_path=test))), "train"),
     )
 
 
 def test_split_is_a_partition_that_the_seed_decides(tmp_path):
     path = write_npy(tmp_path / "a.npy", np.arange(50.0)[:, None])
     parts = [
-        [sorted(everything(Table(path, seed=s, standardize=False), split).flatten().tolist()) for split in ("train", "test")]
+        [
+            sorted(everything(Table(path, seed=s, standardize=False), split).flatten().tolist())
+            for split in ("train", "test")
+        ]
         for s in (0, 0, 1)
     ]
     assert sorted(parts[0][0] + parts[0][1]) == list(range(50))
@@ -104,18 +121,30 @@ def test_integer_arrays_of_any_rank_come_back(tmp_path, num_values, low):
     path = write_npy(tmp_path / "a.npy", values)
     source = Table(path, num_values=num_values, low=low, test_path=path)
     description = source.describe()
-    assert description.kind == "image" and (description.low, description.high) == (low or 0, (low or 0) + num_values - 1)
+    assert description.kind == "image" and (description.low, description.high) == (
+        low or 0,
+        (low or 0) + num_values - 1,
+    )
     x = everything(source, "train")
     assert torch.equal(source.integers(x), torch.from_numpy(values - (low or 0)))
     assert torch.equal(source.to_source_units(x), torch.from_numpy(values).float())
-    flat = Table(write_npy(tmp_path / "flat.npy", values.reshape(20, -1)), num_values=num_values, low=low, event_shape=[2, 3, 3])
+    flat = Table(
+        write_npy(tmp_path / "flat.npy", values.reshape(20, -1)),
+        num_values=num_values,
+        low=low,
+        event_shape=[2, 3, 3],
+    )
     assert flat.describe().sha256 == Table(path, num_values=num_values, low=low).describe().sha256
 
 
 def test_columns_of_whole_numbers(tmp_path):
-    """Integers of a Parquet file are discrete values, or nothing; a CSV file does not say what it holds, so that there is a warning."""
+    """Integers of a Parquet file are discrete values, or nothing; a CSV file does not say what it
+    holds, so that there is a warning.
+    """
     names, values = ["a", "b"], np.random.default_rng(0).integers(0, 5, (30, 2))
-    parquet = Table(write_parquet(tmp_path / "t.parquet", dict(zip(names, values.T, strict=True))), num_values=5)
+    parquet = Table(
+        write_parquet(tmp_path / "t.parquet", dict(zip(names, values.T, strict=True))), num_values=5
+    )
     csv = Table(write_csv(tmp_path / "t.csv", values, names), num_values=5)
     assert parquet.describe().sha256 == csv.describe().sha256
     whole = VALUES.copy()
@@ -146,51 +175,112 @@ def cut(path, size):
 FAULTS = {
     "missing": (lambda d: Table(str(d / "none.csv")), ["none.csv", "does not exist"]),
     "suffix": (lambda d: Table(text(d / "t.xlsx", "")), ["'.xlsx'", ".parquet"]),
-    "nan in csv": (lambda d: Table(write_csv(d / "t.csv", with_cell(4, 1, math.nan))), ["row 4", "'b'", "nan", "finite"]),
-    "inf in npy": (lambda d: Table(write_npy(d / "t.npy", with_cell(7, 2, -math.inf))), ["row 7", "column 2", "-inf"]),
+    "nan in csv": (
+        lambda d: Table(write_csv(d / "t.csv", with_cell(4, 1, math.nan))),
+        ["row 4", "'b'", "nan", "finite"],
+    ),
+    "inf in npy": (
+        lambda d: Table(write_npy(d / "t.npy", with_cell(7, 2, -math.inf))),
+        ["row 7", "column 2", "-inf"],
+    ),
     "null in parquet": (
-        lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5, None], "b": [1.5, 2.5, 3.5]})),
+        lambda d: Table(
+            write_parquet(d / "t.parquet", {"a": [1.5, 2.5, None], "b": [1.5, 2.5, 3.5]})
+        ),
         ["row 2", "'a'", "nan"],
     ),
-    "text column in csv": (lambda d: Table(text(d / "t.csv", "a,b\n1,x\n2,y\n")), ["'b'", "'x'", "row 0", "columns="]),
-    "empty cell in csv": (lambda d: Table(text(d / "t.csv", "a,b\n1,2\n2,\n")), ["'b'", "''", "row 1"]),
-    "text column in parquet": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.0], "b": ["x"]})), ["'b'", "string", "columns="]),
+    "text column in csv": (
+        lambda d: Table(text(d / "t.csv", "a,b\n1,x\n2,y\n")),
+        ["'b'", "'x'", "row 0", "columns="],
+    ),
+    "empty cell in csv": (
+        lambda d: Table(text(d / "t.csv", "a,b\n1,2\n2,\n")),
+        ["'b'", "''", "row 1"],
+    ),
+    "text column in parquet": (
+        lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.0], "b": ["x"]})),
+        ["'b'", "string", "columns="],
+    ),
     "unknown column": (lambda d: Table(write_csv(d / "t.csv"), columns=["a", "z"]), ["'z'", "'c'"]),
-    "unknown number": (lambda d: Table(write_npy(d / "t.npy", VALUES), columns=[3]), ["column 3", "0 to 2"]),
+    "unknown number": (
+        lambda d: Table(write_npy(d / "t.npy", VALUES), columns=[3]),
+        ["column 3", "0 to 2"],
+    ),
     "ragged": (lambda d: Table(text(d / "t.csv", "1,2\n3,4\n5\n")), ["row 2", "1 cells", "2"]),
     "no rows": (lambda d: Table(text(d / "t.csv", "a,b\n")), ["t.csv", "no rows"]),
     "no array rows": (lambda d: Table(write_npy(d / "t.npy", VALUES[:0])), ["(0, 3)"]),
     "one row": (lambda d: Table(write_npy(d / "t.npy", VALUES[:1])), ["test split", "empty"]),
-    "not text": (lambda d: (d / "t.csv").write_bytes(b"\xff\xfe\x81") and Table(str(d / "t.csv")), ["t.csv", "UTF-8"]),
+    "not text": (
+        lambda d: (d / "t.csv").write_bytes(b"\xff\xfe\x81") and Table(str(d / "t.csv")),
+        ["t.csv", "UTF-8"],
+    ),
     "not parquet": (lambda d: Table(text(d / "t.parquet", "hello")), ["t.parquet", "Parquet"]),
     "not numpy": (lambda d: Table(text(d / "t.npy", "hello")), ["t.npy", "cannot be read"]),
     "cut numpy": (lambda d: cut(write_npy(d / "t.npy", VALUES), 200), ["t.npy", "cannot be read"]),
-    "cut zip": (lambda d: np.savez(d / "t.npz", u=VALUES) or cut(str(d / "t.npz"), 200), ["t.npz", "cannot be read"]),
-    "objects": (lambda d: Table(write_npy(d / "t.npy", np.array([[1, "x"]], dtype=object))), ["t.npy", "pickles"]),
+    "cut zip": (
+        lambda d: np.savez(d / "t.npz", u=VALUES) or cut(str(d / "t.npz"), 200),
+        ["t.npz", "cannot be read"],
+    ),
+    "objects": (
+        lambda d: Table(write_npy(d / "t.npy", np.array([[1, "x"]], dtype=object))),
+        ["t.npy", "pickles"],
+    ),
     "strings": (lambda d: Table(write_npy(d / "t.npy", np.array([["x"]]))), ["<U1"]),
-    "keys": (lambda d: np.savez(d / "t.npz", u=VALUES, v=VALUES) or Table(str(d / "t.npz")), ["u, v", "key="]),
-    "wrong key": (lambda d: np.savez(d / "t.npz", u=VALUES) or Table(str(d / "t.npz"), key="w"), ["'w'", "u"]),
-    "integers": (lambda d: Table(write_npy(d / "t.npy", np.arange(6).reshape(3, 2))), ["int64", "num_values="]),
+    "keys": (
+        lambda d: np.savez(d / "t.npz", u=VALUES, v=VALUES) or Table(str(d / "t.npz")),
+        ["u, v", "key="],
+    ),
+    "wrong key": (
+        lambda d: np.savez(d / "t.npz", u=VALUES) or Table(str(d / "t.npz"), key="w"),
+        ["'w'", "u"],
+    ),
+    "integers": (
+        lambda d: Table(write_npy(d / "t.npy", np.arange(6).reshape(3, 2))),
+        ["int64", "num_values="],
+    ),
     "integers in parquet": (
         lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [1, 2]})),
         ["'b'", "int64", "num_values="],
     ),
-    "truth values": (lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [True, False]})), ["'b'", "bool", "columns="]),
+    "truth values": (
+        lambda d: Table(write_parquet(d / "t.parquet", {"a": [1.5, 2.5], "b": [True, False]})),
+        ["'b'", "bool", "columns="],
+    ),
     "above num_values": (
         lambda d: Table(write_npy(d / "t.npy", np.array([[0, 1], [2, 16]])), num_values=16),
         ["16", "row 1", "column 1", "0 to 15"],
     ),
-    "below low": (lambda d: Table(write_npy(d / "t.npy", VALUES), low=-1000, high=10), ["column 1", "-1000 to 10"]),
-    "not whole": (lambda d: Table(write_npy(d / "t.npy", np.array([[0.0], [1.5]])), num_values=4), ["row 1", "1.5", "num_values=4"]),
-    "constant": (lambda d: Table(write_csv(d / "t.csv", VALUES * [1, 0, 1] + [0, 7, 0])), ["'b'", "7", "standardize=False"]),
-    "constant pixel": (lambda d: Table(write_npy(d / "t.npy", VALUES.reshape(-1, 3, 1) * [[1], [0], [1]])), ["(1, 0)"]),
-    "shape": (lambda d: Table(write_npy(d / "t.npy", VALUES), event_shape=[2, 2]), ["(2, 2)", "4", "3"]),
+    "below low": (
+        lambda d: Table(write_npy(d / "t.npy", VALUES), low=-1000, high=10),
+        ["column 1", "-1000 to 10"],
+    ),
+    "not whole": (
+        lambda d: Table(write_npy(d / "t.npy", np.array([[0.0], [1.5]])), num_values=4),
+        ["row 1", "1.5", "num_values=4"],
+    ),
+    "constant": (
+        lambda d: Table(write_csv(d / "t.csv", VALUES * [1, 0, 1] + [0, 7, 0])),
+        ["'b'", "7", "standardize=False"],
+    ),
+    "constant pixel": (
+        lambda d: Table(write_npy(d / "t.npy", VALUES.reshape(-1, 3, 1) * [[1], [0], [1]])),
+        ["(1, 0)"],
+    ),
+    "shape": (
+        lambda d: Table(write_npy(d / "t.npy", VALUES), event_shape=[2, 2]),
+        ["(2, 2)", "4", "3"],
+    ),
     "columns differ": (
-        lambda d: Table(write_csv(d / "t.csv"), test_path=write_csv(d / "u.csv", names=["a", "b", "q"])),
+        lambda d: Table(
+            write_csv(d / "t.csv"), test_path=write_csv(d / "u.csv", names=["a", "b", "q"])
+        ),
         ["u.csv", "'q'", "'c'"],
     ),
     "num_values": (lambda d: Table("t.csv", num_values=1), ["num_values=1"]),
-    "num_values and high": (lambda d: Table("t.csv", num_values=16, high=16), ["num_values=16", "high=15"]),
+    "num_values and high": (
+        lambda d: Table("t.csv", num_values=16, high=16),
+        ["num_values=16", "high=15"],
+    ),
     "range": (lambda d: Table("t.csv", low=3, high=3), ["low=3", "high=3"]),
     "columns twice": (lambda d: Table("t.csv", columns=["a", "a"]), ["columns="]),
 }

@@ -1,4 +1,6 @@
-"""Toy densities against themselves: they integrate to one, their samples follow them, their entropies are right."""
+"""Toy densities against themselves: they integrate to one, their samples follow them, their
+entropies are right.
+"""
 
 import math
 
@@ -9,7 +11,14 @@ from ndm.data import Checkerboard, Mixture, Pinwheel, TwoMoons
 from ndm.errors import UserError
 
 UNEVEN = Mixture([[-1.0, 0.5], [1.0, 0.0], [0.0, -1.0]], [0.3, 0.2, 0.4], [1, 2, 5])
-PLANE = [UNEVEN, Mixture.ring(), Checkerboard(), TwoMoons(), Pinwheel(), Pinwheel(arms=3, rate=-0.5)]
+PLANE = [
+    UNEVEN,
+    Mixture.ring(),
+    Checkerboard(),
+    TwoMoons(),
+    Pinwheel(),
+    Pinwheel(arms=3, rate=-0.5),
+]
 N = 20_000
 
 
@@ -25,7 +34,9 @@ def square_grid(reach: float, step: float) -> torch.Tensor:
 @pytest.mark.parametrize("source", PLANE, ids=named)
 def test_density_integrates_to_one_and_entropy_matches_an_independent_sum(source):
     step = source.cell / 20 if isinstance(source, Checkerboard) else 0.04
-    log_p = source.log_prob(square_grid(80 * step, step) if isinstance(source, Checkerboard) else square_grid(4.0, step))
+    log_p = source.log_prob(
+        square_grid(80 * step, step) if isinstance(source, Checkerboard) else square_grid(4.0, step)
+    )
     assert float(log_p.exp().sum()) * step**2 == pytest.approx(1, abs=1e-5)
     plogp = torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0)
     assert -float(plogp.sum()) * step**2 == pytest.approx(source.entropy(), abs=1e-4)
@@ -41,10 +52,14 @@ def test_samples_follow_the_density(source):
     width = source.cell / 4 if isinstance(source, Checkerboard) else 0.4
     step = width / 8
     fine = square_grid(10 * width, step)
-    expected = N * torch.zeros(400, dtype=torch.float64).index_add(0, square(fine, width), source.log_prob(fine).exp() * step**2)
+    expected = N * torch.zeros(400, dtype=torch.float64).index_add(
+        0, square(fine, width), source.log_prob(fine).exp() * step**2
+    )
     count, large = torch.bincount(square(x, width), minlength=400), expected > 10
     freedom = int(large.sum())
-    assert float(((count - expected) ** 2 / expected)[large].sum()) < freedom + 6 * math.sqrt(2 * freedom)
+    assert float(((count - expected) ** 2 / expected)[large].sum()) < freedom + 6 * math.sqrt(
+        2 * freedom
+    )
 
 
 def square(x: torch.Tensor, width: float) -> torch.Tensor:
@@ -62,12 +77,17 @@ def test_checkerboard_entropy_is_1_715():
 
 
 def test_mixture_moments_are_the_closed_form_in_three_dimensions():
-    means, stds = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.5]], dtype=torch.float64), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    means, stds = (
+        torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.5]], dtype=torch.float64),
+        torch.tensor([0.5, 1.0], dtype=torch.float64),
+    )
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
     source = Mixture(means.tolist(), stds.tolist(), weights.tolist())
     x = source.sample(200_000, torch.Generator().manual_seed(0)).double()
     mean = weights @ means
-    second = torch.einsum("k,ki,kj->ij", weights, means, means) + (weights * stds**2).sum() * torch.eye(3)
+    second = torch.einsum("k,ki,kj->ij", weights, means, means) + (
+        weights * stds**2
+    ).sum() * torch.eye(3)
     covariance = second - torch.outer(mean, mean)
     assert torch.allclose(x.mean(0), mean, atol=0.02)
     assert torch.allclose(x.T.cov(), covariance, atol=0.03)
@@ -85,22 +105,41 @@ def test_one_gaussian_has_the_known_density_and_entropy():
 
 def test_moons_density_is_a_long_riemann_sum_of_gaussians():
     source = TwoMoons(noise=0.07)
-    x = torch.tensor([[0.0, 1.0], [1.0, 0.5], [0.3, -0.4], [2.2, 0.1], [-1.2, -0.1]], dtype=torch.float64)
+    x = torch.tensor(
+        [[0.0, 1.0], [1.0, 0.5], [0.3, -0.4], [2.2, 0.1], [-1.2, -0.1]], dtype=torch.float64
+    )
     angle = (torch.arange(200_000, dtype=torch.float64) + 0.5) * math.pi / 200_000
-    moons = [torch.stack([angle.cos(), angle.sin()], -1), torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)]
+    moons = [
+        torch.stack([angle.cos(), angle.sin()], -1),
+        torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1),
+    ]
     for point, log_p in zip(x, source.log_prob(x), strict=True):
-        density = sum(float(torch.exp(-((point - moon) ** 2).sum(-1) / (2 * 0.07**2)).mean()) for moon in moons) / 2
+        density = (
+            sum(
+                float(torch.exp(-((point - moon) ** 2).sum(-1) / (2 * 0.07**2)).mean())
+                for moon in moons
+            )
+            / 2
+        )
         assert float(log_p) == pytest.approx(math.log(density / (2 * math.pi * 0.07**2)), abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", [Mixture, Checkerboard, TwoMoons, Pinwheel])
 def test_each_split_depends_on_the_seed_and_not_on_the_other_split(kind):
-    first, larger, other = kind(train_size=30, test_size=20), kind(train_size=60, test_size=20), kind(train_size=30, test_size=20, seed=1)
+    first, larger, other = (
+        kind(train_size=30, test_size=20),
+        kind(train_size=60, test_size=20),
+        kind(train_size=30, test_size=20, seed=1),
+    )
     test = first.split("test").__getitems__(range(20))
     assert torch.equal(test, larger.split("test").__getitems__(range(20)))
     assert not torch.equal(test, other.split("test").__getitems__(range(20)))
     assert not torch.equal(test, first.split("train").__getitems__(range(20)))
-    assert first.describe().sha256 == kind(train_size=30, test_size=20).describe().sha256 != other.describe().sha256
+    assert (
+        first.describe().sha256
+        == kind(train_size=30, test_size=20).describe().sha256
+        != other.describe().sha256
+    )
     assert first.to_source_units(test) is test and first.describe().log_scale == 0
 
 

@@ -1,4 +1,6 @@
-"""The fitted reverse process: at its optimum, and the terms that it changes against torch.distributions."""
+"""The fitted reverse process: at its optimum, and the terms that it changes against
+torch.distributions.
+"""
 
 from typing import Any
 
@@ -31,12 +33,17 @@ def network(seed: int) -> MLP:
 
 def model(transform: Transform | None = None) -> NDM:
     transform = randomized(NetworkTransform(network(3)), 0.1) if transform is None else transform
-    return NDM(LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(network(4)), GaussianDecoder()).double()
+    return NDM(
+        LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(network(4)), GaussianDecoder()
+    ).double()
 
 
 def doubles(count: int) -> Points:
     """Two moons' worth of points, float64."""
-    return Points(torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.3]))
+    return Points(
+        torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+        * torch.tensor([1.0, 0.3])
+    )
 
 
 def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reverse: Any) -> Tensor:
@@ -47,7 +54,9 @@ def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reve
         u = (part + uniform(x[:, 0], source)) / parts
         noise = standard_normal(x, source)
         with torch.no_grad():
-            terms.append(diffusion(ndm.process, ndm.predictor, x, u, noise, steps, **reverse).mean())
+            terms.append(
+                diffusion(ndm.process, ndm.predictor, x, u, noise, steps, **reverse).mean()
+            )
     return torch.stack(terms)
 
 
@@ -60,7 +69,14 @@ def test_the_scale_is_at_the_minimum_of_every_part(steps: int) -> None:
     parts = len(scale.values)
     at_best = bound_of(ndm, data, steps, parts, variance_ratio=scale)
     for factor in (0.9, 1.1):
-        assert bool((bound_of(ndm, data, steps, parts, variance_ratio=PiecewiseConstant(scale.values * factor)) > at_best).all())
+        assert bool(
+            (
+                bound_of(
+                    ndm, data, steps, parts, variance_ratio=PiecewiseConstant(scale.values * factor)
+                )
+                > at_best
+            ).all()
+        )
     assert bool((bound_of(ndm, data, steps, parts) > at_best).all())
     excess = scale.values - 1  # with r = 1 + u a step costs D/2 log(1 + u)
     torch.testing.assert_close(at_best, steps * torch.log1p(excess), rtol=1e-9, atol=0)
@@ -71,7 +87,11 @@ def test_the_eta_is_at_the_minimum_of_every_part() -> None:
     eta = best_eta(ndm, data, bins=6, batch_size=64)
     at_best = bound_of(ndm, data, None, 6, eta=eta)
     for factor in (0.93, 1.07):
-        assert bool((bound_of(ndm, data, None, 6, eta=PiecewiseConstant(eta.values * factor)) > at_best).all())
+        assert bool(
+            (
+                bound_of(ndm, data, None, 6, eta=PiecewiseConstant(eta.values * factor)) > at_best
+            ).all()
+        )
     assert float((eta.values - 1).abs().max()) > 0.05, "the transformation must make a difference"
 
 
@@ -89,9 +109,14 @@ def test_the_widened_step_costs_the_divergence_of_two_gaussians() -> None:
     step = torch.floor(u * steps)
     s, t = ndm.schedule(step / steps), ndm.schedule((step + 1) / steps)
     z = ndm.process.marginal(x, t).sample(noise)
-    q, p = ndm.process.posterior(z, x, s, t, 0.8), ndm.process.posterior(z, ndm.predictor(z, t), s, t, 0.8)
+    q, p = (
+        ndm.process.posterior(z, x, s, t, 0.8),
+        ndm.process.posterior(z, ndm.predictor(z, t), s, t, 0.8),
+    )
     wide = p.std * scale.values[step.long()][:, None].sqrt()
-    expected = kl_divergence(Normal(q.mean, q.std.expand_as(z)), Normal(p.mean, wide.expand_as(z))).sum(1)
+    expected = kl_divergence(
+        Normal(q.mean, q.std.expand_as(z)), Normal(p.mean, wide.expand_as(z))
+    ).sum(1)
     torch.testing.assert_close(found, steps * expected, rtol=1e-7, atol=1e-9)
 
 
@@ -103,7 +128,12 @@ def test_a_sampler_takes_the_scale_of_its_step() -> None:
     scale = PiecewiseConstant(torch.tensor([9.0, 4.0], dtype=F64))
     with torch.no_grad():
         mean, plain, wide = (
-            step(reverse, z, t, s, n) for step, n in ((Ancestral(), 0 * noise), (Ancestral(), noise), (Ancestral(1.0, scale), noise))
+            step(reverse, z, t, s, n)
+            for step, n in (
+                (Ancestral(), 0 * noise),
+                (Ancestral(), noise),
+                (Ancestral(1.0, scale), noise),
+            )
         )
     torch.testing.assert_close(wide - mean, 2 * (plain - mean))
     sampler = GridSampler(Ancestral(1.0, scale), 2)

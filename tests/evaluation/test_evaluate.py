@@ -1,6 +1,9 @@
-"""The bound and the likelihood of a data set: right standard errors, and numbers that do not depend on how the work was cut up."""
+"""The bound and the likelihood of a data set: right standard errors, and numbers that do not depend
+on how the work was cut up.
+"""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +11,15 @@ from torch import Tensor
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
-from ndm.evaluation.evaluate import Evaluation, evaluate_bound, neighbor_error
-from ndm.evaluation.tables import Measurement, check_relations, flat_record, markdown_table
+from ndm.evaluation.evaluate import Evaluation, evaluate_bound
+from ndm.evaluation.measurement import (
+    BoundProtocol,
+    LikelihoodProtocol,
+    Measurement,
+    neighbor_error,
+)
+from ndm.evaluation.relations import check_relations
+from ndm.evaluation.tables import flat_record, markdown_table
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.ode import OdeSettings
@@ -27,7 +37,13 @@ def network(seed: int) -> MLP:
 
 def toy_model(steps: int | None = None) -> NDM:
     transform = randomized(NetworkTransform(network(3)), 0.1)
-    return NDM(LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(network(4)), GaussianDecoder(), steps=steps).double()
+    return NDM(
+        LinearLogSNRSchedule(-5.0, 3.0),
+        transform,
+        Predictor(network(4)),
+        GaussianDecoder(),
+        steps=steps,
+    ).double()
 
 
 def points(count: int, seed: int = 0) -> Points:
@@ -39,20 +55,35 @@ def test_the_standard_error_covers(steps: int | None) -> None:
     model, size, runs = toy_model(), 64, 250
     truth = Evaluation(model, points(8_000, 12345), seed=99).nelbo(steps, 16).nats
     for draws in (1, 4):
-        found = [Evaluation(model, points(size, run), seed=run).nelbo(steps, draws) for run in range(runs)]
-        means, errors = torch.tensor([one.nats for one in found]), torch.tensor([one.stderr for one in found])
-        assert float(means.std() / errors.square().mean().sqrt()) == pytest.approx(1, abs=0.15), "neither too small nor too large"
+        found = [
+            Evaluation(model, points(size, run), seed=run).nelbo(steps, draws)
+            for run in range(runs)
+        ]
+        means, errors = (
+            torch.tensor([one.nats for one in found]),
+            torch.tensor([one.stderr for one in found]),
+        )
+        assert float(means.std() / errors.square().mean().sqrt()) == pytest.approx(1, abs=0.15), (
+            "neither too small nor too large"
+        )
         assert abs(float(means.mean()) - truth) < 4 * float(means.std()) / math.sqrt(runs)
 
 
 def test_stratification_over_the_data_lowers_the_error_and_the_error_says_so() -> None:
     predictor = Predictor(network(4), target="x")  # whose loss grows like exp(-gamma) towards t = 0
-    model = NDM(LinearLogSNRSchedule(-5.0, 3.0), NetworkTransform(network(3)), predictor, GaussianDecoder()).double()
+    model = NDM(
+        LinearLogSNRSchedule(-5.0, 3.0), NetworkTransform(network(3)), predictor, GaussianDecoder()
+    ).double()
     data, numbers = points(64), list(range(64))
     stratified = [Evaluation(model, data, seed=seed).nelbo(None, 1) for seed in range(150)]
     with torch.no_grad():
         plain = [
-            float(model.bound(data.x, steps=None, draws=1, generator=ExampleGenerators(seed, numbers)).total.mean()) for seed in range(150)
+            float(
+                model.bound(
+                    data.x, steps=None, draws=1, generator=ExampleGenerators(seed, numbers)
+                ).total.mean()
+            )
+            for seed in range(150)
         ]
     ours, theirs = torch.tensor([one.nats for one in stratified]).std(), torch.tensor(plain).std()
     assert float(ours) < 0.75 * float(theirs)
@@ -65,17 +96,26 @@ def test_stratification_over_the_data_lowers_the_error_and_the_error_says_so() -
 def test_neighbor_error_of_independent_values_is_the_usual_one() -> None:
     values = torch.randn(20_000, dtype=F64, generator=torch.Generator().manual_seed(0)) * 3
     assert neighbor_error(values) == pytest.approx(3 / math.sqrt(20_000), rel=0.03)
-    assert neighbor_error(torch.linspace(0, 1, 1001, dtype=F64)) < 1e-4, "a trend over the order is not noise"
+    assert neighbor_error(torch.linspace(0, 1, 1001, dtype=F64)) < 1e-4, (
+        "a trend over the order is not noise"
+    )
     assert math.isnan(neighbor_error(torch.zeros(1)))
 
 
 def test_few_steps_are_all_visited_equally() -> None:
     found = Evaluation(toy_model(), points(10)).nelbo(10, 16)
-    assert found.protocol["time_samples_per_example"] == 20
-    assert Evaluation(toy_model(), points(10)).nelbo(100, 16).protocol["time_samples_per_example"] == 16
+    assert found.protocol.time_samples_per_example == 20
+    assert (
+        Evaluation(toy_model(), points(10)).nelbo(100, 16).protocol.time_samples_per_example == 16
+    )
     model, x = toy_model(), points(3000).x
     with torch.no_grad():
-        once = [model.bound(x, steps=3, draws=3, generator=torch.Generator().manual_seed(s)).diffusion.mean() for s in range(2)]
+        once = [
+            model.bound(
+                x, steps=3, draws=3, generator=torch.Generator().manual_seed(s)
+            ).diffusion.mean()
+            for s in range(2)
+        ]
     assert once[0] != once[1], "only the noise differs"
 
 
@@ -84,7 +124,12 @@ def test_batches_leave_the_numbers_alone() -> None:
     settings = OdeSettings(solver="rk4", nodes=8)
 
     def all_of(evaluation: Evaluation) -> list[Measurement]:
-        return [evaluation.nelbo(draws=2), evaluation.nelbo(5, 2), evaluation.nelbo_iw(3, 2), evaluation.nll(2, settings=settings)]
+        return [
+            evaluation.nelbo(draws=2),
+            evaluation.nelbo(5, 2),
+            evaluation.nelbo_iw(3, 2),
+            evaluation.nll(2, settings=settings),
+        ]
 
     whole, small = all_of(Evaluation(model, data)), all_of(Evaluation(model, data, batch_size=4))
     for one, other in zip(whole, small, strict=True):
@@ -96,19 +141,46 @@ def test_a_limit_is_spread_over_the_split_and_stands_in_the_record() -> None:
     model, data = toy_model(), points(20)
     whole, part = Evaluation(model, data), Evaluation(model, data, limit=5)
     assert part.numbers == [0, 4, 8, 12, 16]
-    settings = OdeSettings(rtol=1e-6, atol=1e-6, nodes=8)  # whose steps depend on what is solved together, within the tolerance
-    torch.testing.assert_close(part.nll(settings=settings).values, whole.nll(settings=settings).values[::4], rtol=1e-4, atol=1e-4)
-    protocol = part.nelbo(draws=1).protocol
+    settings = OdeSettings(
+        rtol=1e-6, atol=1e-6, nodes=8
+    )  # whose steps depend on what is solved together, within the tolerance
+    torch.testing.assert_close(
+        part.nll(settings=settings).values,
+        whole.nll(settings=settings).values[::4],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    protocol = part.nelbo(draws=1).protocol.to_dict()
     assert (protocol["num_examples"], protocol["split_size"], protocol["limit"]) == (5, 20, 5)
     assert Evaluation(model, data, limit=100).numbers == list(range(20))
 
 
 def test_the_record_says_how_each_number_came_about() -> None:
-    evaluation = Evaluation(toy_model(), points(12), seed=4, about={"data": "points", "split": "test", "data_sha256": "a" * 64})
-    numbers = [evaluation.nelbo(draws=3), evaluation.nelbo(7, 3), evaluation.nelbo_iw(3, 2), evaluation.nll(2)]
-    shared = "data split data_sha256 num_examples split_size seed batch_size dtype device seconds versions parameters scale"
-    own = ["time_samples_per_example steps eta", "time_samples_per_example steps reverse_variance", "steps importance_samples nfe_mean"]
-    own.append("dequantization importance_samples solver rtol atol probes nodes nfe_mean half_the_nodes_shift_bpd reversibility")
+    evaluation = Evaluation(
+        toy_model(),
+        points(12),
+        seed=4,
+        about={"data": "points", "split": "test", "data_sha256": "a" * 64},
+    )
+    numbers = [
+        evaluation.nelbo(draws=3),
+        evaluation.nelbo(7, 3),
+        evaluation.nelbo_iw(3, 2),
+        evaluation.nll(2),
+    ]
+    shared = (
+        "data split data_sha256 num_examples split_size seed batch_size dtype device seconds"
+        " versions parameters scale"
+    )
+    own = [
+        "time_samples_per_example steps eta",
+        "time_samples_per_example steps reverse_variance",
+        "steps importance_samples nfe_mean",
+    ]
+    own.append(
+        "dequantization importance_samples solver rtol atol probes nodes nfe_mean"
+        " half_the_nodes_shift_bpd reversibility"
+    )
     for one, keys in zip(numbers, own, strict=True):
         record = one.to_dict()
         assert set((shared + " " + keys).split()) <= set(record), one.name
@@ -121,47 +193,90 @@ def test_the_record_says_how_each_number_came_about() -> None:
     assert flat_record([ten])["nelbo_discrete_bpd"] == {"10": ten.bpd}
     assert flat_record([ten])["nelbo_bpd"] == ten.bpd
     assert flat["nll_bpd"] == numbers[3].bpd
-    assert flat["nfe_mean"] == numbers[3].protocol["nfe_mean"] > 50
-    assert flat["nelbo_bpd"] == pytest.approx(flat["prior_bpd"] + flat["diffusion_bpd"] + flat["reconstruction_bpd"], abs=1e-12)
-    assert numbers[3].protocol["one_sample_bpd"] >= numbers[3].bpd
-    assert numbers[3].protocol["reversibility"]["rms_error"] < 1e-2
+    assert flat["nfe_mean"] == numbers[3].protocol.nfe_mean > 50
+    assert flat["nelbo_bpd"] == pytest.approx(
+        flat["prior_bpd"] + flat["diffusion_bpd"] + flat["reconstruction_bpd"], abs=1e-12
+    )
+    assert numbers[3].protocol.one_sample_bpd >= numbers[3].bpd
+    assert numbers[3].protocol.reversibility["rms_error"] < 1e-2
     table = markdown_table(numbers).splitlines()
     assert len(table) == 6
     assert len({row.count(" | ") for row in table[2:]}) == 1
 
 
-def measurement(name: str, values: list[float], steps: int | None = None) -> Measurement:
-    protocol = {"steps": steps, "probes": 4, "solver": "rk4", "dequantization": "variational"}
-    protocol |= {"half_the_nodes_shift_bpd": 0.002, "half_the_nodes_shift_bpd_stderr": 0.001}
-    return Measurement(name, torch.tensor(values, dtype=F64), 0.1, 1, protocol)
+SHARED: dict[str, Any] = {
+    "about": {},
+    "num_examples": 200,
+    "split_size": 200,
+    "limit": None,
+    "scale": "",
+    "seed": 0,
+    "batch_size": 8,
+    "processes": 1,
+    "parameters": 1,
+    "dtype": "float64",
+    "device": "cpu",
+    "seconds": 0.0,
+    "versions": {},
+}
+
+
+def bound(values: Tensor, steps: int | None = None, **options: Any) -> Measurement:
+    protocol = BoundProtocol(**SHARED, eta=1.0, reverse_variance="v")
+    return Measurement("nelbo", values, 0.1, 1, protocol, steps=steps, **options)
+
+
+def likelihood(
+    values: Tensor, shift: float = 0.002, dequantization: str = "variational"
+) -> Measurement:
+    protocol = LikelihoodProtocol(
+        **SHARED,
+        dequantization=dequantization,
+        solver="rk4",
+        rtol=None,
+        atol=None,
+        nodes=8,
+        probes=4,
+        probe="rademacher",
+        nfe_mean=1.0,
+        one_sample_bpd=0.0,
+        one_sample_bpd_stderr=0.0,
+        half_the_nodes_shift_bpd=shift,
+        half_the_nodes_shift_bpd_stderr=0.001,
+        reversibility=None,
+    )
+    return Measurement("nll", values, 0.1, 1, protocol, importance_samples=1)
 
 
 def test_relations_between_numbers() -> None:
     base = torch.randn(200, dtype=F64, generator=torch.Generator().manual_seed(0))
     noise = 0.01 * torch.randn(200, dtype=F64, generator=torch.Generator().manual_seed(1))
-    limit, good = measurement("nelbo", base.tolist()), measurement("nll", (base - 0.1 + noise).tolist())
-    bad = measurement("nll", (base + 0.1 + noise).tolist())
+    limit, good = bound(base, as_trained=True), likelihood(base - 0.1 + noise)
+    above = base + 0.1 + noise
     assert [check.holds for check in check_relations([limit, good])] == [True, True]
-    checks = check_relations([limit, bad])
-    assert [check.holds for check in checks] == [False, True]
-    bad.protocol["half_the_nodes_shift_bpd"] = -0.2
-    assert [check.holds for check in check_relations([limit, bad])] == [False, False]
-    bad.protocol["dequantization"] = "uniform"
-    assert [check.holds for check in check_relations([limit, bad])] == [False], "a box is not the decoder of the bound"
-    trained = measurement("nelbo", base.tolist(), 10)
-    assert [check.holds for check in check_relations([trained, measurement("nelbo_iw", (base - 0.1).tolist(), 10)])] == [True]
-    fitted = measurement("nelbo_discrete_calibrated", base.tolist(), 10)
-    assert [check.holds for check in check_relations([fitted, measurement("nelbo_iw_calibrated", (base + 0.1).tolist(), 10)])] == [False]
-    assert "NO" in checks[0].text
-    coarse, fine = (measurement("nelbo_discrete", (base + gap + noise).tolist(), steps) for gap, steps in ((1.0, 10), (0.1, 100)))
+    checks = check_relations([limit, likelihood(above)])
+    assert [check.holds for check in checks] == [False, True] and "NO" in checks[0].text
+    coarse_nodes = check_relations([limit, likelihood(above, shift=-0.2)])
+    assert [check.holds for check in coarse_nodes] == [False, False]
+    box = check_relations([limit, likelihood(above, -0.2, "uniform")])
+    assert [check.holds for check in box] == [False], "a box is not the decoder of the bound"
+    trained, weighted = (
+        bound(base, 10, as_trained=True),
+        bound(base - 0.1, 10, importance_samples=4),
+    )
+    assert [check.holds for check in check_relations([trained, weighted])] == [True]
+    fitted = bound(base, 10, fitted=True)
+    worse = bound(base + 0.1, 10, fitted=True, importance_samples=4)
+    assert [check.holds for check in check_relations([fitted, worse])] == [False]
+    coarse, fine = (bound(base + gap + noise, steps) for gap, steps in ((1.0, 10), (0.1, 100)))
     assert all(check.holds for check in check_relations([limit, coarse, fine]))
-    stuck = measurement("nelbo_discrete", (base + 0.9 + noise).tolist(), 100)
+    stuck = bound(base + 0.9 + noise, 100)
     assert [check.holds for check in check_relations([limit, coarse, stuck])] == [True, True, False]
-    below = measurement("nelbo_discrete", (base - 0.2 + noise).tolist(), 100)
+    below = bound(base - 0.2 + noise, 100)
     assert not check_relations([limit, below])[0].holds
-    worse = measurement("nelbo_iw", (base + 2.0).tolist(), 10)
+    worse = bound(base + 2.0, 10, importance_samples=4)
     assert [check.holds for check in check_relations([coarse, worse])] == [False]
-    assert check_relations([measurement("nelbo", [1.0]), measurement("nll", [2.0])]) == []
+    assert check_relations([bound(base[:1], as_trained=True), likelihood(base[:1])]) == []
 
 
 def test_a_fit_is_made_once_for_all_numbers_of_its_steps() -> None:
@@ -205,7 +320,11 @@ def test_nothing_to_evaluate_and_bounds_that_are_not_finite_are_refused() -> Non
 
 def test_discrete_data_are_measured_on_their_integers() -> None:
     grid = DiscretizedGaussian(256)
-    model = NDM(LinearLogSNRSchedule(40.0, 41.0), NetworkTransform(network(3)), Predictor(network(4)), grid).double()
+    model = NDM(
+        LinearLogSNRSchedule(40.0, 41.0), NetworkTransform(network(3)), Predictor(network(4)), grid
+    ).double()
     x = Points(grid.values[torch.arange(40).reshape(20, 2) * 6])
-    assert Evaluation(model, x).nelbo(draws=2).bpd == pytest.approx(8.0, rel=1e-6), "a uniform model of bytes costs eight bits"
-    assert "256 values" in Evaluation(model, x).nelbo(draws=1).protocol["scale"]
+    assert Evaluation(model, x).nelbo(draws=2).bpd == pytest.approx(8.0, rel=1e-6), (
+        "a uniform model of bytes costs eight bits"
+    )
+    assert "256 values" in Evaluation(model, x).nelbo(draws=1).protocol.scale

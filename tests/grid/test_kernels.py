@@ -1,4 +1,6 @@
-"""Bayes' rule over a grid's values: its own backward pass against finite differences, once and twice, in several blocks."""
+"""Bayes' rule over a grid's values: its own backward pass against finite differences, once and
+twice, in several blocks.
+"""
 
 from collections.abc import Callable
 
@@ -35,11 +37,20 @@ def both() -> list[tuple[Callable[..., object], tuple[Tensor, ...]]]:
     for name, value in given.items():
         value.requires_grad_(name != "v")
     embedding = torch.randn(7, 2, dtype=F64, requires_grad=True)
-    return [(kernels.value_posteriors, (given["s"], given["w"], embedding)), (kernels.posterior_mean, tuple(given.values()))]
+    return [
+        (kernels.value_posteriors, (given["s"], given["w"], embedding)),
+        (kernels.posterior_mean, tuple(given.values())),
+    ]
 
 
-@pytest.mark.parametrize("numbers", [1, 2 * 7, 3 * 7, 2 * 3 * 7, 5 * 3 * 7], ids=["place", "two places", "example", "two examples", "all"])
-def test_gradients_are_those_of_finite_differences(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    [1, 2 * 7, 3 * 7, 2 * 3 * 7, 5 * 3 * 7],
+    ids=["place", "two places", "example", "two examples", "all"],
+)
+def test_gradients_are_those_of_finite_differences(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "_CPU_BLOCK", numbers)
     for function, arguments in both():
         assert torch.autograd.gradcheck(function, arguments)
@@ -51,8 +62,13 @@ def test_gradients_of_some_inputs_alone(wanted: list[int], monkeypatch: pytest.M
     for function, arguments in both():
         some = [index for index in wanted if index < len(arguments)]
         if some:
-            alone = [value.detach().requires_grad_(index in some) for index, value in enumerate(arguments)]
-            assert torch.autograd.gradcheck(function, alone) and torch.autograd.gradgradcheck(function, alone)
+            alone = [
+                value.detach().requires_grad_(index in some)
+                for index, value in enumerate(arguments)
+            ]
+            assert torch.autograd.gradcheck(function, alone) and torch.autograd.gradgradcheck(
+                function, alone
+            )
 
 
 def test_gradients_can_be_differentiated_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,16 +78,25 @@ def test_gradients_can_be_differentiated_again(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_features_in_half_precision_change_little() -> None:
-    """Their product with the weight is rounded, and nothing else; gradients come in the precision of each input."""
+    """Their product with the weight is rounded, and nothing else; gradients come in the precision
+    of each input.
+    """
     given = {name: value.float() for name, value in inputs().items()}
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         leaves = {
-            name: value.to(dtype if name == "features" else torch.float32).requires_grad_(name != "v") for name, value in given.items()
+            name: (
+                value.to(dtype if name == "features" else torch.float32).requires_grad_(name != "v")
+            )
+            for name, value in given.items()
         }
         x = kernels.posterior_mean(**leaves)
-        gradients = torch.autograd.grad(x.square().sum(), [leaf for name, leaf in leaves.items() if name != "v"])
-        assert [one.dtype for one in gradients] == [leaf.dtype for name, leaf in leaves.items() if name != "v"]
+        gradients = torch.autograd.grad(
+            x.square().sum(), [leaf for name, leaf in leaves.items() if name != "v"]
+        )
+        assert [one.dtype for one in gradients] == [
+            leaf.dtype for name, leaf in leaves.items() if name != "v"
+        ]
         found.append((x, *gradients))
     for single, half in zip(*found, strict=True):
         assert float((single - half).norm().detach() / single.norm().detach()) < 2e-2

@@ -1,4 +1,6 @@
-"""Soft rounding to the grid of the data against sums over the whole grid and posteriors in closed form."""
+"""Soft rounding to the grid of the data against sums over the whole grid and posteriors in closed
+form.
+"""
 
 import math
 from dataclasses import replace
@@ -31,30 +33,40 @@ def with_weights(rounding: Rounding, log_weights: Tensor) -> Rounding:
 @pytest.mark.parametrize("num_values", [2, 17, 256])
 @pytest.mark.parametrize("width", [0.02, 0.1, 0.3, 0.7, 0.99, 1.0, 1.5])
 def test_soft_rounding_is_the_mean_over_the_grid(num_values: int, width: float) -> None:
-    """Over all of an endless grid whose values beyond the data have the weight of the last; weights fade out as the width reaches the spacing, where
-    the mean is m itself."""
+    """Over all of an endless grid whose values beyond the data have the weight of the last; weights
+    fade out as the width reaches the spacing, where the mean is m itself.
+    """
     generator = torch.Generator().manual_seed(0)
     spacing, m = 2 / num_values, 1.5 * torch.randn(200, 1, dtype=F64, generator=generator)
     log_weights = (
         2 * torch.randn(num_values + 10, dtype=F64, generator=generator) * (width < 0.5)
     )  # far values count less the narrower the width
     number = torch.arange(-40 * num_values, 40 * num_values, dtype=F64)
-    grid, log_w = (number + 0.5) * spacing - 1, log_weights[(number + 5).clamp(0, num_values + 9).long()]
+    grid, log_w = (
+        (number + 0.5) * spacing - 1,
+        log_weights[(number + 5).clamp(0, num_values + 9).long()],
+    )
     log_w, grid = log_w[grid.abs() < 16], grid[grid.abs() < 16]
     logits = -0.5 * ((m - grid) / (width * spacing)) ** 2 + max(0, 1 - width**2) * log_w
     level = noise(torch.full((200,), width, dtype=F64), num_values)
     found = with_weights(Rounding(num_values), log_weights)(m, level)
-    torch.testing.assert_close(found[:, 0], torch.softmax(logits, dim=1) @ grid, rtol=0, atol=1e-6 * spacing)
+    torch.testing.assert_close(
+        found[:, 0], torch.softmax(logits, dim=1) @ grid, rtol=0, atol=1e-6 * spacing
+    )
 
 
 def test_a_pixel_of_known_frequencies_is_predicted_by_its_posterior_mean() -> None:
-    """The network says nothing (v = 0 would be alpha z; here x̂ = z/alpha), the weights are the frequencies, the noise is low: no error beats it."""
+    """The network says nothing (v = 0 would be alpha z; here x̂ = z/alpha), the weights are the
+    frequencies, the noise is low: no error beats it.
+    """
     num_values, frequencies = 4, torch.tensor([0.7, 0.2, 0.0999, 0.0001], dtype=F64)
     predictor = Predictor(Constant(torch.zeros(2000, 1, dtype=F64)), "eps", num_values).double()
     with torch.no_grad():
         predictor.rounding.weights.fill_(-20.0)  # type: ignore[union-attr]
         predictor.rounding.weights[5:-5] = frequencies.log() / 5  # type: ignore[index]
-    level = LinearLogSNRSchedule(-4.0, 5.0)(torch.zeros(2000, dtype=F64))  # s = 0.135, the spacing 0.5
+    level = LinearLogSNRSchedule(-4.0, 5.0)(
+        torch.zeros(2000, dtype=F64)
+    )  # s = 0.135, the spacing 0.5
     z = torch.linspace(-1.2, 1.2, 2000, dtype=F64)[:, None] * level.alpha[:, None]
     m, s = z / level.alpha[:, None], float(level.sigma[0] / level.alpha[0])
     values = ndm.DiscretizedGaussian(num_values).values
@@ -64,7 +76,9 @@ def test_a_pixel_of_known_frequencies_is_predicted_by_its_posterior_mean() -> No
 
 
 def test_derivatives_are_those_of_the_formula() -> None:
-    """Forward and backward, with latents that are too noisy to be rounded among them, within the grid and far beyond."""
+    """Forward and backward, with latents that are too noisy to be rounded among them, within the
+    grid and far beyond.
+    """
     generator = torch.Generator().manual_seed(0)
     rounding = with_weights(Rounding(6), torch.randn(16, dtype=F64, generator=generator))
     level = noise(torch.tensor([0.1, 1.3, 0.4, 0.7], dtype=F64), 6)
@@ -97,10 +111,14 @@ def test_every_weight_takes_part_whatever_the_noise() -> None:
 
 
 def test_latents_without_signal_or_without_noise_have_finite_gradients() -> None:
-    level = replace(ndm.FlowMatchingSchedule()(torch.tensor([0.0, 1.0])), sigma=torch.tensor([0.0, 1.0]))
+    level = replace(
+        ndm.FlowMatchingSchedule()(torch.tensor([0.0, 1.0])), sigma=torch.tensor([0.0, 1.0])
+    )
     seen = torch.full((2, 1, 3, 3), 0.25, requires_grad=True)
     predictor, z = Predictor(Constant(seen), "x", 4), torch.zeros(2, 1, 3, 3, requires_grad=True)
     found = predictor(z, level)
     torch.testing.assert_close(found, seen)
-    for value in torch.autograd.grad(found.sum(), [seen, z, *predictor.parameters()], allow_unused=True):
+    for value in torch.autograd.grad(
+        found.sum(), [seen, z, *predictor.parameters()], allow_unused=True
+    ):
         assert value is None or bool(value.isfinite().all())

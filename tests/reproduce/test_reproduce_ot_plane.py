@@ -1,4 +1,6 @@
-"""Optimal transport in the plane: the known map, the two bounds on W2, and the smallest run from end to end."""
+"""Optimal transport in the plane: the known map, the two bounds on W2, and the smallest run from
+end to end.
+"""
 
 import json
 import math
@@ -22,8 +24,13 @@ def test_the_optimal_map_makes_the_data_and_is_the_gradient_of_a_convex_function
     moved = optimal(z.flip(0))
     assert bool((((moved - x) * (z.flip(0) - z)).sum(1) >= -1e-9).all()), "monotone"
     step = 1e-5
-    here, right, up = (optimal(z[:500] + shift) for shift in (torch.zeros(2), torch.tensor([step, 0]), torch.tensor([0, step])))
-    torch.testing.assert_close((right - here)[:, 1] / step, (up - here)[:, 0] / step, rtol=0, atol=0.02)
+    here, right, up = (
+        optimal(z[:500] + shift)
+        for shift in (torch.zeros(2), torch.tensor([step, 0]), torch.tensor([0, step]))
+    )
+    torch.testing.assert_close(
+        (right - here)[:, 1] / step, (up - here)[:, 0] / step, rtol=0, atol=0.02
+    )
 
 
 def test_the_density_along_the_axes_is_a_product() -> None:
@@ -31,7 +38,9 @@ def test_the_density_along_the_axes_is_a_product() -> None:
     expected = torch.zeros(200, dtype=F64)
     for axis, (means, weights) in enumerate(AXES):
         terms = [
-            math.log(w) - 0.5 * ((u[:, axis] - m) / 0.5) ** 2 - math.log(0.5 * math.sqrt(2 * math.pi))
+            math.log(w)
+            - 0.5 * ((u[:, axis] - m) / 0.5) ** 2
+            - math.log(0.5 * math.sqrt(2 * math.pi))
             for m, w in zip(means, weights, strict=True)
         ]
         expected += torch.stack(terms).logsumexp(0)
@@ -65,4 +74,6 @@ def test_the_smallest_run(tmp_path: Path) -> None:
     assert results["figures"] == ["trajectories", "map"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*")}
     assert main(words) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*")} == before, "what is trained is read"
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*")
+    } == before, "what is trained is read"

@@ -1,4 +1,6 @@
-"""The compiled training bound: one graph, the same numbers, and a way back where the compiler fails."""
+"""The compiled training bound: one graph, the same numbers, and a way back where the compiler
+fails.
+"""
 
 import copy
 from collections.abc import Callable
@@ -18,22 +20,49 @@ from ndm.train.config import add_model
 from ndm.transform import Transform
 
 ConfigWriter = Callable[..., Path]
-CONFIGS = sorted(path for path in (Path(ndm.__file__).parent / "configs").glob("*.yaml") if "model:" in path.read_text())
-ALIKE = ("imagenet32", "imagenet64", "two_moons", "celebahq64")  # small ones of these are those of cifar10 and checkerboard
-SMALL = {"channels": 8, "multiples": [1], "blocks": 1, "hidden": 8, "embedding": 2, "histogram": 2, "context": 4, "outputs": 3}
-UNDER = "ignore:The .grad attribute of a Tensor that is not a leaf"  # the tracer looks at every input
+CONFIGS = sorted(
+    path
+    for path in (Path(ndm.__file__).parent / "configs").glob("*.yaml")
+    if "model:" in path.read_text()
+)
+ALIKE = (
+    "imagenet32",
+    "imagenet64",
+    "two_moons",
+    "celebahq64",
+)  # small ones of these are those of cifar10 and checkerboard
+SMALL = {
+    "channels": 8,
+    "multiples": [1],
+    "blocks": 1,
+    "hidden": 8,
+    "embedding": 2,
+    "histogram": 2,
+    "context": 4,
+    "outputs": 3,
+}
+UNDER = (  # the tracer looks at every input
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 
 
 def tiny(transform: Transform) -> ndm.NDM:
     torch.manual_seed(0)
-    return ndm.NDM(ndm.LinearLogSNRSchedule(-6, 4), transform, ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1)), ndm.GaussianDecoder())
+    return ndm.NDM(
+        ndm.LinearLogSNRSchedule(-6, 4),
+        transform,
+        ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1)),
+        ndm.GaussianDecoder(),
+    )
 
 
 def shrunk(value: Any) -> Any:
     """A configuration with small networks of the same build."""
     if not isinstance(value, dict):
         return value
-    small = {key: SMALL[key] if key in SMALL and item else shrunk(item) for key, item in value.items()}
+    small = {
+        key: SMALL[key] if key in SMALL and item else shrunk(item) for key, item in value.items()
+    }
     if isinstance(value.get("attention"), list):
         small["attention"] = [True]
     return small
@@ -49,7 +78,11 @@ def of_configuration(path: Path) -> tuple[ndm.NDM, Tensor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    first = model.transform.network if isinstance(model.transform, ndm.Encoder) else model.predictor.network
+    first = (
+        model.transform.network
+        if isinstance(model.transform, ndm.Encoder)
+        else model.predictor.network
+    )
     if isinstance(first, ndm.nn.MLP):
         shape = (4, 1, 8, 8) if first.dims == 64 else (4, first.dims)
     else:
@@ -64,7 +97,11 @@ def losses_and_gradients(model: ndm.NDM, terms: TermsFunction, x: Tensor) -> dic
     model.zero_grad()
     found = terms(x, draw)
     found.loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return {"loss": found.loss.detach().clone(), "means": found.means.clone(), **gradients}
 
 
@@ -73,13 +110,19 @@ def _draw(model: ndm.NDM, x: Tensor) -> ndm.elbo.BoundDraw:
 
 
 @pytest.mark.filterwarnings(UNDER)
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in ALIKE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem not in ALIKE], ids=lambda path: path.stem
+)
 def test_the_bound_of_every_configuration_is_one_graph_with_the_same_gradients(path: Path) -> None:
-    """Forward and backward, with a compiler that only traces, the time derivative of a general F included."""
+    """Forward and backward, with a compiler that only traces, the time derivative of a general F
+    included.
+    """
     model, x = of_configuration(path)
     torch.compiler.reset()
     expected = losses_and_gradients(model, training_terms(model), x)
-    found = losses_and_gradients(model, compiled(training_terms(model), fullgraph=True, backend="aot_eager"), x)
+    found = losses_and_gradients(
+        model, compiled(training_terms(model), fullgraph=True, backend="aot_eager"), x
+    )
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = 1e-6 + float(value.abs().max())
@@ -147,17 +190,38 @@ def broken(*_: object, **__: object) -> Callable[..., Any]:
 
 
 def test_where_the_compiler_fails_training_goes_on_with_one_line(
-    write_config: ConfigWriter, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    write_config: ConfigWriter,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, weights = write_config(), []
     monkeypatch.setattr(torch, "compile", broken)
     for name, flag in (("without", "false"), ("with", "true")):
         capfd.readouterr()
-        assert main(["train", "--config", str(config), "--out", str(tmp_path / name), "--train.compile", flag]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    "--config",
+                    str(config),
+                    "--out",
+                    str(tmp_path / name),
+                    "--train.compile",
+                    flag,
+                ]
+            )
+            == 0
+        )
         said = [line for line in capfd.readouterr().err.splitlines() if "compile" in line]
         assert len(said) == (flag == "true")
-        assert all("RuntimeError: no C++ compiler was found" in line and "goes on uncompiled" in line for line in said)
-        weights.append(torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+        assert all(
+            "RuntimeError: no C++ compiler was found" in line and "goes on uncompiled" in line
+            for line in said
+        )
+        weights.append(
+            torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        )
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -196,11 +260,20 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_a_trial_leaves_buffers_as_they_were_and_clears_gradients(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", (lambda function, **_: lambda *args: function(*args)) if works else broken)
+def test_a_trial_leaves_buffers_as_they_were_and_clears_gradients(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "compile", (lambda function, **_: lambda *args: function(*args)) if works else broken
+    )
     torch.manual_seed(0)
     network, x = Counting(), torch.ones(4, 2)
-    model = ndm.NDM(ndm.LinearLogSNRSchedule(-6, 4), ndm.Identity(), ndm.Predictor(network), ndm.GaussianDecoder())
+    model = ndm.NDM(
+        ndm.LinearLogSNRSchedule(-6, 4),
+        ndm.Identity(),
+        ndm.Predictor(network),
+        ndm.GaussianDecoder(),
+    )
     terms = training_terms(model)
     terms(x, model.draw(x)).loss.backward()
     before, calls, ran = copy.deepcopy(model.state_dict()), int(network.count), []

@@ -34,15 +34,26 @@ def separable() -> ndm.NDM:
 
 def general() -> ndm.NDM:
     predictor = ndm.Predictor(UNet(1, 16, (1, 2), attention=True))
-    return ndm.NDM(ndm.LinearLogSNRSchedule(-6.5, 5.0), ndm.GatedTransform(UNet(1, 8, (1,))), predictor, ndm.DiscretizedGaussian(17))
+    return ndm.NDM(
+        ndm.LinearLogSNRSchedule(-6.5, 5.0),
+        ndm.GatedTransform(UNet(1, 8, (1,))),
+        predictor,
+        ndm.DiscretizedGaussian(17),
+    )
 
 
 def transformer() -> ndm.NDM:
     predictor = ndm.Predictor(ndm.nn.DiT(1, 2, 64, 2, 2))
-    return ndm.NDM(ndm.LinearLogSNRSchedule(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(17))
+    return ndm.NDM(
+        ndm.LinearLogSNRSchedule(-6.5, 5.0), ndm.Identity(), predictor, ndm.DiscretizedGaussian(17)
+    )
 
 
-MODELS: dict[str, Callable[[], ndm.NDM]] = {"separable": separable, "general": general, "transformer": transformer}
+MODELS: dict[str, Callable[[], ndm.NDM]] = {
+    "separable": separable,
+    "general": general,
+    "transformer": transformer,
+}
 
 
 def made(name: str) -> tuple[ndm.NDM, Tensor]:
@@ -54,11 +65,17 @@ def made(name: str) -> tuple[ndm.NDM, Tensor]:
     return model, Digits().split("train").__getitems__(range(32))
 
 
-def numbers(model: ndm.NDM, terms: TermsFunction, x: Tensor, draw: ndm.elbo.BoundDraw) -> dict[str, Tensor]:
+def numbers(
+    model: ndm.NDM, terms: TermsFunction, x: Tensor, draw: ndm.elbo.BoundDraw
+) -> dict[str, Tensor]:
     model.zero_grad()
     found = terms(x, draw)
     found.loss.backward()
-    gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return {"means": found.means.cpu(), **gradients}
 
 
@@ -81,7 +98,9 @@ def test_the_bound_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
     model, x = made(name)
     draw = model.draw(x)
     expected = numbers(model, training_terms(model), x, draw)
-    moved = type(draw)(**{key: None if value is None else value.cuda() for key, value in vars(draw).items()})
+    moved = type(draw)(
+        **{key: None if value is None else value.cuda() for key, value in vars(draw).items()}
+    )
     close(numbers(model.cuda(), training_terms(model), x.cuda(), moved), expected, 2e-3)
 
 
@@ -104,7 +123,11 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     """PyTorch raises an error where the host would wait."""
     model, x = made(name)
     model, x = model.cuda(), x.cuda()
-    optimizer, watch, terms = torch.optim.AdamW(model.parameters(), 1e-4, fused=True), Watch(), training_terms(model)
+    optimizer, watch, terms = (
+        torch.optim.AdamW(model.parameters(), 1e-4, fused=True),
+        Watch(),
+        training_terms(model),
+    )
     for step in range(3):
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
@@ -122,16 +145,26 @@ def test_a_step_waits_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_learns_compiled(optimizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_training_learns_compiled(
+    optimizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model, data = separable(), Digits()
     x = data.split("test").__getitems__(range(64))
     before = float(model.bound(x, draws=8).total.mean().detach())
     settings = TrainSettings(
-        steps=60, batch_size=64, accelerator="gpu", devices=1, precision="bf16-mixed", compile=True, optimizer=optimizer
+        steps=60,
+        batch_size=64,
+        accelerator="gpu",
+        devices=1,
+        precision="bf16-mixed",
+        compile=True,
+        optimizer=optimizer,
     )
     fit(RunParts(model, data, settings), Run(tmp_path), 0)
     assert "cannot be compiled" not in capfd.readouterr().err
     assert float(model.cpu().bound(x, draws=8).total.mean().detach()) < 0.7 * before
     kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True, map_location="cpu")
-    assert kept["global_step"] == 60 and all(bool(value.isfinite().all()) for value in kept["state_dict"].values())
+    assert kept["global_step"] == 60 and all(
+        bool(value.isfinite().all()) for value in kept["state_dict"].values()
+    )

@@ -14,7 +14,9 @@ def plan(**changes: int) -> list[list[int]]:
 
 
 def test_every_pass_visits_every_example_once() -> None:
-    stream = [index for batch in plan(steps=23) for index in batch]  # 115 positions are five passes over 23 examples
+    stream = [
+        index for batch in plan(steps=23) for index in batch
+    ]  # 115 positions are five passes over 23 examples
     for start in range(0, len(stream), 23):
         assert sorted(stream[start : start + 23]) == list(range(23))
     assert stream[:23] != stream[23:46]
@@ -32,7 +34,12 @@ def test_processes_and_accumulated_batches_split_the_same_stream() -> None:
     assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)] == whole
     ranks = [plan(size=3, accumulate=2, processes=2, rank=rank) for rank in range(2)]
     for step, batch in enumerate(whole):
-        assert [index for part in range(2) for rank in range(2) for index in ranks[rank][2 * step + part]] == batch
+        assert [
+            index
+            for part in range(2)
+            for rank in range(2)
+            for index in ranks[rank][2 * step + part]
+        ] == batch
 
 
 def test_the_length_of_the_run_does_not_depend_on_where_it_resumes() -> None:

@@ -33,12 +33,16 @@ def test_the_likelihood_of_a_data_set_and_its_bound_are_measured() -> None:
     measured = Evaluation(ours, data)
     bound = measured.nelbo(draws=16)
     assert bound.name == "nelbo" and math.isfinite(bound.nats)
-    terms = ours.bound(data.x.repeat(64, 1), draws=8, generator=torch.Generator().manual_seed(0)).total
-    assert abs(bound.nats - terms.mean().item()) < 5 * (bound.stderr + terms.std().item() / math.sqrt(len(terms)))
+    terms = ours.bound(
+        data.x.repeat(64, 1), draws=8, generator=torch.Generator().manual_seed(0)
+    ).total
+    assert abs(bound.nats - terms.mean().item()) < 5 * (
+        bound.stderr + terms.std().item() / math.sqrt(len(terms))
+    )
     likelihood = measured.nll(settings=COARSE, reverse_check=4)
     expected = -ours.log_likelihood(data.x, settings=COARSE).log_p
     assert likelihood.nats == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert likelihood.protocol["reversibility"]["rms_error"] < 0.1
+    assert likelihood.protocol.reversibility["rms_error"] < 0.1
 
 
 def test_a_fitted_eta_is_better() -> None:
@@ -46,7 +50,10 @@ def test_a_fitted_eta_is_better() -> None:
     eta = best_eta(ours, data, bins=4)
     options: dict[str, Any] = {"draws": 32}
     bounds = [
-        ours.bound(data.x, eta=e, generator=torch.Generator().manual_seed(0), **options).diffusion.mean() for e in (eta, 1.0, 0.8, 1.25)
+        ours.bound(
+            data.x, eta=e, generator=torch.Generator().manual_seed(0), **options
+        ).diffusion.mean()
+        for e in (eta, 1.0, 0.8, 1.25)
     ]
     assert all(bounds[0].item() < other.item() for other in bounds[1:])
 
@@ -54,19 +61,33 @@ def test_a_fitted_eta_is_better() -> None:
 def test_images_and_a_grid_of_values(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = lambda **more: UNet(1, 8, (1, 2), max_frequency=2.0, **more)  # noqa: E731
-    parts = LearnedSchedule(-8.0, 4.0), SeparableTransform(net(outputs=3)), NetworkScale(net(), "bridge"), Predictor(net())
+    parts = (
+        LearnedSchedule(-8.0, 4.0),
+        SeparableTransform(net(outputs=3)),
+        NetworkScale(net(), "bridge"),
+        Predictor(net()),
+    )
     ours = NFDM(*parts, DiscretizedGaussian(4), eta=0.9)
     randomized(ours, 0.05).float().eval()
     x = DiscretizedGaussian(4).values[torch.randint(4, (3, 1, 6, 6))].float()
     ours.save_pretrained(tmp_path / "model")
     back = NFDM.from_pretrained(tmp_path / "model")
-    assert type(back) is NFDM and (back.eta, back.scale.gate, back.scale.one_at_end) == (0.9, "bridge", True)  # type: ignore[union-attr]
+    assert type(back) is NFDM and (back.eta, back.scale.gate, back.scale.one_at_end) == (
+        0.9,
+        "bridge",
+        True,
+    )  # type: ignore[union-attr]
     with pytest.raises(UserError, match="holds a NFDM, not a NDM"):
         NDM.from_pretrained(tmp_path / "model")
-    first, second = (m.bound(x, draws=2, generator=torch.Generator().manual_seed(0)).total for m in (ours, back))
+    first, second = (
+        m.bound(x, draws=2, generator=torch.Generator().manual_seed(0)).total for m in (ours, back)
+    )
     assert torch.equal(first, second) and bool(first.isfinite().all())
     for method in ("sde", "ode"):
-        assert torch.equal(ours.sample((2, 1, 6, 6), method, steps=4, seed=0), back.sample((2, 1, 6, 6), method, steps=4, seed=0))
+        assert torch.equal(
+            ours.sample((2, 1, 6, 6), method, steps=4, seed=0),
+            back.sample((2, 1, 6, 6), method, steps=4, seed=0),
+        )
 
 
 class Twice(nn.Module):
@@ -87,7 +108,11 @@ REFUSED: dict[str, Callable[[], object]] = {
     "network": lambda: NetworkScale(3),  # type: ignore[arg-type]
     "shape": lambda: NetworkScale(Twice())(X, LinearLogSNRSchedule()(X[:, 0])),
     "no signal": lambda: model(FlowMatchingSchedule(0.05, 0.0)),
-    "the SDE without signal": lambda: model(FlowMatchingSchedule(0.05, 0.0), learned_scale("bridge")).sample((2, 2), "sde"),
+    "the SDE without signal": (
+        lambda: model(FlowMatchingSchedule(0.05, 0.0), learned_scale("bridge")).sample(
+            (2, 2), "sde"
+        )
+    ),
     "eta": lambda: model(eta=0.0),
 }
 
@@ -101,5 +126,9 @@ def test_what_it_cannot_do_is_refused_in_one_line(what: str) -> None:
 
 def test_without_signal_a_bridge_has_a_bound_and_an_ode() -> None:
     ours = model(FlowMatchingSchedule(0.05, 0.0), learned_scale("bridge"))
-    assert bool(ours.bound(batch()[0], draws=8, generator=torch.Generator().manual_seed(0)).total.isfinite().all())
+    assert bool(
+        ours.bound(batch()[0], draws=8, generator=torch.Generator().manual_seed(0))
+        .total.isfinite()
+        .all()
+    )
     assert bool(ours.sample((2, 2), "ode", steps=5, seed=0).isfinite().all())

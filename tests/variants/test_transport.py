@@ -1,4 +1,6 @@
-"""Displacement interpolation: its density and its equation of motion, the bound against closed forms and above the exact likelihood."""
+"""Displacement interpolation: its density and its equation of motion, the bound against closed
+forms and above the exact likelihood.
+"""
 
 import math
 from typing import Any
@@ -22,7 +24,10 @@ from ndm.variants.nfdm import NetworkScale
 from ndm.variants.transport import TransportNDM, TransportReverse
 from oracles import F64, FormulaCurve, randomized
 
-SCHEDULES: dict[str, Any] = {"linear": lambda: LinearLogSNRSchedule(-5.0, 0.5), "flow": lambda: FlowMatchingSchedule(0.1, 0.4)}
+SCHEDULES: dict[str, Any] = {
+    "linear": lambda: LinearLogSNRSchedule(-5.0, 0.5),
+    "flow": lambda: FlowMatchingSchedule(0.1, 0.4),
+}
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 with_and_without_scale = pytest.mark.parametrize("scaled", [False, True])
 
@@ -34,8 +39,19 @@ def bent_map(seed: int = 1) -> MonotoneMap:
 def model(schedule: Schedule | None = None, scaled: bool = False) -> TransportNDM:
     torch.manual_seed(0)
     transform = randomized(SeparableTransform(MLP(1, hidden=8, blocks=1, outputs=3)), 0.2)
-    scale = randomized(NetworkScale(MLP(1, hidden=8, blocks=1, max_frequency=2.0)), 0.2) if scaled else None
-    made = TransportNDM(schedule or LinearLogSNRSchedule(-5.0, 0.5), transform, bent_map(), GaussianDecoder(), scale, eta_parts=4).double()
+    scale = (
+        randomized(NetworkScale(MLP(1, hidden=8, blocks=1, max_frequency=2.0)), 0.2)
+        if scaled
+        else None
+    )
+    made = TransportNDM(
+        schedule or LinearLogSNRSchedule(-5.0, 0.5),
+        transform,
+        bent_map(),
+        GaussianDecoder(),
+        scale,
+        eta_parts=4,
+    ).double()
     with torch.no_grad():
         made.log_eta.copy_(torch.tensor([0.1, -0.2, 0.3, 0.2]))
     return made.eval()
@@ -74,7 +90,9 @@ def test_a_convex_map_has_its_jacobian_and_its_lines(dims: int) -> None:
     transport = convex_map(dims)
     zeta, r = torch.randn(30, dims, dtype=F64), torch.rand(30, dtype=F64)
     value, jacobian = transport.with_jacobian(zeta)
-    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(lambda one: transport(one[None])[0]))(zeta), jacobian)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.jacrev(lambda one: transport(one[None])[0]))(zeta), jacobian
+    )
     assert torch.linalg.eigvalsh(jacobian).min() > 0
     z = transport.interpolate(zeta, r)[0]
     torch.testing.assert_close(transport.origin(z, r), zeta, rtol=0, atol=1e-9)
@@ -96,7 +114,9 @@ def test_a_convex_map_of_pairs_on_a_line_is_a_monotone_map() -> None:
     with torch.no_grad():
         convex.shift.copy_(monotone.shift[None])
         convex.log_slope.copy_(monotone.log_slope)
-        convex.direction.copy_(torch.tensor([1.0, -1.0])[:, None, None])  # tanh(u) = weight of exp(u) less that of exp(-u)
+        convex.direction.copy_(
+            torch.tensor([1.0, -1.0])[:, None, None]
+        )  # tanh(u) = weight of exp(u) less that of exp(-u)
         convex.log_height.copy_(monotone.log_height)
         convex.log_steepness.copy_(monotone.log_steepness)
         bend = monotone.log_steepness.exp() * monotone.center
@@ -117,15 +137,21 @@ def test_a_new_convex_map_is_about_a_multiple(dims: int) -> None:
 
 def test_a_line_that_is_not_found_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndm.variants.monotone._NEWTON_STEPS", 1)
-    with pytest.raises(ArithmeticError, match="at 1 point"):  # at r = 1 the map is the identity, which takes no step
-        bent_map().origin(torch.tensor([[0.5], [0.5]], dtype=F64), torch.tensor([1.0, 0.0], dtype=F64))
+    with pytest.raises(
+        ArithmeticError, match="at 1 point"
+    ):  # at r = 1 the map is the identity, which takes no step
+        bent_map().origin(
+            torch.tensor([[0.5], [0.5]], dtype=F64), torch.tensor([1.0, 0.0], dtype=F64)
+        )
 
 
 def test_jacobian_density_and_score_are_those_of_the_change_of_variables() -> None:
     transport, r = bent_map(), torch.rand(40, dtype=F64)
     zeta = torch.randn(40, 1, dtype=F64, requires_grad=True)
     value, jacobian = transport.with_jacobian(zeta)
-    torch.testing.assert_close(torch.autograd.grad(value.sum(), zeta)[0], jacobian[..., 0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(value.sum(), zeta)[0], jacobian[..., 0], rtol=1e-10, atol=1e-12
+    )
     z = transport.interpolate(zeta, r)[0].detach().requires_grad_()
     found = transport.interpolant(z, r)
     torch.testing.assert_close(found.origin, zeta, rtol=0, atol=1e-9)
@@ -145,7 +171,9 @@ def test_gradients_of_what_is_found_are_those_of_the_inverse() -> None:
 
     def reading() -> Tensor:
         found = transport.interpolant(z, r)
-        return (found.velocity * torch.tensor([[1.0], [2.0], [3.0]], dtype=F64) + torch.sin(found.score)).sum()
+        return (
+            found.velocity * torch.tensor([[1.0], [2.0], [3.0]], dtype=F64) + torch.sin(found.score)
+        ).sum()
 
     for parameter in transport.parameters():
         (gradient,) = torch.autograd.grad(reading(), parameter)
@@ -156,7 +184,9 @@ def test_gradients_of_what_is_found_are_those_of_the_inverse() -> None:
                 flat[index] += shift
                 around.append(reading().item())
             flat[index] -= step
-            assert gradient.reshape(-1)[index].item() == pytest.approx((around[1] - around[0]) / (2 * step), rel=1e-6, abs=1e-7)
+            assert gradient.reshape(-1)[index].item() == pytest.approx(
+                (around[1] - around[0]) / (2 * step), rel=1e-6, abs=1e-7
+            )
 
 
 # The reverse process
@@ -165,9 +195,14 @@ def test_gradients_of_what_is_found_are_those_of_the_inverse() -> None:
 @every_schedule
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.5])
 def test_the_marginals_solve_the_equation_of_fokker_and_planck(schedule: str, eta: float) -> None:
-    """∂_t log p + ∂_z b + b ∂_z log p + ½ g² (∂²_z log p + (∂_z log p)²) = 0, time running backward; and log p is that of the lines."""
+    """∂_t log p + ∂_z b + b ∂_z log p + ½ g² (∂²_z log p + (∂_z log p)²) = 0, time running
+    backward; and log p is that of the lines.
+    """
     reverse = model(SCHEDULES[schedule]()).reverse_process
-    z, t = torch.randn(30, 1, dtype=F64, requires_grad=True), (0.02 + 0.96 * torch.rand(30, dtype=F64)).requires_grad_()
+    z, t = (
+        torch.randn(30, 1, dtype=F64, requires_grad=True),
+        (0.02 + 0.96 * torch.rand(30, dtype=F64)).requires_grad_(),
+    )
     level = reverse.process.schedule(t)
     found, drift = reverse.interpolant(z, level), reverse.drift(z, level, eta)
     (by_t,) = torch.autograd.grad(found.log_p.sum(), t, retain_graph=True)
@@ -197,9 +232,18 @@ def test_samples_of_the_sde_have_the_density_of_the_lines() -> None:
     z = torch.randn(4000, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = made.transport(z).sort(0).values
-        found = GridSampler(Euler(1.0), 100)(made.reverse_process, z, torch.Generator().manual_seed(1)).sort(0).values
+        found = (
+            GridSampler(Euler(1.0), 100)(made.reverse_process, z, torch.Generator().manual_seed(1))
+            .sort(0)
+            .values
+        )
         wrong = z.sort(0).values
-    assert (found - expected).square().mean().sqrt().item() < 0.1 < 0.2 < (wrong - expected).square().mean().sqrt().item()
+    assert (
+        (found - expected).square().mean().sqrt().item()
+        < 0.1
+        < 0.2
+        < (wrong - expected).square().mean().sqrt().item()
+    )
 
 
 def test_a_sample_is_the_image_of_the_prior_and_the_decoder() -> None:
@@ -209,7 +253,10 @@ def test_a_sample_is_the_image_of_the_prior_and_the_decoder() -> None:
     level = made.process.level(0.0, z)
     expected = made.decoder.sample(made.transport(z), level, generator)
     assert torch.equal(made.sample(shape, seed=4), expected.detach())
-    lines = made.predict(made.transport.interpolate(z, made.reverse_process.clock(made.process.level(0.4, z))[0])[0], 0.4)
+    lines = made.predict(
+        made.transport.interpolate(z, made.reverse_process.clock(made.process.level(0.4, z))[0])[0],
+        0.4,
+    )
     torch.testing.assert_close(lines, made.transport(z), rtol=0, atol=1e-9)
 
 
@@ -223,7 +270,9 @@ def test_the_integrand_is_the_squared_difference_of_the_drifts(schedule: str, sc
     x, noise, u = noises(30)
     u = u.clamp(min=0.02)
     for eta in (0.5, 1.0, 1.7):
-        found = diffusion_integrand(made.reverse_process, made.process.curve(x), Draw(u, noise), None, eta).bound
+        found = diffusion_integrand(
+            made.reverse_process, made.process.curve(x), Draw(u, noise), None, eta
+        ).bound
         level = made.process.schedule(u)
         z = made.process.marginal(x, level).sample(noise)
         drifts = made.process.drift(z, x, level, eta) - made.reverse_process.drift(z, level, eta)
@@ -243,7 +292,9 @@ class AffineMap(TransportMap):
 
 
 class Matching(Transform):
-    """The F that gives q(z_t) the marginals of an affine map's lines for x ~ N(m, S²): c (x - m) + (1 - r) m/alpha."""
+    """The F that gives q(z_t) the marginals of an affine map's lines for x ~ N(m, S²): c (x - m) +
+    (1 - r) m/alpha.
+    """
 
     data_at_zero = False
 
@@ -256,7 +307,11 @@ class Matching(Transform):
         ends = self.schedule(t.new_tensor([0.0, 1.0])).sigma.square()
         r = (level.sigma**2 - ends[0]) / (ends[1] - ends[0])
         spread = (1 - r) * self.transport.slope + r
-        return torch.sqrt(spread**2 - level.sigma**2) / (level.alpha * self.std), (1 - r) * self.transport.mean / level.alpha, level
+        return (
+            torch.sqrt(spread**2 - level.sigma**2) / (level.alpha * self.std),
+            (1 - r) * self.transport.mean / level.alpha,
+            level,
+        )
 
     def curve(self, x: Tensor) -> Curve:
         def value(level: NoiseLevel) -> Tensor:
@@ -264,7 +319,9 @@ class Matching(Transform):
             return gain[:, None] * (x - self.transport.mean) + offset[:, None]
 
         def derivative(level: NoiseLevel) -> Tensor:
-            return torch.func.jvp(lambda t: value(self.schedule(t)), (level.t,), (torch.ones_like(level.t),))[1]  # type: ignore[misc]
+            return torch.func.jvp(
+                lambda t: value(self.schedule(t)), (level.t,), (torch.ones_like(level.t),)
+            )[1]  # type: ignore[misc]
 
         return FormulaCurve(x, value, derivative)
 
@@ -287,18 +344,29 @@ class ExactEta(PiecewiseConstant):
         return self.transform.eta(t, self.factor)
 
 
-def gaussian_bound(schedule: Schedule, mean: float, std: float, slope: float, factor: float = 1.0) -> float:
+def gaussian_bound(
+    schedule: Schedule, mean: float, std: float, slope: float, factor: float = 1.0
+) -> float:
     """E[NELBO] by cubature, exact in x and noise; Gauss-Legendre panels in t."""
     transport = AffineMap(mean, slope)
     transform = Matching(schedule, transport, std)
     made = TransportNDM(schedule, transform, transport, GaussianDecoder()).double()
     panels = 200
-    edge = torch.arange(panels, dtype=F64)[:, None] + 0.5 + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)
+    edge = (
+        torch.arange(panels, dtype=F64)[:, None]
+        + 0.5
+        + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)
+    )
     points = math.sqrt(2) * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=F64)
     u = (edge.flatten() / panels).repeat_interleave(4)
-    x, noise = (mean + std * points[:, :1]).repeat(2 * panels, 1), points[:, 1:].repeat(2 * panels, 1)
+    x, noise = (
+        (mean + std * points[:, :1]).repeat(2 * panels, 1),
+        points[:, 1:].repeat(2 * panels, 1),
+    )
     eta = ExactEta(transform, factor)
-    terms = diffusion_integrand(made.reverse_process, made.process.curve(x), Draw(u, noise), None, eta).bound.mean()
+    terms = diffusion_integrand(
+        made.reverse_process, made.process.curve(x), Draw(u, noise), None, eta
+    ).bound.mean()
     ends = prior_term(made.process, x) + reconstruction_term(made.process, made.decoder, x, noise)
     return (terms + ends.mean()).item()
 
@@ -322,14 +390,20 @@ def test_the_bound_is_tight_for_a_gaussian_but_for_the_decoder(schedule: str, sl
 
 
 def exact_log_prob(made: TransportNDM, x: Tensor) -> Tensor:
-    """log p(x), the decoder integrated out by Gauss-Legendre panels over ζ; of the density of T(ζ) nothing is used."""
+    """log p(x), the decoder integrated out by Gauss-Legendre panels over ζ; of the density of T(ζ)
+    nothing is used.
+    """
     edges = torch.linspace(-9, 9, 4001, dtype=F64)
-    zeta = torch.stack([edges[:-1] + (edges[1] - edges[0]) * (0.5 + shift / math.sqrt(12)) for shift in (-1, 1)]).flatten()[:, None]
+    zeta = torch.stack(
+        [edges[:-1] + (edges[1] - edges[0]) * (0.5 + shift / math.sqrt(12)) for shift in (-1, 1)]
+    ).flatten()[:, None]
     level = made.process.level(0.0, x[:1])
     with torch.no_grad():
         mean = made.transport(zeta)[:, 0] / level.alpha
     width = level.sigma / level.alpha
-    log_joint = -0.5 * zeta[:, 0] ** 2 - 0.5 * ((x - mean) / width) ** 2 - torch.log(2 * math.pi * width)
+    log_joint = (
+        -0.5 * zeta[:, 0] ** 2 - 0.5 * ((x - mean) / width) ** 2 - torch.log(2 * math.pi * width)
+    )
     return torch.logsumexp(log_joint, 1) + math.log(18 / len(zeta))
 
 
@@ -339,7 +413,9 @@ def test_the_bound_lies_above_the_exact_likelihood(scaled: bool) -> None:
     made = model(scaled=scaled)
     x = torch.tensor([-2.5, -0.8, 0.0, 0.9, 2.2], dtype=F64)[:, None]
     with torch.no_grad():
-        draws = made.bound(x.repeat_interleave(3000, 0), draws=2, generator=torch.Generator().manual_seed(0)).total.reshape(5, -1)
+        draws = made.bound(
+            x.repeat_interleave(3000, 0), draws=2, generator=torch.Generator().manual_seed(0)
+        ).total.reshape(5, -1)
     exact = -exact_log_prob(made, x)
     assert bool((draws.mean(1) + 4 * draws.std(1) / draws.shape[1] ** 0.5 > exact).all())
     assert bool((draws.mean(1) < exact + 60).all())
@@ -361,7 +437,11 @@ def test_the_likelihood_tends_to_the_exact_one() -> None:
 def test_every_part_learns_from_the_bound() -> None:
     made = model(scaled=True)
     made.bound(noises(64)[0]).loss.mean().backward()
-    silent = [name for name, value in made.named_parameters() if value.grad is None or not bool(value.grad.abs().sum() > 0)]
+    silent = [
+        name
+        for name, value in made.named_parameters()
+        if value.grad is None or not bool(value.grad.abs().sum() > 0)
+    ]
     assert silent == []
 
 
@@ -370,7 +450,11 @@ def test_every_part_learns_from_the_bound() -> None:
 
 def test_what_it_is_not_for_is_refused() -> None:
     made, x = model(), torch.zeros(2, 1, dtype=F64)
-    for call in (lambda: made.bound(x, steps=10), lambda: made.sample((2, 1), "ancestral"), lambda: made.sample((2, 1), "ddim")):
+    for call in (
+        lambda: made.bound(x, steps=10),
+        lambda: made.sample((2, 1), "ancestral"),
+        lambda: made.sample((2, 1), "ddim"),
+    ):
         with pytest.raises(UserError, match="continuous time"):
             call()
     with pytest.raises(UserError, match="no ODE is solved"):
@@ -391,7 +475,9 @@ def test_it_is_saved_and_read(tmp_path: Any) -> None:
     again = load_model(tmp_path)[0]
     assert isinstance(again, TransportNDM)
     x = noises(5)[0].float()
-    one, other = (m.bound(x, draws=1, generator=torch.Generator().manual_seed(0)).total for m in (made, again))
+    one, other = (
+        m.bound(x, draws=1, generator=torch.Generator().manual_seed(0)).total for m in (made, again)
+    )
     assert torch.equal(one, other)
 
 

@@ -3,12 +3,15 @@ r"""Value and time derivative of a network in one pass, by forward-mode automati
 .. math::
     (x, t) \mapsto \bigl(f(x, t),\; \partial_t f(x, t)\bigr)
 
-One Jacobian-vector product with tangent 1 in t. Both results can be differentiated backward in the parameters, in x and in t.
+One Jacobian-vector product with tangent 1 in t. Both results can be differentiated backward in the
+parameters, in x and in t.
 
-PyTorch's fused layer, group and instance norms give a right derivative here but a silently WRONG gradient of that derivative: their saved
-mean and deviation count as constants (pytorch/pytorch#196700, #196699, also measured by ``tests/test_forward_mode.py``). So within
+PyTorch's fused layer, group and instance norms give a right derivative here but a silently WRONG
+gradient of that derivative: their saved mean and deviation count as constants
+(pytorch/pytorch#196700, #196699, also measured by ``tests/test_forward_mode.py``). So within
 :func:`time_derivative` these norms run as plain formulas, whichever module calls them, and so does ``glu``, which has no second
-derivative; attention takes its unfused path. Convolution, group norm and SiLU, of which U-Nets are made, have rules of their own in
+derivative; attention takes its unfused path. Convolution, group norm and SiLU, of which U-Nets are
+made, have rules of their own in
 :mod:`ndm.autodiff.rules`, for speed; within another transform of torch.func they, too, run as plain formulas.
 """
 
@@ -31,17 +34,22 @@ Network = Callable[[Tensor, Tensor], Tensor]
 """Anything that maps ``(x, t)`` of shapes ``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
 
 
-def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = None) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`f(x, t)` and :math:`\partial_t f(x, t)` at fixed x, from one forward-mode pass.
+def time_derivative(
+    network: Network, x: Tensor, t: Tensor, name: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`f(x, t)` and :math:`\partial_t f(x, t)` at fixed x, from one forward-mode
+    pass.
 
-    Both can be differentiated again, by autograd and within ``grad``, ``vjp``, ``jacrev``, ``jvp``, ``jacfwd`` and ``vmap`` of torch.func,
-    itself included (the second derivative in t), as far as the network can. For networks in channels_last, such as
+    Both can be differentiated again, by autograd and within ``grad``, ``vjp``, ``jacrev``, ``jvp``,
+    ``jacfwd`` and ``vmap`` of torch.func, itself included (the second derivative in t), as far as
+    the network can. For networks in channels_last, such as
     :class:`ndm.nn.UNet`, ``vmap`` straight over the inputs fails with or without this derivative, and so do gradients of several outputs at
-    once (``is_grads_batched``) of the derivative. Within ``torch.autograd.forward_ad.dual_level`` PyTorch has no
-    second forward level: use ``torch.func.jvp`` there.
+    once (``is_grads_batched``) of the derivative. Within ``torch.autograd.forward_ad.dual_level``
+    PyTorch has no second forward level: use ``torch.func.jvp`` there.
 
     Args:
-        network: maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``; each example may depend on its own time only.
+        network: maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``; each example may depend on
+            its own time only.
         x: ``(B, *event)``.
         t: ``(B,)``.
         name: what to call the network in an error; its class by default.
@@ -50,34 +58,52 @@ def time_derivative(network: Network, x: Tensor, t: Tensor, name: str | None = N
         Value and derivative, each ``(B, *event)``.
 
     Raises:
-        ForwardModeError: the network holds an operation that forward mode cannot pass, or cannot within what is around this call; the
-            message names the mend.
+        ForwardModeError: the network holds an operation that forward mode cannot pass, or cannot
+            within what is around this call; the message names the mend.
     """
     t = t.contiguous()  # tangents are written in place, which an expanded tensor cannot take
-    if torch.compiler.is_compiling():  # layers of ndm.nn are plain formulas then; other networks are not compiled
+    if (
+        torch.compiler.is_compiling()
+    ):  # layers of ndm.nn are plain formulas then; other networks are not compiled
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[return-value]
     within = nesting() or NOTHING
     try:
         with _plainly():
-            value, derivative = torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[misc]
+            value, derivative = torch.func.jvp(
+                lambda time: network(x, time), (t,), (torch.ones_like(t),)
+            )  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        # An error of the network itself is raised here as it is. Fused norms and attention may fail in what is around this call.
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"), contextlib.nullcontext() if within == NOTHING else _plainly():
+        # An error of the network itself is raised here as it is. Fused norms and attention may fail
+        # in what is around this call.
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(action="ignore"),
+            contextlib.nullcontext() if within == NOTHING else _plainly(),
+        ):
             network(x, t)
-        what, reason = f"the network {name or type(network).__name__} works but cannot be differentiated in t", " ".join(str(error).split())
+        what, reason = (
+            f"the network {name or type(network).__name__} works but cannot be differentiated in t",
+            " ".join(str(error).split()),
+        )
         if within != NOTHING:
-            around = "forward_ad.dual_level" if not within.transforms else f"torch.func ({within.innermost.lower()} is the innermost)"
+            around = (
+                "forward_ad.dual_level"
+                if not within.transforms
+                else f"torch.func ({within.innermost.lower()} is the innermost)"
+            )
             raise ForwardModeError(
-                f"{what} within another transform, of {around} ({reason[:160]}); if it can be without, take the outer derivative by "
-                "torch.autograd.grad or torch.func.jvp, and pass a batch instead of vmap"
+                f"{what} within another transform, of {around} ({reason[:160]}); if it can be"
+                " without, take the outer derivative by torch.autograd.grad or torch.func.jvp, and"
+                " pass a batch instead of vmap"
             ) from error
         raise ForwardModeError(
-            f"{what} by forward-mode AD ({reason[:160]}); train in discrete time (steps=T), which needs no time derivative, or replace the "
-            "operation: F.scaled_dot_product_attention for nn.MultiheadAttention and fused attention, group norm for batch norm, "
-            "no torch.utils.checkpoint inside, no leaving PyTorch"
+            f"{what} by forward-mode AD ({reason[:160]}); train in discrete time (steps=T), which"
+            " needs no time derivative, or replace the operation: F.scaled_dot_product_attention"
+            " for nn.MultiheadAttention and fused attention, group norm for batch norm, no"
+            " torch.utils.checkpoint inside, no leaving PyTorch"
         ) from error
     return value, derivative
 
@@ -93,16 +119,24 @@ def _plainly() -> Iterator[None]:
 
 
 class _PlainFormulas(TorchFunctionMode):
-    """Replaces the operations of ``_PLAIN`` by others that can be differentiated any number of times."""
+    """Replaces the operations of ``_PLAIN`` by others that can be differentiated any number of
+    times.
+    """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _rules_apply() -> bool:
-    """Whether the rules of :mod:`ndm.autodiff.rules` may be used: they have one forward level in them, and no batching rule."""
+    """Whether the rules of :mod:`ndm.autodiff.rules` may be used: they have one forward level in
+    them, and no batching rule.
+    """
     return nesting() == ONE_JVP
 
 
@@ -115,7 +149,13 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _affine(
+    normal: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
     if weight is not None:
         normal = normal * weight.reshape(shape)
     if bias is not None:
@@ -124,18 +164,39 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: S
 
 
 def _layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> Tensor:
     normal = _standardize(_full(input), list(range(-len(normalized_shape), 0)), eps)
     return _affine(normal, weight, bias, list(normalized_shape), input.dtype)
 
 
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> Tensor:
-    if _rules_apply() and input.dtype in (torch.float32, torch.float64) and input.device.type in ("cpu", "cuda") and input.numel():
+    if (
+        _rules_apply()
+        and input.dtype in (torch.float32, torch.float64)
+        and input.device.type in ("cpu", "cuda")
+        and input.numel()
+    ):
         return GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
-    return _affine(standardized(_full(input), num_groups, eps), weight, bias, [1, -1] + [1] * (input.dim() - 2), input.dtype)
+    return _affine(
+        standardized(_full(input), num_groups, eps),
+        weight,
+        bias,
+        [1, -1] + [1] * (input.dim() - 2),
+        input.dtype,
+    )
 
 
 def _instance_norm(
@@ -150,7 +211,9 @@ def _instance_norm(
     *_: Any,
 ) -> Tensor:
     if not use_input_stats:
-        return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return functional.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
 
@@ -165,8 +228,12 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if training:
-        raise NotImplementedError("batch norm in training mode makes each example depend on the times of all others")
-    return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        raise NotImplementedError(
+            "batch norm in training mode makes each example depend on the times of all others"
+        )
+    return functional.batch_norm(
+        input, running_mean, running_var, weight, bias, False, momentum, eps
+    )
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -188,7 +255,9 @@ def _convolution(dims: int, func: Callable[..., Tensor]) -> Callable[..., Tensor
     ) -> Tensor:
         if not _rules_apply() or isinstance(padding, str) or input.dim() != dims + 2:
             return func(input, weight, bias, stride, padding, dilation, groups)
-        return Convolution.apply(input, weight, bias, as_list(stride), as_list(padding), as_list(dilation), groups)
+        return Convolution.apply(
+            input, weight, bias, as_list(stride), as_list(padding), as_list(dilation), groups
+        )
 
     return convolution
 

@@ -1,7 +1,9 @@
-"""Which transforms of torch.func, and how many levels of forward-mode differentiation, an operation runs within.
+"""Which transforms of torch.func, and how many levels of forward-mode differentiation, an operation
+runs within.
 
-PyTorch says so through private names alone. This is the only place that uses them, and where a version of PyTorch lacks them the answer
-is None: whoever has a faster way for one case then takes the plain way, which is right in all.
+PyTorch says so through private names alone. This is the only place that uses them, and where a
+version of PyTorch lacks them the answer is None: whoever has a faster way for one case then takes
+the plain way, which is right in all.
 """
 
 from contextvars import ContextVar
@@ -22,7 +24,9 @@ class Nesting(NamedTuple):
 
 
 RULES = ContextVar("rules", default=False)
-"""Whether norms are computed by rules of our own, as :func:`ndm.autodiff.forward_mode.time_derivative` does."""
+"""Whether norms are computed by rules of our own, as
+:func:`ndm.autodiff.forward_mode.time_derivative` does.
+"""
 NOTHING = Nesting(0, "", 0)
 """Plain operations and their backward passes."""
 ONE_JVP = Nesting(1, "Jvp", 1)
@@ -34,6 +38,10 @@ def nesting() -> Nesting | None:
     try:
         innermost = torch._C._functorch.peek_interpreter_stack()
         depth = torch.autograd.forward_ad._current_level + 1
-        return Nesting(0, "", depth) if innermost is None else Nesting(innermost.level(), innermost.key().name, depth)
+        return (
+            Nesting(0, "", depth)
+            if innermost is None
+            else Nesting(innermost.level(), innermost.key().name, depth)
+        )
     except (AttributeError, TypeError):
         return None

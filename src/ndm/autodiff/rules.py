@@ -1,21 +1,25 @@
-r"""Convolution, group norm and SiLU with forward-mode derivatives of their own, for :mod:`ndm.autodiff.forward_mode`.
+r"""Convolution, group norm and SiLU with forward-mode derivatives of their own, for
+:mod:`ndm.autodiff.forward_mode`.
 
 .. math::
     \text{convolution: } \dot y = w * \dot x, \qquad
     \text{norm: } \dot y = w J \dot x, \quad J = s\,(I - \tfrac1n 1 1^\top - \tfrac1n \hat x \hat x^\top), \quad s = 1/\text{deviation}, \qquad
     \text{SiLU: } \dot y = \mathrm{SiLU}'(x)\, \dot x .
 
-PyTorch's own rule for convolutions convolves with a zero kernel as well, forward and backward, which is a third of their time. Its rule for the
-fused norm has wrong gradients, and norm and SiLU as plain formulas are dozens of operations that read and write every activation.
-Here the tangents are one fused operation each, and their gradients are written out. The Jacobian J of the standardized :math:`\hat x` is
-symmetric, so PyTorch's backward pass of the norm gives its tangent as well. With m(.) the mean over a group and :math:`u = w g`,
+PyTorch's own rule for convolutions convolves with a zero kernel as well, forward and backward,
+which is a third of their time. Its rule for the fused norm has wrong gradients, and norm and SiLU
+as plain formulas are dozens of operations that read and write every activation. Here the tangents
+are one fused operation each, and their gradients are written out. The Jacobian J of the
+standardized :math:`\hat x` is symmetric, so PyTorch's backward pass of the norm gives its tangent
+as well. With m(.) the mean over a group and :math:`u = w g`,
 
 .. math::
     \nabla_x \langle g, w J \dot x \rangle = -s\, \bigl( b\, J u + a\, J \dot x + m(u\, J \dot x)\, \hat x \bigr), \qquad
     a = m(\hat x u), \quad b = m(\hat x \dot x) .
 
-All rules can be differentiated further by autograd: with ``create_graph`` the backward passes go through the plain formulas. They hold one
-forward level and have no batching rule, so they are for one ``torch.func.jvp`` with no other transform of torch.func around or within it.
+All rules can be differentiated further by autograd: with ``create_graph`` the backward passes go
+through the plain formulas. They hold one forward level and have no batching rule, so they are for
+one ``torch.func.jvp`` with no other transform of torch.func around or within it.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +38,13 @@ class Convolution(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
     ) -> Tensor:
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0], groups)
 
@@ -53,31 +63,81 @@ class Convolution(Function):
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         wanted = [*ctx.needs_input_grad[:2], ctx.bias_shape is not None and ctx.needs_input_grad[2]]
-        found = _aten.convolution_backward(gradient, x, weight, ctx.bias_shape, stride, padding, dilation, False, [0], groups, wanted)
+        found = _aten.convolution_backward(
+            gradient,
+            x,
+            weight,
+            ctx.bias_shape,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0],
+            groups,
+            wanted,
+        )
         return (*found, None, None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> Tensor:
+    def jvp(
+        ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any
+    ) -> Tensor:
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         terms = []
         if dx is not None:
-            terms.append(torch.convolution(dx, weight, dbias, stride, padding, dilation, False, [0], groups))
+            terms.append(
+                torch.convolution(dx, weight, dbias, stride, padding, dilation, False, [0], groups)
+            )
         if dweight is not None:
-            terms.append(torch.convolution(x, dweight, None if terms else dbias, stride, padding, dilation, False, [0], groups))
+            terms.append(
+                torch.convolution(
+                    x,
+                    dweight,
+                    None if terms else dbias,
+                    stride,
+                    padding,
+                    dilation,
+                    False,
+                    [0],
+                    groups,
+                )
+            )
         return sum(terms[1:], terms[0])
 
 
-def through(formula: Callable[..., Any], inputs: Sequence[Tensor | None], gradient: Tensor | Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of a plain formula, of one output or several, in those of its inputs that want one, such that they can be differentiated again."""
+def through(
+    formula: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    gradient: Tensor | Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of a plain formula, of one output or several, in those of its inputs that want one,
+    such that they can be differentiated again.
+    """
     # An input may depend on another one, and the way through it must not count.
     aliases = [None if value is None else value.view_as(value) for value in inputs]
-    wanted = {index: value for index, value in enumerate(aliases) if value is not None and value.requires_grad}
+    wanted = {
+        index: value
+        for index, value in enumerate(aliases)
+        if value is not None and value.requires_grad
+    }
     outputs = formula(*aliases)
-    pairs = [(outputs, gradient)] if isinstance(outputs, Tensor) else zip(outputs, gradient, strict=True)
-    outputs, gradients = zip(*((output, by) for output, by in pairs if output.requires_grad), strict=True)
+    pairs = (
+        [(outputs, gradient)]
+        if isinstance(outputs, Tensor)
+        else zip(outputs, gradient, strict=True)
+    )
+    outputs, gradients = zip(
+        *((output, by) for output, by in pairs if output.requires_grad), strict=True
+    )
     found = dict(
-        zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), gradients, create_graph=True, allow_unused=True), strict=True)
+        zip(
+            wanted,
+            torch.autograd.grad(
+                outputs, list(wanted.values()), gradients, create_graph=True, allow_unused=True
+            ),
+            strict=True,
+        )
     )
     return [found.get(index) for index in range(len(inputs))]
 
@@ -126,7 +186,9 @@ class _SiLUTangent(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, dx = ctx.saved_tensors
         gate = torch.sigmoid(x)
-        curved = _aten.sigmoid_backward(gradient * dx, gate) * (2 + torch.addcmul(x, x, gate, value=-2))
+        curved = _aten.sigmoid_backward(gradient * dx, gate) * (
+            2 + torch.addcmul(x, x, gate, value=-2)
+        )
         return curved, _silu_slope(gradient, x)
 
 
@@ -144,9 +206,15 @@ def per_channel(value: Tensor, x: Tensor) -> Tensor:
 
 
 def dense(value: Tensor, like: Tensor | None = None) -> Tensor:
-    """In a memory format that the fused norm takes: on the CPU that of ``like`` (its own by default), elsewhere contiguous."""
+    """In a memory format that the fused norm takes: on the CPU that of ``like`` (its own by
+    default), elsewhere contiguous.
+    """
     like = value if like is None else like
-    last = like.device.type == "cpu" and like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    last = (
+        like.device.type == "cpu"
+        and like.dim() == 4
+        and like.is_contiguous(memory_format=torch.channels_last)
+    )
     return value.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
@@ -156,21 +224,37 @@ def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return batch, channels, x.numel() // max(1, batch * channels), groups
 
 
-def jacobian(x: Tensor, mean: Tensor, rstd: Tensor, groups: int, gradient: Tensor, weight: Tensor | None, wanted: Sequence[bool]) -> Any:
-    """J (w g), and those gradients of weight and bias that are wanted. Never these alone: PyTorch's kernel for channels_last crashes."""
+def jacobian(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    gradient: Tensor,
+    weight: Tensor | None,
+    wanted: Sequence[bool],
+) -> Any:
+    """J (w g), and those gradients of weight and bias that are wanted. Never these alone: PyTorch's
+    kernel for channels_last crashes.
+    """
     x = dense(x)
-    return _aten.native_group_norm_backward(dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), [True, *wanted])
+    return _aten.native_group_norm_backward(
+        dense(gradient, x), x, mean, rstd, weight, *sizes(x, groups), [True, *wanted]
+    )
 
 
 class GroupNorm(Function):
     """``torch.native_group_norm``: the norm, the means and the inverse deviations ``(B, G)``."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return _aten.native_group_norm(dense(x), weight, bias, *sizes(x, groups), eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         x, weight, bias, ctx.groups, ctx.eps = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
@@ -191,10 +275,16 @@ class GroupNorm(Function):
                 return normal if bias is None else normal + per_channel(bias, x)
 
             return (*through(formula, (x, weight, bias), gradient), None, None)
-        return (*jacobian(x, mean, rstd, ctx.groups, gradient, weight, ctx.needs_input_grad[1:3]), None, None)
+        return (
+            *jacobian(x, mean, rstd, ctx.groups, gradient, weight, ctx.needs_input_grad[1:3]),
+            None,
+            None,
+        )
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> tuple[Tensor, None, None]:
+    def jvp(
+        ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any
+    ) -> tuple[Tensor, None, None]:
         x, weight, _, mean, rstd = ctx.saved_tensors
         terms = []
         if dx is not None:
@@ -210,7 +300,15 @@ class _GroupNormTangent(Function):
     """w J dx."""
 
     @staticmethod
-    def forward(x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(
+        x: Tensor,
+        dx: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
         moved = jacobian(x, mean, rstd, groups, dx, None, [False, False])[0]
         return moved if weight is None else moved.mul_(per_channel(weight, x))
 
@@ -225,17 +323,27 @@ class _GroupNormTangent(Function):
         if torch.is_grad_enabled():
 
             def formula(x: Tensor, dx: Tensor, weight: Tensor | None) -> Tensor:
-                moved = torch.func.vjp(lambda x: standardized(x, ctx.groups, ctx.eps), x)[1](dx)[0]  # J is symmetric
+                moved = torch.func.vjp(lambda x: standardized(x, ctx.groups, ctx.eps), x)[1](dx)[
+                    0
+                ]  # J is symmetric
                 return moved if weight is None else moved * per_channel(weight, x)
 
             return (*through(formula, (x, dx, weight), gradient), None, None, None, None)
-        return (*_tangent_gradients(x, dx, weight, mean, rstd, ctx.groups, gradient), None, None, None, None)
+        return (
+            *_tangent_gradients(x, dx, weight, mean, rstd, ctx.groups, gradient),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _tangent_gradients(
     x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of <g, w J dx> in x, dx and w: sums over each channel, then linear combinations of g, dx and x̂ by channel."""
+    """Gradients of <g, w J dx> in x, dx and w: sums over each channel, then linear combinations of
+    g, dx and x̂ by channel.
+    """
     batch, channels, size, _ = sizes(x, groups)
     dims = list(range(2, x.dim()))
     w = x.new_ones(channels) if weight is None else weight
@@ -244,13 +352,31 @@ def _tangent_gradients(
         return value.sum(dims) if dims else value
 
     def over_group(value: Tensor) -> Tensor:
-        """Mean over a group from sums over channels, ``(B, C)``, repeated for the channels of the group."""
-        return (value.reshape(batch, groups, -1).mean(2) / size).repeat_interleave(channels // groups, 1)
+        """Mean over a group from sums over channels, ``(B, C)``, repeated for the channels of the
+        group.
+        """
+        return (value.reshape(batch, groups, -1).mean(2) / size).repeat_interleave(
+            channels // groups, 1
+        )
 
-    s, mu = (value.reshape(batch, groups).repeat_interleave(channels // groups, 1) for value in (rstd, mean))
+    s, mu = (
+        value.reshape(batch, groups).repeat_interleave(channels // groups, 1)
+        for value in (rstd, mean)
+    )
     normal = torch.addcmul(per_channel(-s * mu, x), x, per_channel(s, x))
-    sum_g, sum_dx, g_dx, g_normal, dx_normal = total(g), total(dx), total(g * dx), total(g * normal), total(dx * normal)
-    mean_u, mean_dx, a, b = over_group(w * sum_g), over_group(sum_dx), over_group(w * g_normal), over_group(dx_normal)
+    sum_g, sum_dx, g_dx, g_normal, dx_normal = (
+        total(g),
+        total(dx),
+        total(g * dx),
+        total(g * normal),
+        total(dx * normal),
+    )
+    mean_u, mean_dx, a, b = (
+        over_group(w * sum_g),
+        over_group(sum_dx),
+        over_group(w * g_normal),
+        over_group(dx_normal),
+    )
     cross = s * (over_group(w * g_dx) - mean_u * mean_dx - a * b)
     dweight = None if weight is None else (s * (g_dx - mean_dx * sum_g - b * g_normal)).sum(0)
 
@@ -262,5 +388,10 @@ def _tangent_gradients(
     # J u = s (u - m(u) - a x̂) and J dx = s (dx - m(dx) - b x̂).
     to_dx = combine(s * w, None, -s * a, -s * mean_u)
     square = s * s
-    to_x = combine(-square * b * w, -square * a, 2 * square * a * b - s * cross, square * (b * mean_u + a * mean_dx))
+    to_x = combine(
+        -square * b * w,
+        -square * a,
+        2 * square * a * b - s * cross,
+        square * (b * mean_u + a * mean_dx),
+    )
     return to_x, to_dx, dweight

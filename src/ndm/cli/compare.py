@@ -42,7 +42,9 @@ class CompareSettings:
     train_steps: int | None = None
     """Optimizer steps of each run; by default those of the base. Not with budget=seconds."""
     seconds: float | None = None
-    """Seconds of training of each run, for budget=seconds: as many steps as fit in, by a step time measured for all rows in turn."""
+    """Seconds of training of each run, for budget=seconds: as many steps as fit in, by a step time
+    measured for all rows in turn.
+    """
     horizons: str = "10,50,1000"
     """Numbers of steps T of bounds in discrete time, beside the continuous one; empty for none."""
     draws: int = 8
@@ -52,7 +54,9 @@ class CompareSettings:
     limit: int | None = None
     """Measure only so many examples of the split, evenly spread over it."""
     rows: str | None = None
-    """Only these rows, separated by semicolons; the baseline, a plain diffusion as large as the largest row of the file, comes with them."""
+    """Only these rows, separated by semicolons; the baseline, a plain diffusion as large as the
+    largest row of the file, comes with them.
+    """
     jobs: int = 1
     """Runs at once, each in a process of its own with an equal share of the cores."""
     calibrate: bool = False
@@ -76,7 +80,10 @@ class CompareSettings:
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise UserError(f"seconds={self.seconds}: give a positive number of seconds")
         if self.seconds is not None and self.train_steps is not None:
-            raise UserError("train_steps does not go with budget=seconds, which chooses the steps itself; give one of them")
+            raise UserError(
+                "train_steps does not go with budget=seconds, which chooses the steps itself; give"
+                " one of them"
+            )
         self.measures()
 
     def measures(self) -> Measures:
@@ -93,16 +100,26 @@ def run_compare(words: Sequence[str]) -> None:
     """``ndm compare``: parse and compare."""
     parser = ArgumentParser(
         prog="ndm compare",
-        description="Train and measure several configurations under one budget, a plain diffusion as large as the largest always among them. "
-        "Goes on where it stopped when the same command is given again.",
-        epilog="Example: ndm compare --config configs/compare-digits.yaml --out runs/compare --seeds 3 --jobs 2. "
-        "Words after -- go to every run as to ndm train: -- --train.learning_rate 1e-3",
+        description=(
+            "Train and measure several configurations under one budget, a plain diffusion as large"
+            " as the largest always among them. Goes on where it stopped when the same command is"
+            " given again."
+        ),
+        epilog=(
+            "Example: ndm compare --config configs/compare-digits.yaml --out runs/compare --seeds 3"
+            " --jobs 2. Words after -- go to every run as to ndm train: -- --train.learning_rate"
+            " 1e-3"
+        ),
         exit_on_error=False,
     )
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", action=ActionYesNo, help=text)
     parser.add_class_arguments(CompareSettings, as_positional=False, skip={*FLAGS})
-    own, overrides = (list(words), []) if "--" not in words else (list(words[: words.index("--")]), list(words[words.index("--") + 1 :]))
+    own, overrides = (
+        (list(words), [])
+        if "--" not in words
+        else (list(words[: words.index("--")]), list(words[words.index("--") + 1 :]))
+    )
     compare(CompareSettings(**vars(parse(parser, own))), tuple(overrides))
 
 
@@ -121,7 +138,9 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
     if len(data.split(settings.split)) == 0:
         raise UserError(f"--split {settings.split}: it is empty")
     if settings.jobs > 1:
-        torch.set_num_threads(threads_for(settings.jobs))  # steps are timed as the runs will take them
+        torch.set_num_threads(
+            threads_for(settings.jobs)
+        )  # steps are timed as the runs will take them
     plan = read_plan(out, rows, settings.budget, settings.seconds, settings.train_steps)
     jobs = _jobs(rows, plan, settings)
     sha256 = data.describe().sha256
@@ -132,7 +151,10 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
     _report(out, rows, plan, jobs, settings.measures(), protocol)
     if failures:
         name, reason = next(iter(failures.items()))
-        raise UserError(f"{len(failures)} of {len(jobs)} runs failed, the first of them {name}: {reason}; the others are in {out}/{RESULT}")
+        raise UserError(
+            f"{len(failures)} of {len(jobs)} runs failed, the first of them {name}: {reason}; the"
+            f" others are in {out}/{RESULT}"
+        )
 
 
 def _jobs(rows: list[Row], plan: dict[str, Any], settings: CompareSettings) -> list[Job]:
@@ -140,7 +162,9 @@ def _jobs(rows: list[Row], plan: dict[str, Any], settings: CompareSettings) -> l
     jobs = []
     for seed in range(settings.seeds):
         for row in rows:
-            config = row.config.override({"train.steps": plan["rows"][row.name]["steps"], "seed": seed})
+            config = row.config.override(
+                {"train.steps": plan["rows"][row.name]["steps"], "seed": seed}
+            )
             run = Run(Path(settings.out) / row.folder / f"seed-{seed}")
             jobs.append(Job(row.name, config, run, settings.measures(), quiet=settings.jobs > 1))
     return jobs
@@ -152,29 +176,62 @@ def _chosen(rows: list[Row], names: str | None) -> list[Row]:
     wanted = [name.strip() for name in names.split(";")]
     missing = [name for name in wanted if name not in {row.name for row in rows}]
     if missing:
-        raise UserError(f"rows: there is no row {missing[0]!r}; choose from {'; '.join(row.name for row in rows)}")
+        raise UserError(
+            f"rows: there is no row {missing[0]!r}; choose from"
+            f" {'; '.join(row.name for row in rows)}"
+        )
     return [row for row in rows if row.name in wanted or row.baseline]
 
 
-def _report(out: Path, rows: list[Row], plan: dict[str, Any], jobs: list[Job], wanted: Measures, protocol: str) -> None:
+def _report(
+    out: Path,
+    rows: list[Row],
+    plan: dict[str, Any],
+    jobs: list[Job],
+    wanted: Measures,
+    protocol: str,
+) -> None:
     """Print the table; write it, the numbers and the plot."""
     content, about = [], dict[str, Any]()
     for row in rows:
-        found = {job.seed: record for job in jobs if job.row == row.name and (record := job.result()) is not None}
+        found = {
+            job.seed: record
+            for job in jobs
+            if job.row == row.name and (record := job.result()) is not None
+        }
         about = about or next(iter(found.values()), {})
-        content.append({"name": row.name, **plan["rows"][row.name], "runs": {seed: one["measures"] for seed, one in found.items()}})
+        content.append(
+            {
+                "name": row.name,
+                **plan["rows"][row.name],
+                "runs": {seed: one["measures"] for seed, one in found.items()},
+            }
+        )
         content[-1]["training_seconds"] = [one.get("training_seconds") for one in found.values()]
     if not about:
         return
     baseline = next(row.name for row in rows if row.baseline)
     summary = summarize(content, baseline)
     sentences = [
-        f"{about['examples']} examples of {about['data']}/{wanted.split} (sha256 {about['data_sha256'][:12]}), {wanted.draws} times an example, {protocol}.",
-        "Means and standard errors over seeds. A step is timed in a run of the trainer, all rows in turn; minutes are steps times that.",
+        (
+            f"{about['examples']} examples of {about['data']}/{wanted.split} (sha256"
+            f" {about['data_sha256'][:12]}), {wanted.draws} times an example, {protocol}."
+        ),
+        (
+            "Means and standard errors over seeds. A step is timed in a run of the trainer, all"
+            " rows in turn; minutes are steps times that."
+        ),
     ]
     text = markdown(summary, about["unit"], baseline, sentences)
     print(text)
-    record = {"unit": about["unit"], "baseline": baseline, "protocol": sentences, "settings": wanted.record(), **plan, "summary": summary}
+    record = {
+        "unit": about["unit"],
+        "baseline": baseline,
+        "protocol": sentences,
+        "settings": wanted.record(),
+        **plan,
+        "summary": summary,
+    }
     write_json(out / RESULT, {**record, "reported_on": describe_machine()})
     write_atomically(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
     for suffix in (".png", ".pdf"):

@@ -28,20 +28,37 @@ from ndm.train.run import Run
 def run_compress(words: Sequence[str]) -> None:
     """``ndm compress``: parse and compress."""
     parser = ArgumentParser(
-        prog="ndm compress", description="Compress images or arrays losslessly with a trained model.", exit_on_error=False
+        prog="ndm compress",
+        description="Compress images or arrays losslessly with a trained model.",
+        exit_on_error=False,
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of images, .npy or .npz files")
-    parser.add_argument("--verify", action=ActionYesNo, default=True, help="decode the archive before it is moved into place")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE.ndm", help="the archive to write")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="images, folders of images, .npy or .npz files"
+    )
+    parser.add_argument(
+        "--verify",
+        action=ActionYesNo,
+        default=True,
+        help="decode the archive before it is moved into place",
+    )
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="FILE.ndm", help="the archive to write"
+    )
     parser.add_function_arguments(compress, as_positional=False, skip={"inputs", "verify", "out"})
     compress(**vars(parse(parser, words)))
 
 
 def run_decompress(words: Sequence[str]) -> None:
     """``ndm decompress``: parse and decompress."""
-    parser = ArgumentParser(prog="ndm decompress", description="Restore what ndm compress made an archive of.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="ndm decompress",
+        description="Restore what ndm compress made an archive of.",
+        exit_on_error=False,
+    )
     parser.add_argument("archive", metavar="FILE", help="the archive")
-    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write into, made if need be")
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="DIR", help="folder to write into, made if need be"
+    )
     parser.add_function_arguments(decompress, as_positional=False, skip={"archive", "out"})
     decompress(**vars(parse(parser, words)))
 
@@ -49,7 +66,9 @@ def run_decompress(words: Sequence[str]) -> None:
 def run_inspect(words: Sequence[str]) -> None:
     """``ndm inspect``: parse and print."""
     parser = ArgumentParser(
-        prog="ndm inspect", description="Show what an archive of ndm compress holds; no model is needed.", exit_on_error=False
+        prog="ndm inspect",
+        description="Show what an archive of ndm compress holds; no model is needed.",
+        exit_on_error=False,
     )
     parser.add_argument("archive", metavar="FILE", help="the archive")
     inspect(**vars(parse(parser, words)))
@@ -63,12 +82,18 @@ def load_codec_model(path: str) -> tuple[DiffusionModel, DataDescription]:
     """
     require("constriction", "constriction", "compress")
     folder = Path(path)
-    # Of a run that is not finished the model changes, and what was compressed with it would be lost.
-    model = Run(folder).model() if (folder / "model" / CONFIG_NAME).is_file() else DiffusionModel.from_pretrained(folder)
+    # Of a run that is not finished the model changes, and what was compressed with it would be
+    # lost.
+    model = (
+        Run(folder).model()
+        if (folder / "model" / CONFIG_NAME).is_file()
+        else DiffusionModel.from_pretrained(folder)
+    )
     description = DataDescription.from_dict(model.info.get("data"))
     if not isinstance(model.decoder, DiscretizedGaussian) or description.num_values is None:
         raise UserError(
-            f"{folder} is a model of continuous data or has a decoder network; lossless compression needs decoder DiscretizedGaussian"
+            f"{folder} is a model of continuous data or has a decoder network; lossless compression"
+            " needs decoder DiscretizedGaussian"
         )
     return model, description
 
@@ -94,8 +119,10 @@ def compress(
         inputs: images, folders of images, .npy or .npz files.
         model: folder of the model, RUN/model, or of a finished run.
         out: the archive to write.
-        steps: T, latents for each pixel; by default the fewest whose archive is within 1% of the smallest.
-        batch_size: images coded side by side: more are faster and take more initial bits; by default as many as keep these within 2%.
+        steps: T, latents for each pixel; by default the fewest whose archive is within 1% of the
+            smallest.
+        batch_size: images coded side by side: more are faster and take more initial bits; by
+            default as many as keep these within 2%.
         rows: images that a network sees at once; does not change the archive.
         verify: decode the archive before it is moved into place.
         device: auto, cpu or cuda.
@@ -104,22 +131,36 @@ def compress(
         if value is not None:
             check_whole(name, value, 1)
     if (steps or 0) > 10_000 or (batch_size or 0) > 4096:
-        raise UserError(f"steps={steps}, batch_size={batch_size}: at most 10000 steps and 4096 images side by side")
+        raise UserError(
+            f"steps={steps}, batch_size={batch_size}: at most 10000 steps and 4096 images side by"
+            " side"
+        )
     network, description = load_codec_model(model)
     low, num_values = int(description.low or 0), description.num_values or 0
     if Path(out).is_dir():
         raise UserError(f"{out} is a folder; give the archive to write")
-    if Path(out).exists() and any(Path(out).resolve().is_relative_to(Path(name).resolve()) for name in inputs):
-        raise UserError(f"{out} is to be compressed itself, or lies in a folder that is; give another name for the archive")
+    if Path(out).exists() and any(
+        Path(out).resolve().is_relative_to(Path(name).resolve()) for name in inputs
+    ):
+        raise UserError(
+            f"{out} is to be compressed itself, or lies in a folder that is; give another name for"
+            " the archive"
+        )
     items = read_items(inputs, description.event_shape, num_values, low)
     index = np.concatenate([item.values for item in items if item.values is not None])
     place = _device(device)
     network.to(place)
 
     def tell(forecast: Forecast) -> None:
-        print(f"T = {forecast.steps:<4} {forecast.rate:7.3f} bits/dim, with initial bits {forecast.bits / index.size:7.3f}", flush=True)
+        print(
+            f"T = {forecast.steps:<4} {forecast.rate:7.3f} bits/dim, with initial bits"
+            f" {forecast.bits / index.size:7.3f}",
+            flush=True,
+        )
 
-    plan, _ = choose_plan(network, index, description.event_shape, steps, batch_size, tell=None if steps else tell)
+    plan, _ = choose_plan(
+        network, index, description.event_shape, steps, batch_size, tell=None if steps else tell
+    )
     chain = Chain(network, plan, description.event_shape, rows, place)
     coded = encode(chain, index, progress=True)
     archive = Archive(
@@ -134,14 +175,22 @@ def compress(
     )
     data = pack(archive)
     if verify and not _decodes(data, network, index, rows, place):
-        raise UserError("the archive does not decode on this machine, and was not written; please report this with the model")
+        raise UserError(
+            "the archive does not decode on this machine, and was not written; please report this"
+            " with the model"
+        )
     write_atomically(Path(out), lambda temporary: temporary.write_bytes(data))
     _print_rates(archive, len(data))
     total = coded.clock.network + coded.clock.coder
-    print(f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode, {coded.clock.network / total:.0%} of it in the networks")
+    print(
+        f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode,"
+        f" {coded.clock.network / total:.0%} of it in the networks"
+    )
 
 
-def _decodes(data: bytes, model: DiffusionModel, index: np.ndarray, rows: int, device: torch.device) -> bool:
+def _decodes(
+    data: bytes, model: DiffusionModel, index: np.ndarray, rows: int, device: torch.device
+) -> bool:
     """Whether the bytes of an archive decode to the values ``(N, D)``."""
     try:
         archive = unpack(data)
@@ -151,7 +200,14 @@ def _decodes(data: bytes, model: DiffusionModel, index: np.ndarray, rows: int, d
         return False
 
 
-def decompress(archive: str, model: str, out: str, rows: int = 64, batch_size: int | None = None, device: str = "auto") -> None:
+def decompress(
+    archive: str,
+    model: str,
+    out: str,
+    rows: int = 64,
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> None:
     """Restore what ndm compress made an archive of.
 
     Args:
@@ -167,10 +223,19 @@ def decompress(archive: str, model: str, out: str, rows: int = 64, batch_size: i
     found = read_archive(Path(archive))
     network, description = load_codec_model(model)
     if fingerprint(network) != found.fingerprint:
-        raise UserError(f"{archive} was made with another model (fingerprint {found.fingerprint[:12]}), not with {model}; give that one")
-    fits = (found.event_shape, found.num_values, found.low) == (description.event_shape, description.num_values, int(description.low or 0))
+        raise UserError(
+            f"{archive} was made with another model (fingerprint {found.fingerprint[:12]}), not"
+            f" with {model}; give that one"
+        )
+    fits = (found.event_shape, found.num_values, found.low) == (
+        description.event_shape,
+        description.num_values,
+        int(description.low or 0),
+    )
     if not fits:
-        raise UserError(f"{archive} is damaged: it does not have the shape or the values of its model")
+        raise UserError(
+            f"{archive} is damaged: it does not have the shape or the values of its model"
+        )
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder")
@@ -187,7 +252,8 @@ def decompress(archive: str, model: str, out: str, rows: int = 64, batch_size: i
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{archive} could not be decoded ({error}); it is damaged, or this machine computes the networks too differently; nothing was written"
+            f"{archive} could not be decoded ({error}); it is damaged, or this machine computes the"
+            " networks too differently; nothing was written"
         ) from error
     print(f"wrote {found.count} images, {len(paths)} files, to {folder}; every checksum is right")
 
@@ -202,11 +268,17 @@ def inspect(archive: str) -> None:
     shape = " x ".join(map(str, found.event_shape))
     print(f"{archive}: {found.count} images of {shape}, {found.num_values} values from {found.low}")
     print(f"made with the model {found.fingerprint}")
-    print(f"T = {found.plan.steps}, {found.plan.batch} images side by side, cells of {found.plan.width:g} standard deviations")
+    print(
+        f"T = {found.plan.steps}, {found.plan.batch} images side by side, cells of"
+        f" {found.plan.width:g} standard deviations"
+    )
     _print_rates(found, Path(archive).stat().st_size)
     width = shutil.get_terminal_size().columns - 30
     for item in found.items[:20]:
-        print(f"  {item.count:>8} in {item.name[:width]}{f' {item.dtype} {item.shape}' if item.kind != 'image' else ''}")
+        print(
+            f"  {item.count:>8} in"
+            f" {item.name[:width]}{f' {item.dtype} {item.shape}' if item.kind != 'image' else ''}"
+        )
     if len(found.items) > 20:
         print(f"  and {len(found.items) - 20} more")
 
@@ -216,6 +288,15 @@ def _print_rates(archive: Archive, size: int) -> None:
     words, initial = len(archive.coded.words), archive.coded.initial
     rest = size - 4 * words
     print(f"{size:,} bytes, {8 * size / values:.4f} bits/dim:")
-    print(f"  {4 * (words - initial):>12,} bytes of images, {32 * (words - initial) / values:.4f} bits/dim")
-    print(f"  {4 * initial:>12,} bytes of initial bits, {32 * initial / values:.4f} bits/dim, once an archive")
-    print(f"  {rest:>12,} bytes of names, checksums and settings, {len(archive.coded.exceptions)} roundings among them")
+    print(
+        f"  {4 * (words - initial):>12,} bytes of images, {32 * (words - initial) / values:.4f}"
+        " bits/dim"
+    )
+    print(
+        f"  {4 * initial:>12,} bytes of initial bits, {32 * initial / values:.4f} bits/dim, once an"
+        " archive"
+    )
+    print(
+        f"  {rest:>12,} bytes of names, checksums and settings, {len(archive.coded.exceptions)}"
+        " roundings among them"
+    )

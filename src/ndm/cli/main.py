@@ -1,7 +1,8 @@
 """The command line: ``ndm COMMAND ...``.
 
-Each command is a typed function in a file of :mod:`ndm.cli`; its arguments and their help come from its signature. Bad input, and too little
-memory, end in one line on standard error and exit code 2, an interruption in exit code 130. Anything else is a bug and keeps its traceback.
+Each command is a typed function in a file of :mod:`ndm.cli`; its arguments and their help come from
+its signature. Bad input, and too little memory, end in one line on standard error and exit code 2,
+an interruption in exit code 130. Anything else is a bug and keeps its traceback.
 """
 
 import argparse
@@ -42,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ndm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nndm: interrupted{'; the same command again goes on from what is there' if trains else ''}", file=sys.stderr)
+        print(
+            "\nndm:"
+            f" interrupted{'; the same command again goes on from what is there' if trains else ''}",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `ndm ... | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,14 +55,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"ndm: error: the disk is full ({error.filename or error}); make room, and give the same command again", file=sys.stderr)
+        print(
+            f"ndm: error: the disk is full ({error.filename or error}); make room, and give the"
+            " same command again",
+            file=sys.stderr,
+        )
         return 2
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if not (isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason):
+        if not (
+            isinstance(error, MemoryError)
+            or "out of memory" in reason
+            or "can't allocate memory" in reason
+        ):
             raise
-        fewer = "train.batch_size, or a larger train.accumulate" if trains else "--rows" if "compress" in words[0] else "--batch_size"
-        print(f"ndm: error: there is not enough memory; give a smaller {fewer} ({reason[:100]})", file=sys.stderr)
+        fewer = (
+            "train.batch_size, or a larger train.accumulate"
+            if trains
+            else "--rows"
+            if "compress" in words[0]
+            else "--batch_size"
+        )
+        print(
+            f"ndm: error: there is not enough memory; give a smaller {fewer} ({reason[:100]})",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -65,12 +87,20 @@ def _dispatch(words: list[str]) -> int:
     listing = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="ndm",
-        description="Neural Diffusion Models: train, sample and evaluate diffusion models that learn their forward process.",
-        epilog=f"commands:\n{listing}\n\nndm COMMAND --help tells more. Start with: ndm train --config configs/digits.yaml --out runs/digits",
+        description=(
+            "Neural Diffusion Models: train, sample and evaluate diffusion models that learn their"
+            " forward process."
+        ),
+        epilog=(
+            f"commands:\n{listing}\n\nndm COMMAND --help tells more. Start with: ndm train --config"
+            " configs/digits.yaml --out runs/digits"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="ndm [--version] COMMAND ...",
     )
-    parser.add_argument("--version", action="store_true", help="show the versions of ndm and PyTorch")
+    parser.add_argument(
+        "--version", action="store_true", help="show the versions of ndm and PyTorch"
+    )
     if not words or words[0] in ("-h", "--help"):
         parser.print_help()
         return 0 if words else 2
@@ -82,7 +112,9 @@ def _dispatch(words: list[str]) -> int:
         print(f"ndm {ndm.__version__}, torch {torch.__version__}")
         return 0
     if words[0] not in COMMANDS:
-        raise UserError(f"{words[0]!r} is not a command; choose one of {', '.join(COMMANDS)}, or see ndm --help")
+        raise UserError(
+            f"{words[0]!r} is not a command; choose one of {', '.join(COMMANDS)}, or see ndm --help"
+        )
     for package in ("jsonargparse", "lightning"):
         require(package, package, "train")
     _run(words[0], words[1:])

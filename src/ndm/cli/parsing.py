@@ -19,6 +19,12 @@ def step_numbers(name: str, text: str, most: int, example: str) -> list[int]:
         UserError: they are not whole numbers from 1 to ``most``.
     """
     words = [word.strip() for word in text.split(",")] if text.strip() else []
-    if not all(word.isascii() and word.isdigit() and len(word) < 9 and 1 <= int(word) <= most for word in words):
-        raise UserError(f"{name}={text!r}: give whole numbers from 1 to {most}, separated by commas, such as {example}")
+    if not all(
+        word.isascii() and word.isdigit() and len(word) < 9 and 1 <= int(word) <= most
+        for word in words
+    ):
+        raise UserError(
+            f"{name}={text!r}: give whole numbers from 1 to {most}, separated by commas, such as"
+            f" {example}"
+        )
     return sorted({int(word) for word in words})

@@ -11,7 +11,14 @@ from ndm.cli.parsing import run_parser
 from ndm.data import DataSource, EventDataset
 from ndm.device import Precision, autocast, pick_device
 from ndm.errors import UserError, check_whole
-from ndm.quality import FeatureNetwork, SampleQuality, classifier_features, compare_features, find_classifier, load_classifier
+from ndm.quality import (
+    FeatureNetwork,
+    SampleQuality,
+    classifier_features,
+    compare_features,
+    find_classifier,
+    load_classifier,
+)
 from ndm.quality.features import Scale, torchscript_features
 from ndm.sample import Method
 from ndm.serialize import write_json
@@ -25,7 +32,9 @@ CLASSIFIER = "classifier"
 def run_quality(words: Sequence[str]) -> None:
     """``ndm quality``: parse, sample and measure."""
     parser = run_parser(
-        "quality", "Draw samples from a trained run of images, and compare them with real images: FID, KID, precision and recall."
+        "quality",
+        "Draw samples from a trained run of images, and compare them with real images: FID, KID,"
+        " precision and recall.",
     )
     parser.add_function_arguments(quality, as_positional=False, skip={"run"})
     quality(**vars(parse(parser, words)))
@@ -59,71 +68,146 @@ def quality(
         steps: steps of the time grid; by default the model's own number, or 100.
         eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 deterministic.
         solver: for sde euler, heun, torchsde-euler or torchsde-srk; for ode heun, euler or dopri5.
-        split: the split of the data to compare with, all of it; the other splits are compared with it, too, for a reference.
-        features: a TorchScript file that maps images to features (B, d), such as the usual Inception, or the folder of a classifier; by
-            default a small classifier, trained on the labels of the train split and kept in RUN/classifier.
-        features_scale: values that a TorchScript file expects: bytes (0 to 255, uint8), unit ([0, 1]) or symmetric ([-1, 1]).
+        split: the split of the data to compare with, all of it; the other splits are compared with
+            it, too, for a reference.
+        features: a TorchScript file that maps images to features (B, d), such as the usual
+            Inception, or the folder of a classifier; by default a small classifier, trained on the
+            labels of the train split and kept in RUN/classifier.
+        features_scale: values that a TorchScript file expects: bytes (0 to 255, uint8), unit ([0,
+            1]) or symmetric ([-1, 1]).
         features_size: height and width that it expects; by default images are left as they are.
         features_channels: channels that it expects; gray images are repeated.
         neighbors: k of precision and recall.
-        seed: of the samples, and of what the measures draw at random; the classifier always has seed 0.
+        seed: of the samples, and of what the measures draw at random; the classifier always has
+            seed 0.
         batch_size: images at once; samples depend on it.
         device: auto, cpu or cuda.
-        precision: of sampling: 32-true, or bf16-mixed or 16-mixed, where the predictor's network runs in half precision.
+        precision: of sampling: 32-true, or bf16-mixed or 16-mixed, where the predictor's network
+            runs in half precision.
         json: file to write all numbers to, as JSON.
     """
     if json is not None and Path(json).is_dir():
         raise UserError(f"--json {json} is a folder; give a file")
-    for word, value, least in (("neighbors", neighbors, 1), ("n", n, neighbors + 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
+    for word, value, least in (
+        ("neighbors", neighbors, 1),
+        ("n", n, neighbors + 1),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+    ):
         check_whole(word, value, least)
     folder, place = Path(run), pick_device(device)
     model, data = Run(folder).model().to(place), Run(folder).data()
     description, real_images = data.describe(), data.split(split)
     if description.kind != "image":
-        raise UserError(f"{description.name} is no data of images; ndm quality measures images, for other data there is ndm evaluate")
+        raise UserError(
+            f"{description.name} is no data of images; ndm quality measures images, for other data"
+            " there is ndm evaluate"
+        )
     warn_of_changed_data(model.info.get("data"), description)
-    network = _network(features, folder, data, features_scale, features_size, features_channels, str(place))
+    network = _network(
+        features, folder, data, features_scale, features_size, features_channels, str(place)
+    )
     sampler: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver}
     with autocast(model.like.device, precision):
-        samples = model.sample((n, *description.event_shape), method, seed=seed, batch_size=batch_size, **sampler, progress=True)
+        samples = model.sample(
+            (n, *description.event_shape),
+            method,
+            seed=seed,
+            batch_size=batch_size,
+            **sampler,
+            progress=True,
+        )
     found = _compare(samples, data, split, network, neighbors, seed, batch_size)
     print(_table(found))
-    print(f"against {len(real_images)} real images of {description.name}/{split}, k = {neighbors}, seed {seed}")
+    print(
+        f"against {len(real_images)} real images of {description.name}/{split}, k = {neighbors},"
+        f" seed {seed}"
+    )
     print(f"features: {network.name}, d = {network.dims}, sha256 {network.sha256}")
     if json is not None:
-        sampler |= {"precision": precision, "method": method, "seed": seed, "batch_size": batch_size}
+        sampler |= {
+            "precision": precision,
+            "method": method,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         about = {"run": run, **description.about(split), "sampler": sampler}
         _write(Path(json), about, network, found)
 
 
 def _compare(
-    samples: Tensor, data: DataSource, split: str, network: FeatureNetwork, neighbors: int, seed: int, batch_size: int
+    samples: Tensor,
+    data: DataSource,
+    split: str,
+    network: FeatureNetwork,
+    neighbors: int,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, SampleQuality]:
     """Samples, and the images of the other splits, against those of the split."""
     sets: dict[str, Tensor | EventDataset] = {"samples": samples}
-    sets |= {f"{name} images": data.split(name) for name, size in data.describe().splits.items() if name != split and size > neighbors}
+    sets |= {
+        f"{name} images": data.split(name)
+        for name, size in data.describe().splits.items()
+        if name != split and size > neighbors
+    }
     real = network(data.split(split), batch_size, progress=True)
     return {
-        name: compare_features(real, network(images, batch_size, True), network, neighbors=neighbors, seed=seed, progress=True)
+        name: compare_features(
+            real,
+            network(images, batch_size, True),
+            network,
+            neighbors=neighbors,
+            seed=seed,
+            progress=True,
+        )
         for name, images in sets.items()
     }
 
 
-def _write(path: Path, about: dict[str, Any], network: FeatureNetwork, found: dict[str, SampleQuality]) -> None:
+def _write(
+    path: Path, about: dict[str, Any], network: FeatureNetwork, found: dict[str, SampleQuality]
+) -> None:
     """Write all numbers as JSON."""
-    features = {"features": network.name, "features_sha256": network.sha256, "features_scale": network.scale, "features_size": network.size}
-    write_json(path, {**about, **features, **{name.replace(" ", "_"): one.to_dict() for name, one in found.items()}})
+    features = {
+        "features": network.name,
+        "features_sha256": network.sha256,
+        "features_scale": network.scale,
+        "features_size": network.size,
+    }
+    write_json(
+        path,
+        {
+            **about,
+            **features,
+            **{name.replace(" ", "_"): one.to_dict() for name, one in found.items()},
+        },
+    )
     print(f"wrote {path}")
 
 
 def _network(
-    features: str | None, run: Path, data: DataSource, scale: Scale, size: int | None, channels: int, device: str
+    features: str | None,
+    run: Path,
+    data: DataSource,
+    scale: Scale,
+    size: int | None,
+    channels: int,
+    device: str,
 ) -> FeatureNetwork:
     """The feature network that the words name."""
     if features is not None and not Path(features).is_dir():
-        return torchscript_features(features, data.describe().event_shape, scale, size, channels, device)
-    found = find_classifier(run / CLASSIFIER, data, progress=True) if features is None else load_classifier(Path(features))
-    print(f"classifier of {found.info['data']}: accuracy {found.info['accuracy']['test']:.4f} on test")
+        return torchscript_features(
+            features, data.describe().event_shape, scale, size, channels, device
+        )
+    found = (
+        find_classifier(run / CLASSIFIER, data, progress=True)
+        if features is None
+        else load_classifier(Path(features))
+    )
+    print(
+        f"classifier of {found.info['data']}: accuracy {found.info['accuracy']['test']:.4f} on test"
+    )
     return classifier_features(found.to(device))
 
 

@@ -44,8 +44,9 @@ def sample(
 
     Args:
         run: folder of the run.
-        out: what to write: a .png file for one picture of all, .npy or .csv for the values in the units of the data (whole numbers of discrete data; .csv for
-            vectors), or a new folder, without an ending, for a PNG file of each image.
+        out: what to write: a .png file for one picture of all, .npy or .csv for the values in the
+            units of the data (whole numbers of discrete data; .csv for vectors), or a new folder,
+            without an ending, for a PNG file of each image.
         n: number of samples.
         method: ancestral (DDPM), ddim, sde or ode.
         steps: steps of the time grid; by default the model's own number, or 100.
@@ -56,8 +57,8 @@ def sample(
         atol: absolute tolerance of dopri5.
         batch_size: samples drawn at once.
         device: auto, cpu or cuda.
-        precision: 32-true, or bf16-mixed or 16-mixed, where the predictor's network runs in half precision: faster on GPUs and CPUs that have it,
-            samples differ a little.
+        precision: 32-true, or bf16-mixed or 16-mixed, where the predictor's network runs in half
+            precision: faster on GPUs and CPUs that have it, samples differ a little.
     """
     target = Path(out)
     _check_target(target)
@@ -68,15 +69,30 @@ def sample(
     description = DataDescription.from_dict(model.info.get("data"))
     if not target.suffix and not is_image(description.event_shape):
         raise UserError(
-            f"--out {out} is a folder for image files, and samples of {description.name} are no images; give a file that ends in .npy or .csv"
+            f"--out {out} is a folder for image files, and samples of {description.name} are no"
+            " images; give a file that ends in .npy or .csv"
         )
     if target.suffix.lower() == ".csv" and len(description.event_shape) != 1:
         raise UserError(
-            f"--out {out}: samples of {description.name} have the shape {description.event_shape}, no row of a table; give an .npy file"
+            f"--out {out}: samples of {description.name} have the shape {description.event_shape},"
+            " no row of a table; give an .npy file"
         )
-    options: dict[str, Any] = {"steps": steps, "eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "eta": eta,
+        "solver": solver,
+        "rtol": rtol,
+        "atol": atol,
+    }
     with autocast(model.like.device, precision):
-        samples = model.sample((n, *description.event_shape), method, seed=seed, batch_size=batch_size, progress=True, **options)
+        samples = model.sample(
+            (n, *description.event_shape),
+            method,
+            seed=seed,
+            batch_size=batch_size,
+            progress=True,
+            **options,
+        )
     _write(target, samples, description)
     print(f"wrote {n} samples to {target}")
 
@@ -84,11 +100,17 @@ def sample(
 def _check_target(target: Path) -> None:
     suffix = target.suffix.lower()
     if suffix not in (".png", ".npy", ".csv", ""):
-        raise UserError(f"--out {target}: the file must end in .png, .npy or .csv, or be a new folder, without an ending")
+        raise UserError(
+            f"--out {target}: the file must end in .png, .npy or .csv, or be a new folder, without"
+            " an ending"
+        )
     if target.is_dir() and suffix:
         raise UserError(f"--out {target} is a folder; give a file")
     if target.exists() and not suffix:
-        raise UserError(f"--out {target} exists already; give a new folder, or a file that ends in .png, .npy or .csv")
+        raise UserError(
+            f"--out {target} exists already; give a new folder, or a file that ends in .png, .npy"
+            " or .csv"
+        )
 
 
 def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
@@ -104,8 +126,14 @@ def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
     if not suffix:
         write_images(target, to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2))
     elif suffix == ".csv":
-        form = {"fmt": "%d" if description.num_values else "%.9g", "header": ",".join(description.columns), "comments": ""}
-        write_atomically(target, lambda path: np.savetxt(path, values, delimiter=",", encoding="utf-8", **form))
+        form = {
+            "fmt": "%d" if description.num_values else "%.9g",
+            "header": ",".join(description.columns),
+            "comments": "",
+        }
+        write_atomically(
+            target, lambda path: np.savetxt(path, values, delimiter=",", encoding="utf-8", **form)
+        )
     else:
         write_atomically(target, lambda path: _write_array(path, values))
 

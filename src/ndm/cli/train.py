@@ -10,11 +10,20 @@ from ndm.train.run import Run
 def run_train(words: Sequence[str]) -> None:
     """``ndm train``: parse and train."""
     parser = config_parser(
-        description="Train a model and evaluate it. Rerun the command to resume an interrupted run; --out alone is enough then.",
-        epilog="A model is built of a schedule, a transform, a predictor and a decoder; ndm train --model.help ndm.NDM lists all its parts, "
-        "--model.transform.help ndm.SeparableTransform the arguments of one. Example: ndm train --config digits --out runs/digits --train.steps 2000",
+        description=(
+            "Train a model and evaluate it. Rerun the command to resume an interrupted run; --out"
+            " alone is enough then."
+        ),
+        epilog=(
+            "A model is built of a schedule, a transform, a predictor and a decoder; ndm train"
+            " --model.help ndm.NDM lists all its parts, --model.transform.help"
+            " ndm.SeparableTransform the arguments of one. Example: ndm train --config digits --out"
+            " runs/digits --train.steps 2000"
+        ),
     )
-    parser.add_argument("--out", type=str, required=True, metavar="RUN", help="folder of the run; created if needed")
+    parser.add_argument(
+        "--out", type=str, required=True, metavar="RUN", help="folder of the run; created if needed"
+    )
     stored = _stored_config(words)
     arguments = parse(parser, (["--config", str(stored)] if stored else []) + list(words))
     run = Run(Path(arguments.pop("out")))

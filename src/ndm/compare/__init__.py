@@ -1,1 +1,3 @@
-"""Several configurations trained and measured under one budget, so that a difference between them means something."""
+"""Several configurations trained and measured under one budget, so that a difference between them
+means something.
+"""

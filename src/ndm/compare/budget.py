@@ -3,8 +3,9 @@ r"""How many steps each row of a comparison takes, and how long one of them last
 .. math::
     \text{steps} = \text{seconds} / \text{seconds of a step} \qquad (\text{budget } \texttt{seconds})
 
-A step is timed where it is taken: in a run of the trainer, with its loading, logging, clipping and averaging, on the device and with the threads of
-the runs to come. All rows take turns, round after round, so that a slow spell of the machine hits each alike; the median over all steps counts. The
+A step is timed where it is taken: in a run of the trainer, with its loading, logging, clipping and
+averaging, on the device and with the threads of the runs to come. All rows take turns, round after
+round, so that a slow spell of the machine hits each alike; the median over all steps counts. The
 times are written down, so that an interrupted comparison goes on with the same numbers of steps.
 """
 
@@ -25,8 +26,9 @@ from ndm.compare.plan import Budget, Row, build
 from ndm.device import describe_machine
 from ndm.errors import UserError
 from ndm.serialize import read_json, write_json
+from ndm.train.callbacks import quiet_lightning
 from ndm.train.fit import make_trainer
-from ndm.train.module import TrainingModule, quiet_lightning
+from ndm.train.module import TrainingModule
 from ndm.train.run import Run
 
 PLAN = "plan.json"
@@ -45,18 +47,32 @@ class _Clock(Callback):
 
 
 def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
-    """Seconds of a training step of each row, by its name: the median over several rounds in which all rows take turns."""
+    """Seconds of a training step of each row, by its name: the median over several rounds in which
+    all rows take turns.
+    """
     quiet_lightning()
     parts = {row.name: build(row) for row in rows}
     times: dict[str, list[float]] = {name: [] for name in parts}
     state = torch.random.get_rng_state()
-    for _ in tqdm(range(_ROUNDS), desc="timing steps", unit="round", disable=not progress, delay=1, leave=False):
+    for _ in tqdm(
+        range(_ROUNDS),
+        desc="timing steps",
+        unit="round",
+        disable=not progress,
+        delay=1,
+        leave=False,
+    ):
         for name, one in parts.items():
             settings = one.settings
             uneven = settings.optimizer == "soap"
-            # A tiny learning rate: a run that would diverge is told so when it is trained, not here.
+            # A tiny learning rate: a run that would diverge is told so when it is trained, not
+            # here.
             short = replace(
-                settings, steps=_WARM + _PERIOD + 1 if uneven else _STEPS, validate_every=None, checkpoint_every=10**9, learning_rate=1e-12
+                settings,
+                steps=_WARM + _PERIOD + 1 if uneven else _STEPS,
+                validate_every=None,
+                checkpoint_every=10**9,
+                learning_rate=1e-12,
             )
             with tempfile.TemporaryDirectory() as folder:
                 trainer, clock = make_trainer(short, Run(Path(folder)), progress=False), _Clock()
@@ -69,23 +85,39 @@ def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def read_plan(out: Path, rows: list[Row], budget: Budget, seconds: float | None = None, train_steps: int | None = None) -> dict[str, Any]:
-    """Steps and seconds of a step of every row: from the folder where they are known for all, else measured and written there.
+def read_plan(
+    out: Path,
+    rows: list[Row],
+    budget: Budget,
+    seconds: float | None = None,
+    train_steps: int | None = None,
+) -> dict[str, Any]:
+    """Steps and seconds of a step of every row: from the folder where they are known for all, else
+    measured and written there.
 
     Raises:
         UserError: the folder holds a comparison with another budget.
     """
     shared = {"budget": budget, "seconds": seconds, "train_steps": train_steps}
-    plan: dict[str, Any] = read_json(out / PLAN) if (out / PLAN).exists() else {**shared, "rows": {}}
+    plan: dict[str, Any] = (
+        read_json(out / PLAN) if (out / PLAN).exists() else {**shared, "rows": {}}
+    )
     if {key: plan.get(key) for key in shared} != shared or not isinstance(plan.get("rows"), dict):
         raise UserError(f"{out} holds a comparison with another budget; choose another --out")
     known = plan["rows"]
     if any(known.get(row.name, {}).get("parameters") != row.parameters for row in rows):
-        # All rows, also those that are known, so that times can be compared; a known row keeps its steps.
+        # All rows, also those that are known, so that times can be compared; a known row keeps its
+        # steps.
         measured = step_seconds(rows, progress=True)
         for row in rows:
-            steps = known.get(row.name, {}).get("steps") or _steps(row, measured[row.name], seconds, train_steps)
-            known[row.name] = {"parameters": row.parameters, "steps": steps, "seconds_per_step": measured[row.name]}
+            steps = known.get(row.name, {}).get("steps") or _steps(
+                row, measured[row.name], seconds, train_steps
+            )
+            known[row.name] = {
+                "parameters": row.parameters,
+                "steps": steps,
+                "seconds_per_step": measured[row.name],
+            }
         plan["machine"] = describe_machine()
         write_json(out / PLAN, plan)
     return plan

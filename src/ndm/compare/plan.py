@@ -1,6 +1,7 @@
 r"""What a comparison consists of: rows, a width for the widened ones, a number of steps for each.
 
-A comparison is a YAML file. A row lists what it overrides in the base, as the options of ``ndm train --config BASE`` would:
+A comparison is a YAML file. A row lists what it overrides in the base, as the options of ``ndm
+train --config BASE`` would:
 
 .. code-block:: yaml
 
@@ -19,7 +20,8 @@ budget             what all rows share
 ``parameters``     optimizer steps and parameters: every row is widened to the largest
 =================  ====================================================================
 
-Rows share the data and the batch size, whatever the budget. :mod:`ndm.compare.budget` measures the seconds of a step.
+Rows share the data and the batch size, whatever the budget. :mod:`ndm.compare.budget` measures the
+seconds of a step.
 """
 
 import json
@@ -54,7 +56,9 @@ class Row:
     parameters: int = 0
     """Number of parameters of the model."""
     baseline: bool = False
-    """Whether this is the conventional diffusion model that the others are compared with, as large as the largest."""
+    """Whether this is the conventional diffusion model that the others are compared with, as large
+    as the largest.
+    """
 
     @property
     def folder(self) -> str:
@@ -62,7 +66,9 @@ class Row:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "row"
 
 
-def read_rows(path: Path, overrides: Overrides = (), base: Path | None = None) -> tuple[list[Row], dict[str, Any]]:
+def read_rows(
+    path: Path, overrides: Overrides = (), base: Path | None = None
+) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a comparison file.
 
     Args:
@@ -80,15 +86,26 @@ def read_rows(path: Path, overrides: Overrides = (), base: Path | None = None) -
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("base"), str) or not isinstance(content.get("rows"), dict):
-        raise UserError(f"{path} is no comparison: it needs base (a configuration of ndm train) and rows (a name and its overrides each)")
+        raise UserError(
+            f"{path} cannot be read as YAML ({' '.join(str(error).split())[:100]})"
+        ) from error
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("base"), str)
+        or not isinstance(content.get("rows"), dict)
+    ):
+        raise UserError(
+            f"{path} is no comparison: it needs base (a configuration of ndm train) and rows (a"
+            " name and its overrides each)"
+        )
     unknown = sorted(set(content) - set(KEYS))
     if unknown:
         raise UserError(f"{path}: {unknown[0]!r} is not known; choose from {', '.join(KEYS)}")
     base = base or path.parent / content["base"]
     if not base.is_file():
-        raise UserError(f"{path}: the base {base} does not exist; give its path relative to {path.name}")
+        raise UserError(
+            f"{path}: the base {base} does not exist; give its path relative to {path.name}"
+        )
     checked = {str(name): _check_row(path, name, row) for name, row in content["rows"].items()}
     if not checked or any(";" in name for name in checked):
         raise UserError(f"{path}: give at least one row, and names without semicolons")
@@ -101,19 +118,24 @@ def _check_row(path: Path, name: object, row: object) -> dict[str, object]:
     """The overrides of a row, checked."""
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
         raise UserError(
-            f"{path}: the row {name!r} is {describe_value(row)}; give overrides such as {{model.transform: ndm.Identity}}, or {{}}"
+            f"{path}: the row {name!r} is {describe_value(row)}; give overrides such as"
+            " {model.transform: ndm.Identity}, or {}"
         )
     for key, value in row.items():
-        if key.split(".")[0] not in ("model", "train") or any(key == shared or key.startswith(f"{shared}.") for shared in SHARED):
+        if key.split(".")[0] not in ("model", "train") or any(
+            key == shared or key.startswith(f"{shared}.") for shared in SHARED
+        ):
             raise UserError(
-                f"{path}: the row {name!r} sets {key!r}; a row sets keys that begin with model. or train., but not {', '.join(SHARED[1:])}, which all "
-                "rows share: put those into the base"
+                f"{path}: the row {name!r} sets {key!r}; a row sets keys that begin with model. or"
+                f" train., but not {', '.join(SHARED[1:])}, which all rows share: put those into"
+                " the base"
             )
         try:
             json.dumps(value)
         except TypeError as error:
             raise UserError(
-                f"{path}: the row {name!r} sets {key!r} to {describe_value(value)}; give text, numbers, lists or mappings"
+                f"{path}: the row {name!r} sets {key!r} to {describe_value(value)}; give text,"
+                " numbers, lists or mappings"
             ) from error
     return dict(row)
 
@@ -143,7 +165,8 @@ def build(row: Row) -> RunParts:
 
 
 def widened(row: Row, target: int, width: str | None = None) -> Row:
-    """The row with a wider predictor: the least even width whose number of parameters is at least ``target``.
+    """The row with a wider predictor: the least even width whose number of parameters is at least
+    ``target``.
 
     Args:
         row: the row.
@@ -153,14 +176,17 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
     Raises:
         UserError: the predictor has no known width.
     """
-    candidates = [width] if width else ["model.predictor.network.channels", "model.predictor.network.hidden"]
+    candidates = (
+        [width] if width else ["model.predictor.network.channels", "model.predictor.network.hidden"]
+    )
     for key in candidates:
         start = row.config.get(key)
         if isinstance(start, int):
             break
     else:
         raise UserError(
-            f"the row {row.name!r} has no {' or '.join(candidates)} to widen; name the number in the file of the comparison: width"
+            f"the row {row.name!r} has no {' or '.join(candidates)} to widen; name the number in"
+            " the file of the comparison: width"
         )
     for value in range(start + 2 - start % 2, _WIDEST, 2):
         wider = replace(row, config=_configure(row.config, row.name, {key: value}))
@@ -168,12 +194,14 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
         if wider.parameters >= target:
             return wider
     raise UserError(
-        f"the row {row.name!r} does not reach {target:,} parameters with {key} below {_WIDEST}; name another number to raise: width"
+        f"the row {row.name!r} does not reach {target:,} parameters with {key} below {_WIDEST};"
+        " name another number to raise: width"
     )
 
 
 def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list[Row]:
-    """All rows with their sizes, the baseline among them: the plain diffusion, or one more row that widens it to the largest.
+    """All rows with their sizes, the baseline among them: the plain diffusion, or one more row that
+    widens it to the largest.
 
     With the budget ``parameters`` every row is widened to the largest.
 
@@ -183,7 +211,9 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
     check_choice("budget", budget, get_args(Budget))
     parts = [build(row) for row in rows]
     models = [one.model for one in parts]
-    rows = [replace(row, parameters=one.num_parameters) for row, one in zip(rows, parts, strict=True)]
+    rows = [
+        replace(row, parameters=one.num_parameters) for row, one in zip(rows, parts, strict=True)
+    ]
     largest, chosen = max(row.parameters for row in rows), _plain(rows, models, extra.get("widen"))
     planned = []
     for row in rows:
@@ -198,8 +228,9 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
             planned.append(replace(row, baseline=row is chosen))
     if len({row.folder for row in planned}) < len(planned):
         raise UserError(
-            f"two of the rows {', '.join(repr(row.name) for row in planned)} have names that differ in case and punctuation alone; rename one "
-            f"(the row {WIDENED.format(name=chosen.name)!r} is added by ndm compare)"
+            f"two of the rows {', '.join(repr(row.name) for row in planned)} have names that differ"
+            " in case and punctuation alone; rename one (the row"
+            f" {WIDENED.format(name=chosen.name)!r} is added by ndm compare)"
         )
     return planned
 
@@ -210,8 +241,10 @@ def _plain(rows: list[Row], models: list[DiffusionModel], name: str | None) -> R
         if row.name == name if name is not None else isinstance(model.transform, Identity):
             return row
     if name is not None:
-        raise UserError(f"widen: there is no row {name!r}; choose one of {', '.join(row.name for row in rows)}")
+        raise UserError(
+            f"widen: there is no row {name!r}; choose one of {', '.join(row.name for row in rows)}"
+        )
     raise UserError(
-        "a fair comparison needs a plain diffusion as large as the largest model: add a row with model.transform: ndm.Identity, or name the row "
-        "to widen: widen"
+        "a fair comparison needs a plain diffusion as large as the largest model: add a row with"
+        " model.transform: ndm.Identity, or name the row to widen: widen"
     )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ndm.device import pick_device
 from ndm.errors import UserError
 from ndm.evaluation.evaluate import Evaluation
-from ndm.evaluation.tables import Measurement
+from ndm.evaluation.measurement import Measurement
 from ndm.serialize import read_json, write_json
 from ndm.train.config import RunConfig
 from ndm.train.run import Run
@@ -72,15 +72,20 @@ class Job:
         found = self._read().get("data_sha256", data_sha256)
         if found != data_sha256:
             raise UserError(
-                f"{self.run.folder} was measured on other data (sha256 {str(found)[:12]} there, {data_sha256[:12]} now); choose another --out"
+                f"{self.run.folder} was measured on other data (sha256 {str(found)[:12]} there,"
+                f" {data_sha256[:12]} now); choose another --out"
             )
 
     def result(self) -> dict[str, Any] | None:
-        """What was measured, if it was by the same settings; what training measured itself where no more is wanted."""
+        """What was measured, if it was by the same settings; what training measured itself where no
+        more is wanted.
+        """
         if self.measures is None:
             return self.run.metrics() if self.run.finished else None
         found = self._read()
-        fits = found.get("settings") == self.measures.record() and isinstance(found.get("measures"), dict)
+        fits = found.get("settings") == self.measures.record() and isinstance(
+            found.get("measures"), dict
+        )
         return found if fits else None
 
     def _read(self) -> dict[str, Any]:
@@ -92,7 +97,13 @@ def run_all(jobs: list[Job], at_once: int) -> dict[str, str]:
     """Run what is missing; reasons of failures by the name of the run."""
     missing = [job for job in jobs if job.result() is None]
     failures: dict[str, str] = {}
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run", disable=not missing) as bar:
+    with tqdm(
+        total=len(jobs),
+        initial=len(jobs) - len(missing),
+        desc="runs",
+        unit="run",
+        disable=not missing,
+    ) as bar:
 
         def note(job: Job, reason: str | None) -> None:
             if reason is not None:
@@ -115,22 +126,33 @@ def threads_for(at_once: int) -> int:
 
 
 def _run_in_processes(jobs: list[Job], at_once: int, note: Any, bar: tqdm) -> None:
-    """Never hand a worker more than it works on, so that an interruption leaves nothing waiting in its queue."""
+    """Never hand a worker more than it works on, so that an interruption leaves nothing waiting in
+    its queue.
+    """
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(at_once, context, initializer=torch.set_num_threads, initargs=(threads_for(at_once),))
+    pool = ProcessPoolExecutor(
+        at_once, context, initializer=torch.set_num_threads, initargs=(threads_for(at_once),)
+    )
     waiting, running = list(jobs), dict[Future[str | None], Job]()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
                 running[pool.submit(_attempt, job)] = job
-            bar.set_postfix_str("; ".join(f"{job.row}, seed {job.seed}" for job in running.values()))
+            bar.set_postfix_str(
+                "; ".join(f"{job.row}, seed {job.seed}" for job in running.values())
+            )
             done = next(as_completed(running))
             note(running.pop(done), done.result())
     except BrokenProcessPool as error:
-        raise UserError("a run was killed, perhaps for memory; try again with fewer --jobs, what is finished stays") from error
+        raise UserError(
+            "a run was killed, perhaps for memory; try again with fewer --jobs, what is finished"
+            " stays"
+        ) from error
     finally:
-        if running:  # interrupted; not by SIGTERM, which the trainer in a worker answers in its own time. Files are whole or not there.
+        # interrupted; not by SIGTERM, which the trainer in a worker answers in its own time. Files
+        # are whole or not there.
+        if running:
             for process in list((pool._processes or {}).values()):
                 process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -146,7 +168,10 @@ def _attempt(job: Job) -> str | None:
     except UserError as error:
         return " ".join(str(error).split())
     except torch.OutOfMemoryError as error:
-        return f"out of memory ({' '.join(str(error).split())[:80]}); make the batch smaller, or raise train.accumulate in the base"
+        return (
+            f"out of memory ({' '.join(str(error).split())[:80]}); make the batch smaller, or raise"
+            " train.accumulate in the base"
+        )
     return None
 
 
@@ -169,14 +194,22 @@ def _measure(job: Job, wanted: Measures) -> None:
     model, data = job.run.model(), job.run.data()
     model.to(pick_device())
     description = data.describe()
-    evaluation = Evaluation(model, data.split(wanted.split), limit=wanted.limit, progress=True, about=description.about(wanted.split))
+    evaluation = Evaluation(
+        model,
+        data.split(wanted.split),
+        limit=wanted.limit,
+        progress=True,
+        about=description.about(wanted.split),
+    )
     train = data.split("train")
     found = {"continuous": evaluation.nelbo(None, wanted.draws)}
     for steps in wanted.horizons:
         found[f"T = {steps}"] = evaluation.nelbo(steps, wanted.draws)
     if wanted.calibrate:
         for steps in wanted.horizons:
-            found[f"T = {steps}, fitted variance"] = evaluation.nelbo(steps, wanted.draws, train, _CALIBRATION)
+            found[f"T = {steps}, fitted variance"] = evaluation.nelbo(
+                steps, wanted.draws, train, _CALIBRATION
+            )
     if wanted.nll and model.reverse_process.serves_every_eta:
         found["NLL"] = evaluation.nll()
     densities = description.num_values is None
@@ -189,13 +222,15 @@ def _measure(job: Job, wanted: Measures) -> None:
         job.run.folder / MEASURES,
         {
             "measures": {name: value(one) for name, one in found.items()},
-            "stderr_over_examples": {name: one.stderr if densities else one.bpd_stderr for name, one in found.items()},
+            "stderr_over_examples": {
+                name: one.stderr if densities else one.bpd_stderr for name, one in found.items()
+            },
             "settings": wanted.record(),
             "unit": "nats an example" if densities else "bits/dim",
-            "examples": found["continuous"].protocol["num_examples"],
+            "examples": found["continuous"].protocol.num_examples,
             "data": description.name,
             "data_sha256": description.sha256,
-            "parameters": found["continuous"].protocol["parameters"],
+            "parameters": found["continuous"].protocol.parameters,
             "training_seconds": job.run.metrics().get("training_seconds"),
         },
     )

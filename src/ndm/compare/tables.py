@@ -4,9 +4,10 @@ r"""Tables and a plot of a comparison: means over seeds with standard errors.
     \bar m = \frac1S \sum_s m_s, \qquad \text{stderr}^2 = \frac{1}{S (S - 1)} \sum_s (m_s - \bar m)^2, \qquad
     \bar d = \frac1S \sum_s (m_s - m^{\text{baseline}}_s) .
 
-m_s is the mean over the same examples for every row and seed, so the error over seeds says how far another training would come out. Runs of one
-seed share the order of the data and the times, and as far as their networks draw no random numbers of their own (dropout) the noise; d is paired
-by seed, over the seeds that both have.
+m_s is the mean over the same examples for every row and seed, so the error over seeds says how far
+another training would come out. Runs of one seed share the order of the data and the times, and as
+far as their networks draw no random numbers of their own (dropout) the noise; d is paired by seed,
+over the seeds that both have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndm.evaluation.evaluate import standard_error
+from ndm.evaluation.measurement import standard_error
 from ndm.evaluation.tables import plus_minus
 from ndm.viz import new_figure, write_figure
 
@@ -23,22 +24,34 @@ MARKERS = "osD^vPX*<>hp"
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of values over seeds, its standard error (None for a single one), and the values themselves."""
+    """Mean of values over seeds, its standard error (None for a single one), and the values
+    themselves.
+    """
     tensor = torch.tensor(list(values), dtype=torch.float64)
-    return {"mean": float(tensor.mean()), "stderr": standard_error(tensor) if len(values) > 1 else None, "values": list(values)}
+    return {
+        "mean": float(tensor.mean()),
+        "stderr": standard_error(tensor) if len(values) > 1 else None,
+        "values": list(values),
+    }
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
+def summarize(
+    rows: Sequence[Mapping[str, Any]], baseline: str | None = None
+) -> list[dict[str, Any]]:
     """Statistics over seeds of each row.
 
     Args:
-        rows: each with ``name``, ``parameters``, ``steps``, ``seconds_per_step`` and ``runs``, measures by seed: ``{seed: {measure: value}}``.
+        rows: each with ``name``, ``parameters``, ``steps``, ``seconds_per_step`` and ``runs``,
+            measures by seed: ``{seed: {measure: value}}``.
         baseline: name of the row from which differences are taken.
 
     Returns:
-        The rows with ``measures``: ``{measure: {mean, stderr, values}}``, and ``differences`` likewise.
+        The rows with ``measures``: ``{measure: {mean, stderr, values}}``, and ``differences``
+            likewise.
     """
-    reference: Mapping[Any, Any] = next((row["runs"] for row in rows if row["name"] == baseline), {})
+    reference: Mapping[Any, Any] = next(
+        (row["runs"] for row in rows if row["name"] == baseline), {}
+    )
     summary = []
     for row in rows:
         runs = row["runs"]
@@ -61,22 +74,37 @@ def cell(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
     return plus_minus(entry["mean"], entry["stderr"], sign=sign)
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | None, protocol: Sequence[str]) -> str:
-    """The table of a comparison as Markdown, the best of each column in bold, and its protocol below."""
+def markdown(
+    summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | None, protocol: Sequence[str]
+) -> str:
+    """The table of a comparison as Markdown, the best of each column in bold, and its protocol
+    below.
+    """
     names = list(dict.fromkeys(name for row in summary for name in row["measures"]))
-    best = {name: min(row["measures"][name]["mean"] for row in summary if name in row["measures"]) for name in names}
+    best = {
+        name: min(row["measures"][name]["mean"] for row in summary if name in row["measures"])
+        for name in names
+    }
     main = names[0] if names else ""
     head = ["model", "parameters", "seeds", "steps", "ms a step", "minutes", *names]
     if baseline:
         head.append(f"{main}, less {baseline}")
     lines = [head, ["---"] * len(head)]
     for row in summary:
-        cells = [row["name"], f"{row['parameters']:,}", str(len(row["runs"])), f"{row['steps']:,}", f"{1e3 * row['seconds_per_step']:.1f}"]
+        cells = [
+            row["name"],
+            f"{row['parameters']:,}",
+            str(len(row["runs"])),
+            f"{row['steps']:,}",
+            f"{1e3 * row['seconds_per_step']:.1f}",
+        ]
         cells.append(f"{row['steps'] * row['seconds_per_step'] / 60:.1f}")
         for name in names:
             entry = row["measures"].get(name)
             text = cell(entry)
-            cells.append(f"**{text}**" if entry is not None and entry["mean"] == best[name] else text)
+            cells.append(
+                f"**{text}**" if entry is not None and entry["mean"] == best[name] else text
+            )
         if baseline:
             cells.append(cell(row["differences"].get(main), sign=True))
         lines.append(cells)
@@ -85,7 +113,9 @@ def markdown(summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | No
 
 
 def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
-    """The first measure against training time and against the number of parameters, with standard errors; PNG or PDF."""
+    """The first measure against training time and against the number of parameters, with standard
+    errors; PNG or PDF.
+    """
     shown = [row for row in summary if row["measures"]]
     if not shown:
         return
@@ -94,7 +124,9 @@ def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for index, row in enumerate(shown):
         entry = row["measures"][name]
-        for axis, at in zip(axes, (row["steps"] * row["seconds_per_step"], row["parameters"]), strict=True):
+        for axis, at in zip(
+            axes, (row["steps"] * row["seconds_per_step"], row["parameters"]), strict=True
+        ):
             axis.errorbar(
                 at,
                 entry["mean"],
@@ -111,5 +143,7 @@ def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
     axes[1].ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False
+    )
     write_figure(path, figure)

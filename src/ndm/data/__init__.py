@@ -1,4 +1,5 @@
-r"""Data sets as float32 tensors x, discrete ones on the grid of the decoder and continuous ones standardized: x = (v - b)/a.
+r"""Data sets as float32 tensors x, discrete ones on the grid of the decoder and continuous ones
+standardized: x = (v - b)/a.
 
 ==============================================================  =================================================================
 source                                                          data
@@ -15,7 +16,8 @@ source                                                          data
 :class:`HuggingFace`                                            data sets of the hub: images, or columns of numbers
 ==============================================================  =================================================================
 
-Each is a :class:`DataSource`: ``describe()`` says what the data are, ``split("train")`` gives the examples.
+Each is a :class:`DataSource`: ``describe()`` says what the data are, ``split("train")`` gives the
+examples.
 """
 
 from ndm.data.celeba import CelebAHQ

@@ -1,10 +1,11 @@
-r"""Data held in memory as one array ``(N, *event)`` a split: integers on a grid, or standardized real values.
+r"""Data held in memory as one array ``(N, *event)`` a split: integers on a grid, or standardized
+real values.
 
 .. math::
     b_i = \operatorname{mean}_{\text{train}} v_i, \qquad a_i = \operatorname{std}_{\text{train}} v_i, \qquad x_i = (v_i - b_i)/a_i .
 
-Only the train split enters b and a. A dimension that is constant over the train split has no density, so it is refused rather than
-given an arbitrary scale.
+Only the train split enters b and a. A dimension that is constant over the train split has no
+density, so it is refused rather than given an arbitrary scale.
 """
 
 import math
@@ -24,7 +25,8 @@ class ArraySplit(EventDataset):
     """A split in memory.
 
     Args:
-        values: ``(N, *event)``: integers 0 ... num_values-1 when ``num_values`` is given, otherwise float32 examples as they are.
+        values: ``(N, *event)``: integers 0 ... num_values-1 when ``num_values`` is given, otherwise
+            float32 examples as they are.
         num_values: number of integer values, or None.
         labels: class index of each example, or None.
     """
@@ -78,7 +80,11 @@ def discrete(
         array = np.ascontiguousarray(array, dtype=np.uint8 if num_values <= 256 else np.int32)
         content.split(split)
         content.array(array)
-        splits[split] = ArraySplit(torch.from_numpy(array), num_values, torch.from_numpy(labels[split]).long() if labels else None)
+        splits[split] = ArraySplit(
+            torch.from_numpy(array),
+            num_values,
+            torch.from_numpy(labels[split]).long() if labels else None,
+        )
     event = _event_shape(arrays)
     sizes = {split: len(array) for split, array in arrays.items()}
     description = DataDescription(
@@ -111,8 +117,10 @@ def continuous(
     Args:
         name: of the data.
         version: of the data.
-        arrays: split -> finite values in the source's own units, ``(N, *event)``; with ``standardize`` one must be ``train``.
-        standardize: whether to subtract the train mean and divide by the train standard deviation, dimension by dimension.
+        arrays: split -> finite values in the source's own units, ``(N, *event)``; with
+            ``standardize`` one must be ``train``.
+        standardize: whether to subtract the train mean and divide by the train standard deviation,
+            dimension by dimension.
         low: declared least value, for the description.
         high: declared greatest value, for the description.
         dimension_names: names of the columns of a table.
@@ -131,11 +139,16 @@ def continuous(
         constant = np.flatnonzero((train == train[0]).all(axis=0) | (scale == 0))
         if len(constant):
             index = int(constant[0])
-            label = repr(dimension_names[index]) if dimension_names else str(tuple(int(i) for i in np.unravel_index(index, event)))
+            label = (
+                repr(dimension_names[index])
+                if dimension_names
+                else str(tuple(int(i) for i in np.unravel_index(index, event)))
+            )
             value = float(train[0].reshape(-1)[index])
             raise UserError(
-                f"{name}: column {label} is {value:g} in all {len(train)} rows of the train split and cannot be standardized (a constant "
-                f"has no density); leave it out with columns=, or give standardize=False"
+                f"{name}: column {label} is {value:g} in all {len(train)} rows of the train split"
+                " and cannot be standardized (a constant has no density); leave it out with"
+                " columns=, or give standardize=False"
             )
     content = ContentHash()
     splits: dict[str, EventDataset] = {}
@@ -163,7 +176,13 @@ def continuous(
     return Loaded(description, splits)
 
 
-def check_values(array: np.ndarray, where: str, names: Sequence[str] | None, low: float | None = None, high: float | None = None) -> None:
+def check_values(
+    array: np.ndarray,
+    where: str,
+    names: Sequence[str] | None,
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
     """Check that all values are finite, and inside the declared range.
 
     Args:
@@ -174,18 +193,33 @@ def check_values(array: np.ndarray, where: str, names: Sequence[str] | None, low
         high: greatest allowed value, or None.
 
     Raises:
-        UserError: a value is not finite or out of range; the message names value, row (the first is 0) and column.
+        UserError: a value is not finite or out of range; the message names value, row (the first is
+            0) and column.
     """
-    rules = [(~np.isfinite(array), "values must be finite; drop or fill the row")] if array.dtype.kind == "f" else []
+    rules = (
+        [(~np.isfinite(array), "values must be finite; drop or fill the row")]
+        if array.dtype.kind == "f"
+        else []
+    )
     if low is not None or high is not None:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
-        mend = f"allowed are {least:g} to {most:g}; mend the data, or declare their range with num_values=, low= and high="
+        mend = (
+            f"allowed are {least:g} to {most:g}; mend the data, or declare their range with"
+            " num_values=, low= and high="
+        )
         rules.append(((array < least) | (array > most), mend))
     for wrong, mend in rules:
         if wrong.any():
             at = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), array.shape))
-            column = repr(names[int(np.ravel_multi_index(at[1:], array.shape[1:]))]) if names else f"{at[1] if len(at) == 2 else at[1:]}"
-            raise UserError(f"{where}: row {at[0]} (the first is 0), column {column} holds {array[at]:g}; {mend}")
+            column = (
+                repr(names[int(np.ravel_multi_index(at[1:], array.shape[1:]))])
+                if names
+                else f"{at[1] if len(at) == 2 else at[1:]}"
+            )
+            raise UserError(
+                f"{where}: row {at[0]} (the first is 0), column {column} holds {array[at]:g};"
+                f" {mend}"
+            )
 
 
 def _event_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:

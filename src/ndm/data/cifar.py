@@ -3,9 +3,10 @@ r"""CIFAR-10 from its binary version: six files of 10,000 records of 3,073 bytes
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-A record is one byte of the label, 0 to 9, then 1,024 bytes each of red, green and blue, row by row. Source of the format:
-cs.toronto.edu/~kriz/cifar.html ("CIFAR-10 binary version", ``cifar-10-binary.tar.gz``). The Python version of the same page holds pickles, which
-can run code, and is not read.
+A record is one byte of the label, 0 to 9, then 1,024 bytes each of red, green and blue, row by row.
+Source of the format: cs.toronto.edu/~kriz/cifar.html ("CIFAR-10 binary version",
+``cifar-10-binary.tar.gz``). The Python version of the same page holds pickles, which can run code,
+and is not read.
 """
 
 from pathlib import Path
@@ -18,7 +19,10 @@ from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_classes
 from ndm.errors import UserError
 
-FILES = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
+FILES = {
+    "train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
 """Split -> its files, in their order."""
 COUNTS = {"train": 50_000, "test": 10_000}
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -43,14 +47,26 @@ class CIFAR10(DataSource):
 
     def load(self) -> Loaded:
         folder = _folder(Path(self.path))
-        records = {split: np.concatenate([_records(folder / name) for name in names]) for split, names in FILES.items()}
-        name, words = release_words("cifar10", {s: len(r) for s, r in records.items()}, COUNTS, self.partial, str(folder))
+        records = {
+            split: np.concatenate([_records(folder / name) for name in names])
+            for split, names in FILES.items()
+        }
+        name, words = release_words(
+            "cifar10", {s: len(r) for s, r in records.items()}, COUNTS, self.partial, str(folder)
+        )
         labels = {split: part[:, 0].astype(np.int64) for split, part in records.items()}
         whole = name == "cifar10"
         if whole:
             check_classes(labels, CLASSES, str(folder), "download cifar-10-binary.tar.gz again")
         arrays = {split: part[:, 1:].reshape(-1, 3, 32, 32) for split, part in records.items()}
-        loaded = discrete(name, f"binary version{words}", arrays, 256, labels=labels, classes=CLASSES if whole else ())
+        loaded = discrete(
+            name,
+            f"binary version{words}",
+            arrays,
+            256,
+            labels=labels,
+            classes=CLASSES if whole else (),
+        )
         return check_content(loaded, self.sha256, str(folder))
 
 
@@ -63,13 +79,20 @@ def _folder(path: Path) -> Path:
             return folder
         if there:
             missing = ", ".join(name for name in expected if name not in there)
-            raise UserError(f"{folder} lacks {missing}; the binary version of CIFAR-10 has the six files {', '.join(expected)}")
+            raise UserError(
+                f"{folder} lacks {missing}; the binary version of CIFAR-10 has the six files"
+                f" {', '.join(expected)}"
+            )
     if (path / "data_batch_1").is_file() or (path / "cifar-10-batches-py").is_dir():
         raise UserError(
-            f"{path} holds the Python version of CIFAR-10, pickles, which can run code and are never opened; download the binary version, "
-            "cifar-10-binary.tar.gz, from the same page"
+            f"{path} holds the Python version of CIFAR-10, pickles, which can run code and are"
+            " never opened; download the binary version, cifar-10-binary.tar.gz, from the same"
+            " page"
         )
-    raise UserError(f"{path} has no {expected[0]}; expected are the six files of CIFAR-10's binary version: {', '.join(expected)}")
+    raise UserError(
+        f"{path} has no {expected[0]}; expected are the six files of CIFAR-10's binary version:"
+        f" {', '.join(expected)}"
+    )
 
 
 def _records(file: Path) -> np.ndarray:
@@ -77,11 +100,19 @@ def _records(file: Path) -> np.ndarray:
     try:
         data = np.fromfile(file, dtype=np.uint8)
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error}); download it again") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror or error}); download it again"
+        ) from error
     if not len(data) or len(data) % RECORD:
-        raise UserError(f"{file} is truncated or damaged: {len(data)} bytes are no whole number of records of {RECORD}; download it again")
+        raise UserError(
+            f"{file} is truncated or damaged: {len(data)} bytes are no whole number of records of"
+            f" {RECORD}; download it again"
+        )
     records = data.reshape(-1, RECORD)
     if records[:, 0].max() > 9:
         row = int((records[:, 0] > 9).argmax())
-        raise UserError(f"{file}: record {row} has the label {records[row, 0]}, allowed are 0 to 9; it is damaged, download it again")
+        raise UserError(
+            f"{file}: record {row} has the label {records[row, 0]}, allowed are 0 to 9; it is"
+            " damaged, download it again"
+        )
     return records

@@ -3,7 +3,8 @@ r"""The handwritten digits of scikit-learn: 1797 images of 8 x 8 pixels with 17 
 .. math::
     x = (2k + 1)/17 - 1, \qquad k \in \{0, \dots, 16\} .
 
-The values are counts of set pixels in 4 x 4 blocks of a binary scan, so all 17 values from 0 to 16 occur.
+The values are counts of set pixels in 4 x 4 blocks of a binary scan, so all 17 values from 0 to 16
+occur.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from ndm.errors import UserError, describe_value, require
 
 
 class Digits(DataSource):
-    """Digits of scikit-learn, ``(1, 8, 8)``, 17 values, with a fixed split of equal fraction in every class.
+    """Digits of scikit-learn, ``(1, 8, 8)``, 17 values, with a fixed split of equal fraction in
+    every class.
 
     Args:
         seed: of the split.
@@ -25,10 +27,17 @@ class Digits(DataSource):
         classes: the digits to keep; all ten when not given.
     """
 
-    def __init__(self, seed: int = 0, test_fraction: float = 0.2, classes: Sequence[int] | None = None):
+    def __init__(
+        self, seed: int = 0, test_fraction: float = 0.2, classes: Sequence[int] | None = None
+    ):
         check_split_arguments(test_fraction, seed)
-        if classes is not None and (not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10))):
-            raise UserError(f"classes={describe_value(classes)}: give different digits from 0 to 9, or leave it out for all ten")
+        if classes is not None and (
+            not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10))
+        ):
+            raise UserError(
+                f"classes={describe_value(classes)}: give different digits from 0 to 9, or leave it"
+                " out for all ten"
+            )
         self.seed = seed
         self.test_fraction = test_fraction
         self.classes = classes
@@ -48,4 +57,11 @@ class Digits(DataSource):
         if self.classes is not None:
             version += ", digits " + " ".join(names)
         arrays = {split: images[part] for split, part in parts.items()}
-        return discrete("digits", version, arrays, 17, labels={split: labels[part] for split, part in parts.items()}, classes=names)
+        return discrete(
+            "digits",
+            version,
+            arrays,
+            17,
+            labels={split: labels[part] for split, part in parts.items()},
+            classes=names,
+        )

@@ -3,8 +3,8 @@ r"""A folder of image files, with or without one subfolder a class.
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-Subfolders ``train`` and ``test`` are the splits; without them, a fixed split is drawn, class by class. Files are taken in the order of
-their names, so the split does not depend on the file system.
+Subfolders ``train`` and ``test`` are the splits; without them, a fixed split is drawn, class by
+class. Files are taken in the order of their names, so the split does not depend on the file system.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,9 @@ class FileImages(EncodedImages):
         labels: class index of each example, or None.
     """
 
-    def __init__(self, files: Sequence[Path], channels: int, size: int | None, labels: np.ndarray | None):
+    def __init__(
+        self, files: Sequence[Path], channels: int, size: int | None, labels: np.ndarray | None
+    ):
         super().__init__(channels, size, labels)
         self.files = list(files)
 
@@ -51,10 +53,13 @@ class ImageFolder(DataSource):
     Args:
         path: the folder.
         channels: 1 for gray, 3 for color; images are converted.
-        size: cut every image to its center square and scale it to this side. When not given, all images must have one size.
-        test_fraction: part of each class in the test split, when the folder has no ``train`` and ``test``.
+        size: cut every image to its center square and scale it to this side. When not given, all
+            images must have one size.
+        test_fraction: part of each class in the test split, when the folder has no ``train`` and
+            ``test``.
         seed: of that split.
-        class_folders: whether each subfolder is a class. When not given, it is if no image lies beside or below the subfolders.
+        class_folders: whether each subfolder is a class. When not given, it is if no image lies
+            beside or below the subfolders.
     """
 
     def __init__(
@@ -81,38 +86,76 @@ class ImageFolder(DataSource):
             raise UserError(f"path={self.path!r} is not a directory; give the folder of the images")
         there = [split for split in ("train", "test") if (folder / split).is_dir()]
         if len(there) == 1:
-            raise UserError(f"{folder} has a subfolder {there[0]} but not both train and test; add the other, or give path= to {there[0]}")
+            raise UserError(
+                f"{folder} has a subfolder {there[0]} but not both train and test; add the other,"
+                f" or give path= to {there[0]}"
+            )
         has_splits = len(there) == 2
-        roots = {split: folder / split for split in ("train", "test")} if has_splits else {"train": folder}
+        roots = (
+            {split: folder / split for split in ("train", "test")}
+            if has_splits
+            else {"train": folder}
+        )
         files = {split: some_image_files(root) for split, root in roots.items()}
-        depths = {len(file.relative_to(roots[split]).parts) for split in roots for file in files[split]}
+        depths = {
+            len(file.relative_to(roots[split]).parts) for split in roots for file in files[split]
+        }
         by_class = depths == {2} if self.class_folders is None else self.class_folders
         if by_class and 1 in depths:
-            stray = next(file for split in roots for file in files[split] if file.parent == roots[split])
-            raise UserError(f"{stray} lies beside the class subfolders; move it into one, or give class_folders=False")
-        classes = sorted({folder.name for root in roots.values() for folder in _subfolders(root)}) if by_class else []
+            stray = next(
+                file for split in roots for file in files[split] if file.parent == roots[split]
+            )
+            raise UserError(
+                f"{stray} lies beside the class subfolders; move it into one, or give"
+                " class_folders=False"
+            )
+        classes = (
+            sorted({folder.name for root in roots.values() for folder in _subfolders(root)})
+            if by_class
+            else []
+        )
         labels = {}
         for split, root in roots.items():
             names = [file.relative_to(root).parts[0] for file in files[split]] if by_class else []
-            labels[split] = np.array([classes.index(name) for name in names] or [0] * len(files[split]))
+            labels[split] = np.array(
+                [classes.index(name) for name in names] or [0] * len(files[split])
+            )
         if by_class:
             mend = "fill or remove the subfolders of that name, or give class_folders=False"
-            check_classes(labels if has_splits else {"all images": labels["train"]}, classes, str(folder), mend)
+            check_classes(
+                labels if has_splits else {"all images": labels["train"]},
+                classes,
+                str(folder),
+                mend,
+            )
         if not has_splits:
             parts = draw_split(labels["train"], classes, str(folder), self.test_fraction, self.seed)
-            files = {split: [files["train"][index] for index in part] for split, part in parts.items()}
+            files = {
+                split: [files["train"][index] for index in part] for split, part in parts.items()
+            }
             labels = {split: labels["train"][part] for split, part in parts.items()}
         splits = {
-            split: FileImages(files[split], self.channels, self.size, labels[split] if by_class else None) for split in ("train", "test")
+            split: FileImages(
+                files[split], self.channels, self.size, labels[split] if by_class else None
+            )
+            for split in ("train", "test")
         }
         drawn = ("stratified " if by_class else "") + split_words(self.test_fraction, self.seed)
         drawn = "own train and test folders" if has_splits else drawn
-        return encoded(folder.resolve().name, f"image folder, {drawn}{size_words(self.size)}", splits, classes)
+        return encoded(
+            folder.resolve().name, f"image folder, {drawn}{size_words(self.size)}", splits, classes
+        )
 
 
 def image_files(root: Path) -> list[Path]:
-    """The image files under a folder, in the order of their names; hidden ones and other files are left out."""
-    files = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")]
+    """The image files under a folder, in the order of their names; hidden ones and other files are
+    left out.
+    """
+    files = [
+        file
+        for file in root.rglob("*")
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
+    ]
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
@@ -124,9 +167,14 @@ def some_image_files(root: Path) -> list[Path]:
     """
     files = image_files(root)
     if not files:
-        raise UserError(f"{root} has no images; files ending in {' '.join(SUFFIXES)} are taken, in subfolders too")
+        raise UserError(
+            f"{root} has no images; files ending in {' '.join(SUFFIXES)} are taken, in"
+            " subfolders too"
+        )
     return files
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return [folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    return [
+        folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    ]

@@ -1,10 +1,11 @@
-r"""Data sets of the Hugging Face hub, or local folders in its formats (Parquet, CSV, image folders).
+r"""Data sets of the Hugging Face hub, or local folders in its formats (Parquet, CSV, image
+folders).
 
 .. math::
     \text{images: } x = (2k + 1)/256 - 1, \qquad \text{columns of numbers: } x_i = (v_i - b_i)/a_i .
 
-Needs the extra ``hub``. The checksum is of the images' own bytes or the columns' values, so it does not depend on a cache or on the
-version of any library. Images are decoded when needed.
+Needs the extra ``hub``. The checksum is of the images' own bytes or the columns' values, so it does
+not depend on a cache or on the version of any library. Images are decoded when needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,9 @@ class ColumnImages(EncodedImages):
         labels: class index of each example, or None.
     """
 
-    def __init__(self, dataset: Any, name: str, channels: int, size: int | None, labels: np.ndarray | None):
+    def __init__(
+        self, dataset: Any, name: str, channels: int, size: int | None, labels: np.ndarray | None
+    ):
         super().__init__(channels, size, labels)
         self.dataset = dataset
         self.name = name
@@ -51,7 +54,8 @@ class ColumnImages(EncodedImages):
 
 
 class HuggingFace(DataSource):
-    """A data set of the hub: an image column, ``(channels, height, width)``, 256 values, or columns of numbers, ``(D,)``.
+    """A data set of the hub: an image column, ``(channels, height, width)``, 256 values, or columns
+    of numbers, ``(D,)``.
 
     Args:
         name: of the data set on the hub (``owner/name``), or a local folder.
@@ -61,8 +65,10 @@ class HuggingFace(DataSource):
         revision: commit, tag or branch on the hub; a commit pins the data.
         splits: our name of each split -> its name in the data set.
         channels: 1 for gray, 3 for color; images are converted.
-        size: cut every image to its center square and scale it to this side. When not given, all images must have one size.
-        label_column: column of the classes, each of which must occur in every split; not checked when not given.
+        size: cut every image to its center square and scale it to this side. When not given, all
+            images must have one size.
+        label_column: column of the classes, each of which must occur in every split; not checked
+            when not given.
     """
 
     def __init__(
@@ -79,11 +85,19 @@ class HuggingFace(DataSource):
     ):
         check_image_arguments(channels, size)
         if (image_column is None) == (not columns) or isinstance(columns, str):
-            given = f"image_column={describe_value(image_column)} and columns={describe_value(columns)}"
-            raise UserError(f"{given}: give the name of one column of images, or a list of columns of numbers and image_column=None")
+            given = (
+                f"image_column={describe_value(image_column)} and columns={describe_value(columns)}"
+            )
+            raise UserError(
+                f"{given}: give the name of one column of images, or a list of columns of numbers"
+                " and image_column=None"
+            )
         if splits is not None and (not splits or "train" not in splits):
             example = {"train": "train", "test": "test"}
-            raise UserError(f"splits={describe_value(splits)}: give a mapping with 'train' in it, for example {example}")
+            raise UserError(
+                f"splits={describe_value(splits)}: give a mapping with 'train' in it, for example"
+                f" {example}"
+            )
         self.name = name
         self.image_column = image_column
         self.columns = columns
@@ -100,63 +114,124 @@ class HuggingFace(DataSource):
 
         tables = self._tables(datasets)
         name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
-        version = ("" if self.config is None else f"config {self.config}, ") + f"revision {self.revision or 'not pinned'}"
+        version = (
+            "" if self.config is None else f"config {self.config}, "
+        ) + f"revision {self.revision or 'not pinned'}"
         labels, classes = self._labels(tables, datasets) if self.label_column else ({}, [])
         if self.columns:
             arrays = {}
             for split, table in tables.items():
                 where = f"{self.name}: split {split!r}"
-                arrays[split], names = arrow_columns(table.select_columns(list(self.columns)).with_format("arrow")[:], self.columns, where)
+                arrays[split], names = arrow_columns(
+                    table.select_columns(list(self.columns)).with_format("arrow")[:],
+                    self.columns,
+                    where,
+                )
                 check_values(arrays[split], where, names)
-            return continuous(name, f"{version}, columns {' '.join(self.columns)}", arrays, True, dimension_names=list(self.columns))
+            return continuous(
+                name,
+                f"{version}, columns {' '.join(self.columns)}",
+                arrays,
+                True,
+                dimension_names=list(self.columns),
+            )
         splits = {}
         for split, table in tables.items():
             try:
-                images = table.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
-            except (ValueError, TypeError, NotImplementedError) as error:  # Arrow's errors are among these
+                images = table.select_columns([self.image_column]).cast_column(
+                    self.image_column, datasets.Image(decode=False)
+                )
+            except (
+                ValueError,
+                TypeError,
+                NotImplementedError,
+            ) as error:  # Arrow's errors are among these
                 kind = describe_value(table.features[self.image_column])
-                raise UserError(f"{self.name}: column {self.image_column!r} holds no images but {kind}; choose image_column=") from error
-            splits[split] = ColumnImages(images, f"{self.name}: split {split!r}", self.channels, self.size, labels.get(split))
+                raise UserError(
+                    f"{self.name}: column {self.image_column!r} holds no images but {kind}; choose"
+                    " image_column="
+                ) from error
+            splits[split] = ColumnImages(
+                images, f"{self.name}: split {split!r}", self.channels, self.size, labels.get(split)
+            )
         return encoded(name, version + size_words(self.size), splits, classes)
 
     def _tables(self, datasets: Any) -> dict[str, Any]:
-        """Our name of each split -> its ``datasets.Dataset``, which has all the columns wanted and is not empty."""
+        """Our name of each split -> its ``datasets.Dataset``, which has all the columns wanted and
+        is not empty.
+        """
         tables: dict[str, Any] = {}
         for split, theirs in (self.splits or {"train": "train", "test": "test"}).items():
             try:
-                tables[split] = datasets.load_dataset(self.name, self.config, split=theirs, revision=self.revision)
-            except Exception as error:  # the client raises errors of many libraries, all about the name, the network or the files
+                tables[split] = datasets.load_dataset(
+                    self.name, self.config, split=theirs, revision=self.revision
+                )
+            # the client raises errors of many libraries, all about the name, the network or the
+            # files
+            except Exception as error:
                 text = " ".join(f"{type(error).__name__}: {error}".split())
                 mend = "check name, config, revision and splits, and the network"
-                raise UserError(f"split {theirs!r} of data set {self.name!r} cannot be loaded; {mend} ({text[:300]})") from error
-        wanted = [column for column in (self.image_column, *(self.columns or ()), self.label_column) if column is not None]
+                raise UserError(
+                    f"split {theirs!r} of data set {self.name!r} cannot be loaded; {mend}"
+                    f" ({text[:300]})"
+                ) from error
+        wanted = [
+            column
+            for column in (self.image_column, *(self.columns or ()), self.label_column)
+            if column is not None
+        ]
         for split, table in tables.items():
             for column in wanted:
                 if column not in table.column_names:
                     have = ", ".join(table.column_names)
-                    raise UserError(f"{self.name}: split {split!r} has no column {column!r}; its columns are: {have}")
+                    raise UserError(
+                        f"{self.name}: split {split!r} has no column {column!r}; its columns are:"
+                        f" {have}"
+                    )
             if len(table) == 0:
-                raise UserError(f"{self.name}: split {split!r} is empty; choose other splits with splits=")
+                raise UserError(
+                    f"{self.name}: split {split!r} is empty; choose other splits with splits="
+                )
         return tables
 
-    def _labels(self, tables: Mapping[str, Any], datasets: Any) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Split -> class index of each example, and the classes: those declared, or those that occur when the column declares none."""
+    def _labels(
+        self, tables: Mapping[str, Any], datasets: Any
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Split -> class index of each example, and the classes: those declared, or those that
+        occur when the column declares none.
+        """
         column = str(self.label_column)
-        values = {split: table.select_columns([column]).with_format("arrow")[:][column].to_pylist() for split, table in tables.items()}
+        values = {
+            split: table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+            for split, table in tables.items()
+        }
         feature = tables["train"].features[column]
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
             allowed = dict(zip(range(len(classes)), range(len(classes)), strict=True))
         else:
-            found = sorted({value for part in values.values() for value in part if value is not None})
-            classes, allowed = [str(value) for value in found], {value: index for index, value in enumerate(found)}
+            found = sorted(
+                {value for part in values.values() for value in part if value is not None}
+            )
+            classes, allowed = (
+                [str(value) for value in found],
+                {value: index for index, value in enumerate(found)},
+            )
         for split, part in values.items():
             wrong = [row for row, value in enumerate(part) if value not in allowed]
             if wrong:
                 raise UserError(
-                    f"{self.name}: split {split!r}, row {wrong[0]} (the first is 0), column {column!r} holds {part[wrong[0]]!r}, which is "
-                    f"none of the {len(classes)} classes; choose another split, or leave label_column out"
+                    f"{self.name}: split {split!r}, row {wrong[0]} (the first is 0), column"
+                    f" {column!r} holds {part[wrong[0]]!r}, which is none of the {len(classes)}"
+                    " classes; choose another split, or leave label_column out"
                 )
-        indices = {split: np.array([allowed[value] for value in part]) for split, part in values.items()}
-        check_classes(indices, classes, self.name, "choose other splits with splits=, or leave label_column out")
+        indices = {
+            split: np.array([allowed[value] for value in part]) for split, part in values.items()
+        }
+        check_classes(
+            indices,
+            classes,
+            self.name,
+            "choose other splits with splits=, or leave label_column out",
+        )
         return indices, classes

@@ -1,4 +1,5 @@
-r"""ImageNet at 32 x 32 and 64 x 64 pixels, in its two releases, which cannot be compared with one another.
+r"""ImageNet at 32 x 32 and 64 x 64 pixels, in its two releases, which cannot be compared with one
+another.
 
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
@@ -7,14 +8,17 @@ r"""ImageNet at 32 x 32 and 64 x 64 pixels, in its two releases, which cannot be
 source                         train and test images       what it is
 =============================  ==========================  ===========================================================================
 :class:`ImageNetOord`          1,281,149 and 49,999        PNG files of van den Oord et al. (2016), ``train_32x32.tar`` and
-                                                           ``valid_32x32.tar``; no longer on image-net.org. VDM and most papers
-                                                           that report bits/dim use it
+                                                           ``valid_32x32.tar``; no longer on
+                                                           image-net.org. VDM and most papers that
+                                                           report bits/dim use it
 :class:`ImageNetChrabaszcz`    1,281,167 and 50,000        arrays of Chrabaszcz et al. (2017), on image-net.org; scaled down by another
-                                                           filter, smoother, and so easier by more than a tenth of a bit/dim
+                                                           filter, smoother, and so easier by more
+                                                           than a tenth of a bit/dim
 =============================  ==========================  ===========================================================================
 
-The validation images of ImageNet are the test split, as in those papers. Nothing is loaded into memory: PNG files are read from the archive or
-the folder, arrays are mapped. At the start all bytes are read once, for the checksum.
+The validation images of ImageNet are the test split, as in those papers. Nothing is loaded into
+memory: PNG files are read from the archive or the folder, arrays are mapped. At the start all bytes
+are read once, for the checksum.
 """
 
 import os
@@ -55,9 +59,17 @@ class TarImages(EncodedImages):
                     archive.members.clear()  # type: ignore[attr-defined]  # a million of them would take a gigabyte
         except (tarfile.TarError, OSError, EOFError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{file} is truncated, damaged or no plain tar archive ({reason}); download it again, or unpack it") from error
-        if not _is_ended(file):  # tarfile takes an archive that is cut inside a header for a shorter one
-            raise UserError(f"{file} is truncated: it lacks the mark at the end of an archive; download it again")
+            raise UserError(
+                f"{file} is truncated, damaged or no plain tar archive ({reason}); download it"
+                " again, or unpack it"
+            ) from error
+        if not _is_ended(
+            file
+        ):  # tarfile takes an archive that is cut inside a header for a shorter one
+            raise UserError(
+                f"{file} is truncated: it lacks the mark at the end of an archive; download it"
+                " again"
+            )
         members.sort()
         self._names = np.array([name for name, _, _ in members], dtype=np.bytes_)
         self._places = np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2)
@@ -85,7 +97,12 @@ class PngFolder(EncodedImages):
     def __init__(self, folder: Path):
         super().__init__(3, None, None)
         self.folder = folder
-        found = [Path(root).relative_to(folder) / name for root, _, names in os.walk(folder) for name in names if _is_png(name)]
+        found = [
+            Path(root).relative_to(folder) / name
+            for root, _, names in os.walk(folder)
+            for name in names
+            if _is_png(name)
+        ]
         self._names = np.array(sorted(os.fsencode(name) for name in found), dtype=np.bytes_)
 
     def __len__(self) -> int:
@@ -99,16 +116,25 @@ class PngFolder(EncodedImages):
 
 
 class ImageNetOord(DataSource):
-    """ImageNet scaled down by van den Oord et al. (2016), ``(3, resolution, resolution)``, 256 values, decoded when needed.
+    """ImageNet scaled down by van den Oord et al. (2016), ``(3, resolution, resolution)``, 256
+    values, decoded when needed.
 
     Args:
-        path: folder of ``train_32x32.tar`` and ``valid_32x32.tar`` (or 64), or of the folders that they unpack to.
+        path: folder of ``train_32x32.tar`` and ``valid_32x32.tar`` (or 64), or of the folders that
+            they unpack to.
         resolution: 32 or 64.
         partial: take fewer images, under the name ``imagenet32-oord-partial``.
-        sha256: the checksum that a run recorded, to refuse other content; None records it alone. It is the same for archives and folders.
+        sha256: the checksum that a run recorded, to refuse other content; None records it alone. It
+            is the same for archives and folders.
     """
 
-    def __init__(self, path: str, resolution: Resolution = 32, partial: bool = False, sha256: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        resolution: Resolution = 32,
+        partial: bool = False,
+        sha256: str | None = None,
+    ):
         _check(resolution, sha256)
         self.path = path
         self.resolution = resolution
@@ -127,37 +153,58 @@ class ImageNetOord(DataSource):
                 splits[split] = PngFolder(folder / name)
             else:
                 raise UserError(
-                    f"{folder} has no {name}.tar and no folder {name}; expected are {' and '.join(names.values())} of van den Oord et al. 2016"
-                    + _other(folder, "train_data_batch_1*", f"ndm.data.ImageNetChrabaszcz --data.resolution {self.resolution}")
+                    f"{folder} has no {name}.tar and no folder {name}; expected are"
+                    f" {' and '.join(names.values())} of van den Oord et al. 2016"
+                    + _other(
+                        folder,
+                        "train_data_batch_1*",
+                        f"ndm.data.ImageNetChrabaszcz --data.resolution {self.resolution}",
+                    )
                 )
         found = {split: len(images) for split, images in splits.items()}
-        name, words = release_words(f"imagenet{self.resolution}-oord", found, OORD, self.partial, str(folder))
+        name, words = release_words(
+            f"imagenet{self.resolution}-oord", found, OORD, self.partial, str(folder)
+        )
         for split, images in splits.items():
             if not len(images):
                 raise UserError(f"{folder}: {names[split]} has no PNG files")
             (height, width), _ = images.inspect(0)
             if (height, width) != (self.resolution, self.resolution):
-                raise UserError(f"{images.where(0)} is {width} x {height}; resolution={self.resolution} needs images of {side}")
+                raise UserError(
+                    f"{images.where(0)} is {width} x {height}; resolution={self.resolution} needs"
+                    f" images of {side}"
+                )
         loaded = encoded(name, f"PNG files of van den Oord et al. 2016{words}", splits)
         return check_content(loaded, self.sha256, str(folder))
 
 
 class ImageNetChrabaszcz(DataSource):
-    """ImageNet scaled down by Chrabaszcz et al. (2017), ``(3, resolution, resolution)``, 256 values, mapped into memory.
+    """ImageNet scaled down by Chrabaszcz et al. (2017), ``(3, resolution, resolution)``, 256
+    values, mapped into memory.
 
-    The files are those of the ``npz`` downloads, unpacked: ``train_data_batch_1.npz`` to ``..._10.npz`` and ``val_data.npz``, each with an array
-    ``data`` ``(N, 3 resolution²)``, red, then green, then blue. Labels are not read. The other downloads hold pickles, which can run code, and
-    are not read either.
+    The files are those of the ``npz`` downloads, unpacked: ``train_data_batch_1.npz`` to
+    ``..._10.npz`` and ``val_data.npz``, each with an array ``data`` ``(N, 3 resolution²)``, red,
+    then green, then blue. Labels are not read. The other downloads hold pickles, which can run
+    code, and are not read either.
 
     Args:
         path: folder of the files, in subfolders or not.
         resolution: 32 or 64.
         partial: take fewer images, under the name ``imagenet32-chrabaszcz-partial``.
-        sha256: the checksum that a run recorded, to refuse other content; None records it alone. It is the same however the arrays are packed.
-        cache: folder into which compressed arrays are expanded, once; ``expanded`` inside ``path`` when not given.
+        sha256: the checksum that a run recorded, to refuse other content; None records it alone. It
+            is the same however the arrays are packed.
+        cache: folder into which compressed arrays are expanded, once; ``expanded`` inside ``path``
+            when not given.
     """
 
-    def __init__(self, path: str, resolution: Resolution = 32, partial: bool = False, sha256: str | None = None, cache: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        resolution: Resolution = 32,
+        partial: bool = False,
+        sha256: str | None = None,
+        cache: str | None = None,
+    ):
         _check(resolution, sha256)
         self.path = path
         self.resolution = resolution
@@ -168,33 +215,66 @@ class ImageNetChrabaszcz(DataSource):
     def load(self) -> Loaded:
         folder = Path(self.path)
         event = (3, self.resolution, self.resolution)
-        splits = {split: MappedSplit(self._arrays(folder, files), event) for split, files in self._files(folder).items()}
+        splits = {
+            split: MappedSplit(self._arrays(folder, files), event)
+            for split, files in self._files(folder).items()
+        }
         found = {split: len(images) for split, images in splits.items()}
-        name, words = release_words(f"imagenet{self.resolution}-chrabaszcz", found, CHRABASZCZ, self.partial, str(folder))
+        name, words = release_words(
+            f"imagenet{self.resolution}-chrabaszcz", found, CHRABASZCZ, self.partial, str(folder)
+        )
         content = ContentHash()
         for split, images in splits.items():
             content.split(split)
             images.add_to(content, f"{name}, {split}")
         version = f"arrays of Chrabaszcz et al. 2017{words}"
-        description = DataDescription(name, version, "image", event, NUM_VALUES, 0.0, NUM_VALUES - 1.0, found, content.hexdigest())
+        description = DataDescription(
+            name,
+            version,
+            "image",
+            event,
+            NUM_VALUES,
+            0.0,
+            NUM_VALUES - 1.0,
+            found,
+            content.hexdigest(),
+        )
         return check_content(Loaded(description, dict(splits)), self.sha256, str(folder))
 
     def _files(self, folder: Path) -> dict[str, list[Path]]:
         """The files of each split, in their order."""
         places = [folder, *sorted(place for place in folder.glob("*") if place.is_dir())]
-        train = {int(match[1]): file for place in places for file in place.glob("*.npz") if (match := _BATCH.fullmatch(file.name))}
+        train = {
+            int(match[1]): file
+            for place in places
+            for file in place.glob("*.npz")
+            if (match := _BATCH.fullmatch(file.name))
+        }
         test = [file for place in places for file in place.glob("val_data.npz")]
         if train and test and sorted(train) == list(range(1, len(train) + 1)):
             return {"train": [train[number] for number in sorted(train)], "test": test[:1]}
-        if not (train and test) and [place for place in places for _ in (*place.glob("train_data_batch_1"), *place.glob("val_data"))]:
+        if not (train and test) and [
+            place
+            for place in places
+            for _ in (*place.glob("train_data_batch_1"), *place.glob("val_data"))
+        ]:
             raise UserError(
-                f"{folder} holds pickled batches, which can run code and are never opened; take the npz download from image-net.org "
-                "(Imagenet32_train_npz.zip), or convert each in a place that you trust: numpy.savez('train_data_batch_1.npz', data=batch['data'])"
+                f"{folder} holds pickled batches, which can run code and are never opened; take the"
+                " npz download from image-net.org (Imagenet32_train_npz.zip), or convert each in a"
+                " place that you trust: numpy.savez('train_data_batch_1.npz', data=batch['data'])"
             )
-        have = ", ".join([*(train[number].name for number in sorted(train)), *(file.name for file in test)]) or "none of them"
+        have = (
+            ", ".join(
+                [*(train[number].name for number in sorted(train)), *(file.name for file in test)]
+            )
+            or "none of them"
+        )
         raise UserError(
-            f"{folder} needs train_data_batch_1.npz to train_data_batch_10.npz, without gaps, and val_data.npz; there is {have}"
-            + _other(folder, "train_*x*", f"ndm.data.ImageNetOord --data.resolution {self.resolution}")
+            f"{folder} needs train_data_batch_1.npz to train_data_batch_10.npz, without gaps, and"
+            f" val_data.npz; there is {have}"
+            + _other(
+                folder, "train_*x*", f"ndm.data.ImageNetOord --data.resolution {self.resolution}"
+            )
         )
 
     def _arrays(self, folder: Path, files: list[Path]) -> list[StoredArray]:
@@ -203,7 +283,10 @@ class ImageNetChrabaszcz(DataSource):
         for file, array in zip(files, arrays, strict=True):
             if len(array.shape) != 2 or array.shape[1] != values or not array.shape[0]:
                 shape = " x ".join(str(size) for size in array.shape)
-                raise UserError(f"{file}: data is {shape}; resolution={self.resolution} needs N x {values} (3 x resolution²)")
+                raise UserError(
+                    f"{file}: data is {shape}; resolution={self.resolution} needs N x {values} (3 x"
+                    " resolution²)"
+                )
         return arrays
 
 
@@ -230,4 +313,8 @@ def _is_ended(file: Path) -> bool:
 def _other(folder: Path, pattern: str, source: str) -> str:
     """A hint, if the folder holds the other release."""
     there = folder.is_dir() and (any(folder.glob(pattern)) or any(folder.glob(f"*/{pattern}")))
-    return f". These look like the other release, which is another data set: --data {source}" if there else ""
+    return (
+        f". These look like the other release, which is another data set: --data {source}"
+        if there
+        else ""
+    )

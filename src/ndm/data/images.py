@@ -1,11 +1,13 @@
-r"""Images that stay encoded until they are needed: the common part of image folders and image columns.
+r"""Images that stay encoded until they are needed: the common part of image folders and image
+columns.
 
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-When a source is read, the header of every image is checked and its bytes enter the checksum; pixels are decoded batch by batch.
-Images of more than 8 bits a value are refused, since decoding would drop bits without notice. Transparency is dropped; colors become
-gray, or gray becomes three equal channels, as ``channels`` says. Photographs are turned upright, as their EXIF data say.
+When a source is read, the header of every image is checked and its bytes enter the checksum; pixels
+are decoded batch by batch. Images of more than 8 bits a value are refused, since decoding would
+drop bits without notice. Transparency is dropped; colors become gray, or gray becomes three equal
+channels, as ``channels`` says. Photographs are turned upright, as their EXIF data say.
 """
 
 import hashlib
@@ -34,11 +36,13 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
 
 
 class EncodedImages(EventDataset):
-    """A split of encoded images; a kind of storage implements ``__len__``, :meth:`where` and :meth:`read`.
+    """A split of encoded images; a kind of storage implements ``__len__``, :meth:`where` and
+    :meth:`read`.
 
     Args:
         channels: 1 for gray, 3 for color.
-        size: side of the center square that images are cut and scaled to, or None to leave them as they are.
+        size: side of the center square that images are cut and scaled to, or None to leave them as
+            they are.
         labels: class index of each example, or None.
     """
 
@@ -56,7 +60,9 @@ class EncodedImages(EventDataset):
         """The encoded bytes of an image; may raise OSError."""
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return to_grid(torch.from_numpy(np.stack([self.decode(int(index)) for index in indices])), NUM_VALUES)
+        return to_grid(
+            torch.from_numpy(np.stack([self.decode(int(index)) for index in indices])), NUM_VALUES
+        )
 
     def decode(self, index: int) -> np.ndarray:
         """The pixels of an image, uint8, ``(channels, height, width)``.
@@ -73,7 +79,11 @@ class EncodedImages(EventDataset):
                     pixels = ImageOps.fit(pixels, (self.size, self.size), Image.Resampling.BICUBIC)
         except _DECODING_ERRORS as error:
             raise _unreadable(self.where(index), error) from error
-        return np.asarray(pixels).reshape(pixels.height, pixels.width, self.channels).transpose(2, 0, 1)
+        return (
+            np.asarray(pixels)
+            .reshape(pixels.height, pixels.width, self.channels)
+            .transpose(2, 0, 1)
+        )
 
     def inspect(self, index: int) -> tuple[tuple[int, int], bytes]:
         """Check an image without decoding its pixels.
@@ -90,15 +100,24 @@ class EncodedImages(EventDataset):
             data = self.read(index)
             with Image.open(io.BytesIO(data)) as image:
                 mode, (width, height), kind = image.mode, image.size, Image.Transpose
-                if _turn(image) in (kind.ROTATE_90, kind.ROTATE_270, kind.TRANSPOSE, kind.TRANSVERSE):
+                if _turn(image) in (
+                    kind.ROTATE_90,
+                    kind.ROTATE_270,
+                    kind.TRANSPOSE,
+                    kind.TRANSVERSE,
+                ):
                     width, height = height, width
                 image.verify()
         except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
             raise _unreadable(self.where(index), error) from error
-        # Pillow opens a PNG of 16 bits with color as one of 8 bits, so the depth is read from the file itself.
+        # Pillow opens a PNG of 16 bits with color as one of 8 bits, so the depth is read from the
+        # file itself.
         deep_png = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
         if deep_png or mode.startswith("I") or mode == "F":
-            raise UserError(f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use Table with num_values=65536")
+            raise UserError(
+                f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use"
+                " Table with num_values=65536"
+            )
         return (height, width), hashlib.sha256(data).digest()
 
 
@@ -109,7 +128,8 @@ def upright(image: "Image.Image") -> "Image.Image":
 
 
 def _turn(image: "Image.Image") -> "Image.Transpose | None":
-    """How an image that was just opened is turned upright, by the EXIF data in front of its pixels; None where they are not there, or damaged.
+    """How an image that was just opened is turned upright, by the EXIF data in front of its pixels;
+    None where they are not there, or damaged.
 
     Pillow turns TIFF images itself.
     """
@@ -118,7 +138,9 @@ def _turn(image: "Image.Image") -> "Image.Transpose | None":
     if image.format == "TIFF":
         return None
     try:
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # that of PNG images decodes them
+        orientation = Image.Image.getexif(image).get(
+            ExifTags.Base.Orientation
+        )  # that of PNG images decodes them
     except _DECODING_ERRORS:
         return None
     kind = Image.Transpose
@@ -151,7 +173,9 @@ def size_words(size: int | None) -> str:
     return "" if size is None else f", center square scaled to {size} x {size} (bicubic)"
 
 
-def encoded(name: str, version: str, splits: Mapping[str, EncodedImages], classes: Sequence[str] = ()) -> Loaded:
+def encoded(
+    name: str, version: str, splits: Mapping[str, EncodedImages], classes: Sequence[str] = ()
+) -> Loaded:
     """Check and describe splits of encoded images.
 
     Args:
@@ -170,7 +194,14 @@ def encoded(name: str, version: str, splits: Mapping[str, EncodedImages], classe
     content = ContentHash()
     first: tuple[str, tuple[int, int]] | None = None
     channels, size = next((images.channels, images.size) for images in splits.values())
-    with tqdm(total=sum(map(len, splits.values())), desc=f"checking {name}", unit="image", delay=2, disable=None, leave=False) as progress:
+    with tqdm(
+        total=sum(map(len, splits.values())),
+        desc=f"checking {name}",
+        unit="image",
+        delay=2,
+        disable=None,
+        leave=False,
+    ) as progress:
         for split, images in splits.items():
             content.split(split)
             for index in range(len(images)):
@@ -178,18 +209,36 @@ def encoded(name: str, version: str, splits: Mapping[str, EncodedImages], classe
                 content.digest(digest)
                 first = first or (images.where(index), shape)
                 if size is None and shape != first[1]:
-                    a, b = (f"{where} is {s[1]} x {s[0]}" for where, s in (first, (images.where(index), shape)))
-                    raise UserError(f"images differ in size: {a}, {b} (width x height); give size= to cut and scale all to one square")
+                    a, b = (
+                        f"{where} is {s[1]} x {s[0]}"
+                        for where, s in (first, (images.where(index), shape))
+                    )
+                    raise UserError(
+                        f"images differ in size: {a}, {b} (width x height); give size= to cut and"
+                        " scale all to one square"
+                    )
                 progress.update()
     if first is None:
         raise UserError(f"{name} has no images in its splits {', '.join(splits)}")
     event = (channels, *(first[1] if size is None else (size, size)))
     sizes = {split: len(images) for split, images in splits.items()}
     description = DataDescription(
-        name, version, "image", event, NUM_VALUES, 0.0, NUM_VALUES - 1.0, sizes, content.hexdigest(), tuple(classes)
+        name,
+        version,
+        "image",
+        event,
+        NUM_VALUES,
+        0.0,
+        NUM_VALUES - 1.0,
+        sizes,
+        content.hexdigest(),
+        tuple(classes),
     )
     return Loaded(description, dict(splits))
 
 
 def _unreadable(where: str, error: Exception) -> UserError:
-    return UserError(f"{where} cannot be read as an image ({' '.join(str(error).split())[:120]}); replace or remove it")
+    return UserError(
+        f"{where} cannot be read as an image ({' '.join(str(error).split())[:120]}); replace or"
+        " remove it"
+    )

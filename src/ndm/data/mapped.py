@@ -1,7 +1,9 @@
-r"""Integer arrays that stay in their files, mapped into memory: what is read is what a batch needs, and the operating system keeps it.
+r"""Integer arrays that stay in their files, mapped into memory: what is read is what a batch needs,
+and the operating system keeps it.
 
-An ``.npz`` file is a zip archive of ``.npy`` files. An array that ``numpy.savez`` stored in it lies there as it is, and is mapped in place. One
-that ``numpy.savez_compressed`` packed is expanded once into an ``.npy`` file of its own. Arrays of Python objects are pickles, and refused.
+An ``.npz`` file is a zip archive of ``.npy`` files. An array that ``numpy.savez`` stored in it lies
+there as it is, and is mapped in place. One that ``numpy.savez_compressed`` packed is expanded once
+into an ``.npy`` file of its own. Arrays of Python objects are pickles, and refused.
 """
 
 import struct
@@ -34,7 +36,9 @@ class StoredArray:
     offset: int
     shape: tuple[int, ...]
     crc: tuple[int, int] | None = None
-    """CRC-32 of what precedes the array in its member of an archive, and of the whole member, where it is stored in one."""
+    """CRC-32 of what precedes the array in its member of an archive, and of the whole member, where
+    it is stored in one.
+    """
 
     def map(self) -> np.ndarray:
         """The array, read when it is looked at."""
@@ -60,7 +64,9 @@ class MappedSplit(EventDataset):
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         chosen = np.asarray(indices, dtype=np.int64)
         rows = np.empty((len(chosen), *self.event), dtype=np.uint8)
-        for row, index, part in zip(rows, chosen, np.searchsorted(self._ends, chosen, side="right"), strict=True):
+        for row, index, part in zip(
+            rows, chosen, np.searchsorted(self._ends, chosen, side="right"), strict=True
+        ):
             at = index - (self._ends[part - 1] if part else 0)
             row[...] = self.maps[part][at].reshape(self.event)
         return to_grid(torch.from_numpy(rows), 256)
@@ -73,13 +79,21 @@ class MappedSplit(EventDataset):
         return self._maps
 
     def add_to(self, content: ContentHash, name: str) -> None:
-        """Add the whole split to a checksum, as an array ``(N, *event)``, and the same whatever the parts.
+        """Add the whole split to a checksum, as an array ``(N, *event)``, and the same whatever the
+        parts.
 
         Raises:
             UserError: an archive's own checksum does not fit.
         """
         content.begin_array("uint8", (len(self), *self.event))
-        with tqdm(total=len(self), desc=f"reading {name}", unit="image", delay=2, disable=None, leave=False) as progress:
+        with tqdm(
+            total=len(self),
+            desc=f"reading {name}",
+            unit="image",
+            delay=2,
+            disable=None,
+            leave=False,
+        ) as progress:
             for part, values in zip(self.parts, self.maps, strict=True):
                 running, expected = part.crc or (0, None)
                 for start in range(0, len(values), ROWS):
@@ -89,10 +103,16 @@ class MappedSplit(EventDataset):
                         running = zlib.crc32(rows.data, running)
                     progress.update(len(rows))
                 if expected is not None and running != expected:
-                    raise UserError(f"{part.file} is damaged: the archive's own CRC-32 does not fit its content; download it again")
+                    raise UserError(
+                        f"{part.file} is damaged: the archive's own CRC-32 does not fit its"
+                        " content; download it again"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": None}  # a map that is pickled would take its content along
+        return {
+            **self.__dict__,
+            "_maps": None,
+        }  # a map that is pickled would take its content along
 
 
 def find_array(file: Path, key: str, cache: Path) -> StoredArray:
@@ -120,13 +140,28 @@ def find_array(file: Path, key: str, cache: Path) -> StoredArray:
                     before = zlib.crc32(stream.read(array.offset - start))
                 return replace(array, crc=(before, member.CRC))
             expanded = cache / f"{file.stem}.{key}.npy"
-            if not (expanded.is_file() and expanded.stat().st_size == member.file_size and _newer(expanded, file)):
+            if not (
+                expanded.is_file()
+                and expanded.stat().st_size == member.file_size
+                and _newer(expanded, file)
+            ):
                 write_atomically(expanded, lambda temporary: _expand(archive, member, temporary))
         return _stored(expanded, 0, expanded.stat().st_size)
-    except (OSError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+    ) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file} is truncated, damaged or no .npz file ({' '.join(str(error).split())}); download it again") from error
+        raise UserError(
+            f"{file} is truncated, damaged or no .npz file ({' '.join(str(error).split())});"
+            " download it again"
+        ) from error
 
 
 def _newer(expanded: Path, file: Path) -> bool:
@@ -148,17 +183,30 @@ def _stored(file: Path, start: int, end: int) -> StoredArray:
         shape, fortran, dtype = _header(stream)
         offset = stream.tell()
     if dtype.hasobject:
-        raise UserError(f"{file} holds Python objects, which are pickles and never opened; store the array as uint8")
+        raise UserError(
+            f"{file} holds Python objects, which are pickles and never opened; store the array as"
+            " uint8"
+        )
     if dtype != np.uint8 or fortran:
-        raise UserError(f"{file} holds {dtype} values{' in Fortran order' if fortran else ''}; uint8 in C order is needed")
+        raise UserError(
+            f"{file} holds {dtype} values{' in Fortran order' if fortran else ''}; uint8 in C order"
+            " is needed"
+        )
     if offset + int(np.prod(shape, dtype=np.int64)) > end:
-        raise UserError(f"{file} is truncated: its header declares {' x '.join(map(str, shape))} bytes; download it again")
+        raise UserError(
+            f"{file} is truncated: its header declares {' x '.join(map(str, shape))} bytes;"
+            " download it again"
+        )
     return StoredArray(file, offset, tuple(shape))
 
 
 def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     return read(stream)
 
 
@@ -167,7 +215,12 @@ def _expand(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
         archive.open(member) as packed,
         target.open("wb") as stream,
         tqdm(
-            total=member.file_size, desc=f"expanding {Path(str(archive.filename)).name}", unit="B", unit_scale=True, delay=2, disable=None
+            total=member.file_size,
+            desc=f"expanding {Path(str(archive.filename)).name}",
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            disable=None,
         ) as bar,
     ):
         while block := packed.read(2**22):

@@ -3,8 +3,9 @@ r"""MNIST and its relatives from the original IDX files.
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-An IDX file holds a magic number (2051 for images, 2049 for labels), the sizes as big-endian 32-bit integers, then one byte a value.
-Source of the format: yann.lecun.com/exdb/mnist. Fashion-MNIST, KMNIST and EMNIST (renamed) have the same files.
+An IDX file holds a magic number (2051 for images, 2049 for labels), the sizes as big-endian 32-bit
+integers, then one byte a value. Source of the format: yann.lecun.com/exdb/mnist. Fashion-MNIST,
+KMNIST and EMNIST (renamed) have the same files.
 """
 
 import gzip
@@ -28,17 +29,27 @@ FILES = {
 
 
 class MNIST(DataSource):
-    """Images of the original IDX files, ``(1, height, width)``, 256 values, with the split of the files.
+    """Images of the original IDX files, ``(1, height, width)``, 256 values, with the split of the
+    files.
 
     Args:
         path: directory of the four files; its name becomes the name of the data.
-        classes: the labels to keep, each of which must occur in both splits. When not given, the labels must be 0 ... 9, all present.
-        limit_train: use only the first so many train images (after the check of the classes); all when not given.
+        classes: the labels to keep, each of which must occur in both splits. When not given, the
+            labels must be 0 ... 9, all present.
+        limit_train: use only the first so many train images (after the check of the classes); all
+            when not given.
     """
 
-    def __init__(self, path: str, classes: Sequence[int] | None = None, limit_train: int | None = None):
-        if classes is not None and (not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(256))):
-            raise UserError(f"classes={describe_value(classes)}: give different labels from 0 to 255, or leave it out for 0 to 9")
+    def __init__(
+        self, path: str, classes: Sequence[int] | None = None, limit_train: int | None = None
+    ):
+        if classes is not None and (
+            not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(256))
+        ):
+            raise UserError(
+                f"classes={describe_value(classes)}: give different labels from 0 to 255, or leave"
+                " it out for 0 to 9"
+            )
         if limit_train is not None:
             check_whole("limit_train", limit_train, 1)
         self.path = path
@@ -47,32 +58,55 @@ class MNIST(DataSource):
 
     def load(self) -> Loaded:
         folder = Path(self.path)
-        name, kept = folder.resolve().name, list(range(10)) if self.classes is None else list(self.classes)
+        name, kept = (
+            folder.resolve().name,
+            list(range(10)) if self.classes is None else list(self.classes),
+        )
         names, arrays, labels = [str(label) for label in kept], {}, {}
         for split, (image_name, label_name) in FILES.items():
             image_file, label_file = _find(folder, image_name), _find(folder, label_name)
             images, values = _read_idx(image_file, 2051), _read_idx(label_file, 2049)
             if len(images) != len(values):
                 raise UserError(
-                    f"{image_file} holds {len(images)} images but {label_file} holds {len(values)} labels; both must come from one release"
+                    f"{image_file} holds {len(images)} images but {label_file} holds {len(values)}"
+                    " labels; both must come from one release"
                 )
             chosen = np.isin(values, kept)
             if self.classes is None and not chosen.all():
                 row = int((~chosen).argmax())
-                raise UserError(f"{label_file}: label {row} is {values[row]}, allowed are 0 to 9; name the labels to keep with classes=")
+                raise UserError(
+                    f"{label_file}: label {row} is {values[row]}, allowed are 0 to 9; name the"
+                    " labels to keep with classes="
+                )
             arrays[split] = images[chosen][:, None]
             labels[split] = np.searchsorted(np.sort(kept), values[chosen])
             labels[split] = np.argsort(kept)[labels[split]]
-        check_classes(labels, names, str(folder), "complete the files, or name the labels to keep with classes=")
+        check_classes(
+            labels,
+            names,
+            str(folder),
+            "complete the files, or name the labels to keep with classes=",
+        )
         if arrays["train"].shape[1:] != arrays["test"].shape[1:]:
-            sizes = " and ".join(f"{split} {array.shape[2]} x {array.shape[3]}" for split, array in arrays.items())
-            raise UserError(f"{folder}: images differ in size: {sizes} (height x width); all files must come from one release")
+            sizes = " and ".join(
+                f"{split} {array.shape[2]} x {array.shape[3]}" for split, array in arrays.items()
+            )
+            raise UserError(
+                f"{folder}: images differ in size: {sizes} (height x width); all files must come"
+                " from one release"
+            )
         version = "IDX files" + ("" if self.classes is None else ", labels " + " ".join(names))
         if self.limit_train is not None:
             have = len(arrays["train"])
             if self.limit_train > have:
-                raise UserError(f"limit_train={self.limit_train}: {folder} has {have} train images; give at most {have}")
-            arrays["train"], labels["train"] = arrays["train"][: self.limit_train], labels["train"][: self.limit_train]
+                raise UserError(
+                    f"limit_train={self.limit_train}: {folder} has {have} train images; give at"
+                    f" most {have}"
+                )
+            arrays["train"], labels["train"] = (
+                arrays["train"][: self.limit_train],
+                labels["train"][: self.limit_train],
+            )
             version += f", first {self.limit_train} of train"
         return discrete(name, version, arrays, 256, labels=labels, classes=names)
 
@@ -83,7 +117,10 @@ def _find(folder: Path, name: str) -> Path:
         if candidate.is_file():
             return candidate
     expected = ", ".join(file for files in FILES.values() for file in files)
-    raise UserError(f"{folder} has no {name} or {name}.gz; expected are the four files {expected}, each plain or gzipped")
+    raise UserError(
+        f"{folder} has no {name} or {name}.gz; expected are the four files {expected}, each plain"
+        " or gzipped"
+    )
 
 
 def _read_idx(file: Path, magic: int) -> np.ndarray:
@@ -93,16 +130,28 @@ def _read_idx(file: Path, magic: int) -> np.ndarray:
         if file.suffix == ".gz":
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read or is damaged ({' '.join(str(error).split())}); download it again") from error
+        raise UserError(
+            f"{file} cannot be read or is damaged ({' '.join(str(error).split())}); download it"
+            " again"
+        ) from error
     rank = magic % 256
     if len(data) < 4 * (1 + rank):
-        raise UserError(f"{file} is truncated: it ends inside its header, after {len(data)} bytes; download it again")
+        raise UserError(
+            f"{file} is truncated: it ends inside its header, after {len(data)} bytes; download it"
+            " again"
+        )
     found, *sizes = struct.unpack(f">{1 + rank}I", data[: 4 * (1 + rank)])
     if found != magic:
         word = "images" if magic == 2051 else "labels"
-        raise UserError(f"{file} begins with the magic number {found}, but IDX {word} begin with {magic}; is the file misnamed?")
+        raise UserError(
+            f"{file} begins with the magic number {found}, but IDX {word} begin with {magic}; is"
+            " the file misnamed?"
+        )
     values = np.frombuffer(data, dtype=np.uint8, offset=4 * (1 + rank))
     if len(values) != int(np.prod(sizes, dtype=np.int64)):
         shape = " x ".join(str(size) for size in sizes)
-        raise UserError(f"{file} is truncated or damaged: its header declares {shape} bytes, {len(values)} are there; download it again")
+        raise UserError(
+            f"{file} is truncated or damaged: its header declares {shape} bytes, {len(values)} are"
+            " there; download it again"
+        )
     return values.reshape(sizes)

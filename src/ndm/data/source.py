@@ -4,12 +4,14 @@ r"""Data sources: what a data set is, and how its values reach the model.
     \text{discrete: } x = (2k + 1)/L - 1, \quad k = v - v_{\min} \in \{0, \dots, L - 1\}, \qquad
     \text{continuous: } x = (v - b)/a \;\Rightarrow\; -\log p(v) = -\log p(x) + \textstyle\sum_i \log a_i .
 
-v is a value in the source's own units, x what the model sees. Integers lie on the centers of L equal bins of [-1, 1], the grid of
+v is a value in the source's own units, x what the model sees. Integers lie on the centers of L
+equal bins of [-1, 1], the grid of
 :class:`ndm.decoder.DiscretizedGaussian`; a probability of integers needs no constant. Continuous values may be standardized, and then
 the sum of log a_i moves the negative log-likelihood, in nats, back to the units of v.
 
-A source only keeps its arguments when it is built; the first ``describe()`` or ``split()`` reads the data. Splits that a source makes
-itself are drawn class by class with a fixed seed, and the description carries a checksum, so two runs can be compared.
+A source only keeps its arguments when it is built; the first ``describe()`` or ``split()`` reads
+the data. Splits that a source makes itself are drawn class by class with a fixed seed, and the
+description carries a checksum, so two runs can be compared.
 """
 
 import hashlib
@@ -32,9 +34,10 @@ from ndm.errors import UserError, describe_value
 class DataDescription:
     """What a data set is, recorded with each run.
 
-    ``sha256`` is taken over the splits in the order of ``splits``: of each its name, then its examples in order. Arrays in memory
-    enter as dtype, shape and little-endian bytes in C order (integers 0 ... num_values-1 as uint8, or int32 above 256 values; continuous
-    values as float64 in the source's own units); images that stay encoded enter as the SHA-256 of each file's bytes.
+    ``sha256`` is taken over the splits in the order of ``splits``: of each its name, then its
+    examples in order. Arrays in memory enter as dtype, shape and little-endian bytes in C order
+    (integers 0 ... num_values-1 as uint8, or int32 above 256 values; continuous values as float64
+    in the source's own units); images that stay encoded enter as the SHA-256 of each file's bytes.
     """
 
     name: str
@@ -66,7 +69,9 @@ class DataDescription:
 
     @property
     def log_scale(self) -> float:
-        """Sum of log a_i: nats per example to add to a negative log-likelihood of x to have that of v."""
+        """Sum of log a_i: nats per example to add to a negative log-likelihood of x to have that of
+        v.
+        """
         return math.fsum(math.log(value) for value in self.scale)
 
     def about(self, split: str) -> dict[str, str]:
@@ -74,19 +79,25 @@ class DataDescription:
         return {"data": self.name, "split": split, "data_sha256": self.sha256}
 
     def to_source_units(self, x: Tensor) -> Tensor:
-        """V of x ``(..., *event)``, in the shape and dtype of x: standardization undone, or low + integer level of discrete data."""
+        """V of x ``(..., *event)``, in the shape and dtype of x: standardization undone, or low +
+        integer level of discrete data.
+        """
         if self.num_values is not None:
             return (from_grid(x, self.num_values) + (self.low or 0.0)).to(x.dtype)
         if not self.scale:
             return x
         offset, scale = (
-            torch.tensor(values, dtype=torch.float64, device=x.device).reshape(self.event_shape) for values in (self.offset, self.scale)
+            torch.tensor(values, dtype=torch.float64, device=x.device).reshape(self.event_shape)
+            for values in (self.offset, self.scale)
         )
         return (x.double() * scale + offset).to(x.dtype)
 
     def to_dict(self) -> dict[str, object]:
         """All fields as data that JSON can hold."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, fields_of: object) -> "DataDescription":
@@ -97,16 +108,23 @@ class DataDescription:
         """
         try:
             values: dict[str, Any] = dict(fields_of)  # type: ignore[call-overload]
-            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            values = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+            }
             return cls(**values)
         except (TypeError, ValueError) as error:
-            raise UserError("the model carries no description of its data; save it with info={'data': description.to_dict()}") from error
+            raise UserError(
+                "the model carries no description of its data; save it with info={'data':"
+                " description.to_dict()}"
+            ) from error
 
 
 class EventDataset(Dataset[Tensor], ABC):
     """One split: examples by number, single ``(*event)`` or a batch ``(B, *event)``, float32.
 
-    ``__getitems__`` answers a whole batch at once, so a ``DataLoader`` takes ``collate_fn=keep_batch``.
+    ``__getitems__`` answers a whole batch at once, so a ``DataLoader`` takes
+    ``collate_fn=keep_batch``.
     """
 
     labels: Tensor | None = None
@@ -135,7 +153,9 @@ def keep_batch(batch: Any) -> Any:
 
 
 def spread(count: int, limit: int | None = None) -> list[int]:
-    """Numbers of all of ``count`` examples, or of ``limit`` of them evenly spread from the first on."""
+    """Numbers of all of ``count`` examples, or of ``limit`` of them evenly spread from the first
+    on.
+    """
     most = count if limit is None else min(limit, count)
     return [index * count // most for index in range(most)]
 
@@ -151,8 +171,8 @@ class Loaded:
 class DataSource(ABC):
     """A data set: where it comes from, its splits, value range and bit depth.
 
-    A kind of source implements :meth:`load`; everything else is the same for all. Sources can be pickled; the data do not travel along
-    but are read again where they are needed.
+    A kind of source implements :meth:`load`; everything else is the same for all. Sources can be
+    pickled; the data do not travel along but are read again where they are needed.
     """
 
     _loaded: Loaded | None = None
@@ -178,18 +198,24 @@ class DataSource(ABC):
         content = self._content()
         if name not in content.splits:
             have = ", ".join(content.splits)
-            raise UserError(f"{content.description.name} has no split {describe_value(name)}; its splits are: {have}")
+            raise UserError(
+                f"{content.description.name} has no split {describe_value(name)}; its splits are:"
+                f" {have}"
+            )
         return content.splits[name]
 
     def integers(self, x: Tensor) -> Tensor:
-        """Nearest integers 0 ... num_values-1 of values on (or near) the grid, int64, in the shape of x.
+        """Nearest integers 0 ... num_values-1 of values on (or near) the grid, int64, in the shape
+        of x.
 
         Raises:
             UserError: the data are continuous.
         """
         description = self.describe()
         if description.num_values is None:
-            raise UserError(f"{description.name} is continuous and has no integers; use to_source_units(x)")
+            raise UserError(
+                f"{description.name} is continuous and has no integers; use to_source_units(x)"
+            )
         return from_grid(x, description.num_values)
 
     def to_source_units(self, x: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ import numpy as np
 from ndm.errors import UserError, check_whole, describe_value
 
 
-def split_by_class(labels: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_by_class(
+    labels: np.ndarray, test_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw a fixed train/test split with the same fraction of every class.
 
     Args:
@@ -31,7 +33,9 @@ def split_by_class(labels: np.ndarray, test_fraction: float, seed: int) -> tuple
     return np.flatnonzero(~test), np.flatnonzero(test)
 
 
-def check_classes(labels: Mapping[str, np.ndarray], classes: Sequence[str], name: str, mend: str) -> None:
+def check_classes(
+    labels: Mapping[str, np.ndarray], classes: Sequence[str], name: str, mend: str
+) -> None:
     """Check that every declared class occurs in every split.
 
     Args:
@@ -44,15 +48,24 @@ def check_classes(labels: Mapping[str, np.ndarray], classes: Sequence[str], name
         UserError: a class is missing; the message names split and class.
     """
     for split, values in labels.items():
-        missing = [classes[int(index)] for index in np.flatnonzero(np.bincount(values, minlength=len(classes)) == 0)]
+        missing = [
+            classes[int(index)]
+            for index in np.flatnonzero(np.bincount(values, minlength=len(classes)) == 0)
+        ]
         if missing:
             word = "class" if len(missing) == 1 else "classes"
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise UserError(f"{name}: split {split!r} has no example of {word} {shown} of the {len(classes)} declared; {mend}")
+            raise UserError(
+                f"{name}: split {split!r} has no example of {word} {shown} of the {len(classes)}"
+                f" declared; {mend}"
+            )
 
 
-def draw_split(labels: np.ndarray, classes: Sequence[str], name: str, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
-    """Draw train and test with :func:`split_by_class`, and check that neither is empty nor lacks a class.
+def draw_split(
+    labels: np.ndarray, classes: Sequence[str], name: str, test_fraction: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Draw train and test with :func:`split_by_class`, and check that neither is empty nor lacks a
+    class.
 
     Args:
         labels: class index of each example, ``(N,)``; all zero for data without classes.
@@ -74,7 +87,9 @@ def draw_split(labels: np.ndarray, classes: Sequence[str], name: str, test_fract
         check_classes({split: labels[part] for split, part in parts.items()}, classes, name, mend)
     for split, part in parts.items():
         if not len(part):
-            raise UserError(f"{name}: the {split} split of {len(labels)} examples would be empty; {mend}")
+            raise UserError(
+                f"{name}: the {split} split of {len(labels)} examples would be empty; {mend}"
+            )
     return parts
 
 
@@ -82,10 +97,14 @@ def check_split_arguments(test_fraction: float, seed: int) -> None:
     """Check the two arguments of a split drawn by us.
 
     Raises:
-        UserError: ``test_fraction`` is not inside (0, 1), or ``seed`` is not a whole number of at least 0.
+        UserError: ``test_fraction`` is not inside (0, 1), or ``seed`` is not a whole number of at
+            least 0.
     """
     if not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction={describe_value(test_fraction)}: give a number between 0 and 1, for example 0.2")
+        raise UserError(
+            f"test_fraction={describe_value(test_fraction)}: give a number between 0 and 1, for"
+            " example 0.2"
+        )
     check_whole("seed", seed, 0)
 
 

@@ -3,10 +3,11 @@ r"""Tables of numbers: NumPy arrays, CSV and Parquet.
 .. math::
     \text{with num_values: } x = (2(v - v_{\min}) + 1)/L - 1, \qquad \text{otherwise: } x_i = (v_i - b_i)/a_i .
 
-A table is continuous unless ``num_values`` is given. Integers without ``num_values`` are refused when the file says that they are integers: a
-density can be made as large as one likes at whole numbers, so its likelihood would mean nothing. Store them as floating-point numbers
-to treat them as continuous all the same. A column of a CSV file that holds whole numbers alone is warned of. Files with pickles or objects inside are
-refused.
+A table is continuous unless ``num_values`` is given. Integers without ``num_values`` are refused
+when the file says that they are integers: a density can be made as large as one likes at whole
+numbers, so its likelihood would mean nothing. Store them as floating-point numbers to treat them as
+continuous all the same. A column of a CSV file that holds whole numbers alone is warned of. Files
+with pickles or objects inside are refused.
 """
 
 import csv
@@ -35,18 +36,22 @@ class Table(DataSource):
     """Rows of a file, ``(D,)``, or examples of an array of any rank ``(N, *event)``.
 
     Args:
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file. A CSV's first row is taken for names if any of it is not a number.
-        columns: names (or numbers, from 0) of the columns to use, in this order; all when not given.
+        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file. A CSV's first row is taken for
+            names if any of it is not a number.
+        columns: names (or numbers, from 0) of the columns to use, in this order; all when not
+            given.
         test_path: file of the test split; when not given, a split is drawn.
         test_fraction: part of the rows in the test split that is drawn.
         seed: of that split.
-        num_values: number of integer values, for discrete data with values low ... low + num_values - 1.
+        num_values: number of integer values, for discrete data with values low ... low + num_values
+            - 1.
         low: least allowed value; 0 when not given for discrete data.
         high: greatest allowed value.
-        standardize: give each column of continuous data mean 0 and standard deviation 1 over the train split. A column that is constant
-            there is refused.
+        standardize: give each column of continuous data mean 0 and standard deviation 1 over the
+            train split. A column that is constant there is refused.
         key: name of the array in a ``.npz`` file of several.
-        event_shape: shape of one example, when it differs from the file's: (1, 28, 28) for rows of 784 values.
+        event_shape: shape of one example, when it differs from the file's: (1, 28, 28) for rows of
+            784 values.
     """
 
     def __init__(
@@ -69,13 +74,19 @@ class Table(DataSource):
             least = 0 if low is None else low
             if least != math.floor(least) or (high is not None and high != least + num_values - 1):
                 raise UserError(
-                    f"num_values={num_values} with low={low} and high={high}: discrete values are whole numbers low ... low + num_values - 1; "
-                    f"give high={math.floor(least) + num_values - 1} or leave it out"
+                    f"num_values={num_values} with low={low} and high={high}: discrete values are"
+                    " whole numbers low ... low + num_values - 1; give"
+                    f" high={math.floor(least) + num_values - 1} or leave it out"
                 )
         elif low is not None and high is not None and not low < high:
             raise UserError(f"low={low} and high={high}: low must be less than high")
-        if columns is not None and (isinstance(columns, str) or not columns or len(set(columns)) < len(columns)):
-            raise UserError(f"columns={describe_value(columns)}: give a list of at least one column, each once, or leave it out for all")
+        if columns is not None and (
+            isinstance(columns, str) or not columns or len(set(columns)) < len(columns)
+        ):
+            raise UserError(
+                f"columns={describe_value(columns)}: give a list of at least one column, each once,"
+                " or leave it out for all"
+            )
         self.path = path
         self.columns = columns
         self.test_path = test_path
@@ -91,14 +102,22 @@ class Table(DataSource):
     def load(self) -> Loaded:
         array, names = self.read(self.path)
         if self.test_path is None:
-            parts = draw_split(np.zeros(len(array), dtype=int), (), self.path, self.test_fraction, self.seed)
+            parts = draw_split(
+                np.zeros(len(array), dtype=int), (), self.path, self.test_fraction, self.seed
+            )
             arrays = {split: array[part] for split, part in parts.items()}
             version = f"{Path(self.path).name}, {split_words(self.test_fraction, self.seed)}"
         else:
             test, test_names = self.read(self.test_path)
             if test.shape[1:] != array.shape[1:] or test_names != names:
-                ours, theirs = (describe_value(own or shape) for own, shape in ((names, array.shape[1:]), (test_names, test.shape[1:])))
-                raise UserError(f"{self.test_path} has the columns {theirs} but {self.path} has {ours}; both must have the same")
+                ours, theirs = (
+                    describe_value(own or shape)
+                    for own, shape in ((names, array.shape[1:]), (test_names, test.shape[1:]))
+                )
+                raise UserError(
+                    f"{self.test_path} has the columns {theirs} but {self.path} has {ours}; both"
+                    " must have the same"
+                )
             arrays = {"train": array, "test": test}
             version = f"{Path(self.path).name} and {Path(self.test_path).name}"
         if self.columns is not None:
@@ -109,11 +128,17 @@ class Table(DataSource):
             return continuous(name, version, arrays, self.standardize, self.low, self.high, names)
         least = self.low or 0
         return discrete(
-            name, version, {split: part - least for split, part in arrays.items()}, self.num_values, float(least), columns=names
+            name,
+            version,
+            {split: part - least for split, part in arrays.items()},
+            self.num_values,
+            float(least),
+            columns=names,
         )
 
     def read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
-        """The checked values of a file, ``(N, *event)``, in its own units, and the names of the columns where it has them.
+        """The checked values of a file, ``(N, *event)``, in its own units, and the names of the
+        columns where it has them.
 
         Raises:
             UserError: it is missing, damaged or not what was declared.
@@ -132,23 +157,33 @@ class Table(DataSource):
         else:
             array, names = self._read_numpy(file), None
         if not array.size:
-            raise UserError(f"{path} holds no values (shape {array.shape}); give a table with at least one row and column")
+            raise UserError(
+                f"{path} holds no values (shape {array.shape}); give a table with at least one row"
+                " and column"
+            )
         if self.num_values is None:
             check_values(array, path, names, self.low, self.high)
         else:
             least = self.low or 0
             check_values(array, path, names, least, least + self.num_values - 1)
             if array.dtype.kind == "f" and (array != np.round(array)).any():
-                at = tuple(int(i) for i in np.unravel_index(int((array != np.round(array)).argmax()), array.shape))
+                at = tuple(
+                    int(i)
+                    for i in np.unravel_index(int((array != np.round(array)).argmax()), array.shape)
+                )
                 raise UserError(
-                    f"{path}: row {at[0]} (the first is 0) holds {array[at]:g}, and with num_values={self.num_values} values must be whole "
-                    f"numbers; leave out num_values= for continuous data"
+                    f"{path}: row {at[0]} (the first is 0) holds {array[at]:g}, and with"
+                    f" num_values={self.num_values} values must be whole numbers; leave out"
+                    " num_values= for continuous data"
                 )
         if self.event_shape is not None:
             if math.prod(self.event_shape) != math.prod(array.shape[1:]):
                 have = math.prod(array.shape[1:])
                 shape = tuple(self.event_shape)
-                raise UserError(f"event_shape={shape} is {math.prod(shape)} values, but an example of {path} has {have}; make them equal")
+                raise UserError(
+                    f"event_shape={shape} is {math.prod(shape)} values, but an example of {path}"
+                    f" has {have}; make them equal"
+                )
             array = array.reshape(len(array), *self.event_shape)
         return array, names
 
@@ -159,26 +194,38 @@ class Table(DataSource):
                 if isinstance(data, np.lib.npyio.NpzFile):
                     keys = list(data.files)
                     if self.key not in keys and (self.key is not None or len(keys) != 1):
-                        raise UserError(f"key={self.key!r}: {file} holds the arrays {', '.join(keys)}; give one of them as key=")
+                        raise UserError(
+                            f"key={self.key!r}: {file} holds the arrays {', '.join(keys)}; give one"
+                            " of them as key="
+                        )
                     data = data[self.key or keys[0]]
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, UserError):
                 raise
             text = _one_line(error)
-            raise UserError(f"{file} cannot be read; it must hold plain numbers, no objects or pickles ({text}); write it again") from error
+            raise UserError(
+                f"{file} cannot be read; it must hold plain numbers, no objects or pickles"
+                f" ({text}); write it again"
+            ) from error
         if data.dtype.kind not in "biuf" or data.ndim == 0:
-            raise UserError(f"{file} holds {data.dtype} of shape {data.shape}; give an array of numbers whose first axis counts examples")
+            raise UserError(
+                f"{file} holds {data.dtype} of shape {data.shape}; give an array of numbers whose"
+                " first axis counts examples"
+            )
         data = data[:, None] if data.ndim == 1 else data
         if self.num_values is None and data.dtype.kind in "biu":
             raise UserError(
-                f"{file} holds integers ({data.dtype}), which have no density; give num_values= (256 for bytes), or store floating-point "
-                f"numbers to treat them as continuous"
+                f"{file} holds integers ({data.dtype}), which have no density; give num_values="
+                " (256 for bytes), or store floating-point numbers to treat them as continuous"
             )
         data = data.astype(np.float64) if data.dtype.kind == "f" else data.astype(np.int64)
         if self.columns is not None:
             if data.ndim != 2:
                 given = describe_value(self.columns)
-                raise UserError(f"columns={given}: {file} holds an array of shape {data.shape}, not rows and columns; leave columns= out")
+                raise UserError(
+                    f"columns={given}: {file} holds an array of shape {data.shape}, not rows and"
+                    " columns; leave columns= out"
+                )
             data = data[:, _positions(self.columns, None, data.shape[1], str(file))]
         return data
 
@@ -188,8 +235,9 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
     whole = [names[i] if names else i for i in found.tolist()]
     if whole:
         warnings.warn(
-            f"{path}: of the columns {describe_value(whole)} all values are whole numbers, and a density at whole numbers can be made as large as one "
-            "likes; give num_values= if all columns are of that kind, or leave them out with columns=",
+            f"{path}: of the columns {describe_value(whole)} all values are whole numbers, and a"
+            " density at whole numbers can be made as large as one likes; give num_values= if all"
+            " columns are of that kind, or leave them out with columns=",
             stacklevel=2,
         )
 
@@ -213,22 +261,36 @@ def arrow_columns(
     """
     import pyarrow
 
-    names = [table.column_names[index] for index in _positions(columns, table.column_names, table.num_columns, where)]
+    names = [
+        table.column_names[index]
+        for index in _positions(columns, table.column_names, table.num_columns, where)
+    ]
     values = []
     for name in names:
         kind, types = table.schema.field(name).type, pyarrow.types
-        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)):
-            raise UserError(f"{where}: column {name!r} holds {kind}, not numbers; name the columns to use with columns=")
+        if not (
+            types.is_integer(kind)
+            or types.is_floating(kind)
+            or types.is_boolean(kind)
+            or types.is_decimal(kind)
+        ):
+            raise UserError(
+                f"{where}: column {name!r} holds {kind}, not numbers; name the columns to use with"
+                " columns="
+            )
         if not integers and (types.is_integer(kind) or types.is_boolean(kind)):
             raise UserError(
-                f"{where}: column {name!r} holds integers ({kind}), which have no density; leave it out with columns=, store floating-point numbers to "
-                "treat it as continuous, or take a Table with num_values= of columns of that kind alone"
+                f"{where}: column {name!r} holds integers ({kind}), which have no density; leave it"
+                " out with columns=, store floating-point numbers to treat it as continuous, or"
+                " take a Table with num_values= of columns of that kind alone"
             )
         values.append(table[name].cast(pyarrow.float64(), safe=False).to_numpy())
     return np.stack(values, axis=1) if values else np.empty((table.num_rows, 0)), names
 
 
-def _read_parquet(file: Path, columns: Sequence[str | int] | None, integers: bool) -> tuple[np.ndarray, list[str]]:
+def _read_parquet(
+    file: Path, columns: Sequence[str | int] | None, integers: bool
+) -> tuple[np.ndarray, list[str]]:
     require("pyarrow", "pyarrow", "data")
     import pyarrow
     import pyarrow.parquet
@@ -236,17 +298,27 @@ def _read_parquet(file: Path, columns: Sequence[str | int] | None, integers: boo
     try:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as Parquet ({_one_line(error)}); write it again") from error
+        raise UserError(
+            f"{file} cannot be read as Parquet ({_one_line(error)}); write it again"
+        ) from error
     return arrow_columns(table, columns, str(file), integers)
 
 
-def _read_csv(file: Path, columns: Sequence[str | int] | None) -> tuple[np.ndarray, list[str] | None]:
+def _read_csv(
+    file: Path, columns: Sequence[str | int] | None
+) -> tuple[np.ndarray, list[str] | None]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = [row for row in csv.reader(lines) if row]
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(f"{file} cannot be read as CSV in UTF-8 ({_one_line(error)}); write it again") from error
-    names = [cell.strip() for cell in rows[0]] if rows and not all(_is_number(cell) for cell in rows[0]) else None
+        raise UserError(
+            f"{file} cannot be read as CSV in UTF-8 ({_one_line(error)}); write it again"
+        ) from error
+    names = (
+        [cell.strip() for cell in rows[0]]
+        if rows and not all(_is_number(cell) for cell in rows[0])
+        else None
+    )
     rows = rows[1:] if names else rows
     if not rows:
         raise UserError(f"{file} has no rows of numbers; give a table with at least two")
@@ -254,22 +326,33 @@ def _read_csv(file: Path, columns: Sequence[str | int] | None) -> tuple[np.ndarr
     for index, row in enumerate(rows):
         if len(row) != width:
             cells = f"{len(row)} cells instead of {width}"
-            raise UserError(f"{file}: row {index} (the first is 0) has {cells}; every row needs the same columns, so mend or drop it")
+            raise UserError(
+                f"{file}: row {index} (the first is 0) has {cells}; every row needs the same"
+                " columns, so mend or drop it"
+            )
     positions = _positions(columns, names, width, str(file))
     kept = rows if columns is None else [[row[position] for position in positions] for row in rows]
     try:
         array = np.array(kept, dtype=np.float64)
     except ValueError as error:
-        at, place = next((i, j) for i, cells in enumerate(kept) for j, cell in enumerate(cells) if not _is_number(cell))
+        at, place = next(
+            (i, j)
+            for i, cells in enumerate(kept)
+            for j, cell in enumerate(cells)
+            if not _is_number(cell)
+        )
         column = repr(names[positions[place]]) if names else positions[place]
         raise UserError(
-            f"{file}: row {at} (the first is 0), column {column} holds {describe_value(kept[at][place])}, not a number; mend it, or name "
-            f"the columns to use with columns="
+            f"{file}: row {at} (the first is 0), column {column} holds"
+            f" {describe_value(kept[at][place])}, not a number; mend it, or name the columns to use"
+            " with columns="
         ) from error
     return array, [names[position] for position in positions] if names else None
 
 
-def _positions(columns: Sequence[str | int] | None, names: Sequence[str] | None, width: int, where: str) -> list[int]:
+def _positions(
+    columns: Sequence[str | int] | None, names: Sequence[str] | None, width: int, where: str
+) -> list[int]:
     """Numbers of the chosen columns."""
     known = list(names or [])
     positions = []

@@ -1,14 +1,16 @@
-r"""Small continuous problems whose density is known, so that a learned likelihood can be compared with the truth.
+r"""Small continuous problems whose density is known, so that a learned likelihood can be compared
+with the truth.
 
 .. math::
     \text{mixture: } p(x) = \textstyle\sum_k w_k N(x; \mu_k, s_k^2 I), \qquad
     \text{checkerboard: } p(x) = \frac{1}{8 c^2} \text{ on eight cells of side } c, \qquad
     \text{moons: } p(x) = \frac{1}{2\pi} \sum_{j=1}^{2} \int_0^\pi N(x; m_j(\theta), s^2 I) \, d\theta .
 
-The pinwheel is a mixture of elongated Gaussians, turned by an angle that grows with the radius r; such a turn keeps areas, so p(x) is
-the mixture's density at the point turned back. (The pinwheel usually drawn turns by a function of the first coordinate instead of r,
-which looks much the same and has no closed density.) Entropies are exact for the checkerboard and otherwise integrals over a grid.
-Toy data are not standardized: x is in the source's own units.
+The pinwheel is a mixture of elongated Gaussians, turned by an angle that grows with the radius r;
+such a turn keeps areas, so p(x) is the mixture's density at the point turned back. (The pinwheel
+usually drawn turns by a function of the first coordinate instead of r, which looks much the same
+and has no closed density.) Entropies are exact for the checkerboard and otherwise integrals over a
+grid. Toy data are not standardized: x is in the source's own units.
 """
 
 import math
@@ -44,7 +46,9 @@ class ToySource(DataSource):
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log p(x) in nats, ``(B,)``, for ``(B, D)``; computed in float64, returned in the dtype of x."""
+        """Log p(x) in nats, ``(B,)``, for ``(B, D)``; computed in float64, returned in the dtype of
+        x.
+        """
 
     @abstractmethod
     def entropy(self) -> float:
@@ -52,13 +56,26 @@ class ToySource(DataSource):
 
     def load(self) -> Loaded:
         arrays = {}
-        for index, (split, size) in enumerate((("train", self.train_size), ("test", self.test_size))):
-            arrays[split] = self.sample(size, torch.Generator().manual_seed(2 * self.seed + index)).numpy()
-        return continuous(type(self).__name__.lower(), f"{self._words()}; samples with seed {self.seed}", arrays, standardize=False)
+        for index, (split, size) in enumerate(
+            (("train", self.train_size), ("test", self.test_size))
+        ):
+            arrays[split] = self.sample(
+                size, torch.Generator().manual_seed(2 * self.seed + index)
+            ).numpy()
+        return continuous(
+            type(self).__name__.lower(),
+            f"{self._words()}; samples with seed {self.seed}",
+            arrays,
+            standardize=False,
+        )
 
     def _words(self) -> str:
         """The arguments of the density, for the version."""
-        arguments = {key: value for key, value in self.__getstate__().items() if key not in ("train_size", "test_size", "seed")}
+        arguments = {
+            key: value
+            for key, value in self.__getstate__().items()
+            if key not in ("train_size", "test_size", "seed")
+        }
         return ", ".join(f"{key}={value}" for key, value in arguments.items())
 
 
@@ -67,7 +84,8 @@ class Mixture(ToySource):
 
     Args:
         means: one list of D numbers for each component.
-        stds: standard deviation of the components: one number for all, or a list of one number each.
+        stds: standard deviation of the components: one number for all, or a list of one number
+            each.
         weights: relative weights of the components; equal when not given.
         train_size: number of train examples.
         test_size: number of test examples.
@@ -85,12 +103,23 @@ class Mixture(ToySource):
     ):
         super().__init__(train_size, test_size, seed)
         self.means, self.stds, self.weights = means, stds, weights
-        if len({np.shape(mean) for mean in means}) != 1 or np.ndim(means) != 2 or not np.size(means) or not np.isfinite(means).all():
-            raise UserError(f"means={describe_value(means)}: give one list of finite numbers for each component, all of one length")
+        if (
+            len({np.shape(mean) for mean in means}) != 1
+            or np.ndim(means) != 2
+            or not np.size(means)
+            or not np.isfinite(means).all()
+        ):
+            raise UserError(
+                f"means={describe_value(means)}: give one list of finite numbers for each"
+                " component, all of one length"
+            )
         for name, values in (("stds", self._std_list()), ("weights", self._weight_list())):
             if len(values) != len(means) or not all(0 < value < math.inf for value in values):
                 value = describe_value(getattr(self, name))
-                raise UserError(f"{name}={value}: give positive finite numbers, one for each of the {len(means)} components")
+                raise UserError(
+                    f"{name}={value}: give positive finite numbers, one for each of the"
+                    f" {len(means)} components"
+                )
 
     @classmethod
     def ring(cls, components: int = 8, radius: float = 1.0, std: float = 0.1) -> "Mixture":
@@ -108,32 +137,49 @@ class Mixture(ToySource):
         means, stds, weights = (value.to(x.device) for value in self._parameters())
         _check_dimension(x, means.shape[1])
         standardized = (x.double()[:, None] - means) / stds[:, None]
-        log_normal = -0.5 * (standardized**2).sum(-1) - means.shape[1] * torch.log(stds * math.sqrt(2 * math.pi))
+        log_normal = -0.5 * (standardized**2).sum(-1) - means.shape[1] * torch.log(
+            stds * math.sqrt(2 * math.pi)
+        )
         return torch.logsumexp(weights.log() + log_normal, dim=-1).to(x.dtype)
 
     def entropy(self) -> float:
         """-E log p(x), nats, by quadrature, for one or two dimensions.
 
         Raises:
-            UserError: the mixture has more than two dimensions, or is too fine for a grid; average ``-log_prob(sample(n))`` instead.
+            UserError: the mixture has more than two dimensions, or is too fine for a grid; average
+                ``-log_prob(sample(n))`` instead.
         """
         means, stds, _ = self._parameters()
         reach = 10 * stds[:, None]
-        return _grid_entropy(self.log_prob, (means - reach).amin(0), (means + reach).amax(0), float(stds.min()) / 5)
+        return _grid_entropy(
+            self.log_prob, (means - reach).amin(0), (means + reach).amax(0), float(stds.min()) / 5
+        )
 
     def _std_list(self) -> list[float]:
-        return [float(self.stds)] * len(self.means) if isinstance(self.stds, (int, float)) else [float(std) for std in self.stds]
+        return (
+            [float(self.stds)] * len(self.means)
+            if isinstance(self.stds, (int, float))
+            else [float(std) for std in self.stds]
+        )
 
     def _weight_list(self) -> list[float]:
-        return [1.0] * len(self.means) if self.weights is None else [float(weight) for weight in self.weights]
+        return (
+            [1.0] * len(self.means)
+            if self.weights is None
+            else [float(weight) for weight in self.weights]
+        )
 
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        means, stds, weights = (torch.tensor(v, dtype=torch.float64) for v in (self.means, self._std_list(), self._weight_list()))
+        means, stds, weights = (
+            torch.tensor(v, dtype=torch.float64)
+            for v in (self.means, self._std_list(), self._weight_list())
+        )
         return means, stds, weights / weights.sum()
 
 
 class Checkerboard(ToySource):
-    """Uniform on eight of the sixteen cells of a 4 x 4 board centerd at 0, no two of them sharing an edge.
+    """Uniform on eight of the sixteen cells of a 4 x 4 board centerd at 0, no two of them sharing
+    an edge.
 
     Args:
         cell: side of a cell; with 1/1.2 the entropy is log(8 / 1.44) = 1.715 nats.
@@ -142,13 +188,21 @@ class Checkerboard(ToySource):
         seed: of the samples.
     """
 
-    def __init__(self, cell: float = 1 / 1.2, train_size: int = 50_000, test_size: int = 10_000, seed: int = 0):
+    def __init__(
+        self,
+        cell: float = 1 / 1.2,
+        train_size: int = 50_000,
+        test_size: int = 10_000,
+        seed: int = 0,
+    ):
         super().__init__(train_size, test_size, seed)
         self.cell = _positive("cell", cell)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         kept = torch.empty(0, 2)
-        while len(kept) < n:  # by rejection in float32, so that rounding never carries a sample into an empty cell
+        while (
+            len(kept) < n
+        ):  # by rejection in float32, so that rounding never carries a sample into an empty cell
             x = (4 * torch.rand(2 * n + 16, 2, generator=generator) - 2) * self.cell
             kept = torch.cat([kept, x[self._filled(x)]])
         return kept[:n]
@@ -166,10 +220,12 @@ class Checkerboard(ToySource):
 
 
 class TwoMoons(ToySource):
-    """Two interleaved half circles of radius 1, blurred: m_1 = (cos, sin), m_2 = (1 - cos, 1/2 - sin), angles uniform on [0, pi].
+    """Two interleaved half circles of radius 1, blurred: m_1 = (cos, sin), m_2 = (1 - cos, 1/2 -
+    sin), angles uniform on [0, pi].
 
-    The curves are those of scikit-learn's ``make_moons``, which spaces the angles evenly instead of drawing them. ``log_prob`` is a
-    Gauss-Legendre quadrature over the angle, good to about ten digits for points within a few ``noise`` of the moons.
+    The curves are those of scikit-learn's ``make_moons``, which spaces the angles evenly instead of
+    drawing them. ``log_prob`` is a Gauss-Legendre quadrature over the angle, good to about ten
+    digits for points within a few ``noise`` of the moons.
 
     Args:
         noise: standard deviation of the blur, at least 0.005.
@@ -178,7 +234,9 @@ class TwoMoons(ToySource):
         seed: of the samples.
     """
 
-    def __init__(self, noise: float = 0.1, train_size: int = 50_000, test_size: int = 10_000, seed: int = 0):
+    def __init__(
+        self, noise: float = 0.1, train_size: int = 50_000, test_size: int = 10_000, seed: int = 0
+    ):
         super().__init__(train_size, test_size, seed)
         self.noise = _positive("noise", noise, least=0.005)
 
@@ -191,11 +249,19 @@ class TwoMoons(ToySource):
 
     def log_prob(self, x: Tensor) -> Tensor:
         _check_dimension(x, 2)
-        panels = math.ceil(math.pi / (2 * self.noise))  # 16 nodes on every panel of at most two standard deviations
+        panels = math.ceil(
+            math.pi / (2 * self.noise)
+        )  # 16 nodes on every panel of at most two standard deviations
         node, weight = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(16))
-        angle = ((torch.arange(panels, dtype=torch.float64)[:, None] + (node + 1) / 2) * (math.pi / panels)).flatten()
+        angle = (
+            (torch.arange(panels, dtype=torch.float64)[:, None] + (node + 1) / 2)
+            * (math.pi / panels)
+        ).flatten()
         log_weight = (weight / 2 / panels).log().repeat(panels)
-        points, log_weight = torch.cat(self._moons(angle)).to(x.device), torch.cat([log_weight, log_weight]).to(x.device) - math.log(2)
+        points, log_weight = (
+            torch.cat(self._moons(angle)).to(x.device),
+            torch.cat([log_weight, log_weight]).to(x.device) - math.log(2),
+        )
         parts = []
         for rows in x.double().split(_ROWS_AT_ONCE):
             square = ((rows[:, None] - points) ** 2).sum(-1)
@@ -203,7 +269,9 @@ class TwoMoons(ToySource):
         return (torch.cat(parts) - math.log(2 * math.pi * self.noise**2)).to(x.dtype)
 
     def entropy(self) -> float:
-        """-E log p(x), nats, by quadrature; takes a second for a noise of 0.1, and eight times as long for half of it."""
+        """-E log p(x), nats, by quadrature; takes a second for a noise of 0.1, and eight times as
+        long for half of it.
+        """
         reach = 9 * self.noise
         low, high = torch.tensor([-1 - reach, -0.5 - reach]), torch.tensor([2 + reach, 1 + reach])
         return _grid_entropy(self.log_prob, low, high, self.noise / 3)
@@ -240,20 +308,31 @@ class Pinwheel(ToySource):
         super().__init__(train_size, test_size, seed)
         check_whole("arms", arms, 1)
         self.arms, self.rate = arms, rate
-        self.radial_std, self.tangential_std = _positive("radial_std", radial_std), _positive("tangential_std", tangential_std)
+        self.radial_std, self.tangential_std = (
+            _positive("radial_std", radial_std),
+            _positive("tangential_std", tangential_std),
+        )
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         arm = torch.randint(self.arms, (n,), generator=generator)
-        straight = torch.randn(n, 2, dtype=torch.float64, generator=generator) * torch.tensor([self.radial_std, self.tangential_std])
+        straight = torch.randn(n, 2, dtype=torch.float64, generator=generator) * torch.tensor(
+            [self.radial_std, self.tangential_std]
+        )
         straight[:, 0] += 1
-        return _turn(straight, arm * (2 * math.pi / self.arms) + self.rate * straight.norm(dim=-1).exp()).float()
+        return _turn(
+            straight, arm * (2 * math.pi / self.arms) + self.rate * straight.norm(dim=-1).exp()
+        ).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         _check_dimension(x, 2)
-        return self._log_prob_straight(_turn(x.double(), -self.rate * x.double().norm(dim=-1).exp())).to(x.dtype)
+        return self._log_prob_straight(
+            _turn(x.double(), -self.rate * x.double().norm(dim=-1).exp())
+        ).to(x.dtype)
 
     def entropy(self) -> float:
-        """-E log p(x), nats, by quadrature over the straight arms: the turn keeps areas, and so the entropy."""
+        """-E log p(x), nats, by quadrature over the straight arms: the turn keeps areas, and so the
+        entropy.
+        """
         stds = (self.radial_std, self.tangential_std)
         reach = torch.full((2,), 1 + 10 * max(stds))
         return _grid_entropy(self._log_prob_straight, -reach, reach, min(stds) / 5)
@@ -261,9 +340,15 @@ class Pinwheel(ToySource):
     def _log_prob_straight(self, x: Tensor) -> Tensor:
         arms = []
         for arm in range(self.arms):
-            along, across = _turn(x, torch.full_like(x[:, 0], -2 * math.pi * arm / self.arms)).unbind(-1)
-            arms.append(-0.5 * (((along - 1) / self.radial_std) ** 2 + (across / self.tangential_std) ** 2))
-        return torch.logsumexp(torch.stack(arms), dim=0) - math.log(self.arms * 2 * math.pi * self.radial_std * self.tangential_std)
+            along, across = _turn(
+                x, torch.full_like(x[:, 0], -2 * math.pi * arm / self.arms)
+            ).unbind(-1)
+            arms.append(
+                -0.5 * (((along - 1) / self.radial_std) ** 2 + (across / self.tangential_std) ** 2)
+            )
+        return torch.logsumexp(torch.stack(arms), dim=0) - math.log(
+            self.arms * 2 * math.pi * self.radial_std * self.tangential_std
+        )
 
 
 def _turn(x: Tensor, angle: Tensor) -> Tensor:
@@ -273,24 +358,36 @@ def _turn(x: Tensor, angle: Tensor) -> Tensor:
 
 def _positive(name: str, value: float, least: float = 0.0) -> float:
     if not isinstance(value, (int, float)) or not max(least, 0) <= value < math.inf or value == 0:
-        raise UserError(f"{name}={describe_value(value)}: give a finite number " + (f"of at least {least:g}" if least else "above 0"))
+        raise UserError(
+            f"{name}={describe_value(value)}: give a finite number "
+            + (f"of at least {least:g}" if least else "above 0")
+        )
     return value
 
 
 def _check_dimension(x: Tensor, dimension: int) -> None:
     if x.ndim != 2 or x.shape[1] != dimension:
-        raise UserError(f"x has shape {tuple(x.shape)}; this density takes points of shape (B, {dimension})")
+        raise UserError(
+            f"x has shape {tuple(x.shape)}; this density takes points of shape (B, {dimension})"
+        )
 
 
-def _grid_entropy(log_prob: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, step: float) -> float:
-    """-sum p log p on a regular grid over a box of one or two dimensions; for smooth p it converges faster than any power of step."""
+def _grid_entropy(
+    log_prob: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, step: float
+) -> float:
+    """-sum p log p on a regular grid over a box of one or two dimensions; for smooth p it converges
+    faster than any power of step.
+    """
     counts = torch.ceil((high - low) / step).long() + 1
     if len(low) > 2 or math.prod(counts.tolist()) > _GRID_POINTS:
         raise UserError(
-            f"no grid of {_GRID_POINTS} points resolves this density in {len(low)} dimensions (one or two are possible); average "
-            f"-log_prob(sample(n)) instead"
+            f"no grid of {_GRID_POINTS} points resolves this density in {len(low)} dimensions (one"
+            " or two are possible); average -log_prob(sample(n)) instead"
         )
-    axes = [float(a) + step * torch.arange(int(count), dtype=torch.float64) for a, count in zip(low, counts, strict=True)]
+    axes = [
+        float(a) + step * torch.arange(int(count), dtype=torch.float64)
+        for a, count in zip(low, counts, strict=True)
+    ]
     total = 0.0
     for first in axes[0].split(max(1, 2**18 // math.prod(counts[1:].tolist()))):
         log_p = log_prob(torch.cartesian_prod(first, *axes[1:]).reshape(-1, len(low)))

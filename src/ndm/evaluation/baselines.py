@@ -3,7 +3,8 @@ r"""Simple coders of discrete data, to read a number of bits per dimension again
 .. math::
     \text{histogram: } -\tfrac1D \textstyle\sum_i \log_2 \frac{c_i(x_i) + a}{N + a L}, \quad c_i(v) = \#\{\text{training examples with } x_i = v\}
 
-a = 0.01 keeps unseen values possible. ``xz`` compresses all test integers as one stream of bytes (two bytes each above 256 values).
+a = 0.01 keeps unseen values possible. ``xz`` compresses all test integers as one stream of bytes
+(two bytes each above 256 values).
 """
 
 import lzma
@@ -21,7 +22,9 @@ def histogram_bpd(train: Tensor, test: Tensor, num_values: int, smoothing: float
         num_values: L.
         smoothing: a.
     """
-    counts = np.stack([np.bincount(pixel, minlength=num_values) for pixel in train.flatten(1).T.numpy()])
+    counts = np.stack(
+        [np.bincount(pixel, minlength=num_values) for pixel in train.flatten(1).T.numpy()]
+    )
     bits = -np.log2((counts + smoothing) / (len(train) + smoothing * num_values))
     values = test.flatten(1).numpy()
     return float(np.mean([bits[np.arange(len(bits)), row].mean() for row in values]))

@@ -1,6 +1,7 @@
 r"""The best reverse variance and the best eta of a trained model, fitted after training.
 
-Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)` the step's cost :math:`\tfrac D2 [\log r + (1 + u)/r - 1]` is least at
+Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)` the step's cost :math:`\tfrac D2 [\log r +
+(1 + u)/r - 1]` is least at
 
 .. math::
     r = 1 + u, \qquad \text{where it is } \tfrac D2 \log(1 + u) \le \tfrac D2 u .
@@ -11,8 +12,9 @@ Continuous time: with :math:`c = \Delta\dot F/\gamma' - \tfrac12 \Delta F` the i
 .. math::
     \eta^2 = 2 \sqrt{E\, w \|c\|^2 / E\, w \|\Delta F\|^2}, \qquad w = e^{-\gamma}\gamma' \qquad (F = x \text{ gives } 1) .
 
-Both are bounds of the model with that reverse process, whatever data the fit used; fit on the training split, so that the number on the
-test split stays a fair one. Source of the first: Analytic-DPM (Bao et al. 2022); of the second: ours.
+Both are bounds of the model with that reverse process, whatever data the fit used; fit on the
+training split, so that the number on the test split stays a fair one. Source of the first:
+Analytic-DPM (Bao et al. 2022); of the second: ours.
 """
 
 from collections.abc import Callable
@@ -51,21 +53,25 @@ def best_variance_ratio(
         model: the model.
         data: the examples to fit on; not those to evaluate on.
         steps: T.
-        bins: one r for each of the T steps, or for each of this many parts of [0, 1] if T is larger.
+        bins: one r for each of the T steps, or for each of this many parts of [0, 1] if T is
+            larger.
         examples: how many examples to use, evenly spread over the data.
         batch_size: examples at once.
         seed: seed of times and noise.
         progress: show a progress bar.
 
     Returns:
-        r(t), for the argument ``variance_ratio`` of :meth:`ndm.NDM.bound` and of :class:`ndm.sample.Ancestral`.
+        r(t), for the argument ``variance_ratio`` of :meth:`ndm.NDM.bound` and of
+        :class:`ndm.sample.Ancestral`.
     """
     check_whole("steps", steps, 1)
 
     reverse = require_markov(model.reverse_process, "a fitted reverse variance")
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        square, _, _ = discrete_errors(reverse, model.process.curve(x), Draw(u, noise), steps, model.eta)
+        square, _, _ = discrete_errors(
+            reverse, model.process.curve(x), Draw(u, noise), steps, model.eta
+        )
         return [square / event_size(noise)]
 
     (excess,) = _means(model, data, errors, min(steps, bins), examples, batch_size, seed, progress)
@@ -83,16 +89,20 @@ def best_eta(
     seed: int = 0,
     progress: bool = False,
 ) -> PiecewiseConstant:
-    """Fit eta(t) of the reverse process in continuous time; arguments as :func:`best_variance_ratio`.
+    """Fit eta(t) of the reverse process in continuous time; arguments as
+    :func:`best_variance_ratio`.
 
     Returns:
         eta(t), for the argument ``eta`` of :meth:`ndm.NDM.bound`.
     """
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF. One evaluation of the networks serves both.
+        # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF. One
+        # evaluation of the networks serves both.
         both = torch.tensor([0.0, 1.0]).to(x).reshape(2, *[1] * noise.dim())
-        level, (rest, at_one), _ = continuous_errors(model.reverse_process, model.process.curve(x), Draw(u, noise), both)
+        level, (rest, at_one), _ = continuous_errors(
+            model.reverse_process, model.process.curve(x), Draw(u, noise), both
+        )
         difference = 2 * (rest - at_one)
         weight = level.snr_decay  # it changes within a part, and belongs to both means
         return [weight * sum_event(rest**2), weight * sum_event(difference**2)]
@@ -112,7 +122,9 @@ def _means(
     seed: int,
     progress: bool,
 ) -> list[Tensor]:
-    """Means over the data of each result of ``errors(x, u, noise)``, at a random time in each part of [0, 1]; each ``(bins,)``, float64."""
+    """Means over the data of each result of ``errors(x, u, noise)``, at a random time in each part
+    of [0, 1]; each ``(bins,)``, float64.
+    """
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")
     check_whole("bins", bins, 1)
@@ -121,15 +133,29 @@ def _means(
     chosen, training = spread(len(data), examples), model.training
     model.eval()
     sums: list[list[Tensor]] = [[] for _ in range(bins)]
-    bar = tqdm(total=len(chosen), desc="fitting the reverse process", unit="example", disable=not progress, delay=1, leave=False)
+    bar = tqdm(
+        total=len(chosen),
+        desc="fitting the reverse process",
+        unit="example",
+        disable=not progress,
+        delay=1,
+        leave=False,
+    )
     try:
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            x, source = data.__getitems__(batch).to(model.like), ExampleGenerators(seed, batch, _FIT)
+            x, source = (
+                data.__getitems__(batch).to(model.like),
+                ExampleGenerators(seed, batch, _FIT),
+            )
             for part in range(bins):
                 u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
                 values = torch.stack(
-                    errors(x, u.clamp(max=1 - torch.finfo(u.dtype).eps), standard_normal(model.process.curve(x).like, source))
+                    errors(
+                        x,
+                        u.clamp(max=1 - torch.finfo(u.dtype).eps),
+                        standard_normal(model.process.curve(x).like, source),
+                    )
                 )
                 sums[part].append(values.cpu().double().sum(1))
             bar.update(len(batch))

@@ -1,19 +1,23 @@
 r"""Bounds and likelihoods of a whole data set, each with its standard error and its protocol.
 
-Each of the N examples is looked at K times t. Times are stratified twice: within an example, one in each of K equal strata of [0, 1]; and
-over the data set, where the N times of a stratum are spread evenly in a random order :math:`\pi`,
+Each of the N examples is looked at K times t. Times are stratified twice: within an example, one in
+each of K equal strata of [0, 1]; and over the data set, where the N times of a stratum are spread
+evenly in a random order :math:`\pi`,
 
 .. math::
     u_{ik} = \frac{1}{K} \Bigl(k + \frac{\pi(i) + j_i}{N}\Bigr), \qquad j_i \sim U[0, 1), \qquad
     \text{stderr}^2 = \frac{1}{N} \cdot \frac{1}{2(N-1)} \sum_{m} (l_{m+1} - l_m)^2 ,
 
-where l is the estimate of an example, averaged over its K times, and m counts the examples in the order of :math:`\pi`. Neighbors in that
-order have nearly the same times, so their differences hold the spread of the data and the Monte Carlo noise, but not the spread between
-times, which this design removes from the mean. Where T steps are few, K is a multiple of T and every step is visited equally often.
+where l is the estimate of an example, averaged over its K times, and m counts the examples in the
+order of :math:`\pi`. Neighbors in that order have nearly the same times, so their differences hold
+the spread of the data and the Monte Carlo noise, but not the spread between times, which this
+design removes from the mean. Where T steps are few, K is a multiple of T and every step is visited
+equally often.
 
-The random numbers of an example depend on the seed and its number in the data set alone: batch size and number of processes change the
-result by rounding only, and by the tolerance of an adaptive solver. Bits per dimension are nats/(D ln 2). For data on a grid of values
-they are on the scale of the original integers. For continuous data the bound is a density: nats are given too.
+The random numbers of an example depend on the seed and its number in the data set alone: batch size
+and number of processes change the result by rounding only, and by the tolerance of an adaptive
+solver. Bits per dimension are nats/(D ln 2). For data on a grid of values they are on the scale of
+the original integers. For continuous data the bound is a density: nats are given too.
 """
 
 import contextlib
@@ -35,8 +39,15 @@ from ndm.data import EventDataset, spread
 from ndm.elbo import Bound, bits_per_dim, path_log_weight
 from ndm.errors import UserError, check_whole
 from ndm.evaluation.calibrate import best_eta, best_variance_ratio
+from ndm.evaluation.measurement import (
+    BoundProtocol,
+    LikelihoodProtocol,
+    Measurement,
+    neighbor_error,
+    standard_error,
+)
 from ndm.evaluation.processes import Processes
-from ndm.evaluation.tables import Measurement, flat_record
+from ndm.evaluation.tables import flat_record
 from ndm.likelihood import Dequantization, latent
 from ndm.model import DiffusionModel
 from ndm.ode import ADAPTIVE_SOLVERS, OdeSettings, round_trip_error
@@ -96,7 +107,8 @@ class Evaluation:
         Args:
             steps: T, None for continuous time, ``"trained"`` for the model's own.
             draws: K, times an example; raised to a multiple of T if T is smaller.
-            calibrate_on: fit the reverse variance (discrete time) or eta (continuous time) on these examples and use it.
+            calibrate_on: fit the reverse variance (discrete time) or eta (continuous time) on these
+                examples and use it.
             calibration_examples: how many of them to use.
         """
         check_whole("draws", draws, 1)
@@ -108,7 +120,9 @@ class Evaluation:
             draws = math.ceil(draws / horizon) * horizon
         started = time.perf_counter()
         fitted = self._calibrate(horizon, calibrate_on, calibration_examples)
-        order = np.random.default_rng(part_seed(self.seed, _POSITIONS)).permutation(len(self.numbers))
+        order = np.random.default_rng(part_seed(self.seed, _POSITIONS)).permutation(
+            len(self.numbers)
+        )
         place = dict(zip(self.numbers, order.tolist(), strict=True))
 
         def terms(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
@@ -116,21 +130,46 @@ class Evaluation:
             jitter = uniform(ranks, ExampleGenerators(self.seed, numbers, _POSITIONS))
             positions = ((ranks + jitter) / len(self.numbers)).to(x)
             source = ExampleGenerators(self.seed, numbers, _BOUND)
-            bound = self.model.bound(x, steps=horizon, draws=draws, generator=source, positions=positions, **fitted)
-            # In double precision before they are added up, so that the terms in the record add up to the bound.
-            return Bound(bound.prior.cpu().double(), bound.diffusion.cpu().double(), bound.reconstruction.cpu().double()).terms()
+            bound = self.model.bound(
+                x, steps=horizon, draws=draws, generator=source, positions=positions, **fitted
+            )
+            # In double precision before they are added up, so that the terms in the record add up
+            # to the bound.
+            return Bound(
+                bound.prior.cpu().double(),
+                bound.diffusion.cpu().double(),
+                bound.reconstruction.cpu().double(),
+            ).terms()
 
         values = self._measure(terms, "bound" if horizon is None else f"bound, T = {horizon}")
         total = values.pop("nelbo")
         by_place = total[torch.from_numpy(np.argsort(order))]
-        name = "nelbo" if horizon == self.model.steps else "nelbo_continuous" if horizon is None else "nelbo_discrete"
-        protocol = {"steps": horizon, "time_samples_per_example": draws, **self._reverse_words(horizon, calibrate_on, calibration_examples)}
-        return self._result(
-            name, total, neighbor_error(by_place), protocol, started, {n: float(v.mean()) for n, v in values.items()}, fitted
+        protocol = BoundProtocol(
+            **self._shared(started),
+            **self._reverse(horizon, calibrate_on, calibration_examples),
+            time_samples_per_example=draws,
+        )
+        return Measurement(
+            "nelbo",
+            total,
+            neighbor_error(by_place),
+            self.dims,
+            protocol,
+            steps=horizon,
+            as_trained=horizon == self.model.steps,
+            fitted=bool(fitted),
+            terms={name: float(value.mean()) for name, value in values.items()},
         )
 
-    def nelbo_iw(self, steps: int, samples: int, calibrate_on: EventDataset | None = None, calibration_examples: int = 512) -> Measurement:
-        """The importance-weighted bound of the T-step model with K whole paths an example, T K evaluations of the predictor.
+    def nelbo_iw(
+        self,
+        steps: int,
+        samples: int,
+        calibrate_on: EventDataset | None = None,
+        calibration_examples: int = 512,
+    ) -> Measurement:
+        """The importance-weighted bound of the T-step model with K whole paths an example, T K
+        evaluations of the predictor.
 
         Args:
             steps: T.
@@ -147,7 +186,14 @@ class Evaluation:
 
         def weights(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             paths = [
-                path_log_weight(model.reverse_process, model.decoder, x, steps, ExampleGenerators(self.seed, numbers, _PATHS, k), **options)
+                path_log_weight(
+                    model.reverse_process,
+                    model.decoder,
+                    x,
+                    steps,
+                    ExampleGenerators(self.seed, numbers, _PATHS, k),
+                    **options,
+                )
                 .cpu()
                 .double()
                 for k in range(samples)
@@ -155,16 +201,28 @@ class Evaluation:
             return {"nelbo": math.log(samples) - torch.logsumexp(torch.stack(paths), 0)}
 
         values = self._measure(weights, f"importance-weighted bound, T = {steps}")["nelbo"]
-        protocol = {
-            "steps": steps,
-            "importance_samples": samples,
-            "nfe_mean": steps * samples,
-            **self._reverse_words(steps, calibrate_on, calibration_examples),
-        }
-        return self._result("nelbo_iw", values, standard_error(values), protocol, started, {}, fitted)
+        protocol = BoundProtocol(
+            **self._shared(started),
+            **self._reverse(steps, calibrate_on, calibration_examples),
+            nfe_mean=steps * samples,
+        )
+        return Measurement(
+            "nelbo",
+            values,
+            standard_error(values),
+            self.dims,
+            protocol,
+            steps=steps,
+            importance_samples=samples,
+            fitted=bool(fitted),
+        )
 
     def nll(
-        self, samples: int = 1, dequantization: Dequantization = "variational", settings: OdeSettings | None = None, reverse_check: int = 64
+        self,
+        samples: int = 1,
+        dequantization: Dequantization = "variational",
+        settings: OdeSettings | None = None,
+        reverse_check: int = 64,
     ) -> Measurement:
         """The negative log-likelihood by the generative ODE.
 
@@ -172,111 +230,168 @@ class Evaluation:
             samples: K importance samples of z_0.
             dequantization: from z_0 to x, see :mod:`ndm.likelihood`.
             settings: solver, tolerance, probes.
-            reverse_check: solve this many examples there and back, and report how far they come back from where they started.
+            reverse_check: solve this many examples there and back, and report how far they come
+                back from where they started.
         """
         settings, started = settings or OdeSettings(), time.perf_counter()
         check_whole("reverse_check", reverse_check, 0)
         model = self.model
-        reversibility = self._reversibility(dequantization, settings, reverse_check)  # first: it is short, and fails where the rest would
+        reversibility = self._reversibility(
+            dequantization, settings, reverse_check
+        )  # first: it is short, and fails where the rest would
 
         def values_of(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-            options: dict[str, Any] = {"settings": settings, "seed": self.seed, "examples": numbers, "progress": self.progress}
-            found = model.log_likelihood(x, samples=samples, dequantization=dequantization, **options)
+            options: dict[str, Any] = {
+                "settings": settings,
+                "seed": self.seed,
+                "examples": numbers,
+                "progress": self.progress,
+            }
+            found = model.log_likelihood(
+                x, samples=samples, dequantization=dequantization, **options
+            )
             nfe = torch.full((len(x),), found.nfe * samples, dtype=torch.float64)
-            shift = torch.logsumexp(found.coarse_log_weights, 1) - torch.logsumexp(found.log_weights, 1)
+            shift = torch.logsumexp(found.coarse_log_weights, 1) - torch.logsumexp(
+                found.log_weights, 1
+            )
             return {"nll": -found.log_p, "single": -found.single, "nfe": nfe, "shift": -shift}
 
         values = self._measure(values_of, "likelihood")
-        probes = settings.probes_for(math.prod(model.transform.latent_shape(self._batch(self.numbers[:1]))[1:]))
-        adaptive = {"rtol": settings.rtol, "atol": settings.atol} if settings.solver in ADAPTIVE_SOLVERS else {}
-        single, several = values["single"], len(self.numbers) > 1
-        protocol = {
-            "dequantization": dequantization,
-            "importance_samples": samples,
-            "solver": settings.solver,
-            **adaptive,
-            "nodes": settings.nodes,
-            "probes": "exact" if probes is None else probes,
-            "probe": None if probes is None else settings.probe,
-            "nfe_mean": float(values["nfe"].mean()),
-            "one_sample_bpd": float(bits_per_dim(single.mean(), self.dims)),
-            "one_sample_bpd_stderr": float(bits_per_dim(standard_error(single), self.dims)) if several else None,
-            "half_the_nodes_shift_bpd": float(bits_per_dim(values["shift"].mean(), self.dims)),
-            "half_the_nodes_shift_bpd_stderr": float(bits_per_dim(standard_error(values["shift"]), self.dims)) if several else 0.0,
-            "reversibility": reversibility,
-        }
-        return self._result("nll", values["nll"], standard_error(values["nll"]), protocol, started)
+        probes = settings.probes_for(
+            math.prod(model.transform.latent_shape(self._batch(self.numbers[:1]))[1:])
+        )
+        adaptive = settings.solver in ADAPTIVE_SOLVERS
+        nll, single, shift = values["nll"], values["single"], values["shift"]
+        several = len(nll) > 1
+        protocol = LikelihoodProtocol(
+            **self._shared(started),
+            dequantization=dequantization,
+            solver=settings.solver,
+            rtol=settings.rtol if adaptive else None,
+            atol=settings.atol if adaptive else None,
+            nodes=settings.nodes,
+            probes="exact" if probes is None else probes,
+            probe=None if probes is None else settings.probe,
+            nfe_mean=float(values["nfe"].mean()),
+            one_sample_bpd=self._bpd(single.mean()),
+            one_sample_bpd_stderr=self._bpd(standard_error(single)) if several else None,
+            half_the_nodes_shift_bpd=self._bpd(shift.mean()),
+            half_the_nodes_shift_bpd_stderr=self._bpd(standard_error(shift)) if several else 0.0,
+            reversibility=reversibility,
+        )
+        return Measurement(
+            "nll", nll, standard_error(nll), self.dims, protocol, importance_samples=samples
+        )
 
-    def _reversibility(self, dequantization: Dequantization, settings: OdeSettings, count: int) -> dict[str, Any] | None:
+    def _bpd(self, nats: Tensor | float) -> float:
+        return float(bits_per_dim(nats, self.dims))
+
+    def _reversibility(
+        self, dequantization: Dequantization, settings: OdeSettings, count: int
+    ) -> dict[str, Any] | None:
         if count == 0 or not self.processes.first:
             return None
         chosen = self.numbers[: min(count, self.size)]
         x = self._batch(chosen)
-        z, _ = latent(self.model.process, self.model.decoder, x, dequantization, ExampleGenerators(self.seed, chosen, _POSITIONS))
+        z, _ = latent(
+            self.model.process,
+            self.model.decoder,
+            x,
+            dequantization,
+            ExampleGenerators(self.seed, chosen, _POSITIONS),
+        )
         with _evaluating(self.model):
             error = round_trip_error(self.model.reverse_process, z, settings)
-        return {"examples": len(chosen), "rms_error": float(error.square().mean().sqrt()), "largest_rms_error": float(error.max())}
+        return {
+            "examples": len(chosen),
+            "rms_error": float(error.square().mean().sqrt()),
+            "largest_rms_error": float(error.max()),
+        }
 
-    def _calibrate(self, horizon: int | None, data: EventDataset | None, examples: int) -> dict[str, Any]:
+    def _calibrate(
+        self, horizon: int | None, data: EventDataset | None, examples: int
+    ) -> dict[str, Any]:
         if data is None:
             return {}
         key = (horizon, id(data), examples)
         if key not in self._fits:
-            options: dict[str, Any] = {"examples": examples, "batch_size": self.size, "seed": self.seed, "progress": self.progress}
+            options: dict[str, Any] = {
+                "examples": examples,
+                "batch_size": self.size,
+                "seed": self.seed,
+                "progress": self.progress,
+            }
             if horizon is None:
                 self._fits[key] = {"eta": best_eta(self.model, data, **options)}
             else:
-                self._fits[key] = {"variance_ratio": best_variance_ratio(self.model, data, horizon, **options)}
+                self._fits[key] = {
+                    "variance_ratio": best_variance_ratio(self.model, data, horizon, **options)
+                }
         return self._fits[key]
 
-    def _reverse_words(self, horizon: int | None, data: EventDataset | None, examples: int) -> dict[str, Any]:
-        words = f"fitted on {min(examples, len(data))} training examples" if data is not None else None
-        return {"eta": words if words and horizon is None else self.model.eta, "reverse_variance": words if words and horizon else "v"}
+    def _reverse(
+        self, horizon: int | None, data: EventDataset | None, examples: int
+    ) -> dict[str, Any]:
+        """The eta and the reverse variance of a bound, for its protocol."""
+        if data is None:
+            return {"eta": self.model.eta, "reverse_variance": "v"}
+        fitted = f"fitted on {min(examples, len(data))} training examples"
+        if horizon is None:
+            return {"eta": fitted, "reverse_variance": "v"}
+        return {"eta": self.model.eta, "reverse_variance": fitted}
 
     def _batch(self, numbers: list[int]) -> Tensor:
         return self.data.__getitems__(numbers).to(self.model.like)
 
     @torch.no_grad()
-    def _measure(self, function: Callable[[Tensor, list[int]], dict[str, Tensor]], what: str) -> dict[str, Tensor]:
-        """Values of all examples, ``(N,)`` each, float64, in the order of the data, from all processes."""
+    def _measure(
+        self, function: Callable[[Tensor, list[int]], dict[str, Tensor]], what: str
+    ) -> dict[str, Tensor]:
+        """Values of all examples, ``(N,)`` each, float64, in the order of the data, from all
+        processes.
+        """
         starts = range(0, len(self.numbers), self.size)
         mine = self.processes.share(len(starts))
         numbers: list[int] = []
         parts: list[dict[str, Tensor]] = []
         with _evaluating(self.model):
-            for index in tqdm(mine, desc=what, unit="batch", disable=not self.progress, delay=1, leave=False):
+            for index in tqdm(
+                mine, desc=what, unit="batch", disable=not self.progress, delay=1, leave=False
+            ):
                 batch = self.numbers[starts[index] : starts[index] + self.size]
-                parts.append({name: value.cpu().double() for name, value in function(self._batch(batch), batch).items()})
+                parts.append(
+                    {
+                        name: value.cpu().double()
+                        for name, value in function(self._batch(batch), batch).items()
+                    }
+                )
                 numbers += batch
-        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        values = (
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        )
         numbers, values = self.processes.gather(numbers, values)
         order = torch.tensor(np.argsort(numbers))
         values = {name: value[order] for name, value in values.items()}
         main = next(iter(values)) if "nelbo" not in values else "nelbo"
         bad = int((~values[main].isfinite()).sum())
         if bad:
-            raise UserError(f"the {what} of {bad} of {len(numbers)} examples is not finite; the model did not train well")
+            raise UserError(
+                f"the {what} of {bad} of {len(numbers)} examples is not finite; the model did not"
+                " train well"
+            )
         return values
 
-    def _result(
-        self,
-        name: str,
-        values: Tensor,
-        stderr: float,
-        protocol: dict[str, Any],
-        started: float,
-        terms: dict[str, float] | None = None,
-        fitted: dict[str, Any] | None = None,
-    ) -> Measurement:
-        like = self.model.like
-        num_values = None if self.model.decoder.values is None else len(self.model.decoder.values)
+    def _shared(self, started: float) -> dict[str, Any]:
+        """What the protocols of all numbers share."""
+        like, values = self.model.like, self.model.decoder.values
+        density, integers = "density of x as the model sees it", "probability of integers"
         packages = ("torch", "torchdiffeq", "numpy")
-        shared = {
-            **self.about,
+        return {
+            "about": self.about,
             "num_examples": len(self.numbers),
             "split_size": len(self.data),
             "limit": self.limit,
-            "scale": "density of x as the model sees it" if num_values is None else f"probability of integers, {num_values} values",
+            "scale": density if values is None else f"{integers}, {len(values)} values",
             "seed": self.seed,
             "batch_size": self.size,
             "processes": self.processes.size,
@@ -290,7 +405,6 @@ class Evaluation:
                 **{package: version(package) for package in packages},
             },
         }
-        return Measurement(name + ("_calibrated" if fitted else ""), values, stderr, self.dims, {**protocol, **shared}, terms or {})
 
 
 @contextlib.contextmanager
@@ -314,38 +428,35 @@ def evaluate_bound(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The bound on every example of a data set, in the time, discrete or continuous, that the model was trained in.
+    """The bound on every example of a data set, in the time, discrete or continuous, that the model
+    was trained in.
 
     Args:
         model: the model.
         data: the examples.
         draws: K, times an example.
         limit: evaluate only so many examples, evenly spread over the data set.
-        batch_size: examples at once; None takes 256, or fewer where the decoder would need too much memory.
+        batch_size: examples at once; None takes 256, or fewer where the decoder would need too much
+            memory.
         seed: seed of times and noise.
         progress: show a progress bar.
 
     Returns:
-        JSON-ready record: each term and the bound in bits/dim, with standard error, counts and seed; ``*_nats`` for an example.
+        JSON-ready record: each term and the bound in bits/dim, with standard error, counts and
+        seed; ``*_nats`` for an example.
 
     Raises:
         UserError: the data set is empty, or the bound is not finite.
     """
-    measurement = Evaluation(model, data, seed=seed, limit=limit, batch_size=batch_size, progress=progress).nelbo(draws=draws)
-    return {**flat_record([measurement]), "seconds": measurement.protocol["seconds"]}
+    measurement = Evaluation(
+        model, data, seed=seed, limit=limit, batch_size=batch_size, progress=progress
+    ).nelbo(draws=draws)
+    return {**flat_record([measurement]), "seconds": measurement.protocol.seconds}
 
 
 def default_batch_size(model: DiffusionModel, dims: int) -> int:
-    """256, or as many examples as keep the decoder's probabilities of all values within 2**26 numbers."""
+    """256, or as many examples as keep the decoder's probabilities of all values within 2**26
+    numbers.
+    """
     num_values = 1 if model.decoder.values is None else len(model.decoder.values)
     return max(1, min(256, 2**26 // (dims * num_values)))
-
-
-def standard_error(values: Tensor) -> float:
-    """Standard error of the mean of independent values ``(N,)``; NaN for a single value."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def neighbor_error(values: Tensor) -> float:
-    """Standard error of the mean of values ``(N,)`` stratified in their order, from the differences of neighbors; NaN for a single value."""
-    return float((values.diff().square().mean() / (2 * len(values))).sqrt()) if len(values) > 1 else math.nan

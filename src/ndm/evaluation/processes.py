@@ -3,9 +3,10 @@ r"""Several processes that share one evaluation.
 .. math::
     \text{process } r \text{ of } W \text{ takes the batches } r,\; r + W,\; r + 2W, \dots
 
-Processes never wait for one another while they work: an adaptive solver takes as many steps as its own batch needs. They meet once for each
-number, to bring the values of all examples together. Start them with ``torchrun --nproc-per-node W -m ndm.cli evaluate RUN ...``, on
-any number of machines; the result is that of one process.
+Processes never wait for one another while they work: an adaptive solver takes as many steps as its
+own batch needs. They meet once for each number, to bring the values of all examples together. Start
+them with ``torchrun --nproc-per-node W -m ndm.cli evaluate RUN ...``, on any number of machines;
+the result is that of one process.
 """
 
 import contextlib
@@ -42,23 +43,37 @@ class Processes:
         """Which of ``count`` batches this process takes."""
         return range(self.rank, count, self.size)
 
-    def gather(self, numbers: list[int], values: dict[str, Tensor]) -> tuple[list[int], dict[str, Tensor]]:
-        """The numbers of the examples and their values, ``(n,)`` each, from all processes; the same in every process."""
+    def gather(
+        self, numbers: list[int], values: dict[str, Tensor]
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """The numbers of the examples and their values, ``(n,)`` each, from all processes; the same
+        in every process.
+        """
         if self.size == 1:
             return numbers, values
         parts: list[tuple[list[int], dict[str, Tensor]] | None] = [None] * self.size
         try:
             dist.all_gather_object(parts, (numbers, values), group=self.group)
         except RuntimeError as error:
-            raise UserError("another process of this evaluation ended early; its message says why") from error
+            raise UserError(
+                "another process of this evaluation ended early; its message says why"
+            ) from error
         present = [part for part in parts if part is not None and part[0]]
         names = present[0][1] if present else {}
-        return [n for part in present for n in part[0]], {name: torch.cat([part[1][name] for part in present]) for name in names}
+        return [n for part in present for n in part[0]], {
+            name: torch.cat([part[1][name] for part in present]) for name in names
+        }
 
 
 def started_first() -> bool:
-    """Whether this process is alone or was started as the first of several, by torchrun, Lightning or Slurm."""
-    for ranks in (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)):  # torchrun within Slurm numbers processes by itself
+    """Whether this process is alone or was started as the first of several, by torchrun, Lightning
+    or Slurm.
+    """
+    for ranks in (
+        ("RANK",),
+        ("LOCAL_RANK", "NODE_RANK"),
+        ("SLURM_PROCID",),
+    ):  # torchrun within Slurm numbers processes by itself
         found = [os.environ[rank] for rank in ranks if rank in os.environ]
         if found:
             return all(rank == "0" for rank in found)
@@ -77,12 +92,14 @@ def processes() -> Iterator[Processes]:
         return
     try:
         dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-        # Values are gathered on the CPU. They may come hours apart, so the wait for a slow process is long.
+        # Values are gathered on the CPU. They may come hours apart, so the wait for a slow process
+        # is long.
         group = dist.new_group(timeout=timedelta(days=7))
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"WORLD_SIZE is set but the processes cannot be joined ({reason}); start them with torchrun, or unset it"
+            f"WORLD_SIZE is set but the processes cannot be joined ({reason}); start them with"
+            " torchrun, or unset it"
         ) from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)

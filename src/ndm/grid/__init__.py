@@ -1,1 +1,3 @@
-"""Data on a grid of values: soft rounding, a predictor with probabilities of every value, and its kernels."""
+"""Data on a grid of values: soft rounding, a predictor with probabilities of every value, and its
+kernels.
+"""

@@ -1,4 +1,5 @@
-r"""Bayes' rule over the L values of a grid, in blocks of examples that fit the cache, with a backward pass that computes anew what it needs.
+r"""Bayes' rule over the L values of a grid, in blocks of examples that fit the cache, with a
+backward pass that computes anew what it needs.
 
 For numbers s_i = z_i/(sqrt(2) sigma) and values w_k = alpha v_k/(sqrt(2) sigma) in the same unit,
 
@@ -7,9 +8,10 @@ For numbers s_i = z_i/(sqrt(2) sigma) and values w_k = alpha v_k/(sqrt(2) sigma)
 
     p_{ik} = \operatorname{softmax}_k\bigl(\ell_{ik} + \log(1 + c (n_k - r_{ik})) - (s_i - w_k)^2\bigr), \qquad \hat x_i = \sum_k p_{ik} v_k,
 
-with l a linear map of K features of each place. Everything with an index k has L times as many numbers as the data. Autograd would hold a dozen
-of them for the whole batch, and wait for memory most of the time; here nothing of that size outlives a block, unless gradients are to be differentiated
-again, or within torch.func and forward mode. With g = d loss/d x̂,
+with l a linear map of K features of each place. Everything with an index k has L times as many
+numbers as the data. Autograd would hold a dozen of them for the whole batch, and wait for memory
+most of the time; here nothing of that size outlives a block, unless gradients are to be
+differentiated again, or within torch.func and forward mode. With g = d loss/d x̂,
 
 .. math::
     \frac{\partial}{\partial \ell_{ik}} = p_{ik} (v_k - \hat x_i) g_i =: a_{ik}, \qquad
@@ -30,18 +32,36 @@ from ndm.autodiff.rules import through
 from ndm.device import autocast_dtype, full_precision
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
-"""Numbers with an index k in a block, of which a backward pass holds about nine: 1 MB each in float32, 64 MB."""
+"""Numbers with an index k in a block, of which a backward pass holds about nine: 1 MB each in
+float32, 64 MB.
+"""
 
 
 def value_posteriors(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """e ``(B, D, M)`` and n ``(B, L)`` of s ``(B, D)``, w ``(B, L)`` and E ``(L, M)``; compiled, e is rounded as autocast says."""
+    """e ``(B, D, M)`` and n ``(B, L)`` of s ``(B, D)``, w ``(B, L)`` and E ``(L, M)``; compiled, e
+    is rounded as autocast says.
+    """
     narrow = autocast_dtype(s) if torch.compiler.is_compiling() else None
     with full_precision(s):
-        return _Summary.apply(s, w, embedding) if _plain() else _summary(s, w, embedding.to(narrow or embedding.dtype))
+        return (
+            _Summary.apply(s, w, embedding)
+            if _plain()
+            else _summary(s, w, embedding.to(narrow or embedding.dtype))
+        )
 
 
-def posterior_mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x̂ ``(B, D)`` of s ``(B, D)``, w and n ``(B, L)``, c ``()``, v ``(L,)``, and of logits by features ``(B, D, K)``, weight ``(L, K)``, bias ``(L,)``.
+def posterior_mean(
+    s: Tensor,
+    w: Tensor,
+    n: Tensor,
+    c: Tensor,
+    v: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """x̂ ``(B, D)`` of s ``(B, D)``, w and n ``(B, L)``, c ``()``, v ``(L,)``, and of logits by
+    features ``(B, D, K)``, weight ``(L, K)``, bias ``(L,)``.
 
     Features may be of another precision than the rest, and the product with the weight then is.
     """
@@ -59,9 +79,20 @@ def _summary(s: Tensor, w: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     return r.to(embedding.dtype) @ embedding, r.sum(1)
 
 
-def _mean(s: Tensor, w: Tensor, n: Tensor, c: Tensor, v: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _mean(
+    s: Tensor,
+    w: Tensor,
+    n: Tensor,
+    c: Tensor,
+    v: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
     square = (s[..., None] - w[:, None]).square()
-    less = (n[:, None] - torch.softmax(-square, dim=-1)).clamp(min=0)  # n may have been summed up in another order
+    less = (n[:, None] - torch.softmax(-square, dim=-1)).clamp(
+        min=0
+    )  # n may have been summed up in another order
     logits = nnf.linear(features, weight.to(features.dtype)).to(s.dtype) + bias
     return (torch.softmax(logits + torch.log1p(c * less) - square, dim=-1) * v).sum(-1)
 
@@ -77,13 +108,19 @@ def _blocks(s: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """softmax over k that takes whatever is less than eps^2 of the largest for zero: CPUs take many times as long for denormal numbers."""
-    weights = torch.threshold_(x - x.amax(-1, keepdim=True), 2 * math.log(torch.finfo(x.dtype).eps), -math.inf).exp_()
+    """softmax over k that takes whatever is less than eps^2 of the largest for zero: CPUs take many
+    times as long for denormal numbers.
+    """
+    weights = torch.threshold_(
+        x - x.amax(-1, keepdim=True), 2 * math.log(torch.finfo(x.dtype).eps), -math.inf
+    ).exp_()
     return weights.mul_(weights.sum(-1, keepdim=True).reciprocal_())
 
 
 class _Block:
-    """s - w, minus its square, r and what comes of them, each ``(b, d, L)``, for a block; no autograd."""
+    """s - w, minus its square, r and what comes of them, each ``(b, d, L)``, for a block; no
+    autograd.
+    """
 
     def __init__(self, s: Tensor, w: Tensor):
         self.difference = s[..., None] - w[:, None]
@@ -92,13 +129,17 @@ class _Block:
 
     def weigh(self, n: Tensor, c: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """p, and self.less = n - r, self.odds = 1 + c (n - r)."""
-        self.less = (n[:, None] - self.r).clamp_(min=0)  # n may have been summed up in another order
+        self.less = (n[:, None] - self.r).clamp_(
+            min=0
+        )  # n may have been summed up in another order
         self.odds = (self.less * c).add_(1)
         logits = nnf.linear(features, weight).to(self.r.dtype).add_(bias)
         return _softmax(logits.add_(self.odds.log()).add_(self.exponent))
 
     def add_slopes(self, gradient: Tensor, ds: Tensor, dw: Tensor) -> None:
-        """Add the gradients of s and w to what is there, by that of the exponent, which is overwritten."""
+        """Add the gradients of s and w to what is there, by that of the exponent, which is
+        overwritten.
+        """
         moved = gradient.mul_(self.difference)
         ds.sub_(moved.sum(2), alpha=2)
         dw.add_(moved.sum(1), alpha=2)
@@ -153,11 +194,15 @@ class _PosteriorMean(Function):
         with full_precision(s):
             if torch.is_grad_enabled():  # to be differentiated again
                 return tuple(through(_mean, inputs, gradient))
-            ds, dw, dn, dc, _, dfeatures, dweight, dbias = (torch.zeros_like(value) for value in inputs)
+            ds, dw, dn, dc, _, dfeatures, dweight, dbias = (
+                torch.zeros_like(value) for value in inputs
+            )
             narrow = weight.to(features.dtype)
             for b, d in _blocks(s, w):
                 block = _Block(s[b, d], w[b])
-                a = _through_softmax(gradient[b, d, None] * v, block.weigh(n[b], c, features[b, d], narrow, bias))
+                a = _through_softmax(
+                    gradient[b, d, None] * v, block.weigh(n[b], c, features[b, d], narrow, bias)
+                )
                 low = a.to(features.dtype).flatten(0, 1)
                 dfeatures[b, d] = (low @ narrow).view_as(features[b, d])
                 dweight += low.T @ features[b, d].flatten(0, 1)

@@ -1,15 +1,18 @@
 r"""Rounding a prediction to the grid of the data, as softly as the noise asks for.
 
-Data on a grid of L values in [-1, 1] have a finest digit that a network hardly learns to round to: where noise is low, x̂ = z/alpha is a good
-answer, and a rounded one is much better. A reading m is rounded at the width s that the noise leaves,
+Data on a grid of L values in [-1, 1] have a finest digit that a network hardly learns to round to:
+where noise is low, x̂ = z/alpha is a good answer, and a rounded one is much better. A reading m is
+rounded at the width s that the noise leaves,
 
 .. math::
     \hat x_i = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m_i - v_k)^2}{2 s^2} + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr) \log w_k\Bigr), \qquad
     s = \frac{\sigma}{\alpha} < \Delta, \qquad v_k = \frac{2k + 1}{L} - 1, \qquad \Delta = \frac{2}{L},
 
-with learned weights w of the values, at first equal; once s reaches the spacing, x̂ is m itself (which the formula tends to, to 1e-7 of the spacing).
-For m = z/alpha and small s, x̂ is the posterior mean of a number whose values have the frequencies w. The grid goes on a little beyond [-1, 1]: that
-no data lie there is learned. :class:`ndm.CategoricalPredictor` weighs values by what the rest of the example says, too.
+with learned weights w of the values, at first equal; once s reaches the spacing, x̂ is m itself
+(which the formula tends to, to 1e-7 of the spacing). For m = z/alpha and small s, x̂ is the
+posterior mean of a number whose values have the frequencies w. The grid goes on a little beyond
+[-1, 1]: that no data lie there is learned. :class:`ndm.CategoricalPredictor` weighs values by what
+the rest of the example says, too.
 """
 
 import torch
@@ -30,7 +33,10 @@ class Rounding(nn.Module):
     def __init__(self, num_values: int):
         super().__init__()
         if num_values < 2:
-            raise UserError(f"num_values={num_values}: give the number of values of the data, at least 2, or leave it out")
+            raise UserError(
+                f"num_values={num_values}: give the number of values of the data, at least 2, or"
+                " leave it out"
+            )
         self.num_values = num_values
         self.weights = nn.Parameter(torch.zeros(num_values + 2 * _REACH))
 
@@ -46,22 +52,37 @@ class Rounding(nn.Module):
         """
         full, nothing = torch.promote_types(m.dtype, torch.float32), level.alpha == 0
         width = level.sigma.to(full) / torch.where(nothing, 1, level.alpha).to(full)
-        width = expand(torch.where(nothing, torch.inf, width) * (0.5 * self.num_values), m)  # in spacings
+        width = expand(
+            torch.where(nothing, torch.inf, width) * (0.5 * self.num_values), m
+        )  # in spacings
         rounded = self._round(m.to(full), width.clamp(_NARROWEST, 1.0))
         return torch.where(width < 1, rounded.to(m.dtype), m)
 
     def _round(self, m: Tensor, width: Tensor) -> Tensor:
-        position, width = (m + 1) * (0.5 * self.num_values) - 0.5, width[..., None]  # values lie at whole numbers
+        position, width = (
+            (m + 1) * (0.5 * self.num_values) - 0.5,
+            width[..., None],
+        )  # values lie at whole numbers
         nearest = position.detach().round()
         near = torch.arange(-_REACH, _REACH + 1, dtype=m.dtype, device=m.device)
         # Values beyond have the weight of the last.
-        index = (nearest[..., None] + near + _REACH).nan_to_num(0.0).clamp(0, len(self.weights) - 1).long()
+        index = (
+            (nearest[..., None] + near + _REACH)
+            .nan_to_num(0.0)
+            .clamp(0, len(self.weights) - 1)
+            .long()
+        )
         log_weights = (_UNIT * self.weights.to(m.dtype))[index]
-        logits = -0.5 * (((position - nearest)[..., None] - near) / width) ** 2 + (1 - width**2) * log_weights
+        logits = (
+            -0.5 * (((position - nearest)[..., None] - near) / width) ** 2
+            + (1 - width**2) * log_weights
+        )
         mean = nearest + (torch.softmax(logits, dim=-1) * near).sum(-1)
         return (mean + 0.5) * (2 / self.num_values) - 1
 
 
 _REACH = 5  # values to either side of the nearest that are looked at
-_UNIT = 5.0  # of the learned log-weights, nats: optimizers step alike in all parameters, and weights range over many powers of ten
+# of the learned log-weights, nats: optimizers step alike in all parameters, and weights range over
+# many powers of ten
+_UNIT = 5.0
 _NARROWEST = 1e-4  # width in spacings, where the noise is 0

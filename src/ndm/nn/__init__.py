@@ -1,4 +1,6 @@
-"""Networks for x̂(z, t), for f(x, t) and, without time, for encoders and decoders; any other ``nn.Module`` called alike serves as well."""
+"""Networks for x̂(z, t), for f(x, t) and, without time, for encoders and decoders; any other
+``nn.Module`` called alike serves as well.
+"""
 
 from ndm.nn.adapter import FromDiffusers
 from ndm.nn.autoencoder import ConvDecoder, ConvEncoder, Dense
@@ -8,4 +10,15 @@ from ndm.nn.layers import Attention
 from ndm.nn.mlp import MLP
 from ndm.nn.unet import UNet
 
-__all__ = ["MLP", "Attention", "ConvDecoder", "ConvEncoder", "Dense", "DiT", "FourierFeatures", "FromDiffusers", "TimeEmbedding", "UNet"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "ConvDecoder",
+    "ConvEncoder",
+    "Dense",
+    "DiT",
+    "FourierFeatures",
+    "FromDiffusers",
+    "TimeEmbedding",
+    "UNet",
+]

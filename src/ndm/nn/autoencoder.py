@@ -1,4 +1,5 @@
-r"""Networks between the data and a latent space of another shape, for :class:`ndm.Encoder` and :class:`ndm.NetworkDecoder`.
+r"""Networks between the data and a latent space of another shape, for :class:`ndm.Encoder` and
+:class:`ndm.NetworkDecoder`.
 
 .. math::
     \text{Dense: } y = W_L\, \mathrm{SiLU}(\dots \mathrm{SiLU}(W_0 x)), \qquad
@@ -28,14 +29,23 @@ class Dense(Part):
         layers: hidden layers; 0 is an affine map.
     """
 
-    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], hidden: int = 128, layers: int = 2):
+    def __init__(
+        self, inputs: Sequence[int], outputs: Sequence[int], hidden: int = 128, layers: int = 2
+    ):
         super().__init__()
         check_whole("hidden", hidden, 1)
         check_whole("layers", layers, 0)
         for name, shape in (("inputs", inputs), ("outputs", outputs)):
             if not all(isinstance(size, int) and size >= 1 for size in shape):
-                raise UserError(f"{name}={list(shape)}: give the shape of an event, such as [1, 8, 8]")
-        self.inputs, self.outputs, self.hidden, self.layers = list(inputs), list(outputs), hidden, layers
+                raise UserError(
+                    f"{name}={list(shape)}: give the shape of an event, such as [1, 8, 8]"
+                )
+        self.inputs, self.outputs, self.hidden, self.layers = (
+            list(inputs),
+            list(outputs),
+            hidden,
+            layers,
+        )
         widths = [math.prod(self.inputs), *([hidden] * layers), math.prod(self.outputs)]
         parts: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -45,7 +55,10 @@ class Dense(Part):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, *inputs)`` to ``(B, *outputs)``."""
         if list(x.shape[1:]) != self.inputs:
-            raise UserError(f"Dense takes events of shape {tuple(self.inputs)}, got a batch of shape {tuple(x.shape)}; set inputs to fit")
+            raise UserError(
+                f"Dense takes events of shape {tuple(self.inputs)}, got a batch of shape"
+                f" {tuple(x.shape)}; set inputs to fit"
+            )
         return self.net(x.reshape(x.shape[0], -1)).reshape(x.shape[0], *self.outputs)
 
 
@@ -54,7 +67,11 @@ def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 def _check_sizes(image_channels: int, latent_channels: int, channels: int, halvings: int) -> None:
-    for name, value in (("image_channels", image_channels), ("latent_channels", latent_channels), ("channels", channels)):
+    for name, value in (
+        ("image_channels", image_channels),
+        ("latent_channels", latent_channels),
+        ("channels", channels),
+    ):
         check_whole(name, value, 1)
     check_whole("halvings", halvings, 0)
 
@@ -69,28 +86,48 @@ class ConvEncoder(Part):
         halvings: n, how often height and width are halved; 2^n must divide both.
     """
 
-    def __init__(self, image_channels: int = 1, latent_channels: int = 4, channels: int = 32, halvings: int = 2):
+    def __init__(
+        self,
+        image_channels: int = 1,
+        latent_channels: int = 4,
+        channels: int = 32,
+        halvings: int = 2,
+    ):
         super().__init__()
         _check_sizes(image_channels, latent_channels, channels, halvings)
-        self.image_channels, self.latent_channels, self.channels, self.halvings = image_channels, latent_channels, channels, halvings
+        self.image_channels, self.latent_channels, self.channels, self.halvings = (
+            image_channels,
+            latent_channels,
+            channels,
+            halvings,
+        )
         parts = _layer(image_channels, channels)
         for index in range(halvings):
             parts += _layer(channels * 2**index, channels * 2 ** (index + 1), stride=2)
-        self.net = nn.Sequential(*parts, nn.Conv2d(channels * 2**halvings, latent_channels, 3, padding=1))
+        self.net = nn.Sequential(
+            *parts, nn.Conv2d(channels * 2**halvings, latent_channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, latent_channels, H/2^n, W/2^n)``."""
         block = 2**self.halvings
-        if x.dim() != 4 or x.shape[1] != self.image_channels or x.shape[2] % block or x.shape[3] % block:
+        if (
+            x.dim() != 4
+            or x.shape[1] != self.image_channels
+            or x.shape[2] % block
+            or x.shape[3] % block
+        ):
             raise UserError(
-                f"the encoder takes images (B, {self.image_channels}, H, W) whose sides are multiples of {block}, got a batch of shape "
-                f"{tuple(x.shape)}; set image_channels and halvings to fit"
+                f"the encoder takes images (B, {self.image_channels}, H, W) whose sides are"
+                f" multiples of {block}, got a batch of shape {tuple(x.shape)}; set image_channels"
+                " and halvings to fit"
             )
         return self.net(x)
 
 
 class ConvDecoder(Part):
-    """The way back: convolutions with nearest-neighbor doubling from ``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``.
+    """The way back: convolutions with nearest-neighbor doubling from ``(B, latent_channels, h, w)``
+    to ``(B, C, 2^n h, 2^n w)``.
 
     Args:
         image_channels: C.
@@ -99,19 +136,34 @@ class ConvDecoder(Part):
         halvings: n, as in the encoder.
     """
 
-    def __init__(self, image_channels: int = 1, latent_channels: int = 4, channels: int = 32, halvings: int = 2):
+    def __init__(
+        self,
+        image_channels: int = 1,
+        latent_channels: int = 4,
+        channels: int = 32,
+        halvings: int = 2,
+    ):
         super().__init__()
         _check_sizes(image_channels, latent_channels, channels, halvings)
-        self.image_channels, self.latent_channels, self.channels, self.halvings = image_channels, latent_channels, channels, halvings
+        self.image_channels, self.latent_channels, self.channels, self.halvings = (
+            image_channels,
+            latent_channels,
+            channels,
+            halvings,
+        )
         parts = _layer(latent_channels, channels * 2**halvings)
         for index in reversed(range(halvings)):
-            parts += [nn.Upsample(scale_factor=2.0), *_layer(channels * 2 ** (index + 1), channels * 2**index)]
+            parts += [
+                nn.Upsample(scale_factor=2.0),
+                *_layer(channels * 2 ** (index + 1), channels * 2**index),
+            ]
         self.net = nn.Sequential(*parts, nn.Conv2d(channels, image_channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
         """``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``."""
         if z.dim() != 4 or z.shape[1] != self.latent_channels:
             raise UserError(
-                f"the decoder takes latents (B, {self.latent_channels}, h, w), got a batch of shape {tuple(z.shape)}; set latent_channels to fit"
+                f"the decoder takes latents (B, {self.latent_channels}, h, w), got a batch of shape"
+                f" {tuple(z.shape)}; set latent_channels to fit"
             )
         return self.net(z)

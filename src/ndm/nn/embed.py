@@ -4,7 +4,8 @@ r"""Embeddings of time and of values.
     \text{time: } t \mapsto [\cos(\pi\omega_j t), \sin(\pi\omega_j t)]_j, \quad \omega_j \text{ geometric from 1 to } \omega_{\max}, \qquad
     \text{values: } x \mapsto [x, \sin(2^n \pi x), \cos(2^n \pi x)]_n .
 
-The time derivative of a network grows with its fastest time frequency, so a transformation wants a lower maximum than a predictor.
+The time derivative of a network grows with its fastest time frequency, so a transformation wants a
+lower maximum than a predictor.
 """
 
 import math
@@ -31,10 +32,20 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         if frequencies < 1 or not max_frequency >= 1:
             raise UserError(
-                f"frequencies={frequencies}, max_frequency={max_frequency}: need at least one frequency, and max_frequency >= 1"
+                f"frequencies={frequencies}, max_frequency={max_frequency}: need at least one"
+                " frequency, and max_frequency >= 1"
             )
-        self.register_buffer("omega", math.pi * torch.logspace(0, math.log2(max_frequency), frequencies, base=2.0), persistent=False)
-        self.net = nn.Sequential(nn.Linear(2 * frequencies, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+        self.register_buffer(
+            "omega",
+            math.pi * torch.logspace(0, math.log2(max_frequency), frequencies, base=2.0),
+            persistent=False,
+        )
+        self.net = nn.Sequential(
+            nn.Linear(2 * frequencies, features),
+            nn.SiLU(),
+            nn.Linear(features, features),
+            nn.SiLU(),
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         """``(B,)`` to ``(B, features)``."""
@@ -43,11 +54,13 @@ class TimeEmbedding(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """Append sin(2^n pi x) and cos(2^n pi x) of every channel: they let a network see the fine digits of its input (VDM, appendix C).
+    """Append sin(2^n pi x) and cos(2^n pi x) of every channel: they let a network see the fine
+    digits of its input (VDM, appendix C).
 
     Args:
-        powers: the exponents n; for data with L values in [-1, 1], VDM takes those near log2(L) - 1. Where the predictor rounds (``num_values``), coarser
-            ones, 1 to 4, help more: see the results on MNIST.
+        powers: the exponents n; for data with L values in [-1, 1], VDM takes those near log2(L) -
+            1. Where the predictor rounds (``num_values``), coarser ones, 1 to 4, help more: see the
+            results on MNIST.
     """
 
     def __init__(self, powers: Sequence[int] = ()):

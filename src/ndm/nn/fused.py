@@ -1,11 +1,13 @@
-r"""Group norm, modulation and SiLU as one operation that keeps its input alone for the backward pass.
+r"""Group norm, modulation and SiLU as one operation that keeps its input alone for the backward
+pass.
 
 .. math::
     y = \mathrm{SiLU}\bigl(\mathrm{norm}(x)(1 + a) + b\bigr), \qquad \text{a and b by example and channel}
 
-Autograd would keep the normalized and the modulated activations as well, half of what a U-Net holds in training. They are an affine map of
-x for each channel, one pass over x to get back. Activations in half precision are normalized in float32, of which nothing is kept: means
-over a group need its digits, and PyTorch's norm of half precision is several times slower than that of float32 on CPUs.
+Autograd would keep the normalized and the modulated activations as well, half of what a U-Net holds
+in training. They are an affine map of x for each channel, one pass over x to get back. Activations
+in half precision are normalized in float32, of which nothing is kept: means over a group need its
+digits, and PyTorch's norm of half precision is several times slower than that of float32 on CPUs.
 """
 
 import functools
@@ -22,11 +24,16 @@ from ndm.nn.layers import HALF, normal, widened
 
 _aten = torch.ops.aten
 SMALLEST = 2**18
-"""Fewer numbers than these are not worth it: the operations' own overhead outweighs what is saved."""
+"""Fewer numbers than these are not worth it: the operations' own overhead outweighs what is saved.
+"""
 
 
-def norm_silu(norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """SiLU(norm(x) (1 + scale) + shift) for ``x`` ``(B, C, H, W)``, with ``scale`` and ``shift`` ``(B, C)``, both or neither; in the dtype of x."""
+def norm_silu(
+    norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """SiLU(norm(x) (1 + scale) + shift) for ``x`` ``(B, C, H, W)``, with ``scale`` and ``shift``
+    ``(B, C)``, both or neither; in the dtype of x.
+    """
     if not isinstance(norm, nn.GroupNorm):
         return _silu(norm(x), x, scale, shift)
     if _simple(x):
@@ -35,7 +42,9 @@ def norm_silu(norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Te
 
 
 def _simple(x: Tensor) -> bool:
-    """Whether it is large, and only a plain backward pass may follow: no compiler, transform of torch.func or forward mode."""
+    """Whether it is large, and only a plain backward pass may follow: no compiler, transform of
+    torch.func or forward mode.
+    """
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -46,21 +55,42 @@ def _simple(x: Tensor) -> bool:
     )
 
 
-def _formula(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+def _formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+) -> Tensor:
     return _silu(normal(x, groups, weight, bias, eps), x, scale, shift)
 
 
 def _silu(inner: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """SiLU(inner (1 + scale) + shift) in the dtype of x."""
     if scale is not None and shift is not None:
-        inner = torch.addcmul(per_channel(widened(shift), x), inner, 1 + per_channel(widened(scale), x))
+        inner = torch.addcmul(
+            per_channel(widened(shift), x), inner, 1 + per_channel(widened(scale), x)
+        )
     return nnf.silu(inner).to(x.dtype)
 
 
 class _NormSiLU(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, eps: float) -> Tensor:
-        value, mean, rstd = _aten.native_group_norm(dense(widened(x)), widened(weight), widened(bias), *sizes(x, groups), eps)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Any,
+        shift: Any,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        value, mean, rstd = _aten.native_group_norm(
+            dense(widened(x)), widened(weight), widened(bias), *sizes(x, groups), eps
+        )
         ctx.groups, ctx.eps = groups, eps
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         if scale is not None:
@@ -78,10 +108,14 @@ class _NormSiLU(Function):
         if scale is not None:
             scale, shift = widened(scale), widened(shift)
         repeats = x.shape[1] // ctx.groups
-        mean_c, rstd_c = (value.reshape(-1, ctx.groups).repeat_interleave(repeats, 1) for value in (mean, rstd))
+        mean_c, rstd_c = (
+            value.reshape(-1, ctx.groups).repeat_interleave(repeats, 1) for value in (mean, rstd)
+        )
         slope = rstd_c * weight  # norm(x) = slope x + start
         start = bias - mean_c * slope
-        whole, add = (slope, start) if scale is None else (slope * (1 + scale), start * (1 + scale) + shift)
+        whole, add = (
+            (slope, start) if scale is None else (slope * (1 + scale), start * (1 + scale) + shift)
+        )
         inner = torch.addcmul(per_channel(add, x), x, per_channel(whole, x))
         g = _aten.silu_backward(dense(gradient, x), inner)
         dscale = dshift = None

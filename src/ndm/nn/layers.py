@@ -29,15 +29,21 @@ def normalized(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(channels: int, group_channels: int = 8) -> nn.GroupNorm:
-    """Group normalization of ``(B, C, ...)`` with at most ``group_channels`` channels a group, and as many as divide C evenly."""
-    size = next(size for size in range(min(group_channels, channels), 0, -1) if channels % size == 0)
+    """Group normalization of ``(B, C, ...)`` with at most ``group_channels`` channels a group, and
+    as many as divide C evenly.
+    """
+    size = next(
+        size for size in range(min(group_channels, channels), 0, -1) if channels % size == 0
+    )
     return nn.GroupNorm(channels // size, channels)
 
 
 class ChannelNorm(nn.Module):
-    """x / rms(x) with the root mean square over the channels of each position of ``(B, C, ...)``, of half precision in float32.
+    """x / rms(x) with the root mean square over the channels of each position of ``(B, C, ...)``,
+    of half precision in float32.
 
-    It has no weights: a convolution or a modulation follows. Every position is by itself, so that a compiler makes one pass of it.
+    It has no weights: a convolution or a modulation follows. Every position is by itself, so that a
+    compiler makes one pass of it.
     """
 
     def __init__(self, eps: float = 1e-5):
@@ -68,16 +74,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
         channels, height, width = x.shape[1:]
-        # Positions before channels, as channels_last has them: no number is moved, and the convolutions are products of matrices.
+        # Positions before channels, as channels_last has them: no number is moved, and the
+        # convolutions are products of matrices.
         tokens = normalized(self.norm, x).to(x.dtype).movedim(1, -1).flatten(1, 2)
-        qkv = nnf.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias).unflatten(2, (3, self.heads, channels // self.heads))
+        qkv = nnf.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias).unflatten(
+            2, (3, self.heads, channels // self.heads)
+        )
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = nnf.linear(attend(q, k, v).transpose(1, 2).flatten(2), self.out.weight.flatten(1), self.out.bias)
+        mixed = nnf.linear(
+            attend(q, k, v).transpose(1, 2).flatten(2), self.out.weight.flatten(1), self.out.bias
+        )
         return x + mixed.unflatten(1, (height, width)).movedim(-1, 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; on CPUs in float32, where PyTorch's attention in half precision is the slower one."""
+    """softmax(q k^T / sqrt(d)) v; on CPUs in float32, where PyTorch's attention in half precision
+    is the slower one.
+    """
     if q.device.type != "cpu":
         return nnf.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
@@ -97,15 +110,21 @@ def normal(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> 
     """Group norm of ``(B, C, ...)``, of half precision in float32."""
     if torch.compiler.is_compiling():
         return channel_norm(widened(x), groups, widened(weight), widened(bias), eps)
-    # PyTorch's kernel for channels_last has no forward derivative, and its backward pass crashes where x wants no gradient. Within torch.func no x
-    # says that it wants one.
-    if not RULES.get() and not x.requires_grad and (torch.is_grad_enabled() or nesting() != NOTHING):
+    # PyTorch's kernel for channels_last has no forward derivative, and its backward pass crashes
+    # where x wants no gradient. Within torch.func no x says that it wants one.
+    if (
+        not RULES.get()
+        and not x.requires_grad
+        and (torch.is_grad_enabled() or nesting() != NOTHING)
+    ):
         x = x.contiguous()
     return nnf.group_norm(widened(x), groups, widened(weight), widened(bias), eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm of vectors, as a plain formula where it is compiled: PyTorch's fused one has no right second-order derivatives."""
+    """Layer norm of vectors, as a plain formula where it is compiled: PyTorch's fused one has no
+    right second-order derivatives.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to the same shape."""
@@ -120,8 +139,9 @@ class LayerNorm(nn.LayerNorm):
 def channel_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Group norm of ``(B, C, ...)`` as a plain formula, from the mean and variance of each channel.
 
-    The variance of a group is the mean of its channels' variances plus the variance of their means. So every reduction runs over
-    the positions of single channels, which a compiler keeps in channels_last and fuses with what stands around it.
+    The variance of a group is the mean of its channels' variances plus the variance of their means.
+    So every reduction runs over the positions of single channels, which a compiler keeps in
+    channels_last and fuses with what stands around it.
     """
     variance, mean = torch.var_mean(x.flatten(2), 2, correction=0)  # (B, C)
     of_channels, mean_g = torch.var_mean(mean.unflatten(1, (groups, -1)), 2, correction=0)  # (B, G)
@@ -134,7 +154,9 @@ def channel_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: floa
 
 
 def doubled(x: Tensor, height: int, width: int) -> Tensor:
-    """Images ``(B, C, H, W)`` of twice the size by nearest neighbors, cut to ``height`` and ``width``."""
+    """Images ``(B, C, H, W)`` of twice the size by nearest neighbors, cut to ``height`` and
+    ``width``.
+    """
     if not torch.compiler.is_compiling():
         return nnf.interpolate(x, size=(height, width), mode="nearest")
     # A compiler would take this operation, and its gradient, out of channels_last.
@@ -161,4 +183,7 @@ def check_dropout(dropout: float) -> float:
 def check_outputs(outputs: int | None) -> None:
     """Raise :class:`UserError` unless ``outputs`` is None or at least 1."""
     if outputs is not None and outputs < 1:
-        raise UserError(f"outputs={outputs}: give the number of outputs in the shape of x, at least 1, or leave it out")
+        raise UserError(
+            f"outputs={outputs}: give the number of outputs in the shape of x, at least 1, or leave"
+            " it out"
+        )

@@ -27,7 +27,9 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.modulation(time).chunk(2, dim=1)
-        return h + self.outer(self.dropout(nnf.silu(self.inner(self.norm(h) * (1 + scale) + shift))))
+        return h + self.outer(
+            self.dropout(nnf.silu(self.inner(self.norm(h) * (1 + scale) + shift)))
+        )
 
 
 class MLP(Part):
@@ -40,7 +42,8 @@ class MLP(Part):
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
-        outputs: K outputs in the shape of x, ``(B, K, *event)``, for :class:`ndm.SeparableTransform`; None for one without that axis.
+        outputs: K outputs in the shape of x, ``(B, K, *event)``, for
+            :class:`ndm.SeparableTransform`; None for one without that axis.
     """
 
     def __init__(
@@ -56,8 +59,17 @@ class MLP(Part):
         super().__init__()
         check_outputs(outputs)
         if dims < 1 or hidden < 1 or blocks < 0:
-            raise UserError(f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and blocks >= 0")
-        self.dims, self.hidden, self.blocks, self.max_frequency, self.dropout = dims, hidden, blocks, max_frequency, check_dropout(dropout)
+            raise UserError(
+                f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and"
+                " blocks >= 0"
+            )
+        self.dims, self.hidden, self.blocks, self.max_frequency, self.dropout = (
+            dims,
+            hidden,
+            blocks,
+            max_frequency,
+            check_dropout(dropout),
+        )
         self.fourier, self.outputs = list(fourier), outputs
         self.features = FourierFeatures(fourier)
         self.time = TimeEmbedding(hidden, max_frequency=max_frequency)
@@ -75,11 +87,16 @@ class MLP(Part):
         flat = x.flatten(1)
         if flat.shape[1] != self.dims:
             raise UserError(
-                f"the MLP takes events of {self.dims} dimensions, got a batch of shape {tuple(x.shape)}; set dims to fit the data"
+                f"the MLP takes events of {self.dims} dimensions, got a batch of shape"
+                f" {tuple(x.shape)}; set dims to fit the data"
             )
         time = self.time(t)
         h = self.first(self.features(flat))
         for block in self.layers:
             h = block(h, time)
         out = self.last(self.norm(h))
-        return out.reshape(x.shape) if self.outputs is None else out.reshape(x.shape[0], self.outputs, *x.shape[1:])
+        return (
+            out.reshape(x.shape)
+            if self.outputs is None
+            else out.reshape(x.shape[0], self.outputs, *x.shape[1:])
+        )

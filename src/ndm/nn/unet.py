@@ -1,10 +1,12 @@
-r"""A U-Net for images ``(B, C, H, W)`` of any size: residual blocks modulated by time, optional attention and Fourier input features.
+r"""A U-Net for images ``(B, C, H, W)`` of any size: residual blocks modulated by time, optional
+attention and Fourier input features.
 
 .. math::
     \text{block: } h + \mathrm{conv}\,\mathrm{SiLU}\bigl(\mathrm{norm}(\mathrm{conv}\,\mathrm{SiLU}\,\mathrm{norm}(h))(1 + a(t)) + b(t)\bigr)
 
-Each stage halves height and width (rounding up) and may widen the channels; the way up meets the way down by concatenation.
-Convolutions run in channels_last, the faster format on CPUs and on GPUs with tensor cores.
+Each stage halves height and width (rounding up) and may widen the channels; the way up meets the
+way down by concatenation. Convolutions run in channels_last, the faster format on CPUs and on GPUs
+with tensor cores.
 """
 
 import functools
@@ -22,7 +24,16 @@ from ndm.parts import Part
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, attention: bool, embedding: int, dropout: float, norm: Norm, head_dim: int):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        attention: bool,
+        embedding: int,
+        dropout: float,
+        norm: Norm,
+        head_dim: int,
+    ):
         super().__init__()
         self.norm_1, self.norm_2 = make_norm(norm, inputs), make_norm(norm, outputs)
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -44,17 +55,23 @@ class UNet(Part):
 
     Args:
         image_channels: channels C of the image, in and out.
-        context: further channels that come in after those of the image, such as those of :class:`ndm.CategoricalPredictor`; no Fourier features of them.
+        context: further channels that come in after those of the image, such as those of
+            :class:`ndm.CategoricalPredictor`; no Fourier features of them.
         channels: width of the first stage.
-        multiples: width of each stage in multiples of ``channels``; its length is the number of stages.
+        multiples: width of each stage in multiples of ``channels``; its length is the number of
+            stages.
         blocks: residual blocks a stage on the way down; one more on the way up.
-        attention: whether each stage has self-attention after its blocks, or one answer for all; the middle has it if any has.
+        attention: whether each stage has self-attention after its blocks, or one answer for all;
+            the middle has it if any has.
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
-        outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for :class:`ndm.SeparableTransform`; None for one without that axis.
-        attention_head_dim: channels of a head of the attention; where it does not divide the channels of a stage, they are one head.
-        norm: ``group`` for group norm, ``channel`` for :class:`ndm.nn.ChannelNorm`, which takes less time on GPUs.
+        outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for
+            :class:`ndm.SeparableTransform`; None for one without that axis.
+        attention_head_dim: channels of a head of the attention; where it does not divide the
+            channels of a stage, they are one head.
+        norm: ``group`` for group norm, ``channel`` for :class:`ndm.nn.ChannelNorm`, which takes
+            less time on GPUs.
     """
 
     def __init__(
@@ -80,19 +97,36 @@ class UNet(Part):
         self.outputs, stages = outputs, len(multiples)
         self.attention = attention if isinstance(attention, bool) else list(attention)
         attend = [attention] * stages if isinstance(attention, bool) else list(attention)
-        if image_channels < 1 or context < 0 or channels < 1 or blocks < 1 or stages < 1 or min(multiples) < 1 or len(attend) != stages:
+        if (
+            image_channels < 1
+            or context < 0
+            or channels < 1
+            or blocks < 1
+            or stages < 1
+            or min(multiples) < 1
+            or len(attend) != stages
+        ):
             raise UserError(
-                f"image_channels={image_channels}, context={context}, channels={channels}, multiples={list(multiples)}, blocks={blocks}, attention={attention}: "
-                "need positive numbers (context may be 0), and as many attention flags as multiples"
+                f"image_channels={image_channels}, context={context}, channels={channels},"
+                f" multiples={list(multiples)}, blocks={blocks}, attention={attention}: need"
+                " positive numbers (context may be 0), and as many attention flags as multiples"
             )
         self.image_channels, self.context, self.channels = image_channels, context, channels
         self.blocks, self.max_frequency = blocks, max_frequency
-        self.multiples, self.fourier, self.dropout = list(multiples), list(fourier), check_dropout(dropout)
+        self.multiples, self.fourier, self.dropout = (
+            list(multiples),
+            list(fourier),
+            check_dropout(dropout),
+        )
         self.features = FourierFeatures(fourier)
         embedding = 4 * channels
-        block = functools.partial(_Block, embedding=embedding, dropout=dropout, norm=norm, head_dim=attention_head_dim)
+        block = functools.partial(
+            _Block, embedding=embedding, dropout=dropout, norm=norm, head_dim=attention_head_dim
+        )
         self.time = TimeEmbedding(embedding, max_frequency=max_frequency)
-        self.first = nn.Conv2d(image_channels * self.features.multiple() + context, channels, 3, padding=1)
+        self.first = nn.Conv2d(
+            image_channels * self.features.multiple() + context, channels, 3, padding=1
+        )
 
         width, skips = channels, [channels]
         self.down = nn.ModuleList()
@@ -112,7 +146,10 @@ class UNet(Part):
                 width = channels * multiple
             if stage:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
-        self.last_norm, self.last = make_norm(norm, width), nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1)
+        self.last_norm, self.last = (
+            make_norm(norm, width),
+            nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1),
+        )
         self.register_buffer("one", torch.ones(()), persistent=False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -121,16 +158,25 @@ class UNet(Part):
         zeroed(self.last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``; with context, x is ``(B, C + context, H, W)``."""
+        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``; with context, x is ``(B, C + context,
+        H, W)``.
+        """
         if x.dim() != 4 or x.shape[1] != self.image_channels + self.context:
-            wanted = self.image_channels if not self.context else f"{self.image_channels} + {self.context} of context"
+            wanted = (
+                self.image_channels
+                if not self.context
+                else f"{self.image_channels} + {self.context} of context"
+            )
             raise UserError(
-                f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape {tuple(x.shape)}; set image_channels to fit the data, "
-                "and context to 0, or to image_channels * embedding + histogram in an ndm.CategoricalPredictor"
+                f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape"
+                f" {tuple(x.shape)}; set image_channels to fit the data, and context to 0, or to"
+                " image_channels * embedding + histogram in an ndm.CategoricalPredictor"
             )
         time = self.time(t)
         inputs = (
-            torch.cat([self.features(x[:, : self.image_channels]), x[:, self.image_channels :]], 1) if self.context else self.features(x)
+            torch.cat([self.features(x[:, : self.image_channels]), x[:, self.image_channels :]], 1)
+            if self.context
+            else self.features(x)
         )
         h = self.first(inputs.contiguous(memory_format=torch.channels_last))
         skips = [h]
@@ -142,9 +188,13 @@ class UNet(Part):
         for module in self.up:
             if isinstance(module, _Block):
                 if torch.compiler.is_compiling():
-                    h = h * self.one  # or its gradient would be a part of that of both, which every convolution would copy
+                    h = (
+                        h * self.one
+                    )  # or its gradient would be a part of that of both, which every convolution would copy
                 h = module(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = module(doubled(h, *skips[-1].shape[-2:]))
         out = self.last(norm_silu(self.last_norm, h))
-        return out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))
+        return (
+            out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))
+        )

@@ -3,14 +3,15 @@ r"""A small classifier of labeled images, whose last features serve where no sta
 .. math::
     \text{features}_i = (h_i - m_i)/s_i, \qquad m, s \text{ mean and standard deviation of } h \text{ over the train split} ,
 
-h the d numbers from which a last layer tells the classes. Standardized, since what a classifier leaves of scale is accident, FID grows with its
-square and KID with its sixth power.
+h the d numbers from which a last layer tells the classes. Standardized, since what a classifier
+leaves of scale is accident, FID grows with its square and KID with its sixth power.
 
-Inception knows photographs, and means nothing for digits of 8 x 8 pixels. A convolutional network trained on the labels of the train split knows what
-matters in such images. It is trained from its seed and carries a fingerprint; on one machine the same seed gives the same classifier.
+Inception knows photographs, and means nothing for digits of 8 x 8 pixels. A convolutional network
+trained on the labels of the train split knows what matters in such images. It is trained from its
+seed and carries a fingerprint; on one machine the same seed gives the same classifier.
 
-It has seen the train images, so their features differ from those of fresh images: real test images do not reach a KID of zero against the train split.
-Measure them, too, for a reference.
+It has seen the train images, so their features differ from those of fresh images: real test images
+do not reach a KID of zero against the train split. Measure them, too, for a reference.
 """
 
 import math
@@ -45,9 +46,22 @@ class Classifier(Part):
         dropout: dropout probability before the features.
     """
 
-    def __init__(self, event_shape: Sequence[int], classes: int, width: int = 32, dims: int = 64, dropout: float = 0.3):
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        classes: int,
+        width: int = 32,
+        dims: int = 64,
+        dropout: float = 0.3,
+    ):
         super().__init__()
-        self.event_shape, self.classes, self.width, self.dims, self.dropout = list(event_shape), classes, width, dims, dropout
+        self.event_shape, self.classes, self.width, self.dims, self.dropout = (
+            list(event_shape),
+            classes,
+            width,
+            dims,
+            dropout,
+        )
         channels, height, width_of_image = event_shape
         left = math.ceil(height / 4) * math.ceil(width_of_image / 4)
         self.body = nn.Sequential(
@@ -75,7 +89,9 @@ class Classifier(Part):
 
     @torch.no_grad()
     def standardize(self, data: EventDataset, batch_size: int = 256) -> None:
-        """Let the features have mean 0 and standard deviation 1 over these images; a constant feature stays 0."""
+        """Let the features have mean 0 and standard deviation 1 over these images; a constant
+        feature stays 0.
+        """
         hidden = torch.cat([self.body(x) for x in _batches(data, batch_size)]).double()
         spread = hidden.std(0, correction=0)
         self.mean.copy_(hidden.mean(0))
@@ -88,7 +104,12 @@ class Classifier(Part):
 
 
 def train_classifier(
-    data: DataSource, seed: int = 0, steps: int = 1000, batch_size: int = 64, learning_rate: float = 2e-3, progress: bool = False
+    data: DataSource,
+    seed: int = 0,
+    steps: int = 1000,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    progress: bool = False,
 ) -> Classifier:
     """Train a classifier on the labels of the train split, and measure it on the test split.
 
@@ -106,14 +127,19 @@ def train_classifier(
     Raises:
         UserError: the data are no images or have no labels.
     """
-    for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("batch_size", batch_size, 1)):
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("steps", steps, 1),
+        ("batch_size", batch_size, 1),
+    ):
         check_whole(name, value, least)
     description = data.describe()
     train = data.split("train")
     if description.kind != "image" or train.labels is None or len(description.classes) < 2:
         raise UserError(
-            f"{description.name} are not images with labels of two classes or more, so no classifier can learn features of them; name a "
-            "feature network of your own, as a TorchScript file"
+            f"{description.name} are not images with labels of two classes or more, so no"
+            " classifier can learn features of them; name a feature network of your own, as a"
+            " TorchScript file"
         )
     order = torch.Generator().manual_seed(part_seed(seed, _ORDER))
     with torch.random.fork_rng(devices=[]):
@@ -121,7 +147,14 @@ def train_classifier(
         model = Classifier(description.event_shape, len(description.classes))
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in tqdm(range(steps), desc="training the classifier", unit="step", disable=not progress, delay=1, leave=False):
+        for _ in tqdm(
+            range(steps),
+            desc="training the classifier",
+            unit="step",
+            disable=not progress,
+            delay=1,
+            leave=False,
+        ):
             chosen = torch.randint(len(train), (batch_size,), generator=order)
             loss = cross_entropy(model(train.__getitems__(chosen.tolist())), train.labels[chosen])
             optimizer.zero_grad()
@@ -172,12 +205,19 @@ def load_classifier(folder: Path) -> Classifier:
         raise UserError(f"{folder} holds a {type(model).__name__}, not a classifier of ndm quality")
     model.info = info
     if fingerprint(model) != info.get("sha256"):
-        raise UserError(f"{folder}: the weights are not those of the fingerprint in config.json; train the classifier again")
+        raise UserError(
+            f"{folder}: the weights are not those of the fingerprint in config.json; train the"
+            " classifier again"
+        )
     return model.eval()
 
 
-def find_classifier(folder: Path, data: DataSource, seed: int = 0, progress: bool = False, **options: Any) -> Classifier:
-    """The classifier of a folder if it was trained on these data from this seed with these options; else one trained now and written there."""
+def find_classifier(
+    folder: Path, data: DataSource, seed: int = 0, progress: bool = False, **options: Any
+) -> Classifier:
+    """The classifier of a folder if it was trained on these data from this seed with these options;
+    else one trained now and written there.
+    """
     wanted = {"data_sha256": data.describe().sha256, "seed": seed, **options}
     if (folder / CONFIG_NAME).exists():
         stored = load_classifier(folder)
@@ -200,4 +240,6 @@ class _Features(nn.Module):
 def classifier_features(classifier: Classifier) -> FeatureNetwork:
     """The classifier as a feature network; its fingerprint is that of the weights as they are now."""
     name = f"classifier of {classifier.info.get('data', 'images')}"
-    return FeatureNetwork(_Features(classifier.eval()), name, fingerprint(classifier), classifier.dims)
+    return FeatureNetwork(
+        _Features(classifier.eval()), name, fingerprint(classifier), classifier.dims
+    )

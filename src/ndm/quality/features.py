@@ -4,8 +4,9 @@ r"""A network that maps images to features, the numbers it expects, and its fing
     x \in [-1, 1] \;\to\; x \;(\text{symmetric}), \quad (x + 1)/2 \;(\text{unit}), \quad
     \operatorname{round}(128 (x + 1) - \tfrac12) \;(\text{bytes}) .
 
-The models' grid of 256 values, x = (2k + 1)/256 - 1, gives back k as bytes. Sizes are changed by bilinear interpolation with antialiasing: the
-lack of the latter is a well-known way to get an FID that nobody can reproduce (Parmar et al. 2022).
+The models' grid of 256 values, x = (2k + 1)/256 - 1, gives back k as bytes. Sizes are changed by
+bilinear interpolation with antialiasing: the lack of the latter is a well-known way to get an FID
+that nobody can reproduce (Parmar et al. 2022).
 """
 
 import hashlib
@@ -43,7 +44,9 @@ class FeatureNetwork:
     dims: int
     """d."""
     scale: Scale = "symmetric"
-    """Values that it expects: ``bytes`` (uint8, 0 to 255), ``unit`` ([0, 1]) or ``symmetric`` ([-1, 1])."""
+    """Values that it expects: ``bytes`` (uint8, 0 to 255), ``unit`` ([0, 1]) or ``symmetric`` ([-1,
+    1]).
+    """
     size: int | None = None
     """Height and width that it expects; None leaves images as they are."""
     channels: int | None = None
@@ -54,18 +57,25 @@ class FeatureNetwork:
         _check_input(self.scale, self.size, self.channels)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` with values in [-1, 1], those outside clipped, as the network expects them.
+        """Images ``(B, C, H, W)`` with values in [-1, 1], those outside clipped, as the network
+        expects them.
 
         Raises:
-            UserError: they are no images, or have neither one channel nor as many as the network expects.
+            UserError: they are no images, or have neither one channel nor as many as the network
+                expects.
         """
         return _prepare(x, self.scale, self.size, self.channels)
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor | EventDataset, batch_size: int = 256, progress: bool = False, examples: Sequence[int] | None = None
+        self,
+        images: Tensor | EventDataset,
+        batch_size: int = 256,
+        progress: bool = False,
+        examples: Sequence[int] | None = None,
     ) -> Tensor:
-        """Features of images in [-1, 1], ``(N, C, H, W)`` or a split, of which a batch is in memory at once, as ``(N, d)``, float64, on the CPU.
+        """Features of images in [-1, 1], ``(N, C, H, W)`` or a split, of which a batch is in memory
+        at once, as ``(N, d)``, float64, on the CPU.
 
         Args:
             images: the images.
@@ -81,14 +91,22 @@ class FeatureNetwork:
         first = next(iter([*self.module.parameters(), *self.module.buffers()]), torch.empty(0))
         parts = []
         starts = range(0, len(numbers), batch_size)
-        for start in tqdm(starts, desc="features", unit="batch", disable=not progress, delay=1, leave=False):
+        for start in tqdm(
+            starts, desc="features", unit="batch", disable=not progress, delay=1, leave=False
+        ):
             chosen = list(numbers[start : start + batch_size])
             batch = images[chosen] if isinstance(images, Tensor) else images.__getitems__(chosen)
-            parts.append(_features(self.module, self.prepare(batch).to(first.device), self.name).double().cpu())
+            parts.append(
+                _features(self.module, self.prepare(batch).to(first.device), self.name)
+                .double()
+                .cpu()
+            )
         features = torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=torch.float64)
         bad = int((~features.isfinite()).any(1).sum())
         if bad:
-            raise UserError(f"the features of {bad} of {len(features)} images are not finite; are the images?")
+            raise UserError(
+                f"the features of {bad} of {len(features)} images are not finite; are the images?"
+            )
         return features
 
 
@@ -100,31 +118,41 @@ def torchscript_features(
     channels: int | None = 3,
     device: torch.device | str = "cpu",
 ) -> FeatureNetwork:
-    """A feature network from a TorchScript file; by default with the input of the usual Inception file.
+    """A feature network from a TorchScript file; by default with the input of the usual Inception
+    file.
 
-    A network whose ``forward`` knows ``return_features`` is asked for features by it (the Inception file of StyleGAN).
+    A network whose ``forward`` knows ``return_features`` is asked for features by it (the Inception
+    file of StyleGAN).
 
     Args:
         path: the file.
         event_shape: of the images, to try the network on.
         scale: values that the network expects.
-        size: height and width that it expects, None if it takes every size (the usual Inception file scales by itself).
+        size: height and width that it expects, None if it takes every size (the usual Inception
+            file scales by itself).
         channels: channels that it expects; None leaves images as they are.
         device: where it runs.
 
     Raises:
-        UserError: the file is missing or is no TorchScript, or the network does not map such images to features ``(B, d)``.
+        UserError: the file is missing or is no TorchScript, or the network does not map such images
+            to features ``(B, d)``.
     """
     _check_input(scale, size, channels)
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"there is no feature network {file}; name a TorchScript file, as torch.jit.save writes it")
+        raise UserError(
+            f"there is no feature network {file}; name a TorchScript file, as torch.jit.save"
+            " writes it"
+        )
     try:
-        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated; the standard networks come in it all the same
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # TorchScript is deprecated; the standard networks come in it all the same
             module = torch.jit.load(str(file), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"{file} is no TorchScript file ({' '.join(str(error).split())[:120]}); save the network by torch.jit.save"
+            f"{file} is no TorchScript file ({' '.join(str(error).split())[:120]}); save the"
+            " network by torch.jit.save"
         ) from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if any(argument.name == "return_features" for argument in module.forward.schema.arguments):
@@ -155,8 +183,9 @@ def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-160:]
         raise UserError(
-            f"the feature network {name} cannot take images of shape {tuple(x.shape[1:])}, {str(x.dtype).removeprefix('torch.')} "
-            f"({reason}); say what it expects: scale, size and channels"
+            f"the feature network {name} cannot take images of shape {tuple(x.shape[1:])},"
+            f" {str(x.dtype).removeprefix('torch.')} ({reason}); say what it expects: scale, size"
+            " and channels"
         ) from error
     if (
         not isinstance(features, Tensor)
@@ -165,18 +194,24 @@ def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
         or features.flatten(1).shape[1] != features.shape[1]
     ):
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise UserError(f"the feature network {name} maps images {tuple(x.shape)} to {shape}; it must give features (B, d)")
+        raise UserError(
+            f"the feature network {name} maps images {tuple(x.shape)} to {shape}; it must give"
+            " features (B, d)"
+        )
     return features.flatten(1)
 
 
 def _prepare(x: Tensor, scale: Scale, size: int | None, channels: int | None) -> Tensor:
     if x.dim() != 4:
-        raise UserError(f"features are taken of images (B, C, H, W), got a batch of shape {tuple(x.shape)}")
+        raise UserError(
+            f"features are taken of images (B, C, H, W), got a batch of shape {tuple(x.shape)}"
+        )
     x = x.float().clamp(-1, 1)
     if channels is not None and x.shape[1] != channels:
         if x.shape[1] != 1:
             raise UserError(
-                f"the images have {x.shape[1]} channels, the feature network expects {channels}; only gray ones can be repeated"
+                f"the images have {x.shape[1]} channels, the feature network expects {channels};"
+                " only gray ones can be repeated"
             )
         x = x.expand(-1, channels, -1, -1)
     if size is not None and x.shape[-2:] != (size, size):

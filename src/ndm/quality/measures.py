@@ -1,7 +1,9 @@
-r"""FID and KID by torchmetrics; precision and recall by nearest neighbors. The formulas stand in :mod:`ndm.quality`.
+r"""FID and KID by torchmetrics; precision and recall by nearest neighbors. The formulas stand in
+:mod:`ndm.quality`.
 
-KID is the mean over random subsets, drawn from both sets without replacement; its ``kid_std`` is the standard deviation over subsets, which overlap, so it
-is no standard error. Precision and recall depend on the number of images: both sets are cut to the size of the smaller one, at random.
+KID is the mean over random subsets, drawn from both sets without replacement; its ``kid_std`` is
+the standard deviation over subsets, which overlap, so it is no standard error. Precision and recall
+depend on the number of images: both sets are cut to the size of the smaller one, at random.
 """
 
 import warnings
@@ -89,7 +91,11 @@ def sample_quality(
         UserError: there are too few images, or they do not fit the network.
     """
     first, second = (network(images, batch_size, progress) for images in (real, generated))
-    options: dict[str, Any] = {"neighbors": neighbors, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    options: dict[str, Any] = {
+        "neighbors": neighbors,
+        "kid_subsets": kid_subsets,
+        "kid_subset_size": kid_subset_size,
+    }
     return compare_features(first, second, network, **options, seed=seed, progress=progress)
 
 
@@ -104,7 +110,9 @@ def compare_features(
     seed: int = 0,
     progress: bool = False,
 ) -> SampleQuality:
-    """:func:`sample_quality` of features ``(N, d)`` that are there already; ``network`` is what made them, for the record."""
+    """:func:`sample_quality` of features ``(N, d)`` that are there already; ``network`` is what
+    made them, for the record.
+    """
     for name, value in (("neighbors", neighbors), ("kid_subsets", kid_subsets)):
         check_whole(name, value, 1)
     check_whole("kid_subset_size", kid_subset_size, 2)
@@ -112,12 +120,16 @@ def compare_features(
     least = min(len(real), len(generated))
     if least < neighbors + 1:
         raise UserError(
-            f"{len(real)} real and {len(generated)} generated images are too few for {neighbors} neighbors; give at least {neighbors + 1}"
+            f"{len(real)} real and {len(generated)} generated images are too few for {neighbors}"
+            f" neighbors; give at least {neighbors + 1}"
         )
     real, generated, size = real.double(), generated.double(), min(kid_subset_size, least)
     kid, spread = _kid(real, generated, kid_subsets, size, part_seed(seed, _SUBSETS))
     cut = torch.Generator().manual_seed(part_seed(seed, _CUT))
-    first, second = (rows[torch.randperm(len(rows), generator=cut)[:least].sort().values] for rows in (real, generated))
+    first, second = (
+        rows[torch.randperm(len(rows), generator=cut)[:least].sort().values]
+        for rows in (real, generated)
+    )
     precision, recall = precision_recall(first, second, neighbors, progress)
     return SampleQuality(
         fid=_fid(real, generated),
@@ -137,8 +149,11 @@ def compare_features(
     )
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbors: int = 3, progress: bool = False) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2), over all the rows given.
+def precision_recall(
+    real: Tensor, generated: Tensor, neighbors: int = 3, progress: bool = False
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2), over all the
+    rows given.
 
     Args:
         real: features ``(N, d)``.
@@ -154,8 +169,13 @@ def precision_recall(real: Tensor, generated: Tensor, neighbors: int = 3, progre
     """
     check_whole("neighbors", neighbors, 1)
     if min(len(real), len(generated)) <= neighbors:
-        raise UserError(f"neighbors={neighbors}: there are {len(real)} and {len(generated)} images; give fewer neighbors")
-    real_radius, generated_radius = (_radius(rows, neighbors, progress) for rows in (real, generated))
+        raise UserError(
+            f"neighbors={neighbors}: there are {len(real)} and {len(generated)} images; give fewer"
+            " neighbors"
+        )
+    real_radius, generated_radius = (
+        _radius(rows, neighbors, progress) for rows in (real, generated)
+    )
     precise, recalled, start = [], torch.zeros(len(real), dtype=torch.bool), 0
     for distances in _distances(generated, real, progress):
         rows = slice(start, start + len(distances))
@@ -166,14 +186,29 @@ def precision_recall(real: Tensor, generated: Tensor, neighbors: int = 3, progre
 
 
 def _radius(rows: Tensor, neighbors: int, progress: bool) -> Tensor:
-    """Distance of each row to its k-th nearest neighbor among the others: the nearest of all is the row itself."""
-    return torch.cat([distances.kthvalue(neighbors + 1, dim=1).values for distances in _distances(rows, rows, progress)])
+    """Distance of each row to its k-th nearest neighbor among the others: the nearest of all is the
+    row itself.
+    """
+    return torch.cat(
+        [
+            distances.kthvalue(neighbors + 1, dim=1).values
+            for distances in _distances(rows, rows, progress)
+        ]
+    )
 
 
 def _distances(a: Tensor, b: Tensor, progress: bool) -> Iterator[Tensor]:
     """Distances of some rows of a to all of b, block after block."""
-    # Differences, not |a|² + |b|² - 2ab: the latter loses the distances of near neighbors to rounding.
-    for rows in tqdm(a.split(max(1, _PAIRS_AT_ONCE // len(b))), desc="neighbors", unit="block", disable=not progress, delay=1, leave=False):
+    # Differences, not |a|² + |b|² - 2ab: the latter loses the distances of near neighbors to
+    # rounding.
+    for rows in tqdm(
+        a.split(max(1, _PAIRS_AT_ONCE // len(b))),
+        desc="neighbors",
+        unit="block",
+        disable=not progress,
+        delay=1,
+        leave=False,
+    ):
         yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -198,12 +233,16 @@ def _fid(real: Tensor, generated: Tensor) -> float:
     return float(metric.compute())
 
 
-def _kid(real: Tensor, generated: Tensor, subsets: int, size: int, seed: int) -> tuple[float, float]:
+def _kid(
+    real: Tensor, generated: Tensor, subsets: int, size: int, seed: int
+) -> tuple[float, float]:
     require("torchmetrics", "torchmetrics", "eval")
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(action="ignore"):  # it says that it keeps all features
-        metric = KernelInceptionDistance(feature=_AsIs(real.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_AsIs(real.shape[1]), subsets=subsets, subset_size=size
+        )
     metric.update(real, real=True)
     metric.update(generated, real=False)
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
 """The experiments of the paper (NDM, section 4), each from one command: ``ndm reproduce NAME``.
 
-An experiment is a function in a file of its own that trains what it needs, and fills a :class:`Report` with figures, numbers and text.
+An experiment is a function in a file of its own that trains what it needs, and fills a
+:class:`Report` with figures, numbers and text.
 :data:`EXPERIMENTS` lists them; a function is imported when it is run.
 """
 
@@ -28,7 +29,8 @@ class Experiment:
     needs_data: bool = False
     """Whether the user has to say where the data are."""
     takes_data: bool = False
-    """Whether the user may say where other data are than those that the experiment has by itself."""
+    """Whether the user may say where other data are than those that the experiment has by itself.
+    """
     takes_runs: bool = False
     """Whether it can measure runs that the user names instead of training."""
     takes_features: bool = False
@@ -52,17 +54,27 @@ class Experiment:
         if data is not None and not (self.needs_data or self.takes_data):
             raise UserError(f"--data {data}: {self.name} makes its data itself; leave it out")
         if features is not None and not self.takes_features:
-            raise UserError(f"--features {features}: {self.name} takes no feature network; leave it out")
+            raise UserError(
+                f"--features {features}: {self.name} takes no feature network; leave it out"
+            )
         if features is not None and not Path(features).is_file():
-            raise UserError(f"--features {features}: there is no such file; name a TorchScript file, as torch.jit.save writes it")
+            raise UserError(
+                f"--features {features}: there is no such file; name a TorchScript file, as"
+                " torch.jit.save writes it"
+            )
         if settings.jobs > 1 and not self.takes_jobs:
-            raise UserError(f"--jobs {settings.jobs}: {self.name} trains one model at a time; leave it out")
+            raise UserError(
+                f"--jobs {settings.jobs}: {self.name} trains one model at a time; leave it out"
+            )
         self._check_overrides(settings.overrides)
         self._check_runs(settings)
 
     def _check_overrides(self, overrides: Sequence[str]) -> None:
         if overrides and not self.takes_overrides:
-            raise UserError(f"-- {shlex.join(overrides)}: {self.name} does not train by ndm train; leave out -- and what follows it")
+            raise UserError(
+                f"-- {shlex.join(overrides)}: {self.name} does not train by ndm train; leave out --"
+                " and what follows it"
+            )
         own = ["--config", "--out", "--seed"]
         if not (self.needs_data or self.takes_data):
             own += ["--data", "--data.class_path"]
@@ -74,11 +86,19 @@ class Experiment:
         if not settings.runs:
             return
         if not self.takes_runs:
-            raise UserError(f"--runs {' '.join(settings.runs)}: {self.name} trains its models itself; leave it out")
+            raise UserError(
+                f"--runs {' '.join(settings.runs)}: {self.name} trains its models itself; leave"
+                " it out"
+            )
         if settings.data is not None:
-            raise UserError(f"--data {settings.data}: the runs name their data; leave it out beside --runs")
+            raise UserError(
+                f"--data {settings.data}: the runs name their data; leave it out beside --runs"
+            )
         if settings.overrides:
-            raise UserError(f"-- {shlex.join(settings.overrides)}: nothing is trained beside --runs; leave out -- and what follows it")
+            raise UserError(
+                f"-- {shlex.join(settings.overrides)}: nothing is trained beside --runs; leave out"
+                " -- and what follows it"
+            )
 
     def run(self, settings: ExperimentSettings) -> None:
         """Carry it out.
@@ -100,19 +120,22 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     for one in (
         Experiment(
             "checkerboard",
-            "the learned transformation of the 2-D checkerboard over time; density and samples beside the data",
+            "the learned transformation of the 2-D checkerboard over time; density and samples"
+            " beside the data",
             {"small": "7 minutes of one core", "smoke": _SMOKE},
             "checkerboard",
         ),
         Experiment(
             "distribution-2d",
-            "DDPM beside NDM on smooth 2-D densities: z_t, predictions, ways back to the data, likelihood and bound",
+            "DDPM beside NDM on smooth 2-D densities: z_t, predictions, ways back to the data,"
+            " likelihood and bound",
             {"small": "7 minutes of one core", "smoke": _SMOKE},
             "distribution_2d",
         ),
         Experiment(
             "ot-1d",
-            "a reverse process that is an optimal transport: straight trajectories of a 1-D mixture, a diffusion's beside them",
+            "a reverse process that is an optimal transport: straight trajectories of a 1-D"
+            " mixture, a diffusion's beside them",
             {"small": "a quarter of an hour of one core", "smoke": _SMOKE},
             "transport",
             takes_overrides=False,
@@ -128,11 +151,15 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         ),
         Experiment(
             "mnist",
-            "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim beside the widened DDPM; samples",
+            "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim"
+            " beside the widened DDPM; samples",
             {
                 "small": "70 minutes of one and a half cores, with --jobs 2",
                 "quick": "a quarter of an hour of two cores",
-                "paper": "three trainings of two hours of one H200 each (an estimate, from 2,150 of 20,000 steps)",
+                "paper": (
+                    "three trainings of two hours of one H200 each (an estimate, from 2,150 of"
+                    " 20,000 steps)"
+                ),
                 "smoke": _SMOKE,
             },
             "mnist",
@@ -140,9 +167,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         ),
         Experiment(
             "steps",
-            "the bound against the number of steps, sample quality against the number of evaluations: DDPM and NDM, on digits or MNIST",
+            "the bound against the number of steps, sample quality against the number of"
+            " evaluations: DDPM and NDM, on digits or MNIST",
             {
-                "small": "24 minutes of one core on digits; on MNIST an hour of a core, and two trainings of half an hour, which --runs spares",
+                "small": (
+                    "24 minutes of one core on digits; on MNIST an hour of a core, and two"
+                    " trainings of half an hour, which --runs spares"
+                ),
                 "smoke": _SMOKE,
             },
             "steps",
@@ -161,10 +192,25 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             )
             for name, what, published, time in (
                 ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "26 to 177 hours of 8 H100"),
-                ("imagenet32", "ImageNet at 32 x 32", "; published 3.55 bits/dim", "12 to 30 hours of 8 H100"),
-                ("imagenet64", "ImageNet at 64 x 64", "; published 3.35 bits/dim", "85 to 158 hours of 8 H100"),
+                (
+                    "imagenet32",
+                    "ImageNet at 32 x 32",
+                    "; published 3.55 bits/dim",
+                    "12 to 30 hours of 8 H100",
+                ),
+                (
+                    "imagenet64",
+                    "ImageNet at 64 x 64",
+                    "; published 3.35 bits/dim",
+                    "85 to 158 hours of 8 H100",
+                ),
                 ("celebahq64", "CelebA-HQ at 64 x 64", "", "15 to 87 hours of 4 H100"),
-                ("celebahq256", "CelebA-HQ at 256 x 256 in a latent space", "", "3 to 10 hours of 4 H100"),
+                (
+                    "celebahq256",
+                    "CelebA-HQ at 256 x 256 in a latent space",
+                    "",
+                    "3 to 10 hours of 4 H100",
+                ),
             )
         ),
     )

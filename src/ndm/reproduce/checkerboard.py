@@ -1,4 +1,6 @@
-"""The learned transformation of the 2-D checkerboard over time; density and samples beside the data (NDM, figure 1)."""
+"""The learned transformation of the 2-D checkerboard over time; density and samples beside the data
+(NDM, figure 1).
+"""
 
 from functools import partial
 from typing import Any
@@ -8,7 +10,18 @@ from torch import Tensor
 
 from ndm.data.toy import ToySource
 from ndm.model import DiffusionModel
-from ndm.reproduce.plane import LEARNED, PLAIN, SMOKE, Budget, cell_centers, density, measure, tell, tell_movement, train_both
+from ndm.reproduce.plane import (
+    LEARNED,
+    PLAIN,
+    SMOKE,
+    Budget,
+    cell_centers,
+    density,
+    measure,
+    tell,
+    tell_movement,
+    train_both,
+)
 from ndm.reproduce.plane_figures import PREDICTION, TIMES, densities, over_time
 from ndm.reproduce.report import Report
 from ndm.viz import transform_over_time
@@ -24,44 +37,64 @@ def run(report: Report) -> None:
     models, source = train_both(report, "checkerboard", budget)
     record = report.cache("numbers", lambda: measure(models, source, budget, report.seed))
     report.say(
-        f"{LEARNED} is F(x, t) = x + σ_t² f(x, t) with a learned f; {PLAIN} is F(x, t) = x with the same predictor, trained for as many steps."
+        f"{LEARNED} is F(x, t) = x + σ_t² f(x, t) with a learned f; {PLAIN} is F(x, t) = x with the"
+        " same predictor, trained for as many steps."
     )
     tell(report, {"checkerboard": record})
     states, colors = _states(models, source, budget, report.seed)
     report.figure(
         "transform",
         over_time(states, colors, TIMES),
-        "F(x, t) of the test data over time, z_t, and the prediction. Both models with the same noise; color: the cell that x lies in.",
+        "F(x, t) of the test data over time, z_t, and the prediction. Both models with the same"
+        " noise; color: the cell that x lies in.",
     )
-    tell_movement(report, {"checkerboard": models[LEARNED]}, {"checkerboard": source}, TIMES, budget.shown)
+    tell_movement(
+        report, {"checkerboard": models[LEARNED]}, {"checkerboard": source}, TIMES, budget.shown
+    )
     limit, test = 2.2, source.split("test")
     drawn = test.__getitems__(range(min(len(test), budget.samples)))
     columns: dict[str, tuple[Tensor, Tensor]] = {
-        "data": (source.log_prob(cell_centers(limit, budget.grid)).exp().reshape(budget.grid, budget.grid), drawn)
+        "data": (
+            source.log_prob(cell_centers(limit, budget.grid))
+            .exp()
+            .reshape(budget.grid, budget.grid),
+            drawn,
+        )
     }
     for name, model in models.items():
-        found = report.cache(f"density-{name.lower()}", partial(_density, model, limit, budget.grid))
-        samples = model.sample(tuple(drawn.shape), steps=budget.steps, seed=report.seed, progress=True).cpu()
+        found = report.cache(
+            f"density-{name.lower()}", partial(_density, model, limit, budget.grid)
+        )
+        samples = model.sample(
+            tuple(drawn.shape), steps=budget.steps, seed=report.seed, progress=True
+        ).cpu()
         cells = torch.tensor(found["cells"], dtype=torch.float64)
-        report.number(f"mass_of_the_density_drawn_{name.lower()}", float(cells.sum()) * (2 * limit / budget.grid) ** 2)
+        report.number(
+            f"mass_of_the_density_drawn_{name.lower()}",
+            float(cells.sum()) * (2 * limit / budget.grid) ** 2,
+        )
         outside = float(torch.isinf(source.log_prob(samples)).double().mean())
         report.number(f"samples_outside_the_cells_{name.lower()}", outside)
         columns[name] = (cells, samples)
     report.figure(
         "density",
         densities(columns, limit),
-        f"Above, the density: of the data, and of each model by the ODE. Below, test data and {budget.samples} ancestral samples "
-        f"({budget.steps} steps) of each model.",
+        "Above, the density: of the data, and of each model by the ODE. Below, test data and"
+        f" {budget.samples} ancestral samples ({budget.steps} steps) of each model.",
     )
     loss = record[LEARNED]["nll_above"][0]
     report.expect(f"{LEARNED}: NLL above the entropy, nats, in absolute value", abs(loss), WITHIN)
 
 
-def _states(models: dict[str, DiffusionModel], source: ToySource, budget: Budget, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def _states(
+    models: dict[str, DiffusionModel], source: ToySource, budget: Budget, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """F, z_t and x̂ of both models by the labels of their rows, and the cell of each point."""
     test = source.split("test")
     x = test.__getitems__(range(min(len(test), budget.shown)))
-    learned, plain = (transform_over_time(models[name], x, TIMES, seed) for name in (LEARNED, PLAIN))
+    learned, plain = (
+        transform_over_time(models[name], x, TIMES, seed) for name in (LEARNED, PLAIN)
+    )
     rows = {
         f"{LEARNED}\n$F(x, t)$": learned["transformed"],
         f"{LEARNED}\n$z_t$": learned["latent"],

@@ -1,11 +1,13 @@
-r"""Likelihood on natural images: CIFAR-10, ImageNet at 32 x 32 and 64 x 64, CelebA-HQ at 64 x 64 and, latent, at 256 x 256 (NDM, section 4.1).
+r"""Likelihood on natural images: CIFAR-10, ImageNet at 32 x 32 and 64 x 64, CelebA-HQ at 64 x 64
+and, latent, at 256 x 256 (NDM, section 4.1).
 
 .. math::
     F(x, t) = (1 - t)\, x + t\, g(x, t), \qquad \text{bits/dim} = \frac{\text{nats}}{D \ln 2}, \quad D = 3 \cdot \text{side}^2 .
 
-One table of facts drives all five. Each trains the configuration of its name, measures the NELBO in continuous time on the test split and the NLL by the
-ODE on part of it, and puts both beside the numbers that were published. ``smoke`` makes a handful of images in the real format of the data
-set and shrinks the model: it shows that everything works, and its numbers mean nothing.
+One table of facts drives all five. Each trains the configuration of its name, measures the NELBO in
+continuous time on the test split and the NLL by the ODE on part of it, and puts both beside the
+numbers that were published. ``smoke`` makes a handful of images in the real format of the data set
+and shrinks the model: it shows that everything works, and its numbers mean nothing.
 """
 
 import math
@@ -43,10 +45,19 @@ class Published:
     """Of which release of the data, where there are several."""
 
 
-OORD_RELEASE, UNKNOWN_RELEASE = "release of van den Oord et al. 2016", "the release is not known to us"
-NDM_PAPER, VDM_PAPER, DIFFENC_PAPER = "NDM (Bartosh et al. 2024)", "VDM (Kingma et al. 2021)", "DiffEnc (Nielsen et al. 2024)"
+OORD_RELEASE, UNKNOWN_RELEASE = (
+    "release of van den Oord et al. 2016",
+    "the release is not known to us",
+)
+NDM_PAPER, VDM_PAPER, DIFFENC_PAPER = (
+    "NDM (Bartosh et al. 2024)",
+    "VDM (Kingma et al. 2021)",
+    "DiffEnc (Nielsen et al. 2024)",
+)
 TOLERANCE = 0.05
-"""Bits/dim by which a reproduction may miss the published bound: more than seeds differ by, less than the published models do."""
+"""Bits/dim by which a reproduction may miss the published bound: more than seeds differ by, less
+than the published models do.
+"""
 SMOKE = {
     "model.predictor.network.channels": 8,
     "model.predictor.network.blocks": 1,
@@ -68,7 +79,10 @@ SMOKE = {
 }
 """Overrides for the variant of a few seconds, for all five."""
 SMALL_TRANSFORM = {"model.transform.network.blocks": 1, "model.transform.network.multiples": [1]}
-SMALL_STAGES = {"model.predictor.network.multiples": [1, 1], "model.predictor.network.attention": [False, True]}
+SMALL_STAGES = {
+    "model.predictor.network.multiples": [1, 1],
+    "model.predictor.network.attention": [False, True],
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,9 @@ class Facts:
     draws: int = 8
     """Times an image in the NELBO."""
     nll_images: int = 1000
-    """Images on which the NLL is measured: each takes hundreds of evaluations, and as many gradients."""
+    """Images on which the NLL is measured: each takes hundreds of evaluations, and as many
+    gradients.
+    """
     sample_steps: int = 500
     quality_images: int = 50_000
     """Samples for FID, as many as is customary."""
@@ -91,7 +107,11 @@ class Facts:
 
 
 FACTS: Mapping[str, Facts] = {
-    "cifar10": Facts("CIFAR-10", write_cifar, (Published(NDM_PAPER, 2.70), Published(VDM_PAPER, 2.65), Published(DIFFENC_PAPER, 2.62))),
+    "cifar10": Facts(
+        "CIFAR-10",
+        write_cifar,
+        (Published(NDM_PAPER, 2.70), Published(VDM_PAPER, 2.65), Published(DIFFENC_PAPER, 2.62)),
+    ),
     "imagenet32": Facts(
         "ImageNet, 32 x 32",
         lambda folder, seed: write_imagenet(folder, 32, seed),
@@ -125,7 +145,9 @@ FACTS: Mapping[str, Facts] = {
 def run(report: Report) -> None:
     """Train, measure, draw."""
     facts = FACTS[report.name]
-    overrides = (SMOKE, facts.smoke, report.synthetic_data(facts.synthesize)) if report.smoke else ()
+    overrides = (
+        (SMOKE, facts.smoke, report.synthetic_data(facts.synthesize)) if report.smoke else ()
+    )
     config = check_learned(report.config(report.name, *overrides))
     model, data = report.train("ndm", config)
     model.to(pick_device(config.get("train.accelerator")))
@@ -140,7 +162,8 @@ def introduce(report: Report, facts: Facts, data: DataSource) -> None:
     description = data.describe()
     counts = ", ".join(f"{count:,} {split}" for split, count in description.splits.items())
     report.say(
-        f"{facts.title}: `{description.name}`, {description.version}; {counts} images; sha256 of the content `{description.sha256}`."
+        f"{facts.title}: `{description.name}`, {description.version}; {counts} images; sha256 of"
+        f" the content `{description.sha256}`."
     )
     if report.smoke:
         report.say("**A handful of made-up images and a tiny model: these numbers mean nothing.**")
@@ -151,14 +174,33 @@ def likelihood(report: Report, facts: Facts, model: DiffusionModel, data: DataSo
     description, test = data.describe(), data.split("test")
 
     def evaluation(limit: int | None) -> Evaluation:
-        return Evaluation(model, test, seed=report.seed, limit=limit, progress=True, about=description.about("test"))
+        return Evaluation(
+            model,
+            test,
+            seed=report.seed,
+            limit=limit,
+            progress=True,
+            about=description.about("test"),
+        )
 
-    smoke, settings = report.smoke, OdeSettings(nodes=4, probes=1, rtol=1e-2, atol=1e-2) if report.smoke else OdeSettings()
-    nelbo = report.measure("nelbo", lambda: evaluation(4 if smoke else None).nelbo(None, draws=2 if smoke else facts.draws))
-    nll = report.measure(
-        "nll", lambda: evaluation(2 if smoke else facts.nll_images).nll(settings=settings, reverse_check=0 if smoke else 16)
+    smoke, settings = (
+        report.smoke,
+        OdeSettings(nodes=4, probes=1, rtol=1e-2, atol=1e-2) if report.smoke else OdeSettings(),
     )
-    rows = [[f"{one.who}, published", f"{one.bpd:.2f}", one.release or "the test split"] for one in facts.published]
+    nelbo = report.measure(
+        "nelbo",
+        lambda: evaluation(4 if smoke else None).nelbo(None, draws=2 if smoke else facts.draws),
+    )
+    nll = report.measure(
+        "nll",
+        lambda: evaluation(2 if smoke else facts.nll_images).nll(
+            settings=settings, reverse_check=0 if smoke else 16
+        ),
+    )
+    rows = [
+        [f"{one.who}, published", f"{one.bpd:.2f}", one.release or "the test split"]
+        for one in facts.published
+    ]
     for what, record in (("NELBO, continuous time", nelbo), ("NLL by the ODE", nll)):
         rows.append(
             [
@@ -172,68 +214,122 @@ def likelihood(report: Report, facts: Facts, model: DiffusionModel, data: DataSo
         report.say("No published number stands here: we know of none for certain on this split.")
     if any(one.release for one in facts.published):
         report.say(
-            "Bits/dim on the two releases of small ImageNet cannot be compared: that of Chrabaszcz et al. 2017 is smoother, and easier."
+            "Bits/dim on the two releases of small ImageNet cannot be compared: that of Chrabaszcz"
+            " et al. 2017 is smoother, and easier."
         )
     for one in facts.published:
         if one.who == NDM_PAPER and not one.release and not description.name.endswith("-partial"):
-            report.expect(f"NELBO, bits/dim, at most {TOLERANCE} above the published {one.bpd:.2f}", nelbo["bpd"], one.bpd + TOLERANCE)
+            report.expect(
+                f"NELBO, bits/dim, at most {TOLERANCE} above the published {one.bpd:.2f}",
+                nelbo["bpd"],
+                one.bpd + TOLERANCE,
+            )
 
 
-def quality(report: Report, facts: Facts, model: DiffusionModel, data: DataSource, precision: Precision) -> None:
-    """FID, KID, precision and recall of samples against the train split, if the user has a feature network."""
+def quality(
+    report: Report, facts: Facts, model: DiffusionModel, data: DataSource, precision: Precision
+) -> None:
+    """FID, KID, precision and recall of samples against the train split, if the user has a feature
+    network.
+    """
     if report.settings.features is None:
-        report.say("FID is not measured: it takes a feature network, `--features FILE`, the usual Inception as TorchScript.")
+        report.say(
+            "FID is not measured: it takes a feature network, `--features FILE`, the usual"
+            " Inception as TorchScript."
+        )
         return
     description, train, test = data.describe(), data.split("train"), data.split("test")
     images, steps = (8, 2) if report.smoke else (facts.quality_images, facts.sample_steps)
-    network = torchscript_features(report.settings.features, description.event_shape, device=model.like.device)
+    network = torchscript_features(
+        report.settings.features, description.event_shape, device=model.like.device
+    )
     options: dict[str, Any] = {"seed": report.seed, "progress": True}
 
     def chunk(index: int) -> Tensor:
         count, seed = min(_CHUNK, images - index * _CHUNK), part_seed(report.seed, _QUALITY, index)
         with autocast(model.like.device, precision):
-            x = model.sample((count, *description.event_shape), steps=steps, seed=seed, batch_size=64)
+            x = model.sample(
+                (count, *description.event_shape), steps=steps, seed=seed, batch_size=64
+            )
         return network(x, 64)
 
     def measure() -> dict[str, Any]:
-        chunks = tqdm(range(math.ceil(images / _CHUNK)), desc="sampling for FID", unit=f"{_CHUNK} images", disable=None)
-        samples = torch.cat([report.cache_tensor(f"features-{network.sha256[:12]}-{index:03d}", partial(chunk, index)) for index in chunks])
-        real, held_out = (network(split, 64, True, spread(len(split), images)) for split in (train, test))
+        chunks = tqdm(
+            range(math.ceil(images / _CHUNK)),
+            desc="sampling for FID",
+            unit=f"{_CHUNK} images",
+            disable=None,
+        )
+        samples = torch.cat(
+            [
+                report.cache_tensor(
+                    f"features-{network.sha256[:12]}-{index:03d}", partial(chunk, index)
+                )
+                for index in chunks
+            ]
+        )
+        real, held_out = (
+            network(split, 64, True, spread(len(split), images)) for split in (train, test)
+        )
         found = {"samples": samples, "test images": held_out}
-        return {name: compare_features(real, features, network, **options).to_dict() for name, features in found.items()}
+        return {
+            name: compare_features(real, features, network, **options).to_dict()
+            for name, features in found.items()
+        }
 
     found = report.cache(f"quality-{network.sha256[:12]}", measure)
     report.number("quality", found)
     one = found["samples"]
     report.say(
-        f"{one['generated_images']:,} ancestral samples of {steps} steps against {one['real_images']:,} train images, by {one['features']} "
-        f"(sha256 {one['features_sha256'][:12]}, d = {one['dims']}):"
+        f"{one['generated_images']:,} ancestral samples of {steps} steps against"
+        f" {one['real_images']:,} train images, by {one['features']} (sha256"
+        f" {one['features_sha256'][:12]}, d = {one['dims']}):"
     )
     report.quality_table(found, (3, 5, 3, 3))
 
 
 _QUALITY = 7  # stream of noise
-_CHUNK = 1000  # samples whose features are kept together: hours of sampling go on where they were interrupted
+# samples whose features are kept together: hours of sampling go on where they were interrupted
+_CHUNK = 1000
 
 
 def pictures(report: Report, facts: Facts, model: DiffusionModel, data: DataSource) -> None:
     """Samples beside test images, and F(x, t), z_t and x̂ over time."""
     test, side = data.split("test"), 2 if report.smoke else 8
     steps, shape = 4 if report.smoke else facts.sample_steps, data.describe().event_shape
-    samples = model.sample((side * side, *shape), "ancestral", steps=steps, seed=report.seed, progress=True)
-    truth = test.__getitems__([number % len(test) for number in spread(max(len(test), side * side), side * side)])
+    samples = model.sample(
+        (side * side, *shape), "ancestral", steps=steps, seed=report.seed, progress=True
+    )
+    truth = test.__getitems__(
+        [number % len(test) for number in spread(max(len(test), side * side), side * side)]
+    )
     figure = new_figure(8.4, 4.6)
-    for axis, (title, images) in zip(figure.subplots(1, 2), (("samples", samples), ("test images", truth)), strict=True):
+    for axis, (title, images) in zip(
+        figure.subplots(1, 2), (("samples", samples), ("test images", truth)), strict=True
+    ):
         axis.imshow(image_grid(images, side, gap=max(1, shape[-1] // 32)), interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    report.figure("samples", figure, f"Samples, ancestral, {steps} steps, seed {report.seed}, none left out; beside them test images.")
+    report.figure(
+        "samples",
+        figure,
+        f"Samples, ancestral, {steps} steps, seed {report.seed}, none left out; beside them test"
+        " images.",
+    )
     decoder = model.decoder
     note = ""
     show: Callable[[Tensor], Tensor] | None = None
     if isinstance(decoder, NetworkDecoder):
-        show, note = decoder.network, " Latents are shown through the network of the decoder; F(x, t) = E(x) does not depend on t."
+        show, note = (
+            decoder.network,
+            (
+                " Latents are shown through the network of the decoder; F(x, t) = E(x) does not"
+                " depend on t."
+            ),
+        )
     chosen = test.__getitems__([0, len(test) // 2])
     with torch.no_grad():
         drawn = transform_figure(model, chosen, seed=report.seed, show=show)
-    report.figure("transform", drawn, f"Two test images over time: F(x, t), z_t and the prediction.{note}")
+    report.figure(
+        "transform", drawn, f"Two test images over time: F(x, t), z_t and the prediction.{note}"
+    )

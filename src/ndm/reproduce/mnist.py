@@ -1,9 +1,11 @@
-r"""MNIST: a plain diffusion, the same as large as NDM, and NDM, trained alike (NDM, section 4.2 and figures 3 and 4).
+r"""MNIST: a plain diffusion, the same as large as NDM, and NDM, trained alike (NDM, section 4.2 and
+figures 3 and 4).
 
 .. math::
     \text{VDM: } F(x, t) = x, \qquad \text{VDM, widened: the same with as many parameters as NDM}, \qquad \text{NDM: } F_\phi(x, t) .
 
-All take the same steps on the same batches. The bound is that of the 10,000 test images in continuous time.
+All take the same steps on the same batches. The bound is that of the 10,000 test images in
+continuous time.
 """
 
 import csv
@@ -49,17 +51,24 @@ def run(report: Report) -> None:
     size = report.settings.size
     overrides: dict[str, object] = {"train.evaluation_limit": 1000}  # all images are measured below
     if size in _STEPS:
-        overrides |= {**(_SMOKE if report.smoke else {}), "train.steps": _STEPS[size], "train.ema": 0.99}
+        overrides |= {
+            **(_SMOKE if report.smoke else {}),
+            "train.steps": _STEPS[size],
+            "train.ema": 0.99,
+        }
     overrides |= report.synthetic_data(write_mnist) if report.smoke else {}
     base = find_config("mnist") if size == "paper" else None
-    rows, extra = read_rows(Path("compare-mnist-baselines"), [*as_options(overrides), *report.user_overrides], base)
+    rows, extra = read_rows(
+        Path("compare-mnist-baselines"), [*as_options(overrides), *report.user_overrides], base
+    )
     for row in rows:
         if row.name == "NDM":
             check_learned(row.config)
     planned = {row.name: row for row in plan_rows(rows, extra, "steps")}
     if set(planned) != set(ROWS):
         raise UserError(
-            f"-- {' '.join(report.settings.overrides)}: NDM would have no more parameters than VDM, and nothing to widen it to; give F a network"
+            f"-- {' '.join(report.settings.overrides)}: NDM would have no more parameters than VDM,"
+            " and nothing to widen it to; give F a network"
         )
     models, lines = dict[str, DiffusionModel](), list[list[str]]()
     limit, draws = (8, 1) if report.smoke else (None, 2)
@@ -69,16 +78,33 @@ def run(report: Report) -> None:
         model, data = trained[planned[name].folder]
         models[name] = model.to(pick_device())
         evaluation = Evaluation(
-            model, data.split("test"), seed=report.seed, limit=limit, progress=True, about=data.describe().about("test")
+            model,
+            data.split("test"),
+            seed=report.seed,
+            limit=limit,
+            progress=True,
+            about=data.describe().about("test"),
         )
         record = report.measure(planned[name].folder, partial(evaluation.nelbo, None, draws))
         metrics = report.run(planned[name].folder).metrics()
         lines.append(_row(name, planned[name].parameters, record, metrics))
     report.say(
-        f"Bound in continuous time on {record['num_examples']} test images of {data.describe().name} (sha256 {data.describe().sha256[:12]}), "
-        f"{record['time_samples_per_example']} times an image; standard errors over images, one training run each."
+        f"Bound in continuous time on {record['num_examples']} test images of"
+        f" {data.describe().name} (sha256 {data.describe().sha256[:12]}),"
+        f" {record['time_samples_per_example']} times an image; standard errors over images, one"
+        " training run each."
     )
-    report.table(["model", "parameters", "steps", "minutes", "bits/dim", *(f"of it {term}" for term in TERMS)], lines)
+    report.table(
+        [
+            "model",
+            "parameters",
+            "steps",
+            "minutes",
+            "bits/dim",
+            *(f"of it {term}" for term in TERMS),
+        ],
+        lines,
+    )
     _quality(report, models, data)
     _draw(report, models, data, {name: report.run(planned[name].folder) for name in ROWS})
     if size in _WANTED:
@@ -89,7 +115,9 @@ STYLES = (("#1b1b1b", "-", "o"), ("#8a8a8a", "--", "s"), ("#c0392b", "-", "D"))
 TERMS = ("prior", "diffusion", "reconstruction")
 
 
-def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+def _row(
+    name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> list[str]:
     minutes = float(metrics["training_seconds"]) / 60
     terms = [f"{record[f'{term}_bpd']:.4f}" for term in TERMS]
     return [
@@ -105,41 +133,81 @@ def _row(name: str, parameters: int, record: Mapping[str, Any], metrics: Mapping
 def _quality(report: Report, models: Mapping[str, DiffusionModel], data: DataSource) -> None:
     """FID, KID, precision and recall of samples, by the features of a classifier of the digits."""
     train, test, shape = data.split("train"), data.split("test"), data.describe().event_shape
-    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 50, 1000)}.get(report.settings.size, (500, 50, 1000))
-    classifier = find_classifier(report.out / "classifier", data, report.seed, progress=True, steps=classifier_steps)
+    images, steps, classifier_steps = {"smoke": (8, 2, 2), "quick": (250, 50, 1000)}.get(
+        report.settings.size, (500, 50, 1000)
+    )
+    classifier = find_classifier(
+        report.out / "classifier", data, report.seed, progress=True, steps=classifier_steps
+    )
     network = classifier_features(classifier)
     real = network(train.__getitems__(spread(len(train), 10 * images)), progress=True)
 
     def measure(x: torch.Tensor) -> dict[str, Any]:
-        return compare_features(real, network(x), network, kid_subset_size=500, seed=report.seed).to_dict()
+        return compare_features(
+            real, network(x), network, kid_subset_size=500, seed=report.seed
+        ).to_dict()
 
     def sampled(model: DiffusionModel) -> dict[str, Any]:
-        return measure(model.sample((images, *shape), seed=part_seed(report.seed, 1), steps=steps, batch_size=256, progress=True))
+        return measure(
+            model.sample(
+                (images, *shape),
+                seed=part_seed(report.seed, 1),
+                steps=steps,
+                batch_size=256,
+                progress=True,
+            )
+        )
 
-    found = {"test images": report.cache("quality-test", lambda: measure(test.__getitems__(spread(len(test), images))))}
-    found |= {name: report.cache(f"quality-{name.lower().replace(', ', '-')}", partial(sampled, model)) for name, model in models.items()}
+    found = {
+        "test images": report.cache(
+            "quality-test", lambda: measure(test.__getitems__(spread(len(test), images)))
+        )
+    }
+    found |= {
+        name: report.cache(f"quality-{name.lower().replace(', ', '-')}", partial(sampled, model))
+        for name, model in models.items()
+    }
     report.number("quality", {"classifier": classifier.info, **found})
     report.say(
-        f"Quality of {images:,} ancestral samples of {steps} steps against {len(real):,} train images, beside as many test images. Features: a classifier, "
-        f"test accuracy {classifier.info['accuracy']['test']:.3f}, seed {classifier.info['seed']}, sha256 {network.sha256[:12]}, d = {network.dims}."
+        f"Quality of {images:,} ancestral samples of {steps} steps against {len(real):,} train"
+        " images, beside as many test images. Features: a classifier, test accuracy"
+        f" {classifier.info['accuracy']['test']:.3f}, seed {classifier.info['seed']}, sha256"
+        f" {network.sha256[:12]}, d = {network.dims}."
     )
     report.quality_table(found, (3, 4, 3, 3))
 
 
-def _draw(report: Report, models: Mapping[str, DiffusionModel], data: DataSource, runs: Mapping[str, Run]) -> None:
+def _draw(
+    report: Report, models: Mapping[str, DiffusionModel], data: DataSource, runs: Mapping[str, Run]
+) -> None:
     """The figures: F over time, learning curves, samples."""
     test, shape = data.split("test"), data.describe().event_shape
-    _over_time(report, {name: models[name] for name in ("VDM", "NDM")}, test.__getitems__([0, len(test) // 2]))
+    _over_time(
+        report,
+        {name: models[name] for name in ("VDM", "NDM")},
+        test.__getitems__([0, len(test) // 2]),
+    )
     _curves(report, runs)
     count, steps = (4, 2) if report.smoke else (64, 100)
     figure = new_figure(13.2, 3.8)
     panels = {
-        name: model.sample((count, *shape), seed=report.seed, steps=steps, batch_size=256, progress=True) for name, model in models.items()
+        name: model.sample(
+            (count, *shape), seed=report.seed, steps=steps, batch_size=256, progress=True
+        )
+        for name, model in models.items()
     }
-    for axis, (name, x) in zip(figure.subplots(1, 4), {"test images": test.__getitems__(range(count)), **panels}.items(), strict=True):
+    for axis, (name, x) in zip(
+        figure.subplots(1, 4),
+        {"test images": test.__getitems__(range(count)), **panels}.items(),
+        strict=True,
+    ):
         axis.imshow(image_grid(x, gap=0), interpolation="nearest")
         axis.set(title=name, xticks=[], yticks=[])
-    report.figure("samples", figure, f"Test images and samples, ancestral sampling with {steps} steps, not chosen")
+    report.figure(
+        "samples",
+        figure,
+        f"Test images and samples, ancestral sampling with {steps} steps, not chosen",
+    )
 
 
 def _over_time(report: Report, models: Mapping[str, DiffusionModel], x: torch.Tensor) -> None:
@@ -153,7 +221,8 @@ def _over_time(report: Report, models: Mapping[str, DiffusionModel], x: torch.Te
     report.figure(
         "over-time",
         figure,
-        "F(x, t), z_t and the prediction over time for two test images, the same noise at every time; clipped to the range of the data",
+        "F(x, t), z_t and the prediction over time for two test images, the same noise at every"
+        " time; clipped to the range of the data",
     )
 
 
@@ -165,20 +234,39 @@ def _curves(report: Report, runs: Mapping[str, Run]) -> None:
         steps, bound = learning_curve(one.folder)
         width = max(1, min(20, len(bound) // 4))
         smooth = np.convolve(bound, np.ones(width) / width, mode="valid")
-        axis.plot(steps[width - 1 :], smooth, label=name, color=color, linestyle=line, marker=marker, markevery=0.12, markersize=5)
+        axis.plot(
+            steps[width - 1 :],
+            smooth,
+            label=name,
+            color=color,
+            linestyle=line,
+            marker=marker,
+            markevery=0.12,
+            markersize=5,
+        )
     axis.set(xlabel="training steps", ylabel="bound of the training batches (bits/dim)")
     axis.set_ylim(top=2.0)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    caption = "The bound while training, before averaging of the weights: means over twenty logged batches, up to 2 bits/dim"
+    caption = (
+        "The bound while training, before averaging of the weights: means over twenty logged"
+        " batches, up to 2 bits/dim"
+    )
     report.figure("learning", figure, caption)
 
 
 def learning_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps and bound (bits/dim) of the training batches that a run logged, over all its calls."""
     rows = dict[int, float]()
-    for path in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("version_"))):
+    for path in sorted(
+        folder.glob("logs/version_*/metrics.csv"),
+        key=lambda path: int(path.parent.name.removeprefix("version_")),
+    ):
         with path.open(encoding="utf-8", newline="") as file:
-            rows |= {int(row["step"]): float(row["train/nelbo_bpd"]) for row in csv.DictReader(file) if row.get("train/nelbo_bpd")}
+            rows |= {
+                int(row["step"]): float(row["train/nelbo_bpd"])
+                for row in csv.DictReader(file)
+                if row.get("train/nelbo_bpd")
+            }
     steps = sorted(rows)
     return np.array(steps), np.array([rows[step] for step in steps])

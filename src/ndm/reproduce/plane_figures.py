@@ -1,6 +1,7 @@
 """Figures of models of 2-D densities: points over time, densities, paths.
 
-The color of a point is that of where it comes from, on a scale whose lightness rises evenly, so that it survives a gray print.
+The color of a point is that of where it comes from, on a scale whose lightness rises evenly, so
+that it survives a gray print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,9 @@ def limit_of(batches: Sequence[Tensor], share: float = 0.995) -> float:
     return common_limit([batch.reshape(-1, 2) for batch in batches], share, 1.1)
 
 
-def over_time(rows: Mapping[str, Tensor], colors: Tensor, times: Sequence[float] = TIMES) -> "Figure":
+def over_time(
+    rows: Mapping[str, Tensor], colors: Tensor, times: Sequence[float] = TIMES
+) -> "Figure":
     """A figure of point clouds: a row for each name, a column for each time; all on the same axes.
 
     Args:
@@ -52,21 +55,40 @@ def over_time(rows: Mapping[str, Tensor], colors: Tensor, times: Sequence[float]
 
 def scatter(axis: Any, points: Tensor, limit: float, colors: Tensor) -> None:
     """Points ``(N, 2)`` on an axis from -limit to limit."""
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))  # no color always on top
+    order = torch.randperm(
+        len(points), generator=torch.Generator().manual_seed(0)
+    )  # no color always on top
     x = points[order].numpy()
-    axis.scatter(x[:, 0], x[:, 1], c=colors[order].numpy(), cmap=COLOURS, s=1.6, linewidths=0, alpha=0.8, rasterized=True)
+    axis.scatter(
+        x[:, 0],
+        x[:, 1],
+        c=colors[order].numpy(),
+        cmap=COLOURS,
+        s=1.6,
+        linewidths=0,
+        alpha=0.8,
+        rasterized=True,
+    )
     square(axis, limit)
 
 
 def square(axis: Any, limit: float) -> None:
     """A square axis around 0 with three whole numbers along it."""
     tick = max(1, int(limit))
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=(-tick, 0, tick), yticks=(-tick, 0, tick))
+    axis.set(
+        xlim=(-limit, limit),
+        ylim=(-limit, limit),
+        aspect="equal",
+        xticks=(-tick, 0, tick),
+        yticks=(-tick, 0, tick),
+    )
     axis.tick_params(labelsize=7, length=2)
 
 
 def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
-    """Samples ``(N, 2)`` as histograms: a row for each data set, a column for each model; a scale of colors for each row."""
+    """Samples ``(N, 2)`` as histograms: a row for each data set, a column for each model; a scale
+    of colors for each row.
+    """
     names = list(next(iter(rows.values())))
     figure = new_figure(2.3 * len(names) + 1.2, 2.3 * len(rows) + 0.5)
     axes = figure.subplots(len(rows), len(names), squeeze=False)
@@ -76,21 +98,34 @@ def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
         most = float(np.quantile(np.stack(list(heights.values())), 0.995))
         image: Any = None
         for axis, name in zip(axes[row], names, strict=True):
-            image = axis.imshow(heights[name].T, origin="lower", extent=(-limit, limit, -limit, limit), vmin=0, vmax=most, cmap=COLOURS)
+            image = axis.imshow(
+                heights[name].T,
+                origin="lower",
+                extent=(-limit, limit, -limit, limit),
+                vmin=0,
+                vmax=most,
+                cmap=COLOURS,
+            )
             square(axis, limit)
             if row == 0:
                 axis.set_title(name, fontsize=10)
             if row == len(rows) - 1:
                 axis.set_xlabel("$x_1$")
         axes[row][0].set_ylabel(f"{data}\n$x_2$")
-        figure.colorbar(image, ax=list(axes[row]), label="density, 1/unit²", extend="max").ax.tick_params(labelsize=7)
+        figure.colorbar(
+            image, ax=list(axes[row]), label="density, 1/unit²", extend="max"
+        ).ax.tick_params(labelsize=7)
     return figure
 
 
 def histogram(points: Tensor, limit: float) -> np.ndarray:
-    """Density of points ``(N, 2)`` by counts in equal cells of the square from -limit to limit; the first coordinate along the rows."""
+    """Density of points ``(N, 2)`` by counts in equal cells of the square from -limit to limit; the
+    first coordinate along the rows.
+    """
     bins, x = max(10, min(64, round(len(points) ** 0.5 / 1.6))), points.numpy()
-    counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=bins, range=((-limit, limit), (-limit, limit)))
+    counts, _, _ = np.histogram2d(
+        x[:, 0], x[:, 1], bins=bins, range=((-limit, limit), (-limit, limit))
+    )
     return counts / (len(points) * (2 * limit / bins) ** 2)
 
 
@@ -98,7 +133,8 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
     """Densities above, samples below, a column for each name; one scale of colors for all.
 
     Args:
-        columns: density at the centers of cells ``(size, size)``, as :func:`ndm.reproduce.plane.density` gives it, and samples ``(N, 2)``.
+        columns: density at the centers of cells ``(size, size)``, as
+            :func:`ndm.reproduce.plane.density` gives it, and samples ``(N, 2)``.
         limit: half the side of the square.
     """
     figure = new_figure(2.6 * len(columns) + 0.9, 5.4)
@@ -108,8 +144,17 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
     for column, (name, (cells, points)) in enumerate(columns.items()):
         above, below = axes[0][column], axes[1][column]
         extent = (-limit, limit, -limit, limit)
-        image = above.imshow(cells.numpy(), origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS)
-        below.imshow(histogram(points, limit).T, origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS)
+        image = above.imshow(
+            cells.numpy(), origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS
+        )
+        below.imshow(
+            histogram(points, limit).T,
+            origin="lower",
+            extent=extent,
+            vmin=0,
+            vmax=most,
+            cmap=COLOURS,
+        )
         above.set_title(name, fontsize=11)
         for axis in (above, below):
             square(axis, limit)
@@ -122,10 +167,12 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
 
 
 def paths(rows: Mapping[str, Mapping[str, Tensor]], moving: str = "the ODE") -> "Figure":
-    """Paths from t = 1 to 0: for each row and name one panel in the plane, and one of the first coordinate over time.
+    """Paths from t = 1 to 0: for each row and name one panel in the plane, and one of the first
+    coordinate over time.
 
     Args:
-        rows: paths ``(T + 1, B, 2)`` on a uniform grid, by the words beside the row and the name of the column.
+        rows: paths ``(T + 1, B, 2)`` on a uniform grid, by the words beside the row and the name of
+            the column.
         moving: what moves the points.
     """
     names = list(next(iter(rows.values())))
@@ -140,10 +187,21 @@ def paths(rows: Mapping[str, Mapping[str, Tensor]], moving: str = "the ODE") -> 
                 plane.set_title(f"{name}: in the plane", fontsize=10)
                 time.set_title(f"{name}: over time", fontsize=10)
             last = row == len(rows) - 1
-            plane.set(xlabel="$z_{t,1}$" if last else "", ylabel=f"{data}\n$z_{{t,2}}$" if column == 0 else "")
+            plane.set(
+                xlabel="$z_{t,1}$" if last else "",
+                ylabel=f"{data}\n$z_{{t,2}}$" if column == 0 else "",
+            )
             time.set(xlabel="$t$" if last else "", ylabel="$z_{t,1}$" if column == 0 else "")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, title=f"Paths by {moving}", title_fontsize=9)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=9,
+        title=f"Paths by {moving}",
+        title_fontsize=9,
+    )
     return figure
 
 
@@ -157,8 +215,19 @@ def draw_paths(plane: Any, time: Any, path: Tensor, limit: float) -> None:
         label = "path $z_t$; color: order of $z_{1,1}$" if index == z.shape[1] // 2 else None
         plane.plot(z[:, index, 0], z[:, index, 1], color=hue, linewidth=0.8, label=label)
         time.plot(grid, z[:, index, 0], color=hue, linewidth=0.8)
-    plane.scatter(*z[0].T, s=10, marker="o", facecolors="white", edgecolors="0.35", linewidths=0.6, zorder=3, label="start $z_1$")
-    plane.scatter(*z[-1].T, s=9, marker="s", color="black", linewidths=0, zorder=3, label="end $z_0$")
+    plane.scatter(
+        *z[0].T,
+        s=10,
+        marker="o",
+        facecolors="white",
+        edgecolors="0.35",
+        linewidths=0.6,
+        zorder=3,
+        label="start $z_1$",
+    )
+    plane.scatter(
+        *z[-1].T, s=9, marker="s", color="black", linewidths=0, zorder=3, label="end $z_0$"
+    )
     square(plane, limit)
     time.set(xlim=(1, 0), ylim=(-limit, limit), box_aspect=1)
     time.tick_params(labelsize=7, length=2)

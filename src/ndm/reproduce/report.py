@@ -30,8 +30,8 @@ from ndm.compare.runs import Job, run_all
 from ndm.data import DataSource
 from ndm.device import describe_machine
 from ndm.errors import UserError, check_whole
+from ndm.evaluation.measurement import Measurement
 from ndm.evaluation.processes import started_first
-from ndm.evaluation.tables import Measurement
 from ndm.model import DiffusionModel
 from ndm.serialize import fingerprint, read_json, write_atomically, write_json
 from ndm.train.config import Overrides, RunConfig, find_config
@@ -55,7 +55,8 @@ def check_learned(config: RunConfig) -> RunConfig:
     """
     if str(config.get("model.transform.class_path")).endswith(".Identity"):
         raise UserError(
-            "--model.transform ndm.Identity: the learned model would be the conventional one, which is trained beside it; leave it out"
+            "--model.transform ndm.Identity: the learned model would be the conventional one, which"
+            " is trained beside it; leave it out"
         )
     return config
 
@@ -93,7 +94,9 @@ class ExperimentSettings:
         check_whole("jobs", self.jobs, 1)
         for run in self.runs:
             if Path(run).is_dir() and not Run(Path(run)).finished:
-                raise UserError(f"--runs {run}: the run is not finished; resume it with: ndm train --out {run}")
+                raise UserError(
+                    f"--runs {run}: the run is not finished; resume it with: ndm train --out {run}"
+                )
 
     @property
     def command(self) -> str:
@@ -113,11 +116,17 @@ class Report:
         settings: how the experiment is carried out.
 
     Raises:
-        UserError: the folder holds another experiment, or the same with another size, seed or models.
+        UserError: the folder holds another experiment, or the same with another size, seed or
+            models.
     """
 
     def __init__(self, settings: ExperimentSettings):
-        self.settings, self.name, self.out, self.seed = settings, settings.name, settings.out, settings.seed
+        self.settings, self.name, self.out, self.seed = (
+            settings,
+            settings.name,
+            settings.out,
+            settings.seed,
+        )
         self.runs = tuple(Run(Path(run)) for run in settings.runs)
         self.models = tuple(run.model() for run in self.runs)
         self._started = time.perf_counter()
@@ -128,15 +137,25 @@ class Report:
         self._checks: list[dict[str, Any]] = []
         self._write_data: Callable[[Path, int], None] | None = None
         self._trained: dict[str, str] = {}  # fingerprints of the models so far
-        self._about: dict[str, Any] = {"experiment": self.name, "size": settings.size, "seed": self.seed}
+        self._about: dict[str, Any] = {
+            "experiment": self.name,
+            "size": settings.size,
+            "seed": self.seed,
+        }
         self._about |= {"data": settings.data, "overrides": list(settings.overrides)}
         if self.runs:
-            self._about["runs measured"] = {str(run.folder): fingerprint(one) for run, one in zip(self.runs, self.models, strict=True)}
+            self._about["runs measured"] = {
+                str(run.folder): fingerprint(one)
+                for run, one in zip(self.runs, self.models, strict=True)
+            }
         stored = read_json(self.out / ABOUT) if (self.out / ABOUT).exists() else self._about
         for key in self._about | stored:
             if stored.get(key) != self._about.get(key):
                 there, here = (one.get(key, "not given") for one in (stored, self._about))
-                raise UserError(f"{self.out} holds another experiment: {key} is {there!r} there and {here!r} here; choose another --out")
+                raise UserError(
+                    f"{self.out} holds another experiment: {key} is {there!r} there and {here!r}"
+                    " here; choose another --out"
+                )
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; give a folder")
 
@@ -147,7 +166,9 @@ class Report:
 
     @property
     def user_overrides(self) -> tuple[str, ...]:
-        """What the user overrides in every training run: the path of the data, and options of ``ndm train``."""
+        """What the user overrides in every training run: the path of the data, and options of ``ndm
+        train``.
+        """
         data = self.settings.data
         return (*(("--data.path", data) if data is not None else ()), *self.settings.overrides)
 
@@ -157,15 +178,19 @@ class Report:
         Args:
             name: a configuration that comes with the library, such as ``digits``.
             overrides: the experiment's overrides, in turn, before those of the user.
-            last: overrides that make the model what the experiment calls it, after those of the user.
+            last: overrides that make the model what the experiment calls it, after those of the
+                user.
         """
         config = RunConfig.read(find_config(name))
         for one in (*overrides, self.user_overrides, last):
             config = config.override(one) if one else config
         return config
 
-    def train_all(self, configs: Mapping[str, RunConfig]) -> dict[str, tuple[DiffusionModel, DataSource]]:
-        """Train several models as :meth:`train` does, as many at once as the user wants; each then writes to the ``log.txt`` of its run.
+    def train_all(
+        self, configs: Mapping[str, RunConfig]
+    ) -> dict[str, tuple[DiffusionModel, DataSource]]:
+        """Train several models as :meth:`train` does, as many at once as the user wants; each then
+        writes to the ``log.txt`` of its run.
 
         Args:
             configs: the configurations by the names of the runs.
@@ -178,7 +203,10 @@ class Report:
         """
         self._claim()
         if self.settings.jobs > 1:
-            jobs = [Job(name, config.override({"seed": self.seed}), self.run(name), quiet=True) for name, config in configs.items()]
+            jobs = [
+                Job(name, config.override({"seed": self.seed}), self.run(name), quiet=True)
+                for name, config in configs.items()
+            ]
             failures = run_all(jobs, self.settings.jobs)
             if failures:
                 raise UserError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
@@ -206,7 +234,9 @@ class Report:
         return model, run.data()
 
     def synthetic_data(self, write: Callable[[Path, int], None]) -> dict[str, object]:
-        """Overrides for data that ``write(folder, seed)`` makes before the first training; none if the user named data."""
+        """Overrides for data that ``write(folder, seed)`` makes before the first training; none if
+        the user named data.
+        """
         if any(word.split("=")[0] == "--data.path" for word in self.user_overrides):
             return {}
         self._write_data = write
@@ -240,7 +270,9 @@ class Report:
                     return file.get_tensor("found")
         self._claim()
         found = compute().contiguous()
-        write_atomically(path, lambda temporary: save_file({"found": found}, temporary, {"models": made}))
+        write_atomically(
+            path, lambda temporary: save_file({"found": found}, temporary, {"models": made})
+        )
         return found
 
     def _models(self) -> str:
@@ -248,7 +280,9 @@ class Report:
         return hashlib.sha256(json.dumps(self._trained, sort_keys=True).encode()).hexdigest()
 
     def _claim(self) -> None:
-        """Note in the folder which experiment it holds, once it holds something: a rejected experiment leaves nothing behind."""
+        """Note in the folder which experiment it holds, once it holds something: a rejected
+        experiment leaves nothing behind.
+        """
         if not (self.out / ABOUT).exists():
             write_json(self.out / ABOUT, self._about)
         if self._write_data is not None and not (self.out / "data").exists():
@@ -264,8 +298,16 @@ class Report:
         self.say("".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines))
 
     def quality_table(self, found: Mapping[str, Mapping[str, Any]], digits: Sequence[int]) -> None:
-        """Add a table of FID, KID, precision and recall, each with so many digits; records of :class:`ndm.quality.SampleQuality` by name."""
-        rows = [[name, *(f"{one[field]:.{n}f}" for field, n in zip(QUALITY.values(), digits, strict=True))] for name, one in found.items()]
+        """Add a table of FID, KID, precision and recall, each with so many digits; records of
+        :class:`ndm.quality.SampleQuality` by name.
+        """
+        rows = [
+            [
+                name,
+                *(f"{one[field]:.{n}f}" for field, n in zip(QUALITY.values(), digits, strict=True)),
+            ]
+            for name, one in found.items()
+        ]
         self.table(["", *QUALITY], rows)
 
     def figure(self, name: str, figure: "Figure", caption: str) -> None:
@@ -281,27 +323,47 @@ class Report:
 
     def measured(self, key: str, measurement: Measurement | Mapping[str, Any]) -> None:
         """Add a measurement with its protocol, or the record of one that was kept, to the results."""
-        self._measurements[key] = measurement.to_dict() if isinstance(measurement, Measurement) else dict(measurement)
+        self._measurements[key] = (
+            measurement.to_dict() if isinstance(measurement, Measurement) else dict(measurement)
+        )
 
     def measure(self, key: str, take: Callable[[], Measurement]) -> dict[str, Any]:
-        """Take a measurement, or read it if an earlier call took it; its record (:meth:`ndm.evaluation.tables.Measurement.to_dict`) goes into the results."""
+        """Take a measurement, or read it if an earlier call took it; its record
+        (:meth:`ndm.evaluation.tables.Measurement.to_dict`) goes into the results.
+        """
         record = self.cache(key, lambda: take().to_dict())
         self.measured(key, record)
         return record
 
     def expect(self, text: str, value: float, most: float) -> None:
-        """State what the experiment should show: that ``value`` is at most ``most``. The page says whether it is.
+        """State what the experiment should show: that ``value`` is at most ``most``. The page says
+        whether it is.
 
         The smoke variant states nothing.
         """
         if not self.smoke:
-            self._checks.append({"text": text, "value": value, "most": most, "holds": math.isfinite(value) and value <= most})
+            self._checks.append(
+                {
+                    "text": text,
+                    "value": value,
+                    "most": most,
+                    "holds": math.isfinite(value) and value <= most,
+                }
+            )
 
     def finish(self) -> None:
         """Write the page and the results, and say where they are."""
         if self._checks:
             self.say("What it should show:")
-            rows = [[one["text"], f"{one['value']:.4g}", f"{one['most']:.4g}", "yes" if one["holds"] else "**no**"] for one in self._checks]
+            rows = [
+                [
+                    one["text"],
+                    f"{one['value']:.4g}",
+                    f"{one['most']:.4g}",
+                    "yes" if one["holds"] else "**no**",
+                ]
+                for one in self._checks
+            ]
             self.table(["", "value", "at most", "holds"], rows)
         results: Mapping[str, Any] = {
             "experiment": self.name,
@@ -316,9 +378,21 @@ class Report:
             "figures": self._figures,
             "seconds_of_this_call": round(time.perf_counter() - self._started, 1),
         }
-        page = [f"# {self.name}, {self.settings.size}\n", f"`{self.settings.command}`, seed {self.seed}.\n", *self._page]
-        write_atomically(self.out / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8"))
+        page = [
+            f"# {self.name}, {self.settings.size}\n",
+            f"`{self.settings.command}`, seed {self.seed}.\n",
+            *self._page,
+        ]
+        write_atomically(
+            self.out / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8")
+        )
         write_json(self.out / RESULTS, results)
         for one in self._checks:
-            print(f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['text']}: {one['value']:.4g}, at most {one['most']:.4g}")
-        print(f"wrote {self.out}/{PAGE}, {RESULTS}, {', '.join(f'{name}.png' for name in self._figures)} (and PDF)")
+            print(
+                f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['text']}:"
+                f" {one['value']:.4g}, at most {one['most']:.4g}"
+            )
+        print(
+            f"wrote {self.out}/{PAGE}, {RESULTS},"
+            f" {', '.join(f'{name}.png' for name in self._figures)} (and PDF)"
+        )

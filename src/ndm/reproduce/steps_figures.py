@@ -12,14 +12,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS: Mapping[str, str] = {"DDPM": "#1b2a5c", "NDM": "#e0822f"}
-WAYS: Mapping[str, tuple[str, str]] = {"ancestral": ("o", "-"), "DDIM": ("s", "--"), "ODE, Heun": ("^", "-.")}
+WAYS: Mapping[str, tuple[str, str]] = {
+    "ancestral": ("o", "-"),
+    "DDIM": ("s", "--"),
+    "ODE, Heun": ("^", "-."),
+}
 """Mark and line of each sampler."""
 CONTINUOUS = "continuous"
 _LINEAR = 0.02  # KID within it is drawn on a linear scale
 
 
-def bound_figure(records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> "Figure":
-    """NELBO against T on a logarithmic axis, continuous time at its end, and the NLL as lines: all T, and those from 10 on."""
+def bound_figure(
+    records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]
+) -> "Figure":
+    """NELBO against T on a logarithmic axis, continuous time at its end, and the NLL as lines: all
+    T, and those from 10 on.
+    """
     figure = new_figure(9.6, 4.2)
     many = [horizon for horizon in horizons if horizon is None or horizon >= 10]
     for axis, chosen in zip(figure.subplots(1, 2), (horizons, many), strict=True):
@@ -32,34 +40,74 @@ def bound_figure(records: Mapping[str, Mapping[str, Any]], models: Sequence[str]
     return figure
 
 
-def _bounds(axis: Any, records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]) -> None:
+def _bounds(
+    axis: Any,
+    records: Mapping[str, Mapping[str, Any]],
+    models: Sequence[str],
+    horizons: Sequence[int | None],
+) -> None:
     finite = [horizon for horizon in horizons if horizon]
     end = 4 * max(finite, default=1)
     where = [horizon or end for horizon in horizons]
     for name in models:
         key, color = name.lower(), COLOURS[name]
         plain = [records[f"{key}-{horizon or CONTINUOUS}"] for horizon in horizons]
-        fits = {horizon: records[f"{key}-{horizon}-fitted"] for horizon in finite if f"{key}-{horizon}-fitted" in records}
-        lines = {f"{name}, variance v": (where, plain, "o", "-"), f"{name}, fitted variance": ([*fits], [*fits.values()], "s", "--")}
+        fits = {
+            horizon: records[f"{key}-{horizon}-fitted"]
+            for horizon in finite
+            if f"{key}-{horizon}-fitted" in records
+        }
+        lines = {
+            f"{name}, variance v": (where, plain, "o", "-"),
+            f"{name}, fitted variance": ([*fits], [*fits.values()], "s", "--"),
+        }
         for label, (x, points, mark, line) in lines.items():
-            values, errors = [one["bpd"] for one in points], [one["bpd_stderr"] or 0.0 for one in points]
-            axis.errorbar(x, values, errors, color=color, marker=mark, linestyle=line, markersize=5, linewidth=1.6, capsize=2, label=label)
-        axis.axhline(records[f"{key}-nll"]["bpd"], color=color, linestyle=":", linewidth=1.4, label=f"{name}, NLL by the ODE")
+            values, errors = (
+                [one["bpd"] for one in points],
+                [one["bpd_stderr"] or 0.0 for one in points],
+            )
+            axis.errorbar(
+                x,
+                values,
+                errors,
+                color=color,
+                marker=mark,
+                linestyle=line,
+                markersize=5,
+                linewidth=1.6,
+                capsize=2,
+                label=label,
+            )
+        axis.axhline(
+            records[f"{key}-nll"]["bpd"],
+            color=color,
+            linestyle=":",
+            linewidth=1.4,
+            label=f"{name}, NLL by the ODE",
+        )
     axis.set(xscale="log", xlabel="number of steps $T$", ylabel="bits/dim, test split")
     axis.set_xticks(where, [str(horizon or "cont.") for horizon in horizons])
     axis.minorticks_off()
     axis.grid(alpha=0.25)
 
 
-def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None) -> "Figure":
-    """FID and KID, precision and recall against evaluations of the predictor; a mark for the mean, bars for least and greatest.
+def quality_figure(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None
+) -> "Figure":
+    """FID and KID, precision and recall against evaluations of the predictor; a mark for the mean,
+    bars for least and greatest.
 
     Args:
         curves: points of each sampler.
         reference: the same of as many real images, for lines; None for no lines.
     """
     figure = new_figure(9.6, 7.2)
-    panels = (("fid", "FID", "log"), ("kid", "KID", "symlog"), ("precision", "precision", "linear"), ("recall", "recall", "linear"))
+    panels = (
+        ("fid", "FID", "log"),
+        ("kid", "KID", "symlog"),
+        ("precision", "precision", "linear"),
+        ("recall", "recall", "linear"),
+    )
     for axis, (field, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, points in curves.items():
             model, way = name.split(", ", 1)
@@ -72,10 +120,25 @@ def quality_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], reference:
                 [max(several) - mean for mean, several in zip(means, values, strict=True)],
             ]
             axis.errorbar(
-                x, means, bars, color=COLOURS[model], marker=mark, linestyle=line, markersize=5, linewidth=1.5, capsize=2, label=name
+                x,
+                means,
+                bars,
+                color=COLOURS[model],
+                marker=mark,
+                linestyle=line,
+                markersize=5,
+                linewidth=1.5,
+                capsize=2,
+                label=name,
             )
         if reference is not None:
-            axis.axhline(reference[field], color="0.45", linestyle=":", linewidth=1.4, label="real test images")
+            axis.axhline(
+                reference[field],
+                color="0.45",
+                linestyle=":",
+                linewidth=1.4,
+                label="real test images",
+            )
         budgets = sorted({point["evaluations"] for points in curves.values() for point in points})
         axis.set(xscale="log", xlabel="evaluations of the predictor an image", ylabel=label)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
@@ -100,7 +163,9 @@ def sample_figure(pictures: Mapping[str, Mapping[int, Tensor]]) -> "Figure":
     first = next(iter(next(iter(pictures.values())).values()))
     if not is_image(first.shape[1:]):
         raise ValueError(f"samples of shape {tuple(first.shape[1:])} are no images")
-    figure = new_figure(2.6 * len(budgets) + 0.8, (2.6 / 8 * (len(first) // 8) + 0.22) * len(pictures) + 0.3)
+    figure = new_figure(
+        2.6 * len(budgets) + 0.8, (2.6 / 8 * (len(first) // 8) + 0.22) * len(pictures) + 0.3
+    )
     axes = figure.subplots(len(pictures), len(budgets), squeeze=False)
     for row, (name, samples) in enumerate(pictures.items()):
         for column, budget in enumerate(budgets):

@@ -1,4 +1,6 @@
-"""A handful of images in the real format of a data set, to try everything on: discs on gradients, drawn from a seed."""
+"""A handful of images in the real format of a data set, to try everything on: discs on gradients,
+drawn from a seed.
+"""
 
 import gzip
 import io
@@ -18,7 +20,10 @@ def pictures(count: int, side: int, seed: int) -> np.ndarray:
     along = np.cos(angle) * place[:, None] + np.sin(angle) * place
     along = (along - along.min((1, 2), keepdims=True)) / np.ptp(along, axis=(1, 2), keepdims=True)
     start, end, color = generator.uniform(0, 255, (3, count, 3, 1, 1))
-    middle, radius = generator.uniform(0.3, 0.7, (2, count, 1, 1)), generator.uniform(0.1, 0.3, (count, 1, 1))
+    middle, radius = (
+        generator.uniform(0.3, 0.7, (2, count, 1, 1)),
+        generator.uniform(0.1, 0.3, (count, 1, 1)),
+    )
     disc = (place[:, None] - middle[0]) ** 2 + (place - middle[1]) ** 2 < radius**2
     images = np.where(disc[:, None], color, start + (end - start) * along[:, None])
     return np.clip(images + generator.normal(0, 4, images.shape), 0, 255).round().astype(np.uint8)
@@ -27,9 +32,13 @@ def pictures(count: int, side: int, seed: int) -> np.ndarray:
 def write_cifar(folder: Path, seed: int) -> None:
     """Six files of CIFAR-10's binary version, ten images each."""
     folder.mkdir(parents=True)
-    for number, name in enumerate([*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin"]):
+    for number, name in enumerate(
+        [*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin"]
+    ):
         images = pictures(10, 32, seed + number).reshape(10, -1)
-        np.concatenate([np.arange(10, dtype=np.uint8)[:, None], images], axis=1).tofile(folder / name)
+        np.concatenate([np.arange(10, dtype=np.uint8)[:, None], images], axis=1).tofile(
+            folder / name
+        )
 
 
 def write_imagenet(folder: Path, side: int, seed: int) -> None:
@@ -52,7 +61,9 @@ def write_faces(folder: Path, side: int, seed: int) -> None:
 
 
 def write_mnist(folder: Path, seed: int) -> None:
-    """The four files of MNIST: gray squares on black, of 10 x 10 pixels, forty to train and twenty to test."""
+    """The four files of MNIST: gray squares on black, of 10 x 10 pixels, forty to train and twenty
+    to test.
+    """
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     for split, count in (("train", 40), ("t10k", 20)):
@@ -60,9 +71,14 @@ def write_mnist(folder: Path, seed: int) -> None:
         for image in images:
             top, left = generator.integers(1, 5, 2)
             image[top : top + 4, left : left + 4] = generator.integers(128, 256)
-        for kind, array in (("images-idx3", images), ("labels-idx1", (np.arange(count) % 10).astype(np.uint8))):
+        for kind, array in (
+            ("images-idx3", images),
+            ("labels-idx1", (np.arange(count) % 10).astype(np.uint8)),
+        ):
             header = struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
-            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
+            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(
+                gzip.compress(header + array.tobytes(), mtime=0)
+            )
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -1,17 +1,22 @@
-r"""Dynamic optimal transport in the plane, a diffusion beside it; :mod:`ndm.reproduce.transport` is the same on the line.
+r"""Dynamic optimal transport in the plane, a diffusion beside it; :mod:`ndm.reproduce.transport` is
+the same on the line.
 
-The data are four Gaussians at the corners of a rotated rectangle, independent along its two axes. Then the optimal map from the prior, which looks alike from all
-sides, is that of each axis by itself. With the rotation R, the quantile functions Q_a along the axes and the prior's distribution function Phi,
+The data are four Gaussians at the corners of a rotated rectangle, independent along its two axes.
+Then the optimal map from the prior, which looks alike from all sides, is that of each axis by
+itself. With the rotation R, the quantile functions Q_a along the axes and the prior's distribution
+function Phi,
 
 .. math::
     T^*(z) = R\, \bigl(Q_1(\Phi(u_1)),\, Q_2(\Phi(u_2))\bigr), \qquad u = R^\top z .
 
-What a model makes of z_1 is g(z_1). Two numbers enclose its Wasserstein distance to the data: the distance of the maps, and that along the axes alone,
+What a model makes of z_1 is g(z_1). Two numbers enclose its Wasserstein distance to the data: the
+distance of the maps, and that along the axes alone,
 
 .. math::
     \sum_a W_2^2\bigl(u_a^{g}, u_a^{\text{data}}\bigr) \le W_2^2 \le E\, \|g(z_1) - T^*(z_1)\|^2 .
 
-In the plane, unlike on the line, the flow of a diffusion need not lead along the optimal map, whatever its steps.
+In the plane, unlike on the line, the flow of a diffusion need not lead along the optimal map,
+whatever its steps.
 """
 
 import math
@@ -24,14 +29,23 @@ from torch import Tensor
 
 from ndm.data import Mixture
 from ndm.decoder import GaussianDecoder
-from ndm.evaluation.evaluate import standard_error
+from ndm.evaluation.measurement import standard_error
 from ndm.evaluation.tables import plus_minus
 from ndm.model import NDM, DiffusionModel
 from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.random import part_seed
 from ndm.reproduce.report import Report
-from ndm.reproduce.transport import LOOKS, NAMES, STD, bend, few_steps, fit, integrated_bound, kept, quantiles, trajectories
+from ndm.reproduce.transport import fit, kept
+from ndm.reproduce.transport_figures import LOOKS, NAMES
+from ndm.reproduce.transport_measures import (
+    STD,
+    bend,
+    few_steps,
+    integrated_bound,
+    quantiles,
+    trajectories,
+)
 from ndm.schedule import LinearBetaSchedule, LinearLogSNRSchedule
 from ndm.transform import Identity
 from ndm.variants.interpolation import InterpolationScale, InterpolationTransform
@@ -45,7 +59,9 @@ if TYPE_CHECKING:
 AXES = (((-1.5, 1.5), (0.4, 0.6)), ((-1.25, 1.25), (0.7, 0.3)))
 """Means and weights of the Gaussians along each axis."""
 ANGLE = math.radians(30)
-ROTATION = torch.tensor([[math.cos(ANGLE), -math.sin(ANGLE)], [math.sin(ANGLE), math.cos(ANGLE)]], dtype=torch.float64)
+ROTATION = torch.tensor(
+    [[math.cos(ANGLE), -math.sin(ANGLE)], [math.sin(ANGLE), math.cos(ANGLE)]], dtype=torch.float64
+)
 KINDS = ("ddpm", "lines", "exact")
 STEPS, BATCH, MAP_RATE, POINTS, FINE_STEPS, NODES = 6000, 512, 0.05, 4096, 64, 256
 
@@ -53,7 +69,11 @@ STEPS, BATCH, MAP_RATE, POINTS, FINE_STEPS, NODES = 6000, 512, 0.05, 4096, 64, 2
 def corners() -> Mixture:
     """The data."""
     (first, shares), (second, others) = AXES
-    means = [(ROTATION @ torch.tensor([x, y], dtype=torch.float64)).tolist() for x in first for y in second]
+    means = [
+        (ROTATION @ torch.tensor([x, y], dtype=torch.float64)).tolist()
+        for x in first
+        for y in second
+    ]
     return Mixture(means, STD, [one * other for one in shares for other in others])
 
 
@@ -63,7 +83,12 @@ DATA = corners()
 def make(kind: str) -> DiffusionModel:
     """A new model: a diffusion, or one that generates by transport."""
     if kind == "ddpm":
-        return NDM(LinearBetaSchedule(), Identity(), Predictor(MLP(2, hidden=128, blocks=2)), GaussianDecoder())
+        return NDM(
+            LinearBetaSchedule(),
+            Identity(),
+            Predictor(MLP(2, hidden=128, blocks=2)),
+            GaussianDecoder(),
+        )
     return TransportNDM(
         LinearLogSNRSchedule(-11.2, -11.19),
         InterpolationTransform(),
@@ -74,9 +99,13 @@ def make(kind: str) -> DiffusionModel:
 
 
 def trained(report: Report, kind: str) -> DiffusionModel:
-    """A model, trained on fresh samples of the data; as :func:`ndm.reproduce.transport.kept` gives it."""
+    """A model, trained on fresh samples of the data; as :func:`ndm.reproduce.transport.kept` gives
+    it.
+    """
     steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
-    return kept(report, kind, 0, lambda: fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE))
+    return kept(
+        report, kind, 0, lambda: fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE)
+    )
 
 
 def optimal(z: Tensor) -> Tensor:
@@ -87,22 +116,35 @@ def optimal(z: Tensor) -> Tensor:
 
 
 def prior_points(count: int, seed: int = 0) -> Tensor:
-    """Points of the prior, evener than random ones: a scrambled Sobol sequence, ``(count, 2)``, float64."""
-    unit = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    """Points of the prior, evener than random ones: a scrambled Sobol sequence, ``(count, 2)``,
+    float64.
+    """
+    unit = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(
+        count, dtype=torch.float64
+    )
     return torch.special.ndtri(unit.clamp(1e-9, 1 - 1e-9))
 
 
 @torch.no_grad()
 def flow(model: DiffusionModel, z: Tensor, steps: int) -> Tensor:
     """Where the generative ODE takes points of the prior, ``(B, 2)``: a transport in one step."""
-    return few_steps(model, z, 1)["Euler"] if isinstance(model, TransportNDM) else trajectories(model, z, steps)[0]
+    return (
+        few_steps(model, z, 1)["Euler"]
+        if isinstance(model, TransportNDM)
+        else trajectories(model, z, steps)[0]
+    )
 
 
 def distances(image: Tensor, best: Tensor) -> dict[str, float]:
-    """Bounds on W2 between the images of points of the prior and the data, from below and above; ``best`` is where T* takes the points."""
+    """Bounds on W2 between the images of points of the prior and the data, from below and above;
+    ``best`` is where T* takes the points.
+    """
     ours, others = (points @ ROTATION for points in (image, best))
     along = (ours.sort(0).values - others.sort(0).values).square().sum(1).mean().sqrt()
-    return {"w2_least": float(along), "w2_most": float((image - best).square().sum(1).mean().sqrt())}
+    return {
+        "w2_least": float(along),
+        "w2_most": float((image - best).square().sum(1).mean().sqrt()),
+    }
 
 
 def measure(model: DiffusionModel, kind: str, fine: int, smoke: bool, seed: int) -> dict[str, Any]:
@@ -110,20 +152,33 @@ def measure(model: DiffusionModel, kind: str, fine: int, smoke: bool, seed: int)
     z = prior_points(256 if smoke else POINTS)
     best = optimal(z)
     with torch.no_grad():
-        image, path, steps = flow(model, z, fine), trajectories(model, z[:512], fine), few_steps(model, z, 1)
+        image, path, steps = (
+            flow(model, z, fine),
+            trajectories(model, z[:512], fine),
+            few_steps(model, z, 1),
+        )
     x = DATA.sample(len(z), torch.Generator().manual_seed(part_seed(seed, 1))).double()
     found: dict[str, Any] = {"points": len(z)}
     if kind != "exact":
         generator = torch.Generator().manual_seed(part_seed(seed, 2))
-        nelbo = integrated_bound(model, x, lambda: torch.randn(x.shape, dtype=x.dtype, generator=generator), 16 if smoke else NODES)[
-            "nelbo"
-        ]
+        nelbo = integrated_bound(
+            model,
+            x,
+            lambda: torch.randn(x.shape, dtype=x.dtype, generator=generator),
+            16 if smoke else NODES,
+        )["nelbo"]
         found["nelbo_over_log_p"] = mean_and_error(nelbo + DATA.log_prob(x))
     if isinstance(model, TransportNDM):
-        found["nll_over_log_p"] = mean_and_error(DATA.log_prob(x) - model.log_likelihood(x, dequantization="none").log_p)
+        found["nll_over_log_p"] = mean_and_error(
+            DATA.log_prob(x) - model.log_likelihood(x, dequantization="none").log_p
+        )
     found["cost"] = float((image - z).square().sum(1).mean() / (best - z).square().sum(1).mean())
     found["bend"] = bend(path)
-    return {**found, **distances(image, best), "one_step": {name: distances(ends, best) for name, ends in steps.items()}}
+    return {
+        **found,
+        **distances(image, best),
+        "one_step": {name: distances(ends, best) for name, ends in steps.items()},
+    }
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -138,23 +193,29 @@ def run(report: Report) -> None:
     for kind in KINDS:
         print(f"{report.name}: {NAMES[kind]}", flush=True)
         models[kind] = trained(report, kind)
-        found[kind] = report.cache(kind, partial(measure, models[kind], kind, fine, report.smoke, report.seed))
+        found[kind] = report.cache(
+            kind, partial(measure, models[kind], kind, fine, report.smoke, report.seed)
+        )
     report.number("entropy", DATA.entropy())
     report.number("models", found)
     report.say(
-        f"Data: four Gaussians with standard deviation {STD} at the corners of a rectangle of 3 by 2.5, turned by 30 degrees; entropy {DATA.entropy():.4f} nats. "
-        f"One training of each model on fresh samples, {STEPS:,} steps of {BATCH}. {NAMES['lines']} generates by displacement interpolation alone, "
-        "by the gradient of a convex function. The last model is the same map trained on its exact likelihood, a yardstick without a forward process."
+        f"Data: four Gaussians with standard deviation {STD} at the corners of a rectangle of 3 by"
+        f" 2.5, turned by 30 degrees; entropy {DATA.entropy():.4f} nats. One training of each model"
+        f" on fresh samples, {STEPS:,} steps of {BATCH}. {NAMES['lines']} generates by displacement"
+        " interpolation alone, by the gradient of a convex function. The last model is the same"
+        " map trained on its exact likelihood, a yardstick without a forward process."
     )
     report.figure(
         "trajectories",
         draw_trajectories(models, fine),
-        "Trajectories of the generative ODE from the same points of the prior (hollow) to the data (filled)",
+        "Trajectories of the generative ODE from the same points of the prior (hollow) to the data"
+        " (filled)",
     )
     report.figure(
         "map",
         draw_map(models, fine),
-        "Where circles and rays of the prior are taken by the optimal map, by the learned one and by the flow of the diffusion",
+        "Where circles and rays of the prior are taken by the optimal map, by the learned one and"
+        " by the flow of the diffusion",
     )
     table(report, found)
     diffusion, lines = found["ddpm"]["one_step"], found["lines"]
@@ -162,26 +223,60 @@ def run(report: Report) -> None:
     report.expect("bend of the trajectories", lines["bend"], 0.01)
     for name, least in diffusion.items():
         ratio = lines["one_step"]["Euler"]["w2_most"] / least["w2_least"]
-        report.expect(f"W2 of one step, at most, over that of one step of DDPM by {name}, at least", ratio, 0.1)
+        report.expect(
+            f"W2 of one step, at most, over that of one step of DDPM by {name}, at least",
+            ratio,
+            0.1,
+        )
 
 
 def table(report: Report, found: dict[str, dict[str, Any]]) -> None:
     """The numbers, of the whole ODE and of one step."""
     rows = []
     for kind, one in found.items():
-        excess = [plus_minus(one[key][0], one[key][1], 4) if key in one else "—" for key in ("nelbo_over_log_p", "nll_over_log_p")]
+        excess = [
+            plus_minus(one[key][0], one[key][1], 4) if key in one else "—"
+            for key in ("nelbo_over_log_p", "nll_over_log_p")
+        ]
         rows.append(
-            [f"{NAMES[kind]}, ODE", *excess, f"{one['cost']:.4f}", f"{one['bend']:.1e}", f"{one['w2_least']:.4f}", f"{one['w2_most']:.4f}"]
+            [
+                f"{NAMES[kind]}, ODE",
+                *excess,
+                f"{one['cost']:.4f}",
+                f"{one['bend']:.1e}",
+                f"{one['w2_least']:.4f}",
+                f"{one['w2_most']:.4f}",
+            ]
         )
         for name, step in one["one_step"].items():
-            rows.append([f"{NAMES[kind]}, one step of {name}", "", "", "", "", f"{step['w2_least']:.4f}", f"{step['w2_most']:.4f}"])
+            rows.append(
+                [
+                    f"{NAMES[kind]}, one step of {name}",
+                    "",
+                    "",
+                    "",
+                    "",
+                    f"{step['w2_least']:.4f}",
+                    f"{step['w2_most']:.4f}",
+                ]
+            )
     report.table(
-        ["model", "NELBO, nats over the data's -log p", "NLL, likewise", "cost over optimal", "bend", "W2 at least", "W2 at most"], rows
+        [
+            "model",
+            "NELBO, nats over the data's -log p",
+            "NLL, likewise",
+            "cost over optimal",
+            "bend",
+            "W2 at least",
+            "W2 at most",
+        ],
+        rows,
     )
     any_ = found["ddpm"]
     report.say(
-        f"{any_['points']:,} points of the prior (Sobol) and as many fresh examples, fresh noise at each of {NODES} times; ± over examples. W2 lies between the distance "
-        "along the two axes and that of the maps; NLL is of the ODE's own samples, without the decoder's noise."
+        f"{any_['points']:,} points of the prior (Sobol) and as many fresh examples, fresh noise at"
+        f" each of {NODES} times; ± over examples. W2 lies between the distance along the two axes"
+        " and that of the maps; NLL is of the ODE's own samples, without the decoder's noise."
     )
 
 
@@ -196,10 +291,28 @@ def draw_trajectories(models: dict[str, DiffusionModel], steps: int) -> "Figure"
         axis.contour(grid, grid, density, levels=6, colors="#9a9a9a", linewidths=0.6)
         with torch.no_grad():
             path = trajectories(models[kind], z, steps).numpy()
-        axis.plot(path[..., 0], path[..., 1], color="#c9a06b" if kind == "ddpm" else "#7fa37f", linewidth=0.7)
-        axis.scatter(*path[-1].T, s=9, facecolors="none", edgecolors="#444444", linewidths=0.6, label="prior, z₁")
+        axis.plot(
+            path[..., 0],
+            path[..., 1],
+            color="#c9a06b" if kind == "ddpm" else "#7fa37f",
+            linewidth=0.7,
+        )
+        axis.scatter(
+            *path[-1].T,
+            s=9,
+            facecolors="none",
+            edgecolors="#444444",
+            linewidths=0.6,
+            label="prior, z₁",
+        )
         axis.scatter(*path[0].T, s=7, color=LOOKS[kind]["color"], label="data, x", zorder=3)
-        axis.set(title=NAMES[kind], xlabel="first coordinate", xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
+        axis.set(
+            title=NAMES[kind],
+            xlabel="first coordinate",
+            xlim=(-3.6, 3.6),
+            ylim=(-3.6, 3.6),
+            aspect="equal",
+        )
         axis.legend(frameon=False, fontsize="small", loc="upper right")
         if kind == "ddpm":
             axis.set_ylabel("second coordinate")
@@ -207,16 +320,26 @@ def draw_trajectories(models: dict[str, DiffusionModel], steps: int) -> "Figure"
 
 
 def draw_map(models: dict[str, DiffusionModel], steps: int) -> "Figure":
-    """Circles and rays of the prior under the optimal map, the learned one and the diffusion's flow."""
+    """Circles and rays of the prior under the optimal map, the learned one and the diffusion's
+    flow.
+    """
     figure = new_figure(11.4, 4.0)
     turn = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)
     circles = [radius * torch.stack([turn.cos(), turn.sin()], 1) for radius in (0.5, 1.0, 1.5, 2.0)]
     reach = torch.linspace(0, 2.0, 121, dtype=torch.float64)[:, None]
-    rays = [reach * torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64) for a in np.arange(0, 2 * math.pi, math.pi / 8)]
+    rays = [
+        reach * torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64)
+        for a in np.arange(0, 2 * math.pi, math.pi / 8)
+    ]
     curves = [(circles, {"color": "#1b3a6b"}), (rays, {"color": "#b06000", "linestyle": "--"})]
     points = torch.cat([line for lines, _ in curves for line in lines])
-    images = {"optimal": optimal(points), **{NAMES[kind]: flow(models[kind], points, steps) for kind in ("lines", "ddpm")}}
-    for axis, (name, image) in zip(figure.subplots(1, 3, sharex=True, sharey=True), images.items(), strict=True):
+    images = {
+        "optimal": optimal(points),
+        **{NAMES[kind]: flow(models[kind], points, steps) for kind in ("lines", "ddpm")},
+    }
+    for axis, (name, image) in zip(
+        figure.subplots(1, 3, sharex=True, sharey=True), images.items(), strict=True
+    ):
         rest = image
         for lines, look in curves:
             for line in lines:

@@ -1,9 +1,11 @@
-"""torch.compile for the training bound, as one graph; names of weights, checkpoints and saved models stay the same.
+"""torch.compile for the training bound, as one graph; names of weights, checkpoints and saved
+models stay the same.
 
-The graph holds every network, the process and the terms of the bound, forward and backward, and draws nothing but dropout: random numbers
-come in. A learned F that is differentiated in time by forward mode is compiled with the rest if its network is one of :mod:`ndm.nn`; any
-other runs uncompiled in the middle. With CUDA graphs, which take one batch size and no accumulated gradients, the device starts a
-whole pass at once.
+The graph holds every network, the process and the terms of the bound, forward and backward, and
+draws nothing but dropout: random numbers come in. A learned F that is differentiated in time by
+forward mode is compiled with the rest if its network is one of :mod:`ndm.nn`; any other runs
+uncompiled in the middle. With CUDA graphs, which take one batch size and no accumulated gradients,
+the device starts a whole pass at once.
 """
 
 import sys
@@ -23,7 +25,9 @@ class Terms(NamedTuple):
     loss: Tensor
     """Mean over the batch of what is minimized, ``()``, nats."""
     means: Tensor
-    """Means over the batch of prior, diffusion, reconstruction and their sum, ``(4,)``, nats; no gradient."""
+    """Means over the batch of prior, diffusion, reconstruction and their sum, ``(4,)``, nats; no
+    gradient.
+    """
     diffusion: Tensor
     """The diffusion term of each example, ``(B,)``, nats; no gradient."""
 
@@ -47,25 +51,34 @@ def compiled(terms: TermsFunction, cuda_graphs: bool = False, **options: Any) ->
 
     Args:
         terms: what to compile.
-        cuda_graphs: record the kernels of each pass once and start them together; ignored where there is no GPU.
+        cuda_graphs: record the kernels of each pass once and start them together; ignored where
+            there is no GPU.
         options: for ``torch.compile``.
     """
     if options.get("backend", "inductor") == "inductor":
         # Buffers are reused where tangents of forward mode are zeros that nothing may write to.
-        options["options"] = {"allow_buffer_reuse": False, "triton.cudagraphs": cuda_graphs and torch.cuda.is_available()}
+        options["options"] = {
+            "allow_buffer_reuse": False,
+            "triton.cudagraphs": cuda_graphs and torch.cuda.is_available(),
+        }
     return torch.compile(terms, dynamic=False, **options)
 
 
 def try_compiling(
-    model: DiffusionModel, terms: TermsFunction, trial: Callable[[TermsFunction], Tensor], cuda_graphs: bool = False, speak: bool = True
+    model: DiffusionModel,
+    terms: TermsFunction,
+    trial: Callable[[TermsFunction], Tensor],
+    cuda_graphs: bool = False,
+    speak: bool = True,
 ) -> TermsFunction:
     """Compile the training bound, or leave it as it is, with one line on stderr, if that fails.
 
     Args:
         model: the model.
         terms: its training bound.
-        trial: a loss such as that of a training step, by a function like ``terms``. It is computed with its gradients, because compilation
-            happens, and fails, at the first call, forward or backward; buffers are left as they were, gradients are cleared (None).
+        trial: a loss such as that of a training step, by a function like ``terms``. It is computed
+            with its gradients, because compilation happens, and fails, at the first call, forward
+            or backward; buffers are left as they were, gradients are cleared (None).
         cuda_graphs: see :func:`compiled`.
         speak: whether this process prints.
 
@@ -86,7 +99,11 @@ def try_compiling(
         trial(terms).backward()  # an error that is not the compiler's is raised here as it is
         if speak:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            print(f"train.compile: this machine or network cannot be compiled ({reason}); training goes on uncompiled", file=sys.stderr)
+            print(
+                f"train.compile: this machine or network cannot be compiled ({reason}); training"
+                " goes on uncompiled",
+                file=sys.stderr,
+            )
         return terms
     finally:
         model.zero_grad()

@@ -1,6 +1,8 @@
-"""The configuration of a run: data, model, training settings and seed, read from YAML files and options (jsonargparse).
+"""The configuration of a run: data, model, training settings and seed, read from YAML files and
+options (jsonargparse).
 
-Values have dotted names as on the command line, without the ``init_args`` of classes: ``model.predictor.network.channels``.
+Values have dotted names as on the command line, without the ``init_args`` of classes:
+``model.predictor.network.channels``.
 """
 
 import json
@@ -22,7 +24,9 @@ from ndm.train.settings import TrainSettings
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Overrides = Sequence[str] | Mapping[str, object]
-"""Options as on the command line, ``["--train.steps", "100"]``, or values by name, ``{"train.steps": 100}``."""
+"""Options as on the command line, ``["--train.steps", "100"]``, or values by name,
+``{"train.steps": 100}``.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All values, as YAML and JSON hold them."""
-        config: dict[str, Any] = yaml.safe_load(config_parser().dump(self.arguments, skip_unset=False))
+        config: dict[str, Any] = yaml.safe_load(
+            config_parser().dump(self.arguments, skip_unset=False)
+        )
         return {key: value for key, value in config.items() if key != "config"}
 
     def build(self) -> RunParts:
@@ -111,8 +117,17 @@ class RunConfig:
 def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
     """A parser of configurations, for the command ``ndm NAME``; ``options`` go to the parser."""
     parser = ArgumentParser(prog=f"ndm {name}", exit_on_error=False, **options)
-    parser.add_argument("--config", action="config", help="YAML file with the sections data, model and train; later options override it")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights, the data order, the times and the noise")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with the sections data, model and train; later options override it",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the initial weights, the data order, the times and the noise",
+    )
     add_data(parser)
     add_model(parser)
     parser.add_class_arguments(TrainSettings, "train")
@@ -121,18 +136,30 @@ def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
 
 def add_data(parser: ArgumentParser) -> None:
     """Let a parser take a section ``data``."""
-    parser.add_subclass_arguments(DataSource, "data", required=True, help="the data: a class of ndm.data; see --data.help CLASS")
+    parser.add_subclass_arguments(
+        DataSource,
+        "data",
+        required=True,
+        help="the data: a class of ndm.data; see --data.help CLASS",
+    )
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """Let a parser take a section ``model``: any :class:`ndm.DiffusionModel`; :class:`ndm.NDM` unless another class is named."""
+    """Let a parser take a section ``model``: any :class:`ndm.DiffusionModel`; :class:`ndm.NDM`
+    unless another class is named.
+    """
     parser.add_subclass_arguments(
-        DiffusionModel, "model", required=True, help="the model: ndm.NDM unless another class is named; see --model.help CLASS"
+        DiffusionModel,
+        "model",
+        required=True,
+        help="the model: ndm.NDM unless another class is named; see --model.help CLASS",
     )
     parser.set_defaults({"model": {"class_path": "ndm.NDM"}})
 
 
-def parse(parser: ArgumentParser, options: Sequence[str], base: Namespace | None = None) -> Namespace:
+def parse(
+    parser: ArgumentParser, options: Sequence[str], base: Namespace | None = None
+) -> Namespace:
     """Parse options, on top of a parsed base.
 
     Raises:
@@ -184,16 +211,24 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {path.parent} is not a run of ndm train") from error
+        raise UserError(
+            f"{path} does not exist; {path.parent} is not a run of ndm train"
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read; it is damaged: restore it, or train into another folder") from error
+        raise UserError(
+            f"{path} cannot be read; it is damaged: restore it, or train into another folder"
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no configuration; it is damaged: restore it, or train into another folder")
+        raise UserError(
+            f"{path} holds no configuration; it is damaged: restore it, or train into another"
+            " folder"
+        )
     return config
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration: a path, or the name of one that comes with the library, such as ``digits``.
+    """The file of a configuration: a path, or the name of one that comes with the library, such as
+    ``digits``.
 
     Raises:
         UserError: there is neither.
@@ -206,7 +241,9 @@ def find_config(name: str) -> Path:
     if len(path.parts) == 1 and packaged.is_file():
         return packaged
     names = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
-    raise UserError(f"there is no configuration {name}: give the path of a YAML file, or one of {names}")
+    raise UserError(
+        f"there is no configuration {name}: give the path of a YAML file, or one of {names}"
+    )
 
 
 def _with_paths(options: Sequence[str]) -> list[str]:
@@ -224,7 +261,9 @@ def flat(config: object, prefix: str = "") -> dict[str, object]:
     """Nested values by dotted names."""
     if not isinstance(config, dict):
         return {prefix: config}
-    parts = (flat(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in config.items())
+    parts = (
+        flat(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in config.items()
+    )
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -232,5 +271,8 @@ def as_options(overrides: Overrides) -> list[str]:
     """Overrides as options on the command line."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    pairs = ((f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in overrides.items())
+    pairs = (
+        (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+        for name, value in overrides.items()
+    )
     return [word for pair in pairs for word in pair]

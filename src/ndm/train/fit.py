@@ -12,16 +12,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ndm.errors import UserError
 from ndm.serialize import write_atomically
+from ndm.train.callbacks import EMA, FinalCheckpoint, ProgressBar, quiet_lightning
 from ndm.train.config import RunParts
-from ndm.train.module import EMA, FinalCheckpoint, ProgressBar, TrainingModule, quiet_lightning
+from ndm.train.module import TrainingModule
 from ndm.train.run import Run
 from ndm.train.settings import TrainSettings
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it. Lightning's own way copies from /tmp, which may be another disk."""
+    """Writes a checkpoint beside its place and renames it. Lightning's own way copies from /tmp,
+    which may be another disk.
+    """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
 
@@ -29,7 +34,12 @@ def make_trainer(settings: TrainSettings, run: Run, progress: bool = True) -> Tr
     """Lightning's trainer for a run, with or without a progress bar."""
     checkpoint = run.checkpoint_path
     callbacks: list[Callback] = [
-        ModelCheckpoint(checkpoint.parent, checkpoint.stem, every_n_train_steps=settings.checkpoint_every, enable_version_counter=False),
+        ModelCheckpoint(
+            checkpoint.parent,
+            checkpoint.stem,
+            every_n_train_steps=settings.checkpoint_every,
+            enable_version_counter=False,
+        ),
         FinalCheckpoint(checkpoint),
         LearningRateMonitor(),
     ]
@@ -52,7 +62,9 @@ def make_trainer(settings: TrainSettings, run: Run, progress: bool = True) -> Tr
         callbacks=callbacks,
         logger=[csv, TensorBoardLogger(run.folder, name="logs", version=csv.version)],
         log_every_n_steps=min(settings.log_every, settings.steps),
-        val_check_interval=settings.validate_every * settings.accumulate if settings.validate_every else None,
+        val_check_interval=(
+            settings.validate_every * settings.accumulate if settings.validate_every else None
+        ),
         limit_val_batches=None if validate else 0,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -71,7 +83,8 @@ def fit(parts: RunParts, run: Run, seed: int) -> bool:
         Whether this process is the first of all, the one that writes.
 
     Raises:
-        UserError: the checkpoint is damaged, or training failed for a reason that the user can remove.
+        UserError: the checkpoint is damaged, or training failed for a reason that the user can
+            remove.
         KeyboardInterrupt: the run was interrupted.
     """
     quiet_lightning()
@@ -81,17 +94,22 @@ def fit(parts: RunParts, run: Run, seed: int) -> bool:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"this machine cannot train with these settings: {reason}; see train.accelerator, train.devices, train.strategy"
+            f"this machine cannot train with these settings: {reason}; see train.accelerator,"
+            " train.devices, train.strategy"
         ) from error
     if run.checkpoint_path.exists():
         first_step = run.checkpoint()["global_step"]
         if trainer.is_global_zero:
             print(f"{run.folder}: resuming from step {first_step} of {settings.steps}", flush=True)
     if first_step < settings.steps:
-        validation = parts.data.split(settings.validation_split) if settings.validate_every else None
+        validation = (
+            parts.data.split(settings.validation_split) if settings.validate_every else None
+        )
         module = TrainingModule(parts.model, settings, seed, parts.data.split("train"), validation)
         try:
-            trainer.fit(module, ckpt_path=run.checkpoint_path if first_step else None, weights_only=True)
+            trainer.fit(
+                module, ckpt_path=run.checkpoint_path if first_step else None, weights_only=True
+            )
         except SystemExit as error:  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from error
     return trainer.is_global_zero

@@ -1,16 +1,14 @@
-"""The Lightning side of training: a thin module and its callbacks. The objective is :meth:`ndm.NDM.bound`."""
+"""The Lightning side of training: a thin module and its callbacks. The objective is
+:meth:`ndm.NDM.bound`.
+"""
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,8 +25,6 @@ from ndm.train.compilation import TermsFunction, compiled, training_terms, try_c
 from ndm.train.settings import TrainSettings
 
 VALIDATION_SEED = 1
-MOVES_EVERY = 0.5
-"""Seconds between two moves of the progress bar."""
 TERMS = ("prior", "diffusion", "reconstruction", "nelbo")
 
 
@@ -44,7 +40,12 @@ class TrainingModule(LightningModule):
     """
 
     def __init__(
-        self, model: DiffusionModel, settings: TrainSettings, seed: int, data: EventDataset, validation: EventDataset | None = None
+        self,
+        model: DiffusionModel,
+        settings: TrainSettings,
+        seed: int,
+        data: EventDataset,
+        validation: EventDataset | None = None,
     ):
         super().__init__()
         self.model, self.settings, self.seed = model, settings, seed
@@ -54,7 +55,9 @@ class TrainingModule(LightningModule):
         self._watch = Watch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep for how many seconds the run has been trained, over all its calls. What is not finite is never saved."""
+        """Keep for how many seconds the run has been trained, over all its calls. What is not
+        finite is never saved.
+        """
         self._watch.read()
         checkpoint["seconds"] = self._earlier + time.perf_counter() - self._started
 
@@ -71,8 +74,9 @@ class TrainingModule(LightningModule):
         parts = self.trainer.world_size * self.settings.accumulate
         if self.settings.batch_size % parts:
             raise UserError(
-                f"train.batch_size={self.settings.batch_size} does not split over {self.trainer.world_size} processes times "
-                f"{self.settings.accumulate} accumulated batches; give a multiple of {parts}"
+                f"train.batch_size={self.settings.batch_size} does not split over"
+                f" {self.trainer.world_size} processes times {self.settings.accumulate} accumulated"
+                f" batches; give a multiple of {parts}"
             )
         return self.settings.batch_size // parts
 
@@ -98,10 +102,17 @@ class TrainingModule(LightningModule):
         batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
         return [self._loader(self._validation, batches)]
 
-    def _loader(self, data: EventDataset, batches: RunBatches | list[list[int]]) -> DataLoader[Tensor]:
+    def _loader(
+        self, data: EventDataset, batches: RunBatches | list[list[int]]
+    ) -> DataLoader[Tensor]:
         workers, pinned = self.settings.workers, self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            data, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned
+            data,
+            batch_sampler=batches,
+            collate_fn=keep_batch,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pinned,
         )
 
     def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
@@ -110,10 +121,14 @@ class TrainingModule(LightningModule):
         return batch
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The bound of one part of a batch, with random numbers that depend on the seed and the part alone."""
+        """The bound of one part of a batch, with random numbers that depend on the seed and the
+        part alone.
+        """
         accumulate, step = self.settings.accumulate, self.trainer.global_step
         index = step * accumulate + batch_idx % accumulate
-        torch.manual_seed(part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank))
+        torch.manual_seed(
+            part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank)
+        )
         draw = self.model.draw(batch)
         terms = self._terms(batch, draw)
         self.model.learn_times(draw, terms.diffusion)
@@ -124,13 +139,19 @@ class TrainingModule(LightningModule):
         return terms.loss / event_size(batch)
 
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of the gradient; a run whose gradient is not finite ends before its next checkpoint.
+        """Clip the norm of the gradient; a run whose gradient is not finite ends before its next
+        checkpoint.
 
         16-mixed skips such steps itself.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         if self.settings.precision != "16-mixed":
             self._watch.look("gradient", norm, self.trainer.global_step)
@@ -145,30 +166,47 @@ class TrainingModule(LightningModule):
         dims = event_size(batch)
         values = {f"{stage}/{name}_bpd": bits_per_dim(mean, dims) for name, mean in means.items()}
         self.log_dict(values, prog_bar=False, batch_size=batch.shape[0])
-        self.log(f"{stage}_bpd", values[f"{stage}/nelbo_bpd"], prog_bar=True, logger=False, batch_size=batch.shape[0])
+        self.log(
+            f"{stage}_bpd",
+            values[f"{stage}/nelbo_bpd"],
+            prog_bar=True,
+            logger=False,
+            batch_size=batch.shape[0],
+        )
 
     def _can_fuse(self) -> bool:
-        """Whether one fused operation may step all weights: not with gradients that are scaled (16-mixed) or sharded (fsdp)."""
+        """Whether one fused operation may step all weights: not with gradients that are scaled
+        (16-mixed) or sharded (fsdp).
+        """
         plain = self.settings.precision != "16-mixed" and "fsdp" not in self.settings.strategy
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return plain and all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
+        return plain and all(
+            parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+            for parameter in parameters
+        )
 
     def on_train_start(self) -> None:
-        """Compile the bound, if asked to: here the model is where it will be trained, and its weights are restored."""
+        """Compile the bound, if asked to: here the model is where it will be trained, and its
+        weights are restored.
+        """
         self._started = time.perf_counter()
         if not self.settings.compile:
             return
         if "fsdp" in self.settings.strategy:
             self._terms = compiled(self._terms)
             return
-        part = self._data.__getitems__([index % len(self._data) for index in range(self.part_size())]).to(self.model.like)
+        part = self._data.__getitems__(
+            [index % len(self._data) for index in range(self.part_size())]
+        ).to(self.model.like)
 
         def trial(terms: TermsFunction) -> Tensor:
             with self.trainer.precision_plugin.train_step_context():
                 return terms(part, self.model.draw(part)).loss
 
         graphs = self.model.like.device.type == "cuda" and self.settings.accumulate == 1
-        self._terms = try_compiling(self.model, self._terms, trial, graphs, self.trainer.is_global_zero)
+        self._terms = try_compiling(
+            self.model, self._terms, trial, graphs, self.trainer.is_global_zero
+        )
 
     def on_train_end(self) -> None:
         """Let go of what was compiled: evaluation has other batch sizes."""
@@ -179,18 +217,23 @@ class TrainingModule(LightningModule):
         """The optimizer with a warm-up, and with a rate of its own for F."""
         settings = self.settings
         transform = {id(p) for p in self.model.transform.parameters()}
-        exempt = {id(parameter) for module in self.model.modules() for parameter in _undecayed(module)}
+        exempt = {
+            id(parameter) for module in self.model.modules() for parameter in _undecayed(module)
+        }
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                # Weight decay is for matrices and kernels: it would pull norms, biases and the schedule off their meaning.
+                # Weight decay is for matrices and kernels: it would pull norms, biases and the
+                # schedule off their meaning.
                 decays = parameter.dim() >= 2 and id(parameter) not in exempt
                 groups.setdefault((id(parameter) in transform, decays), []).append(parameter)
         optimizer = self._optimizer(
             [
                 {
                     "params": parameters,
-                    "lr": settings.learning_rate * (settings.transform_rate if of_transform else 1.0),
+                    "lr": (
+                        settings.learning_rate * (settings.transform_rate if of_transform else 1.0)
+                    ),
                     "weight_decay": settings.weight_decay if decays else 0.0,
                 }
                 for (of_transform, decays), parameters in groups.items()
@@ -199,11 +242,18 @@ class TrainingModule(LightningModule):
 
         def rate(step: int) -> float:
             rise = min(1.0, (step + 1) / (settings.warmup + 1))
-            fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps))) if settings.decay == "cosine" else 1.0
+            fall = (
+                0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
+                if settings.decay == "cosine"
+                else 1.0
+            )
             return rise * fall
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         if self.settings.optimizer == "adamw":
@@ -212,21 +262,38 @@ class TrainingModule(LightningModule):
         from pytorch_optimizer import SOAP, Muon  # a second to import
 
         if self.settings.optimizer == "soap":
-            return SOAP(groups, lr=self.settings.learning_rate, betas=(0.95, 0.99), precondition_frequency=10)
-        # Steps of matrices are scaled to the size of AdamW's, so that one learning rate serves both.
-        kinds = [{**group, "use_muon": all(parameter.dim() >= 2 for parameter in group["params"])} for group in groups]
+            return SOAP(
+                groups,
+                lr=self.settings.learning_rate,
+                betas=(0.95, 0.99),
+                precondition_frequency=10,
+            )
+        # Steps of matrices are scaled to the size of AdamW's, so that one learning rate serves
+        # both.
+        kinds = [
+            {**group, "use_muon": all(parameter.dim() >= 2 for parameter in group["params"])}
+            for group in groups
+        ]
         return Muon(kinds, use_adjusted_lr=True, adamw_betas=(0.9, 0.99), adamw_eps=1e-8)
 
 
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a module names in ``no_weight_decay``, an attribute or, as in timm's networks, a method."""
+    """The parameters that a module names in ``no_weight_decay``, an attribute or, as in timm's
+    networks, a method.
+    """
     names = getattr(module, "no_weight_decay", ())
     names = set(names() if callable(names) else names)
-    return [parameter for name, parameter in module.named_parameters() if name in names] if names else []
+    return (
+        [parameter for name, parameter in module.named_parameters() if name in names]
+        if names
+        else []
+    )
 
 
 class Watch:
-    """Remembers on the device in which step something was not finite first, and is read now and then: each look alone would wait."""
+    """Remembers on the device in which step something was not finite first, and is read now and
+    then: each look alone would wait.
+    """
 
     def __init__(self) -> None:
         self._first: dict[str, Tensor] = {}
@@ -246,101 +313,11 @@ class Watch:
             UserError: something was not finite.
         """
         found = [(int(first), what) for what, first in self._first.items()]
-        step, what = min((pair for pair in found if pair[0] >= 0), key=lambda pair: pair[0], default=(-1, ""))
+        step, what = min(
+            (pair for pair in found if pair[0] >= 0), key=lambda pair: pair[0], default=(-1, "")
+        )
         if what:
             raise UserError(
-                f"the {what} is not finite at step {step}; train into another --out with a lower train.learning_rate or "
-                "train.gradient_clip, or with train.precision=32-true"
+                f"the {what} is not finite at step {step}; train into another --out with a lower"
+                " train.learning_rate or train.gradient_clip, or with train.precision=32-true"
             )
-
-
-class EMA(WeightAveraging):
-    """Lightning's weight averaging, with the decay min(decay, (1 + n)/(10 + n)) after n updates.
-
-    Buffers are copied, not averaged: integer counts have no average.
-
-    Args:
-        decay: the final decay.
-    """
-
-    def __init__(self, decay: float):
-        super().__init__(use_buffers=False)
-        self.decay = decay
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the average to where the model is: Lightning makes it before it moves the model, and leaves it on the CPU."""
-        assert self._average_model is not None
-        self._average_model.to(pl_module.device)
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Update after each optimizer step, without waiting for the device."""
-        if trainer.global_step <= self._latest_update_step:
-            return
-        assert self._average_model is not None
-        average, count = self._average_model.module, self._latest_update_step  # one update a step
-        self._latest_update_step = trainer.global_step
-        weight = 1 - min(self.decay, (1 + count) / (10 + count)) if count else 1.0
-        torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), weight)
-        for mean, current in zip(average.buffers(), pl_module.buffers(), strict=True):
-            mean.copy_(current)
-        self._average_model.n_averaged += 1
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Steps are what counts."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the trained weights in place: the final checkpoint holds both them and the average."""
-
-
-class FinalCheckpoint(Callback):
-    """Saves the checkpoint of the last step, whatever the interval between checkpoints.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save while the strategy still stands."""
-        trainer.save_checkpoint(self.path)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over the steps of the run, which is one long epoch; it moves by the clock, since each look waits for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._moved = 0.0
-
-    def _should_update(self, current: int, total: int | float) -> bool:
-        if current != total and time.perf_counter() - self._moved < MOVES_EVERY:
-            return False
-        self._moved = time.perf_counter()
-        return True
-
-    def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
-        """Name the bar after what it shows: the run has one epoch."""
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("training")
-
-    def get_metrics(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """Leave out the version number of the log."""
-        metrics = super().get_metrics(*args, **kwargs)
-        metrics.pop("v_num", None)
-        return metrics
-
-
-def quiet_lightning() -> None:
-    """Silence advice of Lightning's that does not apply: the data position is resumed by the step, not by the loader."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*your dataloader is not resumable.*",
-        ".*Checkpoint directory .* exists.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

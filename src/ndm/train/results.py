@@ -32,13 +32,26 @@ def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
     model.to(pick_device(settings.accelerator)).eval()
     model.save_pretrained(run.model_path, {"data": description})
     test = data.split(settings.evaluation_split)
-    record = evaluate_bound(model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True)
-    metrics = {"split": settings.evaluation_split, **record, **baselines(data, settings.evaluation_split)}
-    metrics |= {"data_sha256": description["sha256"], "training_steps": settings.steps, "training_seconds": round(seconds, 1)}
+    record = evaluate_bound(
+        model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True
+    )
+    metrics = {
+        "split": settings.evaluation_split,
+        **record,
+        **baselines(data, settings.evaluation_split),
+    }
+    metrics |= {
+        "data_sha256": description["sha256"],
+        "training_steps": settings.steps,
+        "training_seconds": round(seconds, 1),
+    }
     try:
         draw(parts, run, seed)
     except (UserError, torch.OutOfMemoryError) as error:  # the numbers matter more
-        print(f"ndm: warning: {run.folder} has no pictures: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        print(
+            f"ndm: warning: {run.folder} has no pictures: {' '.join(str(error).split())[:200]}",
+            file=sys.stderr,
+        )
     write_json(run.metrics_path, metrics)
     return metrics
 
@@ -46,14 +59,22 @@ def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
 def describe_results(metrics: dict[str, Any]) -> str:
     """The evaluation as a table for the terminal."""
     lines = [bound_table(metrics)]
-    lines += [f"{name + ' (baseline)':<20}{metrics[f'{name}_bpd']:9.4f}" for name in ("histogram", "xz") if f"{name}_bpd" in metrics]
+    lines += [
+        f"{name + ' (baseline)':<20}{metrics[f'{name}_bpd']:9.4f}"
+        for name in ("histogram", "xz")
+        if f"{name}_bpd" in metrics
+    ]
     seconds = metrics["training_seconds"]
-    lines.append(f"{metrics['num_examples']} {metrics['split']} examples, {metrics['parameters']:,} parameters, trained {seconds:.0f} s")
+    lines.append(
+        f"{metrics['num_examples']} {metrics['split']} examples, {metrics['parameters']:,}"
+        f" parameters, trained {seconds:.0f} s"
+    )
     return "\n".join(lines)
 
 
 def draw(parts: RunParts, run: Run, seed: int) -> None:
-    """Draw samples and F(x, t) over time, with no more images at once than a training batch has, unless they are small.
+    """Draw samples and F(x, t) over time, with no more images at once than a training batch has,
+    unless they are small.
 
     Raises:
         UserError: samples are not finite.
@@ -61,7 +82,10 @@ def draw(parts: RunParts, run: Run, seed: int) -> None:
     model, data, settings = parts.model, parts.data, parts.settings
     test, shape = data.split(settings.evaluation_split), data.describe().event_shape
     images = is_image(shape)
-    count, size = (settings.sample_images or 64) if images else 4096, settings.batch_size // settings.accumulate
+    count, size = (
+        (settings.sample_images or 64) if images else 4096,
+        settings.batch_size // settings.accumulate,
+    )
     samples = model.sample(
         (count, *shape),
         steps=settings.sample_steps,
@@ -69,7 +93,11 @@ def draw(parts: RunParts, run: Run, seed: int) -> None:
         batch_size=max(size, _SAMPLE_VALUES // math.prod(shape)),
         progress=True,
     )
-    write_samples(run.folder / "samples.png", samples, None if images else test.__getitems__(range(min(len(test), 4096))))
+    write_samples(
+        run.folder / "samples.png",
+        samples,
+        None if images else test.__getitems__(range(min(len(test), 4096))),
+    )
     shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
     write_transform(run.folder / "transform.png", model, test.__getitems__(shown), seed=seed)
 
@@ -81,5 +109,10 @@ def baselines(data: DataSource, split: str) -> dict[str, float]:
         return {}
     train, test = (data.split(name) for name in ("train", split))
     most = max(1, _BASELINE_VALUES // math.prod(data.describe().event_shape))
-    first, second = (data.integers(part.__getitems__(range(min(len(part), most)))) for part in (train, test))
-    return {"histogram_bpd": histogram_bpd(first, second, num_values), "xz_bpd": xz_bpd(second, num_values)}
+    first, second = (
+        data.integers(part.__getitems__(range(min(len(part), most)))) for part in (train, test)
+    )
+    return {
+        "histogram_bpd": histogram_bpd(first, second, num_values),
+        "xz_bpd": xz_bpd(second, num_values),
+    }

@@ -1,4 +1,5 @@
-"""A run: a folder with a configuration, checkpoints, logs, the trained model, its evaluation and its pictures.
+"""A run: a folder with a configuration, checkpoints, logs, the trained model, its evaluation and
+its pictures.
 
 =========================  ==================================================================
 ``config.yaml``            the configuration, with all defaults
@@ -26,12 +27,27 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ndm.data import DataDescription, DataSource
-from ndm.decoder import NetworkDecoder
 from ndm.errors import ForeignModuleError, UserError
 from ndm.evaluation.processes import started_first
 from ndm.model import DiffusionModel
-from ndm.serialize import CONFIG_NAME, WEIGHTS_NAME, read_json, read_weights, to_config, write_atomically, write_json
-from ndm.train.config import RunConfig, RunParts, add_data, add_model, build_section, flat, read_values
+from ndm.serialize import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_json,
+    read_weights,
+    to_config,
+    write_atomically,
+    write_json,
+)
+from ndm.train.checks import check_parts, describe
+from ndm.train.config import (
+    RunConfig,
+    add_data,
+    add_model,
+    build_section,
+    flat,
+    read_values,
+)
 from ndm.train.settings import FINAL_SETTINGS, MACHINE_SETTINGS
 
 METRICS = "metrics.json"
@@ -91,15 +107,20 @@ class Run:
         return source
 
     def model(self) -> DiffusionModel:
-        """The trained model, in evaluation mode; that of the last checkpoint if the run is not finished. A model folder will do, too.
+        """The trained model, in evaluation mode; that of the last checkpoint if the run is not
+        finished. A model folder will do, too.
 
-        Networks from outside this library are imported from where ``config.yaml`` says, as when the run is resumed.
+        Networks from outside this library are imported from where ``config.yaml`` says, as when the
+        run is resumed.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
         if not self.folder.is_dir():
-            raise UserError(f"there is no run {self.folder}; make one with: ndm train --config digits --out {self.folder}")
+            raise UserError(
+                f"there is no run {self.folder}; make one with: ndm train --config digits --out"
+                f" {self.folder}"
+            )
         if (self.folder / CONFIG_NAME).is_file():
             return DiffusionModel.from_pretrained(self.folder)
         if (self.model_path / CONFIG_NAME).is_file():
@@ -107,15 +128,23 @@ class Run:
                 return DiffusionModel.from_pretrained(self.model_path)
             except ForeignModuleError:
                 model = self._new_model()
-                model.load_state_dict(read_weights(self.model_path / WEIGHTS_NAME, model.state_dict()))
+                model.load_state_dict(
+                    read_weights(self.model_path / WEIGHTS_NAME, model.state_dict())
+                )
                 model.info = {"data": read_json(self.model_path / CONFIG_NAME).get("data")}
                 return model.eval()
         if not self.checkpoint_path.is_file():
-            raise UserError(f"{self.folder} holds no trained model yet; resume it with: ndm train --out {self.folder}")
+            raise UserError(
+                f"{self.folder} holds no trained model yet; resume it with: ndm train --out"
+                f" {self.folder}"
+            )
         model = self._new_model()
         step = self.load_weights(model)["global_step"]
         model.info = {"data": read_json(self.data_path)}
-        print(f"ndm: warning: {self.folder} is not finished; this is its model after {step:,} steps", file=sys.stderr)
+        print(
+            f"ndm: warning: {self.folder} is not finished; this is its model after {step:,} steps",
+            file=sys.stderr,
+        )
         return model.eval()
 
     def _new_model(self) -> DiffusionModel:
@@ -136,12 +165,14 @@ class Run:
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(
-                f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete it to start the run again"
+                f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete"
+                " it to start the run again"
             ) from error
         return content
 
     def load_weights(self, model: DiffusionModel) -> dict[str, Any]:
-        """Load the weights of the last checkpoint into a model, the averaged ones if there are any, whatever the strategy.
+        """Load the weights of the last checkpoint into a model, the averaged ones if there are any,
+        whatever the strategy.
 
         Returns:
             The checkpoint.
@@ -151,18 +182,24 @@ class Run:
         """
         checkpoint = self.checkpoint()
         try:
-            model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+            model.load_state_dict(
+                {
+                    name.removeprefix("model."): value
+                    for name, value in checkpoint["state_dict"].items()
+                }
+            )
         except RuntimeError as error:
             raise UserError(
-                f"the checkpoint {self.checkpoint_path} does not fit the model of its configuration; another version of ndm wrote it"
+                f"the checkpoint {self.checkpoint_path} does not fit the model of its"
+                " configuration; another version of ndm wrote it"
             ) from error
         return checkpoint
 
     def check(self, config: RunConfig) -> None:
         """Check that the folder is free, or holds a run with this configuration.
 
-        Settings of the machine may differ, and settings of what follows the last step until that is done. Without a checkpoint
-        everything may differ: there is nothing to resume.
+        Settings of the machine may differ, and settings of what follows the last step until that is
+        done. Without a checkpoint everything may differ: there is nothing to resume.
 
         Raises:
             UserError: it holds a run with another configuration, or is a file.
@@ -175,13 +212,20 @@ class Run:
         if new.keys() - old.keys():  # perhaps an older version wrote it, which had fewer settings
             with contextlib.suppress(UserError):
                 old = flat(RunConfig.read(self.config_path).to_dict())
-        ignored = {f"train.{name}" for name in (*MACHINE_SETTINGS, *(() if self.finished else FINAL_SETTINGS))}
-        changed = sorted(key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key))
+        ignored = {
+            f"train.{name}"
+            for name in (*MACHINE_SETTINGS, *(() if self.finished else FINAL_SETTINGS))
+        }
+        changed = sorted(
+            key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)
+        )
         if changed:
             key = changed[0]
             raise UserError(
-                f"{self.folder} holds a run with another configuration: {key} is {old.get(key)!r} there and {new.get(key)!r} here"
-                f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose another --out, or give --out alone to resume it"
+                f"{self.folder} holds a run with another configuration: {key} is {old.get(key)!r}"
+                f" there and {new.get(key)!r}"
+                f" here{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose"
+                " another --out, or give --out alone to resume it"
             )
 
     def train(self, config: RunConfig) -> dict[str, Any] | None:
@@ -191,15 +235,15 @@ class Run:
             The metrics, or None in processes other than the first.
 
         Raises:
-            UserError: the folder holds another run, the configuration is wrong, the data changed, or training failed for a reason that
-                the user can remove.
+            UserError: the folder holds another run, the configuration is wrong, the data changed,
+                or training failed for a reason that the user can remove.
         """
         self.check(config)
         if self.finished:
             metrics = self.metrics()
             print(
-                f"{self.folder} is finished: {float(metrics.get('nelbo_bpd', 'nan')):.4f} bits/dim on {metrics.get('split')}; nothing to do "
-                "(choose another --out to train again)"
+                f"{self.folder} is finished: {float(metrics.get('nelbo_bpd', 'nan')):.4f} bits/dim"
+                f" on {metrics.get('split')}; nothing to do (choose another --out to train again)"
             )
             return metrics
         torch.manual_seed(config.seed)
@@ -213,7 +257,9 @@ class Run:
             self.check(config)  # again: another process may have trained into it until now
             if started_first():
                 text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-                write_atomically(self.config_path, lambda path: path.write_text(text, encoding="utf-8"))
+                write_atomically(
+                    self.config_path, lambda path: path.write_text(text, encoding="utf-8")
+                )
                 print(describe(parts, self.folder), flush=True)
             self._record_data(parts.data)
             from ndm.train.fit import fit  # here: Lightning takes seconds to import
@@ -237,19 +283,24 @@ class Run:
             then = DataDescription.from_dict(read_json(self.data_path))
             if then.sha256 != now.sha256:
                 raise UserError(
-                    f"{now.name} changed since {self.folder} began (sha256 {then.sha256[:12]} then, {now.sha256[:12]} now): examples that it "
-                    "was trained on may be among the test examples; restore the data, or choose another --out"
+                    f"{now.name} changed since {self.folder} began (sha256 {then.sha256[:12]} then,"
+                    f" {now.sha256[:12]} now): examples that it was trained on may be among the"
+                    " test examples; restore the data, or choose another --out"
                 )
         elif started_first():
             if not self.checkpoint_path.exists():
-                shutil.rmtree(self.model_path, ignore_errors=True)  # of an earlier training, whose checkpoint was deleted
+                shutil.rmtree(
+                    self.model_path, ignore_errors=True
+                )  # of an earlier training, whose checkpoint was deleted
             write_json(self.data_path, now.to_dict())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder: two processes that train into it would overwrite each other's checkpoints.
+        """Lock the folder: two processes that train into it would overwrite each other's
+        checkpoints.
 
-        Of several processes that train together the first locks it for all. The lock of a killed process is free.
+        Of several processes that train together the first locks it for all. The lock of a killed
+        process is free.
 
         Raises:
             UserError: another process holds the lock, or the folder cannot be made.
@@ -261,82 +312,36 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--out {self.folder} cannot be made: {error.strerror or error}; choose a folder that you can write to"
+                f"--out {self.folder} cannot be made: {error.strerror or error}; choose a folder"
+                " that you can write to"
             ) from error
         lock, checkpoint = FileLock(self.folder / ".lock"), self.checkpoint_path
         try:
             lock.acquire(timeout=0)
-            for partial in checkpoint.parent.glob(f".{checkpoint.stem}-*{checkpoint.suffix}"):  # of a process killed while it saved
+            for partial in checkpoint.parent.glob(
+                f".{checkpoint.stem}-*{checkpoint.suffix}"
+            ):  # of a process killed while it saved
                 partial.unlink(missing_ok=True)
         except Timeout as error:
             raise UserError(
-                f"{self.folder}: another process is training into this folder; wait for it to end, or choose another --out"
+                f"{self.folder}: another process is training into this folder; wait for it to end,"
+                " or choose another --out"
             ) from error
         except (OSError, NotImplementedError) as error:
-            print(f"{self.folder}: cannot be locked ({error}); make sure that no other process trains into it", file=sys.stderr)
+            print(
+                f"{self.folder}: cannot be locked ({error}); make sure that no other process trains"
+                " into it",
+                file=sys.stderr,
+            )
         try:
             yield
         finally:
             lock.release()
 
 
-def check_parts(parts: RunParts) -> None:
-    """Check that model, data and settings fit together, before training.
-
-    Raises:
-        UserError: they do not.
-    """
-    model, description, settings = parts.model, parts.data.describe(), parts.settings
-    place = "model.decoder.init_args.base" if isinstance(model.decoder, NetworkDecoder) else "model.decoder"  # of the grid
-    if description.num_values is None and model.decoder.discrete:
-        raise UserError(f"{description.name} is continuous but the decoder is discrete; use {place}=ndm.GaussianDecoder")
-    if description.num_values is not None and not model.decoder.discrete:
-        raise UserError(
-            f"{description.name} is discrete but the decoder is continuous, and its bound would be a density; use "
-            f"{place}=ndm.DiscretizedGaussian with num_values={description.num_values}, or read the data without num_values"
-        )
-    if description.num_values is not None and model.decoder.values is not None:
-        have = len(model.decoder.values)
-        if have != description.num_values:
-            raise UserError(
-                f"{description.name} has {description.num_values} values but the decoder {have}; set "
-                f"{place}.init_args.num_values={description.num_values}"
-            )
-    for split in ("train", settings.evaluation_split, *([settings.validation_split] if settings.validate_every else [])):
-        if len(parts.data.split(split)) == 0:
-            raise UserError(f"{description.name}: the split {split!r} is empty")
-    # The bound of one example shows whether the networks have the right shapes, before Lightning sets up.
-    state = torch.random.get_rng_state()
-    model.eval()
-    with torch.no_grad():
-        model.bound(parts.data.split("train").__getitems__([0, 0]), draws=1)
-    model.train()
-    torch.random.set_rng_state(state)
-
-
-def describe(parts: RunParts, folder: Path) -> str:
-    """What is about to be trained, in a few lines."""
-    model, description, settings = parts.model, parts.data.describe(), parts.settings
-    counts = ", ".join(f"{count:,} {name}" for name, count in description.splits.items())
-    kind = "real values" if description.num_values is None else f"{description.num_values} values"
-    shares = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
-    shares["transform"] = sum(p.numel() for p in model.transform.parameters())
-    shares.pop("process", None)
-    of_it = ", ".join(f"{name} {count:,} ({count / parts.num_parameters:.0%})" for name, count in shares.items() if count)
-    epochs = settings.steps * settings.batch_size / len(parts.data.split("train"))
-    lines = {
-        "data": f"{description.name}: {counts}; examples of shape {tuple(description.event_shape)}, {kind}",
-        "source": description.version,
-        "model": f"{type(model).__name__}, {parts.num_parameters:,} parameters: {of_it}",
-        "training": f"{settings.steps:,} steps of {settings.batch_size:,} examples ({epochs:.3g} epochs), {settings.optimizer}",
-        "machine": f"{settings.accelerator} accelerator, {settings.devices} devices, {settings.precision}, {torch.get_num_threads()} CPU threads",
-        "folder": str(folder),
-    }
-    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
-
-
 def start_from(model: DiffusionModel, run: str) -> None:
-    """Give a model the weights of a run. Dropout, steps T, eta and the time sampler may differ: no weight depends on them.
+    """Give a model the weights of a run. Dropout, steps T, eta and the time sampler may differ: no
+    weight depends on them.
 
     Raises:
         UserError: there is no such run, or its model is built otherwise.
@@ -346,16 +351,31 @@ def start_from(model: DiffusionModel, run: str) -> None:
     there, here = (flat(to_config(one)) for one in (other, model))
     for key in {**here, **there}:
         parts = key.removeprefix("init_args.").split(".")
-        if there.get(key) != here.get(key) and parts[0] not in ("time_sampler", "steps", "eta") and parts[-1] != "dropout":
+        if (
+            there.get(key) != here.get(key)
+            and parts[0] not in ("time_sampler", "steps", "eta")
+            and parts[-1] != "dropout"
+        ):
             place = ".".join(part for part in parts if part != "init_args")
             raise UserError(
-                f"train.start_from={run}: {place} is {there.get(key)!r} there and {here.get(key)!r} here; give the model of {run}, or leave it out"
+                f"train.start_from={run}: {place} is {there.get(key)!r} there and {here.get(key)!r}"
+                f" here; give the model of {run}, or leave it out"
             )
     for name in {**own, **weights}:
         shapes = [tuple(one[name].shape) if name in one else "not there" for one in (weights, own)]
         if shapes[0] != shapes[1] and name.split(".")[0] != "time_sampler":
             raise UserError(
-                f"train.start_from={run}: {name} is {shapes[0]} there and {shapes[1]} here; give the model of {run}, or leave it out"
+                f"train.start_from={run}: {name} is {shapes[0]} there and {shapes[1]} here; give"
+                f" the model of {run}, or leave it out"
             )
     kept = {name: value for name, value in own.items() if name.startswith("time_sampler.")}
-    model.load_state_dict({**{name: value for name, value in weights.items() if not name.startswith("time_sampler.")}, **kept})
+    model.load_state_dict(
+        {
+            **{
+                name: value
+                for name, value in weights.items()
+                if not name.startswith("time_sampler.")
+            },
+            **kept,
+        }
+    )

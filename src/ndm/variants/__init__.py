@@ -1,4 +1,6 @@
-"""Members of the family beyond NDM: Neural Flow Diffusion Models and reverse processes that are optimal transports."""
+"""Members of the family beyond NDM: Neural Flow Diffusion Models and reverse processes that are
+optimal transports.
+"""
 
 from ndm.variants.interpolation import InterpolationScale, InterpolationTransform
 from ndm.variants.monotone import ConvexMap, MonotoneMap, TransportMap

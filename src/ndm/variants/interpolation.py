@@ -1,18 +1,23 @@
-r"""A forward process along the lines of a reverse process that is an optimal transport (:mod:`ndm.variants.transport`).
+r"""A forward process along the lines of a reverse process that is an optimal transport
+(:mod:`ndm.variants.transport`).
 
-The data follow the line that generates them, and the noise is stretched as the lines part or close up: with :math:`z_0 = \alpha_0 x`,
+The data follow the line that generates them, and the noise is stretched as the lines part or close
+up: with :math:`z_0 = \alpha_0 x`,
 :math:`\zeta = T^{-1}(z_0)` and the clock r of the lines,
 
 .. math::
     \alpha_t F(x, t) = (1 - r)\, z_0 + r\, \zeta, \qquad S(x, t) = (1 - r)\, I + r\, \nabla T(\zeta)^{-1}, \qquad q(z_t|x) = N(\alpha_t F, \sigma_t^2 S S^T) .
 
-F and S have no parameters but those of T, and learn with it. What a small perturbation of z_0 becomes under the flow of the reverse process is just this
-Gaussian, to first order in sigma. What the first order leaves out costs about sigma²/gamma', and the noise that comes in on the way, g² = eta² sigma² gamma', about
-gamma'. So the bound tends to the exact likelihood as sigma_0² << gamma' << 1: less noise first, then a flatter gamma. A free F and S can do the same in
-principle, and do not find it, since the bound multiplies what they are off the lines by 1/g².
+F and S have no parameters but those of T, and learn with it. What a small perturbation of z_0
+becomes under the flow of the reverse process is just this Gaussian, to first order in sigma. What
+the first order leaves out costs about sigma²/gamma', and the noise that comes in on the way, g² =
+eta² sigma² gamma', about gamma'. So the bound tends to the exact likelihood as sigma_0² << gamma'
+<< 1: less noise first, then a flatter gamma. A free F and S can do the same in principle, and do
+not find it, since the bound multiplies what they are off the lines by 1/g².
 
-Since T is the gradient of a convex function, S is symmetric and positive definite, a number where events are numbers. Without S, F wants a wide range of
-gamma, since noise of the wrong width has to be made up for on the way.
+Since T is the gradient of a convex function, S is symmetric and positive definite, a number where
+events are numbers. Without S, F wants a wide range of gamma, since noise of the wrong width has to
+be made up for on the way.
 """
 
 from dataclasses import dataclass
@@ -31,14 +36,20 @@ from ndm.variants.nfdm import NoiseScale, ScaledCurve, ScaledNoise
 
 
 def clock(schedule: Schedule, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """How far the lines have been followed, r = (sigma_t² - sigma_0²)/(sigma_1² - sigma_0²), and dr/dt; each in the shape of ``level``."""
-    start, end = schedule(torch.arange(2, dtype=level.t.dtype, device=level.t.device)).sigma.square()
+    """How far the lines have been followed, r = (sigma_t² - sigma_0²)/(sigma_1² - sigma_0²), and
+    dr/dt; each in the shape of ``level``.
+    """
+    start, end = schedule(
+        torch.arange(2, dtype=level.t.dtype, device=level.t.device)
+    ).sigma.square()
     r = ((level.sigma**2 - start) / (end - start)).clamp(0, 1)
     return r, 2 * level.sigma * level.dsigma / (end - start)
 
 
 class _Interpolated:
-    """A part of a forward process that follows a transport map; :class:`ndm.variants.transport.TransportNDM` says which."""
+    """A part of a forward process that follows a transport map;
+    :class:`ndm.variants.transport.TransportNDM` says which.
+    """
 
     # In a tuple, so that the map is a part of the model once and not once more of this part.
     _followed: tuple[TransportMap, Schedule] | None = None
@@ -49,15 +60,23 @@ class _Interpolated:
         Raises:
             UserError: it follows others already.
         """
-        if self._followed is not None and (self._followed[0] is not transport or self._followed[1] is not schedule):
-            raise UserError(f"this {type(self).__name__} follows the lines of another model: give each model its own")
+        if self._followed is not None and (
+            self._followed[0] is not transport or self._followed[1] is not schedule
+        ):
+            raise UserError(
+                f"this {type(self).__name__} follows the lines of another model: give each model"
+                " its own"
+            )
         self._followed = (transport, schedule)
 
     @property
     def lines(self) -> tuple[TransportMap, Schedule]:
         """The map and the schedule."""
         if self._followed is None:
-            raise UserError(f"{type(self).__name__} follows the lines of a transport map: give it to a TransportNDM")
+            raise UserError(
+                f"{type(self).__name__} follows the lines of a transport map: give it to a"
+                " TransportNDM"
+            )
         return self._followed
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +91,9 @@ class _Interpolated:
 
 
 class InterpolationTransform(_Interpolated, Transform):
-    """F(x, t) = ((1 - r) alpha_0 x + r T⁻¹(alpha_0 x)) / alpha_t: data follow the line that generates them. It takes no argument."""
+    """F(x, t) = ((1 - r) alpha_0 x + r T⁻¹(alpha_0 x)) / alpha_t: data follow the line that
+    generates them. It takes no argument.
+    """
 
     data_at_zero = True
 
@@ -102,7 +123,9 @@ class _InterpolationCurve(Curve):
 
 @dataclass(frozen=True)
 class CorrelatedGaussian(Gaussian):
-    """N(mean, std² S S^T) for a symmetric, positive definite S ``(B, D, D)`` and a std that does not vary within an example."""
+    """N(mean, std² S S^T) for a symmetric, positive definite S ``(B, D, D)`` and a std that does
+    not vary within an example.
+    """
 
     stretch: Tensor
 
@@ -112,17 +135,24 @@ class CorrelatedGaussian(Gaussian):
 
     def log_prob(self, value: Tensor) -> Tensor:
         whitened = solved(self.stretch, value - self.mean)
-        return Gaussian(torch.zeros_like(whitened), self.std).log_prob(whitened) - torch.linalg.slogdet(self.stretch)[1]
+        return (
+            Gaussian(torch.zeros_like(whitened), self.std).log_prob(whitened)
+            - torch.linalg.slogdet(self.stretch)[1]
+        )
 
     def kl_to_normal(self) -> Tensor:
         trace = self.std.flatten(1).square()[:, 0] * self.stretch.square().sum((1, 2))
-        log_det = torch.linalg.slogdet(self.stretch)[1] + sum_event(self.std.log().expand_as(self.mean))
+        log_det = torch.linalg.slogdet(self.stretch)[1] + sum_event(
+            self.std.log().expand_as(self.mean)
+        )
         return 0.5 * (sum_event(self.mean**2) + trace - event_size(self.mean)) - log_det
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
     """Matrices ``(B, D, D)`` times flattened events ``(B, *event)``."""
-    return (matrix * x.flatten(1)[:, None]).sum(-1).reshape(x.shape)  # no product of matrices, which autocast would round
+    return (
+        (matrix * x.flatten(1)[:, None]).sum(-1).reshape(x.shape)
+    )  # no product of matrices, which autocast would round
 
 
 def solved(matrix: Tensor, x: Tensor) -> Tensor:
@@ -138,13 +168,17 @@ class InterpolationScale(_Interpolated, NoiseScale):
 
 
 class InterpolationCurve(ScaledCurve):
-    """t -> F(x, t) and t -> S(x, t), at fixed x; S(x, t) is ``(B, D, D)``, symmetric and positive definite."""
+    """t -> F(x, t) and t -> S(x, t), at fixed x; S(x, t) is ``(B, D, D)``, symmetric and positive
+    definite.
+    """
 
     def __init__(self, transform: Transform, scale: InterpolationScale, x: Tensor):
         transformed = transform.curve(x)
         super().__init__(transformed)
         self._clock = scale.clock
-        zeta = transformed.zeta if isinstance(transformed, _InterpolationCurve) else scale.ends(x)[1]
+        zeta = (
+            transformed.zeta if isinstance(transformed, _InterpolationCurve) else scale.ends(x)[1]
+        )
         self._end = torch.linalg.inv(scale.lines[0].with_jacobian(zeta)[1])
 
     def stretch(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,19 @@
-r"""Neural Flow Diffusion Models, the Gaussian ones: the noise of the forward process is learned, too. Continuous time.
+r"""Neural Flow Diffusion Models, the Gaussian ones: the noise of the forward process is learned,
+too. Continuous time.
 
 .. math::
     q(z_t|x) = N(\mu, \mathrm{diag}\, s^2), \qquad \mu = \alpha_t F(x, t), \qquad s = \sigma_t\, e^{h(x, t)}, \qquad h(x, 0) = 0 ,
 
-with one h for each dimension. S = exp(h) = 1 is a Neural Diffusion Model. For the scalar diffusion coefficient of the schedule,
+with one h for each dimension. S = exp(h) = 1 is a Neural Diffusion Model. For the scalar diffusion
+coefficient of the schedule,
 :math:`g^2 = \eta^2 \sigma^2 \gamma'`, these marginals belong to the reverse-time SDE dz = f dt + g dw with
 
 .. math::
     f(z, t, x) = \dot\mu + \Bigl(\frac{\dot s}{s} + \frac{g^2}{2 s^2}\Bigr)(z - \mu)
     = f_{\mathrm{NDM}}(z, t, x) + \bigl(\dot h + \tfrac12 \eta^2 \gamma'\, (e^{-2h} - 1)\bigr)(z - \mu) ,
 
-and the generative process puts :math:`\hat x(z, t)` in the place of x, in F and in h. Two SDEs with the same g differ by their drifts:
+and the generative process puts :math:`\hat x(z, t)` in the place of x, in F and in h. Two SDEs with
+the same g differ by their drifts:
 
 .. math::
     L_{\text{diffusion}} = E_t \frac{1}{2 g^2} \|f(z, t, x) - f(z, t, \hat x)\|^2
@@ -18,15 +21,19 @@ and the generative process puts :math:`\hat x(z, t)` in the place of x, in F and
     - \tfrac12 (1 + \eta^2 e^{-2\hat h})\, \Delta F
     + e^{\gamma/2} e^{h} \epsilon \Bigl[ \frac{\Delta\dot h}{\gamma'} + \tfrac12 \eta^2 e^{-2\hat h}\, \mathrm{expm1}(-2\Delta h) \Bigr] \Bigr\|^2 ,
 
-where the hat means x̂ for x, Δ the value at x less that at x̂, and z = mu + s eps. Everything large has been taken out of the differences by
-hand: :math:`z - \hat\mu = s\epsilon + \alpha\Delta F` and :math:`\alpha' - \alpha\sigma'/\sigma = -\tfrac12\alpha\gamma'`. At h = 0 this is the
-formula of :mod:`ndm.elbo`. The prior term is :math:`KL(N(\mu_1, \mathrm{diag}\, s_1^2) \| N(0, I))`, and the reconstruction term is that of NDM.
+where the hat means x̂ for x, Δ the value at x less that at x̂, and z = mu + s eps. Everything large
+has been taken out of the differences by hand: :math:`z - \hat\mu = s\epsilon + \alpha\Delta F` and
+:math:`\alpha' - \alpha\sigma'/\sigma = -\tfrac12\alpha\gamma'`. At h = 0 this is the formula of
+:mod:`ndm.elbo`. The prior term is :math:`KL(N(\mu_1, \mathrm{diag}\, s_1^2) \| N(0, I))`, and the
+reconstruction term is that of NDM.
 
-With F affine in x and h free of x, the exact E[x|z_t] makes the generative marginals those of the forward process. Where h depends on x the
-tied reverse is a restriction, as it is where F is not affine.
+With F affine in x and h free of x, the exact E[x|z_t] makes the generative marginals those of the
+forward process. Where h depends on x the tied reverse is a restriction, as it is where F is not
+affine.
 
-Source: Neural Flow Diffusion Models (Bartosh, Vetrov, Naesseth 2024), sections 3 and 4; there g is learned as well, here it is
-eta sigma sqrt(gamma') of the schedule. It has no posteriors q(z_s|z_t,x) and so no discrete time.
+Source: Neural Flow Diffusion Models (Bartosh, Vetrov, Naesseth 2024), sections 3 and 4; there g is
+learned as well, here it is eta sigma sqrt(gamma') of the schedule. It has no posteriors
+q(z_s|z_t,x) and so no discrete time.
 """
 
 from abc import ABC, abstractmethod
@@ -52,7 +59,9 @@ from ndm.transform import Curve, Displacement, NetworkDisplacement, SeparableDis
 
 
 class NoiseScale(Part, ABC):
-    """S(x, t), by which the noise sigma_t eps is multiplied. S(x, 0) must be 1: the decoder counts on sigma_0."""
+    """S(x, t), by which the noise sigma_t eps is multiplied. S(x, 0) must be 1: the decoder counts
+    on sigma_0.
+    """
 
     @abstractmethod
     def curve(self, transform: Transform, x: Tensor) -> "ScaledCurve":
@@ -103,8 +112,10 @@ class NetworkScale(_LearnedScale):
     """h = w(t) f(x, t) with a network f; see :class:`ndm.transform.NetworkDisplacement`.
 
     Args:
-        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``, differentiable in t by forward mode.
-        gate: w(t): ``time`` is t, and only the prior term holds S(x, 1) near 1; ``bridge`` is t (1 - t), the paper's, where S(x, 1) = 1.
+        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``,
+            differentiable in t by forward mode.
+        gate: w(t): ``time`` is t, and only the prior term holds S(x, 1) near 1; ``bridge`` is t (1
+            - t), the paper's, where S(x, 1) = 1.
     """
 
     def __init__(self, network: nn.Module, gate: Literal["time", "bridge"] = "time"):
@@ -113,11 +124,12 @@ class NetworkScale(_LearnedScale):
 
 
 class SeparableScale(_LearnedScale):
-    """The time-separable form h = w(t) sum_k cos(pi k t) c_k(x); see :class:`ndm.transform.SeparableDisplacement`.
+    """The time-separable form h = w(t) sum_k cos(pi k t) c_k(x); see
+    :class:`ndm.transform.SeparableDisplacement`.
 
     Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network of this library with ``outputs=K``, or any
-            other ``nn.Module``.
+        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network
+            of this library with ``outputs=K``, or any other ``nn.Module``.
         gate: w(t): ``time`` is t, ``bridge`` is t (1 - t).
     """
 
@@ -168,7 +180,9 @@ class ScaledCurve(Curve, ABC):
 
     @abstractmethod
     def extra_drift(self, away: Tensor, level: NoiseLevel, rate: Tensor) -> Tensor:
-        """(S' S^-1 + rate ((S S^T)^-1 - 1)) (z - mu), which the drift given x has more than for S = 1; ``away`` is z - mu, ``(B, *event)``."""
+        """(S' S^-1 + rate ((S S^T)^-1 - 1)) (z - mu), which the drift given x has more than for S =
+        1; ``away`` is z - mu, ``(B, *event)``.
+        """
 
 
 class DiagonalCurve(ScaledCurve):
@@ -219,7 +233,9 @@ class ScaledProcess(NoisingProcess):
         return found.marginal(gaussian(found.at(level), level), level)
 
     def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma sqrt(gamma'); ``(B, *event)``."""
+        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma
+        sqrt(gamma'); ``(B, *event)``.
+        """
         return self.drift_along(z, self.curve(x), level, eta)
 
     @staticmethod
@@ -250,25 +266,42 @@ class ScaledReverse(Reverse):
         return self.predictor(z, level)
 
     def continuous_error(
-        self, curve: Curve, noise: Tensor, level: NoiseLevel, eta: float | Tensor, coin: Tensor | None = None
+        self,
+        curve: Curve,
+        noise: Tensor,
+        level: NoiseLevel,
+        eta: float | Tensor,
+        coin: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """The norm's argument in the diffusion term of this module, ``(B, *event)``."""
         at = level.expand(noise)
         value, derivative = curve.with_derivative(level)
         log_scale, rate = _diagonal(curve).log_scale.with_derivative(level)
         spread = log_scale.exp() * noise  # (z - mu)/sigma
-        guess = _diagonal(self.process.curve(self.predictor(at.alpha * value + at.sigma * spread, level)))
+        guess = _diagonal(
+            self.process.curve(self.predictor(at.alpha * value + at.sigma * spread, level))
+        )
         guess_value, guess_derivative = guess.with_derivative(level)
         guess_log_scale, guess_rate = guess.log_scale.with_derivative(level)
         difference, tightness = value - guess_value, eta**2 * torch.exp(-2 * guess_log_scale)
-        of_mean = (derivative - guess_derivative - guess_rate * difference) * at.inverse_dgamma - 0.5 * (1 + tightness) * difference
-        of_scale = (rate - guess_rate) * at.inverse_dgamma + 0.5 * tightness * torch.expm1(-2 * (log_scale - guess_log_scale))
+        of_mean = (
+            derivative - guess_derivative - guess_rate * difference
+        ) * at.inverse_dgamma - 0.5 * (1 + tightness) * difference
+        of_scale = (rate - guess_rate) * at.inverse_dgamma + 0.5 * tightness * torch.expm1(
+            -2 * (log_scale - guess_log_scale)
+        )
         return of_mean + at.sigma / at.alpha * spread * of_scale, None
 
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
         return self.process.drift_along(z, self.process.curve(self.predictor(z, level)), level, eta)
 
-    def log_prob(self, z: Tensor, settings: OdeSettings | None = None, source: RandomSource = None, progress: bool = False) -> LogDensity:
+    def log_prob(
+        self,
+        z: Tensor,
+        settings: OdeSettings | None = None,
+        source: RandomSource = None,
+        progress: bool = False,
+    ) -> LogDensity:
         return ode_log_prob(self, z, settings, source, progress)
 
 
@@ -278,7 +311,8 @@ def _diagonal(curve: Curve) -> DiagonalCurve:
 
 
 class NFDM(DiffusionModel):
-    """A Neural Flow Diffusion Model with Gaussian marginals (Bartosh, Vetrov, Naesseth, NeurIPS 2024), in continuous time. Any event shape.
+    """A Neural Flow Diffusion Model with Gaussian marginals (Bartosh, Vetrov, Naesseth, NeurIPS
+    2024), in continuous time. Any event shape.
 
     Args:
         schedule: noise levels over time.
@@ -287,11 +321,12 @@ class NFDM(DiffusionModel):
         predictor: x̂(z, t).
         decoder: p(x|z_0).
         time_sampler: how times are drawn in training; low-discrepancy by default.
-        eta: stochasticity of the reverse process whose bound is trained, positive: g = eta sigma sqrt(gamma').
+        eta: stochasticity of the reverse process whose bound is trained, positive: g = eta sigma
+            sqrt(gamma').
 
     Raises:
-        UserError: parts do not fit one another, or the schedule keeps no signal at t = 1, so that g is infinite there, while S(x, 1)
-            depends on x.
+        UserError: parts do not fit one another, or the schedule keeps no signal at t = 1, so that g
+            is infinite there, while S(x, 1) depends on x.
     """
 
     process: ScaledProcess
@@ -310,16 +345,22 @@ class NFDM(DiffusionModel):
         check_part("predictor", predictor, DataPredictor, "ndm.Predictor(network)")
         check_part("transform", transform, Transform, "ndm.NetworkTransform(network)")
         if not transform.keeps_shape:
-            raise UserError("F is an encoder into a space of its own, whose noise NFDM cannot scale by x; take ndm.NDM")
-        super().__init__(ScaledProcess(schedule, transform, scale), decoder, time_sampler, None, eta)
+            raise UserError(
+                "F is an encoder into a space of its own, whose noise NFDM cannot scale by x; take"
+                " ndm.NDM"
+            )
+        super().__init__(
+            ScaledProcess(schedule, transform, scale), decoder, time_sampler, None, eta
+        )
         self.predictor = predictor
         predictor.check(self.process, decoder, "tied")
         with torch.no_grad():
             end = schedule(torch.ones(1, dtype=self.like.dtype, device=self.like.device))
         if not scale.one_at_end and bool((end.alpha == 0).any()):
             raise UserError(
-                "the schedule keeps no signal at t = 1, where the bound is infinite unless S(x, 1) = 1: give the scale gate='bridge', or "
-                "keep some signal, for example FlowMatchingSchedule(alpha_1=1e-3)"
+                "the schedule keeps no signal at t = 1, where the bound is infinite unless S(x, 1)"
+                " = 1: give the scale gate='bridge', or keep some signal, for example"
+                " FlowMatchingSchedule(alpha_1=1e-3)"
             )
 
     @property

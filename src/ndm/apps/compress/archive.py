@@ -1,4 +1,5 @@
-"""The file of ``ndm compress``, described in docs/format.md: read with every size checked before it is believed.
+"""The file of ``ndm compress``, described in docs/format.md: read with every size checked before it
+is believed.
 
 =========  ===================================================================================
 bytes      content
@@ -64,11 +65,15 @@ class Archive:
 
 
 def image_checksums(index: np.ndarray) -> np.ndarray:
-    """Checksums of images given by values ``(N, D)``: the first byte of the SHA-256 of the values as 2-byte numbers; uint8.
+    """Checksums of images given by values ``(N, D)``: the first byte of the SHA-256 of the values
+    as 2-byte numbers; uint8.
 
-    A byte each names the image that went wrong; that all are right is what the decoder's end on the initial bits shows.
+    A byte each names the image that went wrong; that all are right is what the decoder's end on the
+    initial bits shows.
     """
-    return np.array([hashlib.sha256(row.tobytes()).digest()[0] for row in index.astype("<u2")], dtype=np.uint8)
+    return np.array(
+        [hashlib.sha256(row.tobytes()).digest()[0] for row in index.astype("<u2")], dtype=np.uint8
+    )
 
 
 def pack(archive: Archive) -> bytes:
@@ -83,8 +88,17 @@ def pack(archive: Archive) -> bytes:
     }
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     exceptions, words = archive.coded.exceptions.astype("<u4"), archive.coded.words.astype("<u4")
-    start = _START.pack(MAGIC, VERSION, len(text), archive.plan.steps, archive.count, len(exceptions), len(words))
-    parts = [start, text, archive.plan.pack(), archive.checksums.tobytes(), exceptions.tobytes(), words.tobytes()]
+    start = _START.pack(
+        MAGIC, VERSION, len(text), archive.plan.steps, archive.count, len(exceptions), len(words)
+    )
+    parts = [
+        start,
+        text,
+        archive.plan.pack(),
+        archive.checksums.tobytes(),
+        exceptions.tobytes(),
+        words.tobytes(),
+    ]
     body = b"".join(parts)
     return body + hashlib.sha256(body).digest()
 
@@ -102,9 +116,14 @@ def read_archive(path: Path) -> Archive:
     try:
         return unpack(data)
     except _LaterVersionError as error:
-        raise UserError(f"{path} has version {error}, this version of ndm reads version {VERSION}; update ndm") from error
+        raise UserError(
+            f"{path} has version {error}, this version of ndm reads version {VERSION}; update ndm"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path} is truncated, damaged, or no archive of ndm compress ({' '.join(str(error).split())[:80]})") from error
+        raise UserError(
+            f"{path} is truncated, damaged, or no archive of ndm compress"
+            f" ({' '.join(str(error).split())[:80]})"
+        ) from error
 
 
 class _LaterVersionError(Exception):

@@ -1,11 +1,14 @@
-r"""The T-step model in whole numbers, so that two computers agree on every distribution to the last bit.
+r"""The T-step model in whole numbers, so that two computers agree on every distribution to the last
+bit.
 
-Latents live on grids, :math:`z_i = n_i \delta_i` with whole :math:`n_i`, whose width follows the scale of the step that makes them,
+Latents live on grids, :math:`z_i = n_i \delta_i` with whole :math:`n_i`, whose width follows the
+scale of the step that makes them,
 
 .. math::
     \delta_{i-1} = w \sqrt{v_i}, \qquad \delta_T = w \sigma_1 .
 
-In units of that grid the forward posterior and the reverse step are Gaussians, integrated over the cells of the grid,
+In units of that grid the forward posterior and the reverse step are Gaussians, integrated over the
+cells of the grid,
 
 .. math::
     q(n_{i-1} | n_i, x) &= N\bigl(\tfrac{1}{32} a_i(x) + g_i n_i,\; 1/w\bigr), \qquad
@@ -13,12 +16,15 @@ In units of that grid the forward posterior and the reverse step are Gaussians, 
     a_i(x) &= \mathrm{round}\, \tfrac{32}{\delta_{i-1}} \bigl(\alpha_s F(x, s) - k \alpha_t F(x, t)\bigr), \qquad
     g_i = k \delta_i / \delta_{i-1} .
 
-Only a_i comes out of a network. Everything after it is sums and products of doubles by NumPy, which every machine rounds alike, of numbers
-that stand in the archive (g_i, r_i, w). And a_i is a whole number: networks run in double precision, where different machines, thread
-counts and batch sizes differ by about 1e-13, so that their roundings differ only where a value lies within 1e-7 of the boundary between two
-whole numbers. The encoder writes down which way it went at each such place (:class:`Rounding`), and the decoder follows.
+Only a_i comes out of a network. Everything after it is sums and products of doubles by NumPy, which
+every machine rounds alike, of numbers that stand in the archive (g_i, r_i, w). And a_i is a whole
+number: networks run in double precision, where different machines, thread counts and batch sizes
+differ by about 1e-13, so that their roundings differ only where a value lies within 1e-7 of the
+boundary between two whole numbers. The encoder writes down which way it went at each such place
+(:class:`Rounding`), and the decoder follows.
 
-The decoder p(x|z_0) is a softmax of :math:`-d^2/2`; its exponents are rounded to sixteenths and looked up in a table of whole numbers.
+The decoder p(x|z_0) is a softmax of :math:`-d^2/2`; its exponents are rounded to sixteenths and
+looked up in a table of whole numbers.
 """
 
 import copy
@@ -41,13 +47,17 @@ from ndm.transform import Curve
 FINE = 32
 """a_i counts in 32nds of a cell."""
 MARGIN = 2e-7
-"""How near to a boundary, in units of a_i, a value is written down; numerical noise must stay below half of it."""
+"""How near to a boundary, in units of a_i, a value is written down; numerical noise must stay below
+half of it.
+"""
 _TABLE = np.round(np.exp(-np.arange(16 * 21) / 16) * 2**30) / 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All numbers besides the weights on which encoder and decoder must agree; they stand in the archive in single precision."""
+    """All numbers besides the weights on which encoder and decoder must agree; they stand in the
+    archive in single precision.
+    """
 
     steps: int
     """T."""
@@ -72,10 +82,17 @@ class Plan:
         Raises:
             ValueError: a number is out of range.
         """
-        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.steps, self.batch))
+        whole = all(
+            isinstance(value, int) and not isinstance(value, bool)
+            for value in (self.steps, self.batch)
+        )
         if not whole or not 1 <= self.steps <= 10_000 or not 1 <= self.batch <= 4096:
             raise ValueError("steps or batch out of range")
-        if [len(values) for values in (self.delta, self.gain, self.spread)] != [self.steps + 1, self.steps, self.steps]:
+        if [len(values) for values in (self.delta, self.gain, self.spread)] != [
+            self.steps + 1,
+            self.steps,
+            self.steps,
+        ]:
             raise ValueError("a list has the wrong length")
         ranges = {
             "width": ((self.width,), 1 / 64, 4.0),
@@ -90,7 +107,9 @@ class Plan:
                 raise ValueError(f"{name} is out of range")
 
     def pack(self) -> bytes:
-        """The plan in ``12 T + 24`` bytes, little-endian: T and B as whole numbers, all else as single-precision floats."""
+        """The plan in ``12 T + 24`` bytes, little-endian: T and B as whole numbers, all else as
+        single-precision floats.
+        """
         numbers = [self.width, self.alpha_0, self.sharpness, *self.delta, *self.gain, *self.spread]
         return struct.pack("<II", self.steps, self.batch) + np.array(numbers, dtype="<f4").tobytes()
 
@@ -107,18 +126,29 @@ class Plan:
         if len(data) != 12 * steps + 24:
             raise ValueError("its plan has the wrong size")
         numbers = tuple(np.frombuffer(data, dtype="<f4", offset=8).astype(np.float64).tolist())
-        lists = (numbers[3 : steps + 4], numbers[steps + 4 : 2 * steps + 4], numbers[2 * steps + 4 :])
+        lists = (
+            numbers[3 : steps + 4],
+            numbers[steps + 4 : 2 * steps + 4],
+            numbers[2 * steps + 4 :],
+        )
         return cls(steps, batch, numbers[0], *lists, alpha_0=numbers[1], sharpness=numbers[2])
 
 
-def make_plan(model: DiffusionModel, steps: int, batch: int, variance_ratio: Tensor | None = None, width: float = 0.5) -> Plan:
+def make_plan(
+    model: DiffusionModel,
+    steps: int,
+    batch: int,
+    variance_ratio: Tensor | None = None,
+    width: float = 0.5,
+) -> Plan:
     """The plan of a model.
 
     Args:
         model: the model.
         steps: T.
         batch: images that are coded side by side.
-        variance_ratio: r of each of n equal parts of [0, 1] (:func:`ndm.evaluation.calibrate.best_variance_ratio`); 1 by default.
+        variance_ratio: r of each of n equal parts of [0, 1]
+            (:func:`ndm.evaluation.calibrate.best_variance_ratio`); 1 by default.
         width: w.
 
     Raises:
@@ -147,12 +177,15 @@ def make_plan(model: DiffusionModel, steps: int, batch: int, variance_ratio: Ten
         )
     except ValueError as error:
         raise UserError(
-            f"the model cannot code with steps={steps} ({error}); take other steps, or a schedule with a larger gamma_0"
+            f"the model cannot code with steps={steps} ({error}); take other steps, or a schedule"
+            " with a larger gamma_0"
         ) from error
 
 
 def _single(value: float) -> float:
-    """The nearest single-precision number: half the size in the archive, and any agreed number will do."""
+    """The nearest single-precision number: half the size in the archive, and any agreed number will
+    do.
+    """
     return float(np.float32(value))
 
 
@@ -174,7 +207,9 @@ class Rounding:
         if exceptions is not None and len(exceptions):
             ordered = exceptions[np.argsort(exceptions[:, 0], kind="stable")]
             calls, starts = np.unique(ordered[:, 0], return_index=True)
-            self._known = dict(zip(calls.tolist(), np.split(ordered[:, 1], starts[1:]), strict=True))
+            self._known = dict(
+                zip(calls.tolist(), np.split(ordered[:, 1], starts[1:]), strict=True)
+            )
 
     def __call__(self, values: np.ndarray, call: int) -> np.ndarray:
         """Whole numbers, float64, for values ``(n,)`` of the call of this number.
@@ -190,7 +225,9 @@ class Rounding:
         if self.writing:
             near = np.flatnonzero(np.abs(values - floor - 0.5) < MARGIN)
             if len(near):
-                self._written.append(np.stack([np.full(len(near), call), 2 * near + up[near]], axis=1))
+                self._written.append(
+                    np.stack([np.full(len(near), call), 2 * near + up[near]], axis=1)
+                )
         elif call in self._known:
             place, way = self._known[call] // 2, self._known[call] % 2
             if place.max() >= len(values):
@@ -200,7 +237,11 @@ class Rounding:
 
     def exceptions(self) -> np.ndarray:
         """What was written down, ``(n, 2)``, int64."""
-        return np.concatenate(self._written).astype(np.int64) if self._written else np.zeros((0, 2), dtype=np.int64)
+        return (
+            np.concatenate(self._written).astype(np.int64)
+            if self._written
+            else np.zeros((0, 2), dtype=np.int64)
+        )
 
 
 class Chain:
@@ -214,14 +255,27 @@ class Chain:
         device: where the networks run.
     """
 
-    def __init__(self, model: DiffusionModel, plan: Plan, event_shape: tuple[int, ...], rows: int = 64, device: torch.device | None = None):
+    def __init__(
+        self,
+        model: DiffusionModel,
+        plan: Plan,
+        event_shape: tuple[int, ...],
+        rows: int = 64,
+        device: torch.device | None = None,
+    ):
         if not isinstance(model.decoder, DiscretizedGaussian):
             raise UserError(
-                "the model is one of continuous data or has a decoder network; lossless compression needs decoder DiscretizedGaussian"
+                "the model is one of continuous data or has a decoder network; lossless compression"
+                " needs decoder DiscretizedGaussian"
             )
         self.plan, self.event_shape, self.rows = plan, tuple(event_shape), rows
         self.device = device or torch.device("cpu")
-        self.model = copy.deepcopy(model).to(device=self.device, dtype=torch.float64).eval().requires_grad_(False)
+        self.model = (
+            copy.deepcopy(model)
+            .to(device=self.device, dtype=torch.float64)
+            .eval()
+            .requires_grad_(False)
+        )
         self.reverse = require_markov(self.model.reverse_process, "lossless compression")
         self.values = model.decoder.values.numpy()
         self.dims = math.prod(event_shape)
@@ -253,7 +307,11 @@ class Chain:
     @torch.no_grad()
     def predicted(self, latent: np.ndarray, step: int) -> np.ndarray:
         """a_i at the prediction x̂(z_i), not rounded yet, from n_i ``(B D,)``."""
-        z = torch.from_numpy(latent * self.plan.delta[step]).reshape(-1, *self.event_shape).to(self.device)
+        z = (
+            torch.from_numpy(latent * self.plan.delta[step])
+            .reshape(-1, *self.event_shape)
+            .to(self.device)
+        )
         parts = []
         for part in z.split(self.rows):
             s, t = self._level(step - 1, part), self._level(step, part)
@@ -267,7 +325,9 @@ class Chain:
 
     def probabilities(self, latent: np.ndarray) -> np.ndarray:
         """p(x|z_0) up to a factor, ``(n, L)``, from n_0 ``(n,)``."""
-        distance = ((latent * self.plan.delta[0] / self.plan.alpha_0)[:, None] - self.values) * self.plan.sharpness
+        distance = (
+            (latent * self.plan.delta[0] / self.plan.alpha_0)[:, None] - self.values
+        ) * self.plan.sharpness
         exponent = 8 * np.square(distance)  # sixteenths of d²/2
         exponent = exponent - exponent.min(axis=1, keepdims=True)
         return _TABLE[np.minimum(np.rint(exponent), len(_TABLE) - 1).astype(np.int64)]

@@ -3,8 +3,9 @@ r"""Which number of steps, and how many images side by side: by the size that th
 .. math::
     \text{bits}(T, B) = N \cdot \text{NELBO}_T + B\, D\, (T + 1) \log_2 (\sqrt{2 \pi e} / w)
 
-The bound falls with T, to that of continuous time; the initial bits grow with T and B, and the time with T and 1/B. The bound is
-measured on a few of the images with the reverse variance that suits them, which the archive then carries.
+The bound falls with T, to that of continuous time; the initial bits grow with T and B, and the time
+with T and 1/B. The bound is measured on a few of the images with the reverse variance that suits
+them, which the archive then carries.
 """
 
 import math
@@ -41,7 +42,11 @@ class Rows(EventDataset):
         return len(self.index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return self.values[torch.from_numpy(self.index[list(indices)])].reshape(-1, *self.event_shape).float()
+        return (
+            self.values[torch.from_numpy(self.index[list(indices)])]
+            .reshape(-1, *self.event_shape)
+            .float()
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def choose_plan(
         index: their values, ``(N, D)``.
         event_shape: shape of one.
         steps: T; by default the fewest steps whose archive is within 1% of the smallest.
-        batch: images side by side; by default as many as keep the initial bits within 2% of the archive, at least one.
+        batch: images side by side; by default as many as keep the initial bits within 2% of the
+            archive, at least one.
         width: of the cells, in standard deviations.
         tell: called with each forecast.
     """
@@ -98,9 +104,13 @@ def choose_plan(
     return make_plan(model, chosen.steps, chosen.batch, chosen.variance_ratio, width), chosen
 
 
-def _forecast(model: DiffusionModel, rows: Rows, steps: int, batch: int | None, width: float) -> Forecast:
+def _forecast(
+    model: DiffusionModel, rows: Rows, steps: int, batch: int | None, width: float
+) -> Forecast:
     count, dims = rows.index.shape
-    variance_ratio = best_variance_ratio(model, rows, steps, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS)
+    variance_ratio = best_variance_ratio(
+        model, rows, steps, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS
+    )
     numbers = spread(count, _EXAMPLES)
     draws = min(4, steps)
     with torch.no_grad():
@@ -109,7 +119,13 @@ def _forecast(model: DiffusionModel, rows: Rows, steps: int, batch: int | None, 
             part = numbers[start : start + _ROWS]
             x = rows.__getitems__(part).to(model.like)
             bounds.append(
-                model.bound(x, steps=steps, draws=draws, generator=ExampleGenerators(1, part), variance_ratio=variance_ratio).total.cpu()
+                model.bound(
+                    x,
+                    steps=steps,
+                    draws=draws,
+                    generator=ExampleGenerators(1, part),
+                    variance_ratio=variance_ratio,
+                ).total.cpu()
             )
     rate = float(torch.cat(bounds).mean()) / math.log(2) / dims
     if not math.isfinite(rate):
@@ -117,6 +133,15 @@ def _forecast(model: DiffusionModel, rows: Rows, steps: int, batch: int | None, 
     each = dims * (steps + 1) * math.log2(math.sqrt(2 * math.pi * math.e) / width)
     if batch is None:
         most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
-        batch = max([size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most and size * each <= _SHARE * count * dims * rate], default=1)
+        batch = max(
+            [
+                size
+                for size in (1, 2, 4, 8, 16, 32, 64)
+                if size <= most and size * each <= _SHARE * count * dims * rate
+            ],
+            default=1,
+        )
     initial = min(batch, count) * each
-    return Forecast(steps, batch, rate, initial, count * dims * rate + initial, variance_ratio.values)
+    return Forecast(
+        steps, batch, rate, initial, count * dims * rate + initial, variance_ratio.values
+    )

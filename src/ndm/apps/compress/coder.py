@@ -1,4 +1,5 @@
-r"""Bits-back coding with asymmetric numeral systems (Townsend et al. 2019) over the latents of the T-step model.
+r"""Bits-back coding with asymmetric numeral systems (Townsend et al. 2019) over the latents of the
+T-step model.
 
 A stack of bits. To encode a batch of images x,
 
@@ -7,11 +8,13 @@ A stack of bits. To encode a batch of images x,
     \text{push } x \text{ by } p(x|z_0), \quad \text{push } z_{i-1} \text{ by } p(z_{i-1}|z_i) \text{ for } i = 1 \dots T, \quad
     \text{push } z_1 \text{ by } p(z_1) .
 
-Every pop gives back bits that the pushes have spent, so a batch costs its discrete-time NELBO on average. The decoder does the same backward.
-The first batch pops bits that nobody has pushed: the initial bits, paid once and counted. They are the beginning of a fixed
-pseudo-random stream, so the decoder ends with them and checks that it does.
+Every pop gives back bits that the pushes have spent, so a batch costs its discrete-time NELBO on
+average. The decoder does the same backward. The first batch pops bits that nobody has pushed: the
+initial bits, paid once and counted. They are the beginning of a fixed pseudo-random stream, so the
+decoder ends with them and checks that it does.
 
-The coder is constriction's, whose distributions have a finite reach and give every symbol in it a probability of at least 2^-24. Both matter:
+The coder is constriction's, whose distributions have a finite reach and give every symbol in it a
+probability of at least 2^-24. Both matter:
 
 - q reaches 7 standard deviations about its own mean. With a wide reach its smallest probabilities would add up, and one latent in thousands
   would be popped anywhere in it, which spoils the predictions after it.
@@ -84,7 +87,9 @@ class Stack:
         model = constriction.stream.model
         self._coder = constriction.stream.stack.AnsCoder(words)
         self.near, self.far = math.ceil(NEAR / width), math.ceil(FAR / width)
-        self._families = {reach: model.QuantizedGaussian(-reach, reach) for reach in (self.near, self.far)}
+        self._families = {
+            reach: model.QuantizedGaussian(-reach, reach) for reach in (self.near, self.far)
+        }
         self._categorical = model.Categorical(perfect=False)
         self.lowest = len(words)
 
@@ -105,7 +110,9 @@ class Stack:
         if not (np.abs(values - center) <= reach).all():
             raise ValueError("a latent is out of reach")
         symbols = (values - center).astype(np.int32)
-        self._coder.encode_reverse(symbols, self._families[reach], mean - center, np.full(len(mean), std))
+        self._coder.encode_reverse(
+            symbols, self._families[reach], mean - center, np.full(len(mean), std)
+        )
 
     def within_reach(self, target: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Means of q, moved to where p about ``mean`` reaches all that q reaches."""
@@ -147,8 +154,12 @@ def _center(mean: np.ndarray) -> np.ndarray:
 
 
 def initial_words(count: int) -> np.ndarray:
-    """The last of these is the first of a fixed stream, and so on down: a shorter beginning is the top of a longer one; uint32."""
-    stream = np.frombuffer(hashlib.shake_256(b"ndm initial bits").digest(4 * count), dtype="<u4").astype(np.uint32)
+    """The last of these is the first of a fixed stream, and so on down: a shorter beginning is the
+    top of a longer one; uint32.
+    """
+    stream = np.frombuffer(
+        hashlib.shake_256(b"ndm initial bits").digest(4 * count), dtype="<u4"
+    ).astype(np.uint32)
     stream[:1] |= 1  # the word on top must not be zero
     return stream[::-1].copy()
 
@@ -165,16 +176,29 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
         UserError: the model's output is not finite.
     """
     plan = chain.plan
-    room = 64 + plan.batch * chain.dims * (plan.steps + 1) // 4  # words; a cell of half a deviation takes three bits
+    room = (
+        64 + plan.batch * chain.dims * (plan.steps + 1) // 4
+    )  # words; a cell of half a deviation takes three bits
     while True:
         stack, rounding, clock = Stack(initial_words(room), plan.width), Rounding(), Clock()
         try:
-            with tqdm(total=len(index), desc="compressing", unit="image", disable=not progress, delay=1, leave=False) as bar:
+            with tqdm(
+                total=len(index),
+                desc="compressing",
+                unit="image",
+                disable=not progress,
+                delay=1,
+                leave=False,
+            ) as bar:
                 for number in batch_numbers(len(index), plan.batch):
                     part = batch(number, len(index), plan.batch)
-                    _encode_batch(chain, stack, index[part].reshape(-1), rounding, number * chain.calls, clock)
+                    _encode_batch(
+                        chain, stack, index[part].reshape(-1), rounding, number * chain.calls, clock
+                    )
                     bar.update(part.stop - part.start)
-                    bar.set_postfix_str(f"{32 * (len(stack) - room) / (part.stop * chain.dims):.3f} bits/dim")
+                    bar.set_postfix_str(
+                        f"{32 * (len(stack) - room) / (part.stop * chain.dims):.3f} bits/dim"
+                    )
             break
         except OutOfBits:
             room *= 2
@@ -192,22 +216,34 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
         Levels ``(N, D)``, uint16.
 
     Raises:
-        ValueError: the words do not decode to where an encoder started; the archive is damaged, or the model or machine differs.
+        ValueError: the words do not decode to where an encoder started; the archive is damaged, or
+            the model or machine differs.
     """
     stack, rounding = Stack(coded.words, chain.plan.width), Rounding(coded.exceptions)
     values: list[np.ndarray] = []
     try:
-        bar = tqdm(total=count, desc="decompressing", unit="image", disable=not progress, delay=1, leave=False)
+        bar = tqdm(
+            total=count,
+            desc="decompressing",
+            unit="image",
+            disable=not progress,
+            delay=1,
+            leave=False,
+        )
         with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may lead anywhere
             for number in reversed(batch_numbers(count, chain.plan.batch)):
                 part = batch(number, count, chain.plan.batch)
                 images = part.stop - part.start
-                found = _decode_batch(chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock)
+                found = _decode_batch(
+                    chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock
+                )
                 values.append(found.reshape(images, chain.dims).astype(np.uint16))
                 bar.update(images)
     except OutOfBits as error:
         raise ValueError("it holds too few bits") from error
-    if len(stack) != coded.initial or not np.array_equal(stack.words(), initial_words(coded.initial)):
+    if len(stack) != coded.initial or not np.array_equal(
+        stack.words(), initial_words(coded.initial)
+    ):
         raise ValueError("its bits do not end where the encoder began")
     return np.concatenate(values[::-1])
 
@@ -218,18 +254,24 @@ def batch_numbers(count: int, size: int) -> range:
 
 
 def batch(number: int, count: int, size: int) -> slice:
-    """Images of a batch; the incomplete one is the first, which pops the fewest of the initial bits."""
+    """Images of a batch; the incomplete one is the first, which pops the fewest of the initial
+    bits.
+    """
     stop = count - (len(batch_numbers(count, size)) - 1 - number) * size
     return slice(max(0, stop - size), stop)
 
 
-def _encode_batch(chain: Chain, stack: Stack, index: np.ndarray, rounding: Rounding, call: int, clock: Clock) -> None:
+def _encode_batch(
+    chain: Chain, stack: Stack, index: np.ndarray, rounding: Rounding, call: int, clock: Clock
+) -> None:
     plan, zero, unit = chain.plan, np.zeros(len(index)), 1 / chain.plan.width
     with clock.on("network"):
         transformed = chain.transformed(index)
         start = chain.first(transformed)
     with clock.on("coder"):
-        latents = [stack.pop(stack.within_reach(rounding(start, call) / FINE, zero), unit, stack.near)]
+        latents = [
+            stack.pop(stack.within_reach(rounding(start, call) / FINE, zero), unit, stack.near)
+        ]
     means = []
     for step in range(plan.steps, 0, -1):
         with clock.on("network"):
@@ -247,7 +289,9 @@ def _encode_batch(chain: Chain, stack: Stack, index: np.ndarray, rounding: Round
         stack.push(latents.pop(), zero, 1 / plan.delta[-1], stack.far)
 
 
-def _decode_batch(chain: Chain, stack: Stack, size: int, rounding: Rounding, call: int, clock: Clock) -> np.ndarray:
+def _decode_batch(
+    chain: Chain, stack: Stack, size: int, rounding: Rounding, call: int, clock: Clock
+) -> np.ndarray:
     plan, zero, unit = chain.plan, np.zeros(size), 1 / chain.plan.width
     latents = [stack.pop(zero, 1 / plan.delta[-1], stack.far)]
     means = []
@@ -270,5 +314,7 @@ def _decode_batch(chain: Chain, stack: Stack, size: int, rounding: Rounding, cal
             stack.push(value, stack.within_reach(target, mean), unit, stack.near)
     with clock.on("network"):
         start = chain.first(transformed)
-    stack.push(latents.pop(), stack.within_reach(rounding(start, call) / FINE, zero), unit, stack.near)
+    stack.push(
+        latents.pop(), stack.within_reach(rounding(start, call) / FINE, zero), unit, stack.near
+    )
     return index

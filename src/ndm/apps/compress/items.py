@@ -48,7 +48,11 @@ class Item:
 
     def to_dict(self) -> dict[str, Any]:
         """The description, JSON-ready."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name != "values"}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name != "values"
+        }
 
     @classmethod
     def from_dict(cls, values: Any) -> "Item":
@@ -57,13 +61,26 @@ class Item:
         Raises:
             ValueError: it is not one; TypeError likewise.
         """
-        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "values"}
+        known: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v
+            for name, v in values.items()
+            if name != "values"
+        }
         item = cls(**known)
         strings = (item.name, item.kind, item.dtype, item.key, item.mode)
-        if not all(isinstance(text, str) for text in strings) or item.kind not in KINDS or item.dtype not in _DTYPES:
+        if (
+            not all(isinstance(text, str) for text in strings)
+            or item.kind not in KINDS
+            or item.dtype not in _DTYPES
+        ):
             raise ValueError("an item is damaged")
         numbers = (item.count, *item.shape)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in numbers) or not item.count:
+        if (
+            not all(
+                isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in numbers
+            )
+            or not item.count
+        ):
             raise ValueError("a size is out of range")
         if item.kind == "npz" and not (item.key and item.name.endswith(f"/{item.key}")):
             raise ValueError("an array has no name")
@@ -77,12 +94,25 @@ class Item:
             ValueError: it does not.
         """
         parts, windows = self.place.split("/"), PureWindowsPath(self.place)
-        inside = not any(part in ("", ".", "..") for part in parts) and not windows.drive and not windows.root
-        if not inside or "\\" in self.place or len(self.name) > _LONGEST_NAME or any(ord(letter) < 32 for letter in self.name):
-            raise ValueError("a name leads outside of the folder, or holds characters that no file should")
+        inside = (
+            not any(part in ("", ".", "..") for part in parts)
+            and not windows.drive
+            and not windows.root
+        )
+        if (
+            not inside
+            or "\\" in self.place
+            or len(self.name) > _LONGEST_NAME
+            or any(ord(letter) < 32 for letter in self.name)
+        ):
+            raise ValueError(
+                "a name leads outside of the folder, or holds characters that no file should"
+            )
 
 
-def read_items(paths: Sequence[str], event_shape: tuple[int, ...], num_values: int, low: int) -> list[Item]:
+def read_items(
+    paths: Sequence[str], event_shape: tuple[int, ...], num_values: int, low: int
+) -> list[Item]:
     """Read files and folders of files.
 
     Args:
@@ -98,11 +128,20 @@ def read_items(paths: Sequence[str], event_shape: tuple[int, ...], num_values: i
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in (*SUFFIXES, ".npy", ".npz"))
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.is_file() and file.suffix.lower() in (*SUFFIXES, ".npy", ".npz")
+            )
             if not found:
-                raise UserError(f"the folder {path} holds no images or arrays ({', '.join((*SUFFIXES, '.npy', '.npz'))})")
+                raise UserError(
+                    f"the folder {path} holds no images or arrays"
+                    f" ({', '.join((*SUFFIXES, '.npy', '.npz'))})"
+                )
             for file in found:
-                items += _read_file(file, file.relative_to(path).as_posix(), event_shape, num_values, low)
+                items += _read_file(
+                    file, file.relative_to(path).as_posix(), event_shape, num_values, low
+                )
         else:
             items += _read_file(path, path.name, event_shape, num_values, low)
     for item in items:
@@ -111,13 +150,22 @@ def read_items(paths: Sequence[str], event_shape: tuple[int, ...], num_values: i
         except ValueError as error:
             raise UserError(f"{describe_value(item.name)}: {error}; rename it") from error
     names = [item.name for item in items]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = (
+        sorted({name for name in names if names.count(name) > 1})
+        if len(set(names)) < len(names)
+        else []
+    )
     if twice:
-        raise UserError(f"{twice[0]} would be written twice; give files of different names, or a folder that holds them")
+        raise UserError(
+            f"{twice[0]} would be written twice; give files of different names, or a folder that"
+            " holds them"
+        )
     return items
 
 
-def _read_file(path: Path, name: str, event_shape: tuple[int, ...], num_values: int, low: int) -> list[Item]:
+def _read_file(
+    path: Path, name: str, event_shape: tuple[int, ...], num_values: int, low: int
+) -> list[Item]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":
@@ -126,8 +174,15 @@ def _read_file(path: Path, name: str, event_shape: tuple[int, ...], num_values: 
         if suffix == ".npz":
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 if not file.files or {"file", "allow_pickle"} & set(file.files):
-                    raise UserError(f"{path} holds no arrays, or one with a name that NumPy cannot write")
-                return [_array_item(path, f"{name}/{key}", "npz", key, file[key], event_shape, num_values, low) for key in file.files]
+                    raise UserError(
+                        f"{path} holds no arrays, or one with a name that NumPy cannot write"
+                    )
+                return [
+                    _array_item(
+                        path, f"{name}/{key}", "npz", key, file[key], event_shape, num_values, low
+                    )
+                    for key in file.files
+                ]
         return [_image_item(path, name, event_shape, num_values)]
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
@@ -144,44 +199,83 @@ def _read_file(path: Path, name: str, event_shape: tuple[int, ...], num_values: 
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise UserError(f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]})") from error
+        raise UserError(
+            f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]})"
+        ) from error
 
 
 def _image_item(path: Path, name: str, event_shape: tuple[int, ...], num_values: int) -> Item:
     if num_values != 256:
-        raise UserError(f"{path}: image files have 256 values but the model {num_values} values; give whole numbers in a .npy file")
+        raise UserError(
+            f"{path}: image files have 256 values but the model {num_values} values; give whole"
+            " numbers in a .npy file"
+        )
     with Image.open(path) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path} has several frames; only single images can be compressed")
         if image.mode not in ("L", "RGB"):
             raise UserError(
-                f"{path} has mode {image.mode}; only gray (L) and RGB images of 8 bits keep their pixels here, convert it first"
+                f"{path} has mode {image.mode}; only gray (L) and RGB images of 8 bits keep their"
+                " pixels here, convert it first"
             )
-        pixels, mode = np.asarray(upright(image)), image.mode  # upright: what is restored has no EXIF data
+        pixels, mode = (
+            np.asarray(upright(image)),
+            image.mode,
+        )  # upright: what is restored has no EXIF data
     events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
     if events.shape != event_shape:
-        raise UserError(f"{path} is an image of shape {events.shape} (channels, height, width), the model takes {event_shape}")
+        raise UserError(
+            f"{path} is an image of shape {events.shape} (channels, height, width), the model takes"
+            f" {event_shape}"
+        )
     place = PurePosixPath(name)
-    kept = name if place.suffix.lower() == ".png" else f"{name}.png"  # a photo.jpg comes back as photo.jpg.png
+    kept = (
+        name if place.suffix.lower() == ".png" else f"{name}.png"
+    )  # a photo.jpg comes back as photo.jpg.png
     return Item(kept, "image", 1, mode=mode, values=events.reshape(1, -1).astype(np.int64))
 
 
 def _array_item(
-    path: Path, name: str, kind: str, key: str, array: np.ndarray, event_shape: tuple[int, ...], num_values: int, low: int
+    path: Path,
+    name: str,
+    kind: str,
+    key: str,
+    array: np.ndarray,
+    event_shape: tuple[int, ...],
+    num_values: int,
+    low: int,
 ) -> Item:
     if array.dtype.name not in _DTYPES:
-        raise UserError(f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to {low + num_values - 1}")
+        raise UserError(
+            f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to"
+            f" {low + num_values - 1}"
+        )
     plain = event_shape[1:] if len(event_shape) == 3 and event_shape[0] == 1 else event_shape
-    fits = any(array.shape == shape or array.shape[1:] == shape for shape in {event_shape, plain}) and array.size
+    fits = (
+        any(array.shape == shape or array.shape[1:] == shape for shape in {event_shape, plain})
+        and array.size
+    )
     if not fits:
-        raise UserError(f"{path}: the array has shape {array.shape}; the model takes (N, {', '.join(map(str, event_shape))})")
+        raise UserError(
+            f"{path}: the array has shape {array.shape}; the model takes (N,"
+            f" {', '.join(map(str, event_shape))})"
+        )
     rows = array.reshape(-1, int(np.prod(event_shape)))
     outside = rows[(rows < low) | (rows > low + num_values - 1)]
     if outside.size:
         raise UserError(
-            f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the model's {low} to {low + num_values - 1}"
+            f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the"
+            f" model's {low} to {low + num_values - 1}"
         )
-    return Item(name, kind, len(rows), array.dtype.name, array.shape, key, values=rows.astype(np.int64) - low)
+    return Item(
+        name,
+        kind,
+        len(rows),
+        array.dtype.name,
+        array.shape,
+        key,
+        values=rows.astype(np.int64) - low,
+    )
 
 
 def check_places(items: Sequence[Item], folder: Path) -> list[str]:
@@ -197,7 +291,9 @@ def check_places(items: Sequence[Item], folder: Path) -> list[str]:
     return places
 
 
-def write_items(items: Sequence[Item], index: np.ndarray, event_shape: tuple[int, ...], low: int, folder: Path) -> list[Path]:
+def write_items(
+    items: Sequence[Item], index: np.ndarray, event_shape: tuple[int, ...], low: int, folder: Path
+) -> list[Path]:
     """Write files into a folder: all of them, or none.
 
     Args:
@@ -262,4 +358,6 @@ def _write_image(path: Path, rows: np.ndarray, event_shape: tuple[int, ...], mod
     channels = {"L": 1, "RGB": 3}.get(mode)
     if pixels.ndim != 3 or pixels.shape[0] != channels:
         raise ValueError("an image does not have the shape of its mode")
-    Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0)).save(path, format="PNG", optimize=True)
+    Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0)).save(
+        path, format="PNG", optimize=True
+    )
