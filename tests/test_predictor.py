@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import ndm
 from ndm.errors import UserError
 from ndm.evaluation.evaluate import Evaluation
+from ndm.grid.rounding import RoundingPredictor
 from ndm.predictor import Predictor
 from ndm.schedule import (
     CosineSchedule,
@@ -124,7 +125,8 @@ def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> 
     x = values.repeat_interleave(counts)[:, None].float()
 
     def nelbo(rounding: int | None) -> float:
-        predictor = Predictor(GaussianPrediction(schedule, s), "v", rounding)
+        network = GaussianPrediction(schedule, s)
+        predictor = RoundingPredictor(network, rounding) if rounding else Predictor(network)
         model = ndm.NDM(schedule, ndm.Identity(), predictor, ndm.DiscretizedGaussian(num_values))
         found = Evaluation(model, Points(x)).nelbo(None, 64)
         assert found.stderr < 0.03
@@ -137,12 +139,12 @@ def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> 
 
 def test_rounding_to_another_grid_than_that_of_the_data_is_refused() -> None:
     network, parts = Constant(torch.zeros(2, 3)), (LinearLogSNRSchedule(), ndm.Identity())
-    ndm.NDM(*parts, Predictor(network, "v", 17), ndm.DiscretizedGaussian(17))
+    ndm.NDM(*parts, RoundingPredictor(network, 17), ndm.DiscretizedGaussian(17))
     cases: list[Callable[[], object]] = [
-        lambda: ndm.NDM(*parts, Predictor(network, "v", 17), ndm.DiscretizedGaussian(16)),
-        lambda: ndm.NDM(*parts, Predictor(network, "v", 2), ndm.DiscretizedGaussian([0.0, 1.0])),
-        lambda: ndm.NDM(*parts, Predictor(network, "v", 17), ndm.GaussianDecoder()),
-        lambda: Predictor(network, "v", 1),
+        lambda: ndm.NDM(*parts, RoundingPredictor(network, 17), ndm.DiscretizedGaussian(16)),
+        lambda: ndm.NDM(*parts, RoundingPredictor(network, 2), ndm.DiscretizedGaussian([0.0, 1.0])),
+        lambda: ndm.NDM(*parts, RoundingPredictor(network, 17), ndm.GaussianDecoder()),
+        lambda: RoundingPredictor(network, 1),
     ]
     for call in cases:
         with pytest.raises(UserError, match="num_values="):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.errors import UserError
+from ndm.grid.rounding import RoundingPredictor
 from ndm.model import NDM
 from ndm.nn import MLP, Dense, UNet
 from ndm.operators import Blur, Downsample, FadingMask
@@ -114,7 +115,7 @@ def test_every_combination_of_parts_returns_bit_by_bit(
 
 
 def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
-    predictor = Predictor(UNet(1, 4, (1,)), "v", 8)
+    predictor = RoundingPredictor(UNet(1, 4, (1,)), 8)
     model = NDM(
         LinearLogSNRSchedule(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)
     ).eval()

@@ -11,6 +11,7 @@ from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.grid.categorical import CategoricalPredictor
+from ndm.grid.rounding import RoundingPredictor
 from ndm.model import NDM, DiffusionModel
 from ndm.ode import OdeSettings
 from ndm.operators import Blur, Downsample, FadingMask
@@ -119,6 +120,7 @@ __all__ = [
     "OdeSettings",
     "Predictor",
     "ReverseProcess",
+    "RoundingPredictor",
     "Sampler",
     "Schedule",
     "SeparableTransform",

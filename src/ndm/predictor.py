@@ -12,8 +12,7 @@ sigma. The eps-form estimates F(x, t) rather than x once F is not the identity (
 make up the difference) and divides by alpha at t = 1. Where the reverse process is direct, x̂
 stands for ŷ, see :mod:`ndm.reverse`.
 
-For data on a grid of L values, ``num_values=L`` rounds what is read to the grid where noise is low,
-see :mod:`ndm.grid.rounding`.
+For data on a grid of L values :class:`ndm.RoundingPredictor` rounds what is read where noise is low.
 """
 
 from abc import ABC, abstractmethod
@@ -22,10 +21,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ndm.decoder import Decoder, bin_centers
+from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice
 from ndm.forward import NoisingProcess
-from ndm.grid.rounding import Rounding
 from ndm.parts import Part, check_network
 from ndm.schedule import NoiseLevel
 
@@ -65,16 +63,13 @@ class Predictor(DataPredictor):
     Args:
         network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
         target: what the network's output means: ``"v"``, ``"eps"`` or ``"x"``.
-        num_values: round softly to the grid of data with so many values, as many as the decoder
-            has; None for data that lie on none.
     """
 
-    def __init__(self, network: nn.Module, target: Target = "v", num_values: int | None = None):
+    def __init__(self, network: nn.Module, target: Target = "v"):
         super().__init__()
         check_choice("target", target, get_args(Target))
         check_network(network, "a predictor", "network(z, t)")
-        self.network, self.target, self.num_values = network, target, num_values
-        self.rounding = None if num_values is None else Rounding(num_values)
+        self.network, self.target = network, target
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         return self.read(self._output(z, level, z.shape), z, level)
@@ -87,27 +82,6 @@ class Predictor(DataPredictor):
             raise UserError(
                 "eps-prediction divides by alpha, which is 0 at t = 1 of this schedule; use"
                 " target='v' or 'x'"
-            )
-        if self.num_values is None:
-            return
-        keeps, values = process.transform.keeps_shape, decoder.values
-        if (
-            not keeps
-            or values is None
-            or len(values) != self.num_values
-            or not torch.allclose(values, bin_centers(self.num_values))
-        ):
-            have = (
-                "latents of its own"
-                if not keeps
-                else "no grid"
-                if values is None
-                else f"another grid, of {len(values)} values"
-            )
-            raise UserError(
-                f"predictor.num_values={self.num_values} is the grid of the centers of"
-                f" {self.num_values} equal bins of [-1, 1], but the model has {have}; give the"
-                " decoder as many values, or use ndm.Predictor without num_values"
             )
 
     def two(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -142,10 +116,6 @@ class Predictor(DataPredictor):
 
     def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """What an output of the network says by the target, ``(B, *event)``."""
-        reading = self._read(output, z, level)
-        return reading if self.rounding is None else self.rounding(reading, level)
-
-    def _read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
         if self.target == "v":
             return (at.alpha * z - at.sigma * output) / (at.alpha**2 + at.sigma**2)

@@ -351,7 +351,6 @@ def test_what_does_not_fit_is_refused() -> None:
             ),
             r"must return \(2, 2, 1, 4, 4\)",
         ),
-        (lambda: good.two(torch.zeros(2, 1, 4, 4), level), "direct-score"),
         (
             lambda: ndm.NDM(schedule, ndm.Identity(), good, ndm.DiscretizedGaussian(16)),
             "another grid, of 16 values",

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import ndm
 from ndm import LinearLogSNRSchedule
-from ndm.grid.rounding import Rounding
-from ndm.predictor import Predictor
+from ndm.grid.rounding import Rounding, RoundingPredictor
 from ndm.schedule import NoiseLevel
 from oracles import F64, Constant
 
@@ -60,7 +59,9 @@ def test_a_pixel_of_known_frequencies_is_predicted_by_its_posterior_mean() -> No
     frequencies, the noise is low: no error beats it.
     """
     num_values, frequencies = 4, torch.tensor([0.7, 0.2, 0.0999, 0.0001], dtype=F64)
-    predictor = Predictor(Constant(torch.zeros(2000, 1, dtype=F64)), "eps", num_values).double()
+    predictor = RoundingPredictor(
+        Constant(torch.zeros(2000, 1, dtype=F64)), num_values, "eps"
+    ).double()
     with torch.no_grad():
         predictor.rounding.weights.fill_(-20.0)  # type: ignore[union-attr]
         predictor.rounding.weights[5:-5] = frequencies.log() / 5  # type: ignore[index]
@@ -115,7 +116,8 @@ def test_latents_without_signal_or_without_noise_have_finite_gradients() -> None
         ndm.FlowMatchingSchedule()(torch.tensor([0.0, 1.0])), sigma=torch.tensor([0.0, 1.0])
     )
     seen = torch.full((2, 1, 3, 3), 0.25, requires_grad=True)
-    predictor, z = Predictor(Constant(seen), "x", 4), torch.zeros(2, 1, 3, 3, requires_grad=True)
+    predictor = RoundingPredictor(Constant(seen), 4, "x")
+    z = torch.zeros(2, 1, 3, 3, requires_grad=True)
     found = predictor(z, level)
     torch.testing.assert_close(found, seen)
     for value in torch.autograd.grad(

@@ -18,7 +18,6 @@ from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.reproduce.steps_quality import counted
 from ndm.schedule import LinearLogSNRSchedule
-from ndm.train.run import Run
 from ndm.transform import GatedTransform, Identity
 
 
@@ -156,7 +155,9 @@ def test_runs_that_are_there_are_measured_alike(
 ) -> None:
     ddpm, ndm, again = str(out / "runs" / "ddpm"), str(out / "runs" / "ndm"), tmp_path / "again"
     command = ["steps", "--size", "smoke", "--out", str(again)]
-    monkeypatch.setattr(Run, "train", lambda *_: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(
+        "ndm.reproduce.report.train_run", lambda *_: pytest.fail("nothing is to be trained")
+    )
     monkeypatch.setattr("ndm.reproduce.steps.quality", lambda *_: None)
     assert "give first a run that does not transform" in refused(*command, "--runs", ndm, ddpm)
     assert not again.exists(), "what is refused leaves nothing behind"

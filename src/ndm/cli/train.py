@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ndm.train.config import RunConfig, config_parser, parse
 from ndm.train.run import Run
+from ndm.train.training import train_run
 
 
 def run_train(words: Sequence[str]) -> None:
@@ -27,7 +28,7 @@ def run_train(words: Sequence[str]) -> None:
     stored = _stored_config(words)
     arguments = parse(parser, (["--config", str(stored)] if stored else []) + list(words))
     run = Run(Path(arguments.pop("out")))
-    run.train(RunConfig(arguments))
+    train_run(run, RunConfig(arguments))
 
 
 def _stored_config(words: Sequence[str]) -> Path | None:

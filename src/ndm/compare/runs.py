@@ -20,6 +20,7 @@ from ndm.evaluation.measurement import Measurement
 from ndm.serialize import read_json, write_json
 from ndm.train.config import RunConfig
 from ndm.train.run import Run
+from ndm.train.training import train_run
 
 MEASURES = "measures.json"
 _CALIBRATION = 128  # examples that a reverse variance is fitted on
@@ -162,7 +163,7 @@ def _attempt(job: Job) -> str | None:
     """Train and measure one run; what went wrong, or None."""
     try:
         with _output(job):
-            job.run.train(job.config)
+            train_run(job.run, job.config)
             if job.measures is not None:
                 _measure(job, job.measures)
     except UserError as error:

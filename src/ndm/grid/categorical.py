@@ -36,12 +36,13 @@ from ndm.device import autocast_dtype, full_precision
 from ndm.errors import UserError, check_whole
 from ndm.forward import NoisingProcess
 from ndm.grid.kernels import posterior_mean, value_posteriors
-from ndm.predictor import Predictor
+from ndm.grid.rounding import check_grid
+from ndm.predictor import DataPredictor
 from ndm.schedule import NoiseLevel
 from ndm.transform import GatedTransform, Identity, SeparableTransform
 
 
-class CategoricalPredictor(Predictor):
+class CategoricalPredictor(DataPredictor):
     """x̂ as the posterior mean over the values of the grid, for images ``(B, C, H, W)``.
 
     Computes with L numbers for each dimension of the data, some examples at a time
@@ -73,7 +74,8 @@ class CategoricalPredictor(Predictor):
         check_whole("num_values", num_values, 2)
         check_whole("embedding", embedding, 1)
         check_whole("histogram", histogram, 1)
-        super().__init__(network, "x")
+        super().__init__()
+        self.network = network
         self.num_values, self.embedding, self.histogram = num_values, embedding, histogram
         self.values = nn.Linear(num_values, embedding, bias=False)
         self.frequencies = nn.Linear(num_values, histogram)
@@ -133,6 +135,7 @@ class CategoricalPredictor(Predictor):
 
     def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         super().check(process, decoder, reverse)
+        check_grid(self.num_values, process, decoder)
         transform = process.transform
         plain = isinstance(transform, Identity)
         gated = isinstance(transform, GatedTransform) or (
@@ -149,16 +152,6 @@ class CategoricalPredictor(Predictor):
                 f"CategoricalPredictor predicts x on its grid, and with reverse={reverse} the"
                 " predictor stands for something else; use reverse=tied, or ndm.Predictor"
             )
-
-    def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """There is one output.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "CategoricalPredictor predicts x alone; for reverse=direct-score use ndm.Predictor"
-        )
 
 
 _UNIT = 5.0  # of log c, nats: optimizers step alike in all parameters

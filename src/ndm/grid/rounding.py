@@ -1,8 +1,8 @@
-r"""Rounding a prediction to the grid of the data, as softly as the noise asks for.
+r"""Rounding a prediction to the grid of the data, as softly as the noise demands.
 
-Data on a grid of L values in [-1, 1] have a finest digit that a network hardly learns to round to:
-where noise is low, x̂ = z/alpha is a good answer, and a rounded one is much better. A reading m is
-rounded at the width s that the noise leaves,
+Networks rarely learn to round to the grid of the data. Where noise is low, x̂ = z/alpha is a good
+prediction, and a rounded one is much better. With L values in [-1, 1], a prediction m is rounded at
+the width s that the noise leaves,
 
 .. math::
     \hat x_i = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m_i - v_k)^2}{2 s^2} + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr) \log w_k\Bigr), \qquad
@@ -18,9 +18,34 @@ the rest of the example says, too.
 import torch
 from torch import Tensor, nn
 
+from ndm.decoder import Decoder, bin_centers
 from ndm.errors import UserError
+from ndm.forward import NoisingProcess
+from ndm.predictor import Predictor, Target
 from ndm.schedule import NoiseLevel
 from ndm.shapes import expand
+
+
+class RoundingPredictor(Predictor):
+    """x̂ from a network, rounded softly to the grid of the data where noise is low.
+
+    Args:
+        network: see :class:`ndm.Predictor`.
+        num_values: L, as many as the decoder has.
+        target: see :class:`ndm.Predictor`.
+    """
+
+    def __init__(self, network: nn.Module, num_values: int, target: Target = "v"):
+        super().__init__(network, target)
+        self.num_values = num_values
+        self.rounding = Rounding(num_values)
+
+    def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
+        super().check(process, decoder, reverse)
+        check_grid(self.num_values, process, decoder)
+
+    def read(self, output: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        return self.rounding(super().read(output, z, level), level)
 
 
 class Rounding(nn.Module):
@@ -79,6 +104,27 @@ class Rounding(nn.Module):
         )
         mean = nearest + (torch.softmax(logits, dim=-1) * near).sum(-1)
         return (mean + 0.5) * (2 / self.num_values) - 1
+
+
+def check_grid(num_values: int, process: NoisingProcess, decoder: Decoder) -> None:
+    """Check that the data, the latents and the decoder lie on the grid of a predictor.
+
+    Raises:
+        UserError: they do not.
+    """
+    keeps, values = process.transform.keeps_shape, decoder.values
+    many = values is not None and len(values) == num_values
+    if keeps and values is not None and many and torch.allclose(values, bin_centers(num_values)):
+        return
+    if not keeps:
+        have = "latents of another shape than the data"
+    else:
+        have = "no grid" if values is None else f"another grid, of {len(values)} values"
+    raise UserError(
+        f"predictor.num_values={num_values} is the grid of the centers of {num_values} equal bins"
+        f" of [-1, 1], but the model has {have}; give the decoder as many values, or use"
+        " ndm.Predictor"
+    )
 
 
 _REACH = 5  # values to either side of the nearest that are looked at

@@ -36,6 +36,7 @@ from ndm.model import DiffusionModel
 from ndm.serialize import fingerprint, read_json, write_atomically, write_json
 from ndm.train.config import Overrides, RunConfig, find_config
 from ndm.train.run import Run
+from ndm.train.training import train_run
 from ndm.viz import write_figure
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class Report:
         print(f"{self.name}: {name}", flush=True)
         self._claim()
         was_finished = run.finished
-        metrics = run.train(config.override({"seed": self.seed}))
+        metrics = train_run(run, config.override({"seed": self.seed}))
         if metrics is None or not (started_first() or was_finished):
             sys.exit(0)  # one of several processes that trained together: the first goes on alone
         model = run.model()

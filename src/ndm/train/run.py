@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from ndm.data import DataDescription, DataSource
@@ -35,11 +34,8 @@ from ndm.serialize import (
     WEIGHTS_NAME,
     read_json,
     read_weights,
-    to_config,
-    write_atomically,
     write_json,
 )
-from ndm.train.checks import check_parts, describe
 from ndm.train.config import (
     RunConfig,
     add_data,
@@ -228,51 +224,7 @@ class Run:
                 " another --out, or give --out alone to resume it"
             )
 
-    def train(self, config: RunConfig) -> dict[str, Any] | None:
-        """Train, evaluate and draw; resume an interrupted run; return at once from a finished one.
-
-        Returns:
-            The metrics, or None in processes other than the first.
-
-        Raises:
-            UserError: the folder holds another run, the configuration is wrong, the data changed,
-                or training failed for a reason that the user can remove.
-        """
-        self.check(config)
-        if self.finished:
-            metrics = self.metrics()
-            print(
-                f"{self.folder} is finished: {float(metrics.get('nelbo_bpd', 'nan')):.4f} bits/dim"
-                f" on {metrics.get('split')}; nothing to do (choose another --out to train again)"
-            )
-            return metrics
-        torch.manual_seed(config.seed)
-        parts = config.build()
-        if parts.settings.threads:
-            torch.set_num_threads(parts.settings.threads)
-        check_parts(parts)  # before anything is written
-        if parts.settings.start_from is not None and not self.checkpoint_path.exists():
-            start_from(parts.model, parts.settings.start_from)
-        with self.lock():
-            self.check(config)  # again: another process may have trained into it until now
-            if started_first():
-                text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-                write_atomically(
-                    self.config_path, lambda path: path.write_text(text, encoding="utf-8")
-                )
-                print(describe(parts, self.folder), flush=True)
-            self._record_data(parts.data)
-            from ndm.train.fit import fit  # here: Lightning takes seconds to import
-            from ndm.train.results import describe_results, write_results
-
-            if not fit(parts, self, config.seed):
-                return None
-            metrics = write_results(parts, self, config.seed)
-        print(describe_results(metrics))
-        print(f"wrote {self.folder}/model, metrics.json, samples.png, transform.png")
-        return metrics
-
-    def _record_data(self, data: DataSource) -> None:
+    def record_data(self, data: DataSource) -> None:
         """Write the description of the data, or compare it with that of the run to resume.
 
         Raises:
@@ -337,45 +289,3 @@ class Run:
             yield
         finally:
             lock.release()
-
-
-def start_from(model: DiffusionModel, run: str) -> None:
-    """Give a model the weights of a run. Dropout, steps T, eta and the time sampler may differ: no
-    weight depends on them.
-
-    Raises:
-        UserError: there is no such run, or its model is built otherwise.
-    """
-    other = Run(Path(run)).model()
-    weights, own = other.state_dict(), model.state_dict()
-    there, here = (flat(to_config(one)) for one in (other, model))
-    for key in {**here, **there}:
-        parts = key.removeprefix("init_args.").split(".")
-        if (
-            there.get(key) != here.get(key)
-            and parts[0] not in ("time_sampler", "steps", "eta")
-            and parts[-1] != "dropout"
-        ):
-            place = ".".join(part for part in parts if part != "init_args")
-            raise UserError(
-                f"train.start_from={run}: {place} is {there.get(key)!r} there and {here.get(key)!r}"
-                f" here; give the model of {run}, or leave it out"
-            )
-    for name in {**own, **weights}:
-        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (weights, own)]
-        if shapes[0] != shapes[1] and name.split(".")[0] != "time_sampler":
-            raise UserError(
-                f"train.start_from={run}: {name} is {shapes[0]} there and {shapes[1]} here; give"
-                f" the model of {run}, or leave it out"
-            )
-    kept = {name: value for name, value in own.items() if name.startswith("time_sampler.")}
-    model.load_state_dict(
-        {
-            **{
-                name: value
-                for name, value in weights.items()
-                if not name.startswith("time_sampler.")
-            },
-            **kept,
-        }
-    )
