@@ -1,38 +1,42 @@
-r"""The reverse process: what takes the place of F(x, .) once x is not known.
+r"""The reverse process: what replaces F(x, .) when x is unknown.
 
 .. math::
     p(z_s|z_t) = q(z_s|z_t, F \to \hat F), \qquad dz = f(z, t, F \to \hat F)\,dt + g\,d\bar w .
 
-Both, and the bound, see F through one combination alone: the posterior mean is :math:`k z_t +
-(\alpha_s - k\alpha_t)\, y`, and the drift is
-:math:`(\sigma'/\sigma + \tfrac12\eta^2\gamma')\, z - \tfrac12(1 + \eta^2)\,\alpha\gamma'\, y`, with the target
+Both of these and the bound depend on F only through one target y. The posterior mean is
+:math:`k z_t + (\alpha_s - k\alpha_t)\, y`, and the drift is
+:math:`(\sigma'/\sigma + \tfrac12\eta^2\gamma')\, z - \tfrac12(1 + \eta^2)\,\alpha\gamma'\, y`, with
 
 .. math::
     y = \frac{\alpha_s F(x, s) - k \alpha_t F(x, t)}{\alpha_s - k \alpha_t} \;\longrightarrow\;
     y_\eta = F - \frac{2}{1 + \eta^2} \frac{\dot F}{\gamma'} \qquad (s \to t), \qquad F = x \text{ gives } y = x .
 
-================  =====================================================  ========================================================
-``tied``          F(x̂(z, t), .), x̂ the predictor                         the paper; SDE, ODE and every eta
-``direct``        a constant, ŷ(z, t), the predictor's output            the generator is a plain diffusion: one network evaluation
-                                                                         a step, the eta of training
-                                                                         alone (ours)
-``direct-score``  the same; a second output F̂ estimates E[F|z_t]         every eta, so the ODE and its likelihood, too (ours)
-``diffenc``       F̂ + F(F̂, .) - F(F̂, t), F̂(z, t) the predictor         DiffEnc: right to first order in F - x (Nielsen et al. 2024);
-                                                                         every eta
-================  =====================================================  ========================================================
+================  ========================================  ========================================
+reverse           in place of F(x, .)                       properties
+================  ========================================  ========================================
+``tied``          F(x̂(z, t), .), x̂ the predictor            the paper; SDE, ODE and every eta
+``direct``        a constant ŷ(z, t), the predictor         the generator is a plain diffusion: one
+                                                            network evaluation a step; only the eta
+                                                            of training (ours)
+``direct-score``  the same; a second output F̂               every eta, so the ODE and its likelihood
+                  estimates E[F|z_t]                        too (ours)
+``diffenc``       F̂ + F(F̂, .) - F(F̂, t),                    DiffEnc: correct to first order in F - x
+                  F̂(z, t) the predictor                     (Nielsen et al. 2024); every eta
+================  ========================================  ========================================
 
-From both outputs :math:`\dot F/\gamma' = \tfrac12(1+\eta^2)(\hat F - \hat y)`, and for another eta'
+Both outputs together give :math:`\dot F/\gamma' = \tfrac12(1+\eta^2)(\hat F - \hat y)`, and for
+another eta'
 
 .. math::
     \hat y_{\eta'} = \hat F - \frac{1 + \eta^2}{1 + \eta'^2} (\hat F - \hat y) .
 
-F̂ is no part of the bound. It learns by a regression of its own whose gradient does not reach the
-forward process, at no further evaluation: half of the examples of a batch carry the gradient of the
-bound through z_t, twice, and the other half, with z_t held fixed, that of the regression, twice.
-Both gradients stay unbiased.
+F̂ is not part of the bound. It is trained by a regression whose gradient does not reach the forward
+process and which needs no further network evaluation. One half of the batch carries the gradient of
+the bound through z_t, times two; the other half carries that of the regression, times two, with z_t
+fixed. Both gradients stay unbiased.
 
-The target of a model in discrete time is that of its own T steps. With other numbers of steps, or
-with another eta from both outputs, it is right to first order in 1/T.
+In discrete time the target is that of the T steps of training. With other numbers of steps, or with
+another eta from both outputs, it is correct to first order in 1/T.
 """
 
 from abc import ABC, abstractmethod
@@ -55,9 +59,7 @@ ReverseKind = Literal["tied", "direct", "direct-score", "diffenc"]
 
 
 class Reverse(ABC):
-    """A learned reverse process in continuous time: what the bound, the SDE, the ODE and the
-    likelihood need.
-    """
+    """A learned reverse process in continuous time: its bound, SDE, ODE and likelihood."""
 
     process: NoisingProcess
     """The forward process."""
@@ -66,20 +68,23 @@ class Reverse(ABC):
 
     @property
     def tosses(self) -> bool:
-        """Whether its bound takes a coin, see :meth:`continuous_error`."""
+        """Whether its bound needs a coin, see :meth:`continuous_error`."""
         return False
 
     @property
     def serves_every_eta(self) -> bool:
-        """Whether it can run with another eta than that of training, eta = 0 (the ODE and DDIM)
-        included.
-        """
+        """Whether it can run with any eta, including eta = 0 (the ODE and DDIM)."""
         return True
+
+    @property
+    def exact_density(self) -> bool:
+        """Whether :meth:`log_prob` is a closed form that needs no ODE and no settings."""
+        return False
 
     @property
     @abstractmethod
     def parts(self) -> tuple[nn.Module, ...]:
-        """The modules that it depends on."""
+        """The modules that it is made of."""
 
     def check_eta(self, eta: object) -> None:
         """Check that this reverse process can run with this eta.
@@ -90,16 +95,14 @@ class Reverse(ABC):
         if not self.serves_every_eta and not (isinstance(eta, (int, float)) and eta == self.eta):
             shown = f"eta={eta:g}" if isinstance(eta, (int, float)) else "another eta"
             raise UserError(
-                f"a direct reverse process runs with the noise of its training, eta={self.eta:g},"
-                f" not with {shown}: sample by ancestral or sde. The ODE, DDIM, the likelihood and"
-                " fitted eta need its second head: train with reverse=direct-score, or tied"
+                f"a direct reverse process only runs with the eta of training, {self.eta:g}, not"
+                f" with {shown}: sample by ancestral or sde. The ODE, DDIM, the likelihood and"
+                " fitted eta need a second output: train with reverse=direct-score, or tied"
             )
 
     @abstractmethod
     def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """What it predicts of the data from latents ``z`` ``(B, *event)`` at times ``(B,)``; ``(B,
-        *event)``.
-        """
+        """Predict the data from latents ``z`` ``(B, *event)`` at times ``(B,)``, in their shape."""
 
     @abstractmethod
     def continuous_error(
@@ -110,23 +113,24 @@ class Reverse(ABC):
         eta: float | Tensor,
         coin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The difference of the drifts over alpha gamma', which the bound in continuous time
-        squares, and the loss of a second head.
+        """Return the error of the drift and the loss of a second head.
+
+        The error is the difference of the drifts over alpha gamma', whose square is in the bound.
 
         Args:
-            curve: that of the forward process at the data.
+            curve: the curve of the forward process at the data.
             noise: standard normal, in the shape of F(x, t).
             level: the level at t.
-            eta: of the bound; a tensor broadcasts against ``noise``.
-            coin: a uniform number ``(1,)`` for a reverse process that tosses.
+            eta: eta of the bound; a tensor broadcasts against ``noise``.
+            coin: a uniform number ``(1,)``, if :attr:`tosses`.
 
         Returns:
-            ``(B, *event)``, and ``(B,)``, nats, or None.
+            The error ``(B, *event)``, and the loss ``(B,)`` in nats, or None.
         """
 
     @abstractmethod
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
-        """f(z, t), ``(B, *event)``."""
+        """Return the drift f(z, t), ``(B, *event)``."""
 
     @abstractmethod
     def log_prob(
@@ -136,30 +140,32 @@ class Reverse(ABC):
         source: RandomSource = None,
         progress: bool = False,
     ) -> LogDensity:
-        """log p(z_0) of latents ``z`` ``(B, *event)`` under the generative ODE.
+        """Return log p(z_0) of latents ``z`` ``(B, *event)`` under the generative ODE.
 
         Args:
-            z: z_0; its dtype is that of the whole computation.
+            z: z_0; the computation runs in its dtype.
             settings: solver, tolerance, probes.
-            source: where the probes come from.
+            source: random source of the probes.
             progress: show progress bars.
         """
 
 
 class MarkovReverse(Reverse):
-    """A reverse process with posteriors p(z_s|z_t): discrete time, ancestral sampling and
-    compression as well.
+    """A reverse process with posteriors p(z_s|z_t).
+
+    It adds discrete time, ancestral sampling and compression.
     """
 
     process: ForwardProcess
 
     @abstractmethod
     def curve(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Curve:
-        """What stands for F(x, .) at latents ``z`` ``(B, *event)`` and times ``(B,)``, by one
-        evaluation of the predictor.
+        """Return the curve that replaces F(x, .) at latents ``z`` ``(B, *event)``, times ``(B,)``.
+
+        It takes one evaluation of the predictor.
 
         Raises:
-            UserError: this reverse process cannot run with that eta.
+            UserError: this reverse process cannot run with this eta.
         """
 
     @abstractmethod
@@ -171,36 +177,36 @@ class MarkovReverse(Reverse):
         eta: float | Tensor,
         coin: Tensor | None = None,
     ) -> tuple[Curve, Tensor | None]:
-        """The curve at z_t drawn from q(z_t|x) by ``noise``, for the bound; with a second head and
-        gradients, its loss as well.
+        """Return the curve at z_t drawn from q(z_t|x) by ``noise``, and the loss of a second head.
 
         Args:
             transformed: F(x, t), ``(B, *event)``.
             noise: standard normal, ``(B, *event)``.
             level: the level at t.
-            eta: of the bound.
-            coin: a uniform number ``(1,)``, which decides which half of the batch the second head
-                learns from; None takes the odd ones.
+            eta: eta of the bound.
+            coin: a uniform number ``(1,)`` that decides which half of the batch trains the second
+                head; None means the odd examples train the bound and the even ones the head.
 
         Returns:
-            The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)``, nats, or None.
+            The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)`` in nats, or None without a second
+            head or without gradients.
         """
 
     def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:
-        """p(z_s|z_t)."""
+        """Return p(z_s|z_t)."""
         return self.process.posterior_of(z, self.curve(z, t, eta).at_both(s, t), s, t, eta)
 
 
 def require_markov(reverse: Reverse, what: str) -> MarkovReverse:
-    """The reverse process, which must have posteriors p(z_s|z_t).
+    """Return the reverse process if it has posteriors p(z_s|z_t).
 
     Raises:
-        UserError: it is one in continuous time only.
+        UserError: it is defined in continuous time only.
     """
     if not isinstance(reverse, MarkovReverse):
         raise UserError(
-            f"{what} needs posteriors p(z_s|z_t), and this is a model in continuous time: leave"
-            " steps out of its bound, sample by method='sde' or 'ode', or take ndm.NDM"
+            f"{what} needs posteriors p(z_s|z_t), but this model is in continuous time only: leave"
+            " steps out of its bound, sample by method='sde' or 'ode', or use ndm.NDM"
         )
     return reverse
 
@@ -210,17 +216,17 @@ class ReverseProcess(MarkovReverse):
     """The reverse process of a Neural Diffusion Model.
 
     Raises:
-        UserError: the kind is not known, or does not fit the transformation.
+        UserError: the kind is unknown, or does not fit the transformation.
     """
 
     process: ForwardProcess
     """The forward process."""
     predictor: DataPredictor
-    """x̂ of the tied reverse, ŷ of the direct one (and F̂, its second output), F̂ of DiffEnc's."""
+    """x̂ for tied, ŷ for direct (and F̂, its second output), F̂ for diffenc."""
     kind: ReverseKind = "tied"
     """``tied``, ``direct``, ``direct-score`` or ``diffenc``."""
     eta: float = 1.0
-    """The eta that ŷ was trained for; a tied reverse serves all."""
+    """The eta that ŷ is trained for; only a direct reverse depends on it."""
 
     def __post_init__(self) -> None:
         """Check the kind."""
@@ -228,9 +234,9 @@ class ReverseProcess(MarkovReverse):
         transform = self.process.transform
         if self.kind in ("tied", "diffenc") and not transform.keeps_shape:
             raise UserError(
-                f"reverse={self.kind} puts the prediction through F, but {type(transform).__name__}"
-                " maps data into a space of its own; use reverse=direct, whose predictor predicts"
-                " the latent itself"
+                f"reverse={self.kind} passes the prediction through F, but"
+                f" {type(transform).__name__} maps data into another space; use reverse=direct,"
+                " whose predictor predicts the latent itself"
             )
 
     @property
@@ -257,10 +263,10 @@ class ReverseProcess(MarkovReverse):
 
     @property
     def _two_headed(self) -> Predictor:
-        return cast(Predictor, self.predictor)  # DataPredictor.check lets no other pass
+        return cast(Predictor, self.predictor)  # DataPredictor.check rejects any other
 
     def _target(self, target: Tensor, transformed: Tensor, eta: float | Tensor) -> Tensor:
-        """ŷ of another eta."""
+        """Return ŷ for another eta."""
         if not isinstance(eta, Tensor) and eta == self.eta:
             return target
         return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
@@ -279,17 +285,15 @@ class ReverseProcess(MarkovReverse):
         parity = torch.arange(len(z), device=z.device) + (0 if coin is None else coin < 0.5)
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
-        z = fixed + 2 * expand(of_bound, z) * (
-            z - fixed
-        )  # the same value, half of the gradients doubled, the other half cut
+        # The same value, with the gradient doubled for the half of the bound and cut for the other.
+        z = fixed + 2 * expand(of_bound, z) * (z - fixed)
         first, second = self._two_headed.two_outputs(z, level)
-        apart = level.detach()  # a learned schedule belongs to the forward process, too
-        error = sum_event((transformed.detach() - self._two_headed.read(second, fixed, apart)) ** 2)
-        regression = (1 - of_bound) * apart.snr_decay * error
-        target = self._target(
-            self._two_headed.read(first, z, level), self._two_headed.read(second, z, level), eta
-        )
-        return Constant(target), regression
+        fixed_level = level.detach()  # a learned schedule belongs to the forward process too
+        estimate = self._two_headed.read(second, fixed, fixed_level)
+        error = sum_event((transformed.detach() - estimate) ** 2)
+        regression = (1 - of_bound) * fixed_level.snr_decay * error
+        y, f = (self._two_headed.read(output, z, level) for output in (first, second))
+        return Constant(self._target(y, f, eta)), regression
 
     def continuous_error(
         self,
@@ -309,11 +313,9 @@ class ReverseProcess(MarkovReverse):
         return drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
 
     def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        return (
-            self._two_headed.two(z, level)[0]
-            if self.kind == "direct-score"
-            else self.predictor(z, level)
-        )
+        if self.kind == "direct-score":
+            return self._two_headed.two(z, level)[0]
+        return self.predictor(z, level)
 
     def log_prob(
         self,
@@ -326,7 +328,7 @@ class ReverseProcess(MarkovReverse):
 
 
 class _Shifted(Curve):
-    """F̂ + F(F̂, .) - F(F̂, t): passes through F̂ at t, and has the slope of F at F̂."""
+    """The curve F̂ + F(F̂, .) - F(F̂, t), which equals F̂ at t and has the slope of F at F̂."""
 
     def __init__(self, transform: Transform, guess: Tensor, level: NoiseLevel):
         self._x, self._inner, self._level = guess, transform.curve(guess), level

@@ -69,8 +69,8 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
             "inspect": "the archive",
             "decompress": "folder to write into",
             "compress": "images, folders of images, .npy or .npz",
-            "compare": "base, rows and their overrides",
-            "reproduce": "the experiment; see --list",
+            "compare": "a base and rows with their overrides",
+            "reproduce": "name of the experiment; see --list",
         }
         assert words.get(command, "folder of the run") in " ".join(text.split())
 
@@ -257,9 +257,9 @@ def test_a_folder_gets_a_file_for_each_image(
         image = np.asarray(Image.open(tmp_path / f"x/{number:06d}.png"))
         np.testing.assert_array_equal(np.round(image / 255 * 17 - 0.5), value)
     assert main(["sample", str(digits_run), "--n", "5", "--out", str(tmp_path / "x")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["sample", str(digits_run), "--n", "5", "--out", str(tmp_path / "x.csv")]) == 2
-    assert "no row of a table" in capsys.readouterr().err
+    assert "do not fit into rows of a table" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.npy"]
 
 
@@ -309,7 +309,7 @@ def test_a_run_that_is_not_finished_is_used_as_far_as_it_is(
             )
             == 0
         )
-        warned = f"{half} is not finished; this is its model after 3 steps"
+        warned = f"{half} is not finished; using its model after 3 steps"
         assert (warned in capsys.readouterr().err) is (name == "half")
     samples = [np.load(tmp_path / f"{name}.npy") for name in ("half", "whole", "model")]
     np.testing.assert_array_equal(samples[0], samples[1])

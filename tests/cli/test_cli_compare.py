@@ -106,9 +106,9 @@ def test_a_comparison_end_to_end_and_again(
     values = summary["Learned F"]["measures"]["continuous"]["values"]
     assert len(values) == 2 and values[0] != values[1]
     one = json.loads((tmp_path / "out" / "learned-f" / "seed-1" / "measures.json").read_text())
-    assert one["measures"]["continuous"] == values[1] and one["unit"] == "nats an example"
+    assert one["measures"]["continuous"] == values[1] and one["unit"] == "nats per example"
     text = (tmp_path / "out" / "table.md").read_text()
-    assert text.count("\n| ") == 5 and "**" in text and "nats an example" in text
+    assert text.count("\n| ") == 5 and "**" in text and "nats per example" in text
     for suffix in ("png", "pdf"):
         assert (tmp_path / "out" / f"compare.{suffix}").stat().st_size > 1000
 
@@ -341,7 +341,7 @@ def test_one_run_that_fails_does_not_take_the_others_with_it(
             {"width": "model.nothing"},
             "to widen",
         ),
-        ({"A": {}}, {"rowz": 1}, "'rowz' is not known"),
+        ({"A": {}}, {"rowz": 1}, "unknown key 'rowz'"),
         ({"A": {"model.predictor.network.hidden": -4}}, {}, "row 'A'"),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_wrong_file_is_told_in_one_line(
         (["--budget", "seconds"], "--seconds"),
         (["--seconds", "3"], "budget=seconds"),
         (["--budget", "seconds", "--seconds", "-1"], "positive"),
-        (["--horizons", "1,x"], "whole numbers"),
+        (["--horizons", "1,x"], "integers from 1"),
         (["--rows", "Nobody"], "no row 'Nobody'"),
         (["--budget", "luck"], "budget"),
         (["--split", "nope"], "nope"),

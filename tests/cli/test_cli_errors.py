@@ -117,6 +117,38 @@ def test_wrong_values(
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("model", "ndm.Foo", "--model: ndm.Foo: module 'ndm' has no attribute 'Foo'"),
+        ("data", "nowhere.Ring", "--data: nowhere.Ring: No module named 'nowhere'"),
+        ("model.schedule", "nowhere.X", "--model.schedule: nowhere.X: No module named 'nowhere'"),
+        (
+            "model.predictor.network.hidden",
+            "x",
+            "--model.predictor.network.hidden: expected int, got x",
+        ),
+        (
+            "model.predictor.network.hiden",
+            "3",
+            "--model.predictor.network: ndm.nn.MLP: Option 'hiden' is not accepted",
+        ),
+        (
+            "model.transform",
+            "ndm.Predictor",
+            "--model.transform: Import path ndm.Predictor does not correspond to a subclass of"
+            " Transform",
+        ),
+    ],
+)
+def test_an_option_of_a_class_is_named_in_full(
+    option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--config", "two_moons", "--out", str(tmp_path / "run"), f"--{option}", value]
+    line = refused(capsys, words)
+    assert line == f"ndm: error: {message} (see ndm train --help)"
+
+
 def test_unknown_key_in_the_file(
     write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,7 +401,7 @@ def test_a_full_or_forbidden_place_to_write(
             "--out",
             str(tmp_path / "file" / "run"),
         ],
-        "cannot be made",
+        "cannot be created",
     )
 
 
@@ -419,7 +451,7 @@ def test_too_little_memory(
         "--out",
         str(tmp_path / "x.npy"),
     ]
-    refused(capsys, words, "not enough memory", "--batch_size")
+    refused(capsys, words, "out of memory", "--batch_size")
 
 
 def test_what_a_killed_process_left_is_cleared_away(finished: Path, tmp_path: Path) -> None:

@@ -112,4 +112,4 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert np.load(tmp_path / "x.npy").shape == (50, 3)
     assert main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "folder")]) == 2
-    assert "are no images" in capsys.readouterr().err and not (tmp_path / "folder").exists()
+    assert "are not images" in capsys.readouterr().err and not (tmp_path / "folder").exists()

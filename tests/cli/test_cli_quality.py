@@ -157,4 +157,4 @@ def test_data_that_are_no_images(tmp_path: Path, capsys: pytest.CaptureFixture[s
         )
         == 0
     )
-    refused(capsys, [str(tmp_path / "run")], "no data of images", "ndm evaluate")
+    refused(capsys, [str(tmp_path / "run")], "does not contain images", "ndm evaluate")

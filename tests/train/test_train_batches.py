@@ -2,10 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
+from ndm.data import Digits
 from ndm.random import part_seed
-from ndm.train.batches import RunBatches
+from ndm.train.batches import RunBatches, WithFlips
 
 
 def plan(**changes: int) -> list[list[int]]:
@@ -54,3 +56,17 @@ def test_parts_have_seeds_of_their_own() -> None:
     seeds = [part_seed(seed, part) for seed in range(4) for part in range(500)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_flips_add_the_mirror_image_of_every_image() -> None:
+    split = Digits().split("test")
+    flips = WithFlips(split)
+    count = len(split)
+    assert len(flips) == 2 * count
+    chosen = [0, 5, count, count + 5, 2 * count - 1]
+    plain = [0, 5, 0, 5, count - 1]
+    expected = split[plain].numpy().copy()
+    expected[2:] = np.flip(expected[2:], axis=3)
+    np.testing.assert_array_equal(flips[chosen], expected)
+    assert split.labels is not None and flips.labels is not None
+    assert flips.labels[chosen].tolist() == split.labels[plain].tolist()

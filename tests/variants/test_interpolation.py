@@ -279,7 +279,7 @@ def test_what_it_is_not_for_is_refused() -> None:
             MonotoneMap(),
             GaussianDecoder(),
         )
-    with pytest.raises(UserError, match="events of one number, got 2: take a ConvexMap"):
+    with pytest.raises(UserError, match="events of one number, got 2: use a ConvexMap"):
         made.transformed(x.reshape(-1, 2), t[:20])
     with pytest.raises(UserError, match="scale must be a DiagonalScale"):
         NFDM(

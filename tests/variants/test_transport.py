@@ -13,7 +13,6 @@ from ndm.decoder import GaussianDecoder
 from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.nn import MLP
-from ndm.ode import OdeSettings
 from ndm.sample import Euler, GridSampler, Heun
 from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.serialize import load_model, save_model
@@ -457,8 +456,6 @@ def test_what_it_is_not_for_is_refused() -> None:
     ):
         with pytest.raises(UserError, match="continuous time"):
             call()
-    with pytest.raises(UserError, match="no ODE is solved"):
-        made.log_likelihood(x, settings=OdeSettings())
     with pytest.raises(UserError, match="events of one number, got 2"):
         made.sample((2, 2))
     with pytest.raises(UserError, match="keeps no signal"):

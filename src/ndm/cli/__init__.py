@@ -1,1 +1,1 @@
-"""The command line: a file a command, and :mod:`ndm.cli.main`."""
+"""The command line: :mod:`ndm.cli.main` and one module per command."""

@@ -1,4 +1,4 @@
-"""``python -m ndm.cli`` is ``ndm``."""
+"""``python -m ndm.cli`` runs ``ndm``."""
 
 import sys
 

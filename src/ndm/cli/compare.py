@@ -1,4 +1,4 @@
-"""``ndm compare``: several configurations under one budget, several seeds, resumable."""
+"""``ndm compare``: train and measure several configurations under the same budget."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ndm.cli.parsing import step_numbers
+from ndm.cli.parsing import split_overrides, step_numbers
 from ndm.compare.budget import read_plan
 from ndm.compare.plan import Budget, Row, build, plan_rows, read_rows
 from ndm.compare.runs import Job, Measures, run_all, threads_for
@@ -22,43 +22,45 @@ from ndm.train.run import Run
 
 RESULT = "compare.json"
 FLAGS = {
-    "calibrate": "measure the bounds in discrete time once more with a fitted reverse variance",
-    "nll": "measure the likelihood by the ODE, too, where the reverse process has one; slow",
+    "calibrate": "repeat the discrete-time bounds with a fitted reverse variance",
+    "nll": "also measure the likelihood under the ODE, if the reverse process has one; slow",
 }
 
 
 @dataclass
 class CompareSettings:
-    """What to compare, and how."""
+    """Settings of a comparison."""
 
     config: str
-    """File of the comparison: base, rows and their overrides; see configs/compare-digits.yaml."""
+    """Comparison file (YAML with a base and rows with their overrides), or the name of an included
+    one, such as compare-digits.
+    """
     out: str
-    """Folder for all runs, the table and the plot; the same command again goes on."""
+    """Folder for all runs, the table and the plot; created if needed."""
     seeds: int = 3
-    """Runs of each row, with seeds 0, 1, ...: first weights, data order, times and noise."""
+    """Number of runs of each row, with the seeds 0, 1, ..."""
     budget: Budget = "steps"
-    """What the rows share: optimizer steps, seconds of training, or steps and parameters."""
+    """Shared by all rows: optimizer steps, seconds of training, or both steps and parameters."""
     train_steps: int | None = None
-    """Optimizer steps of each run; by default those of the base. Not with budget=seconds."""
+    """Optimizer steps of each run; by default those of the base. Not for budget=seconds."""
     seconds: float | None = None
-    """Seconds of training of each run, for budget=seconds: as many steps as fit in, by a step time
-    measured for all rows in turn.
+    """Seconds of training of each run, for budget=seconds. The number of steps follows from the
+    measured time of a step.
     """
     horizons: str = "10,50,1000"
-    """Numbers of steps T of bounds in discrete time, beside the continuous one; empty for none."""
+    """Numbers of steps T of the discrete-time bounds; empty for only the continuous-time bound."""
     draws: int = 8
-    """Times drawn for each test example in every bound."""
+    """Times drawn per example in every bound."""
     split: str = "test"
-    """The split to measure on."""
+    """Split of the data to measure."""
     limit: int | None = None
-    """Measure only so many examples of the split, evenly spread over it."""
+    """Number of examples to measure, evenly spread over the split; by default all."""
     rows: str | None = None
-    """Only these rows, separated by semicolons; the baseline, a plain diffusion as large as the
-    largest row of the file, comes with them.
+    """Names of the rows to run, separated by semicolons; by default all. The baseline, a plain
+    diffusion as large as the largest row, is always included.
     """
     jobs: int = 1
-    """Runs at once, each in a process of its own with an equal share of the cores."""
+    """Number of parallel runs, each in its own process with an equal share of the CPU cores."""
     calibrate: bool = False
     """See FLAGS."""
     nll: bool = False
@@ -68,7 +70,7 @@ class CompareSettings:
         """Check every field.
 
         Raises:
-            UserError: a value is out of range, or two contradict one another.
+            UserError: a value is out of range, or two values contradict each other.
         """
         for name in ("seeds", "draws", "jobs"):
             check_whole(name, getattr(self, name), 1)
@@ -76,58 +78,54 @@ class CompareSettings:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         if (self.budget == "seconds") != (self.seconds is not None):
-            raise UserError("budget=seconds and --seconds N go together: give both, or neither")
+            raise UserError("budget=seconds and --seconds N go together: give both or neither")
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise UserError(f"seconds={self.seconds}: give a positive number of seconds")
         if self.seconds is not None and self.train_steps is not None:
             raise UserError(
-                "train_steps does not go with budget=seconds, which chooses the steps itself; give"
-                " one of them"
+                "train_steps does not go with budget=seconds, which determines the steps; leave one"
+                " of them out"
             )
         self.measures()
 
     def measures(self) -> Measures:
-        """What is measured of every run.
+        """Return the quantities to measure for every run.
 
         Raises:
-            UserError: the numbers of steps are not whole numbers.
+            UserError: the numbers of steps are not integers.
         """
         steps = step_numbers("horizons", self.horizons, 10**6, "10,50,1000")
         return Measures(tuple(steps), self.draws, self.split, self.limit, self.calibrate, self.nll)
 
 
-def run_compare(words: Sequence[str]) -> None:
-    """``ndm compare``: parse and compare."""
+def run_compare(arguments: Sequence[str]) -> None:
+    """Parse the arguments of ``ndm compare`` and compare."""
     parser = ArgumentParser(
         prog="ndm compare",
         description=(
-            "Train and measure several configurations under one budget, a plain diffusion as large"
-            " as the largest always among them. Goes on where it stopped when the same command is"
-            " given again."
+            "Train and measure several configurations under the same budget, including a plain"
+            " diffusion as large as the largest of them. Rerun the command to resume an interrupted"
+            " comparison."
         ),
         epilog=(
-            "Example: ndm compare --config configs/compare-digits.yaml --out runs/compare --seeds 3"
-            " --jobs 2. Words after -- go to every run as to ndm train: -- --train.learning_rate"
-            " 1e-3"
+            "Example: ndm compare --config compare-digits --out runs/compare --seeds 3 --jobs 2."
+            " Options after -- are passed to every training run, as to ndm train: --"
+            " --train.learning_rate 1e-3"
         ),
         exit_on_error=False,
     )
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", action=ActionYesNo, help=text)
     parser.add_class_arguments(CompareSettings, as_positional=False, skip={*FLAGS})
-    own, overrides = (
-        (list(words), [])
-        if "--" not in words
-        else (list(words[: words.index("--")]), list(words[words.index("--") + 1 :]))
-    )
-    compare(CompareSettings(**vars(parse(parser, own))), tuple(overrides))
+    own, overrides = split_overrides(arguments)
+    compare(CompareSettings(**vars(parse(parser, own))), overrides)
 
 
 def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
-    """Run what is missing, then write the table and the plot.
+    """Run all missing runs, then write the table and the plot.
 
     Raises:
-        UserError: the file is wrong, the folder holds another comparison, or a run failed.
+        UserError: the file is wrong, the folder contains another comparison, or a run failed.
     """
     require("matplotlib.figure", "matplotlib", "eval")
     out = Path(settings.out)
@@ -136,11 +134,10 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
     parts = build(rows[0])
     data, training = parts.data, parts.settings
     if len(data.split(settings.split)) == 0:
-        raise UserError(f"--split {settings.split}: it is empty")
+        raise UserError(f"--split {settings.split}: the split is empty; choose another")
     if settings.jobs > 1:
-        torch.set_num_threads(
-            threads_for(settings.jobs)
-        )  # steps are timed as the runs will take them
+        # Steps are timed with as many threads as the runs will have.
+        torch.set_num_threads(threads_for(settings.jobs))
     plan = read_plan(out, rows, settings.budget, settings.seconds, settings.train_steps)
     jobs = _jobs(rows, plan, settings)
     sha256 = data.describe().sha256
@@ -152,19 +149,18 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
     if failures:
         name, reason = next(iter(failures.items()))
         raise UserError(
-            f"{len(failures)} of {len(jobs)} runs failed, the first of them {name}: {reason}; the"
-            f" others are in {out}/{RESULT}"
+            f"{len(failures)} of {len(jobs)} runs failed, the first is {name}: {reason}; results of"
+            f" the others are in {out}/{RESULT}"
         )
 
 
 def _jobs(rows: list[Row], plan: dict[str, Any], settings: CompareSettings) -> list[Job]:
-    """All runs, seed after seed: an interrupted comparison has as many seeds of each row as it can."""
+    """Return all runs ordered by seed, so that an interrupted comparison has whole seeds."""
     jobs = []
     for seed in range(settings.seeds):
         for row in rows:
-            config = row.config.override(
-                {"train.steps": plan["rows"][row.name]["steps"], "seed": seed}
-            )
+            steps = plan["rows"][row.name]["steps"]
+            config = row.config.override({"train.steps": steps, "seed": seed})
             run = Run(Path(settings.out) / row.folder / f"seed-{seed}")
             jobs.append(Job(row.name, config, run, settings.measures(), quiet=settings.jobs > 1))
     return jobs
@@ -174,12 +170,10 @@ def _chosen(rows: list[Row], names: str | None) -> list[Row]:
     if names is None:
         return rows
     wanted = [name.strip() for name in names.split(";")]
-    missing = [name for name in wanted if name not in {row.name for row in rows}]
+    present = [row.name for row in rows]
+    missing = [name for name in wanted if name not in present]
     if missing:
-        raise UserError(
-            f"rows: there is no row {missing[0]!r}; choose from"
-            f" {'; '.join(row.name for row in rows)}"
-        )
+        raise UserError(f"rows: no row {missing[0]!r}; choose from {'; '.join(present)}")
     return [row for row in rows if row.name in wanted or row.baseline]
 
 
@@ -191,36 +185,25 @@ def _report(
     wanted: Measures,
     protocol: str,
 ) -> None:
-    """Print the table; write it, the numbers and the plot."""
+    """Print the table; write the table, the results and the plot."""
     content, about = [], dict[str, Any]()
     for row in rows:
-        found = {
-            job.seed: record
-            for job in jobs
-            if job.row == row.name and (record := job.result()) is not None
-        }
+        results = {job.seed: job.result() for job in jobs if job.row == row.name}
+        found = {seed: result for seed, result in results.items() if result is not None}
         about = about or next(iter(found.values()), {})
-        content.append(
-            {
-                "name": row.name,
-                **plan["rows"][row.name],
-                "runs": {seed: one["measures"] for seed, one in found.items()},
-            }
-        )
-        content[-1]["training_seconds"] = [one.get("training_seconds") for one in found.values()]
+        entry = {"name": row.name, **plan["rows"][row.name]}
+        entry["runs"] = {seed: result["measures"] for seed, result in found.items()}
+        entry["training_seconds"] = [one.get("training_seconds") for one in found.values()]
+        content.append(entry)
     if not about:
         return
     baseline = next(row.name for row in rows if row.baseline)
     summary = summarize(content, baseline)
     sentences = [
-        (
-            f"{about['examples']} examples of {about['data']}/{wanted.split} (sha256"
-            f" {about['data_sha256'][:12]}), {wanted.draws} times an example, {protocol}."
-        ),
-        (
-            "Means and standard errors over seeds. A step is timed in a run of the trainer, all"
-            " rows in turn; minutes are steps times that."
-        ),
+        f"{about['examples']} examples of {about['data']}/{wanted.split} (sha256"
+        f" {about['data_sha256'][:12]}), {wanted.draws} times per example, {protocol}.",
+        "Means and standard errors over seeds. Steps are timed in a run of the trainer, with the"
+        " rows taking turns; minutes are steps times the time of a step.",
     ]
     text = markdown(summary, about["unit"], baseline, sentences)
     print(text)

@@ -1,9 +1,10 @@
-"""``ndm compress``, ``ndm decompress`` and ``ndm inspect``: lossless archives by a model."""
+"""``ndm compress``, ``ndm decompress`` and ``ndm inspect``: lossless compression with a model."""
 
 import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from ndm.train.config import parse
 from ndm.train.run import Run
 
 
-def run_compress(words: Sequence[str]) -> None:
-    """``ndm compress``: parse and compress."""
+def run_compress(arguments: Sequence[str]) -> None:
+    """Run ``ndm compress`` with these command-line arguments."""
     parser = ArgumentParser(
         prog="ndm compress",
         description="Compress images or arrays losslessly with a trained model.",
@@ -39,68 +40,70 @@ def run_compress(words: Sequence[str]) -> None:
         "--verify",
         action=ActionYesNo,
         default=True,
-        help="decode the archive before it is moved into place",
+        help="decode the archive before writing it",
     )
     parser.add_argument(
         "-o", "--out", required=True, metavar="FILE.ndm", help="the archive to write"
     )
     parser.add_function_arguments(compress, as_positional=False, skip={"inputs", "verify", "out"})
-    compress(**vars(parse(parser, words)))
+    compress(**vars(parse(parser, arguments)))
 
 
-def run_decompress(words: Sequence[str]) -> None:
-    """``ndm decompress``: parse and decompress."""
+def run_decompress(arguments: Sequence[str]) -> None:
+    """Run ``ndm decompress`` with these command-line arguments."""
     parser = ArgumentParser(
         prog="ndm decompress",
-        description="Restore what ndm compress made an archive of.",
+        description="Restore the files from an archive of ndm compress.",
         exit_on_error=False,
     )
     parser.add_argument("archive", metavar="FILE", help="the archive")
     parser.add_argument(
-        "-o", "--out", required=True, metavar="DIR", help="folder to write into, made if need be"
+        "-o", "--out", required=True, metavar="DIR", help="folder to write into, created if missing"
     )
     parser.add_function_arguments(decompress, as_positional=False, skip={"archive", "out"})
-    decompress(**vars(parse(parser, words)))
+    decompress(**vars(parse(parser, arguments)))
 
 
-def run_inspect(words: Sequence[str]) -> None:
-    """``ndm inspect``: parse and print."""
+def run_inspect(arguments: Sequence[str]) -> None:
+    """Run ``ndm inspect`` with these command-line arguments."""
     parser = ArgumentParser(
         prog="ndm inspect",
-        description="Show what an archive of ndm compress holds; no model is needed.",
+        description="Show the content of an archive of ndm compress, without its model.",
         exit_on_error=False,
     )
     parser.add_argument("archive", metavar="FILE", help="the archive")
-    inspect(**vars(parse(parser, words)))
+    inspect(**vars(parse(parser, arguments)))
 
 
 def load_codec_model(path: str) -> tuple[DiffusionModel, DataDescription]:
-    """A model of values on a grid, and what its data are.
+    """Load a model of discrete data, and the description of its data.
+
+    Args:
+        path: folder of the model, or of a finished run.
 
     Raises:
-        UserError: there is no such model, or it is one of continuous data.
+        UserError: the folder has no model, or the model is for continuous data.
     """
     require("constriction", "constriction", "compress")
     folder = Path(path)
-    # Of a run that is not finished the model changes, and what was compressed with it would be
-    # lost.
-    model = (
-        Run(folder).model()
-        if (folder / "model" / CONFIG_NAME).is_file()
-        else DiffusionModel.from_pretrained(folder)
-    )
+    # Not the checkpoint of an unfinished run: once its model changes, the archive is lost.
+    if (folder / "model" / CONFIG_NAME).is_file():
+        model = Run(folder).model()
+    else:
+        model = DiffusionModel.from_pretrained(folder)
     description = DataDescription.from_dict(model.info.get("data"))
     if not isinstance(model.decoder, DiscretizedGaussian) or description.num_values is None:
         raise UserError(
-            f"{folder} is a model of continuous data or has a decoder network; lossless compression"
-            " needs decoder DiscretizedGaussian"
+            f"{folder} is a model for continuous data or has a decoder network; lossless"
+            " compression requires decoder DiscretizedGaussian"
         )
     return model, description
 
 
 def _device(name: str) -> torch.device:
     device = pick_device(name)
-    return torch.device("cpu") if device.type == "mps" else device  # which has no double precision
+    # MPS has no double precision.
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def compress(
@@ -119,12 +122,11 @@ def compress(
         inputs: images, folders of images, .npy or .npz files.
         model: folder of the model, RUN/model, or of a finished run.
         out: the archive to write.
-        steps: T, latents for each pixel; by default the fewest whose archive is within 1% of the
-            smallest.
-        batch_size: images coded side by side: more are faster and take more initial bits; by
-            default as many as keep these within 2%.
-        rows: images that a network sees at once; does not change the archive.
-        verify: decode the archive before it is moved into place.
+        steps: number of steps T; by default the fewest whose archive is within 1% of the smallest.
+        batch_size: number of images coded in parallel; more are faster but take more initial bits;
+            by default the most that keep these within 2% of the archive.
+        rows: batch size of the networks; it does not change the archive.
+        verify: decode the archive before writing it.
         device: auto, cpu or cuda.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size), ("rows", rows)):
@@ -132,40 +134,23 @@ def compress(
             check_whole(name, value, 1)
     if (steps or 0) > 10_000 or (batch_size or 0) > 4096:
         raise UserError(
-            f"steps={steps}, batch_size={batch_size}: at most 10000 steps and 4096 images side by"
-            " side"
+            f"steps={steps}, batch_size={batch_size}: give at most 10000 steps and a batch size of"
+            " at most 4096"
         )
     network, description = load_codec_model(model)
     low, num_values = int(description.low or 0), description.num_values or 0
-    if Path(out).is_dir():
-        raise UserError(f"{out} is a folder; give the archive to write")
-    if Path(out).exists() and any(
-        Path(out).resolve().is_relative_to(Path(name).resolve()) for name in inputs
-    ):
-        raise UserError(
-            f"{out} is to be compressed itself, or lies in a folder that is; give another name for"
-            " the archive"
-        )
-    items = read_items(inputs, description.event_shape, num_values, low)
+    _check_output(Path(out), inputs)
+    event_shape = description.event_shape
+    items = read_items(inputs, event_shape, num_values, low)
     index = np.concatenate([item.values for item in items if item.values is not None])
     place = _device(device)
     network.to(place)
-
-    def tell(forecast: Forecast) -> None:
-        print(
-            f"T = {forecast.steps:<4} {forecast.rate:7.3f} bits/dim, with initial bits"
-            f" {forecast.bits / index.size:7.3f}",
-            flush=True,
-        )
-
-    plan, _ = choose_plan(
-        network, index, description.event_shape, steps, batch_size, tell=None if steps else tell
-    )
-    chain = Chain(network, plan, description.event_shape, rows, place)
-    coded = encode(chain, index, progress=True)
+    tell = None if steps else partial(_print_forecast, size=index.size)
+    plan, _ = choose_plan(network, index, event_shape, steps, batch_size, tell=tell)
+    coded = encode(Chain(network, plan, event_shape, rows, place), index, progress=True)
     archive = Archive(
         fingerprint=fingerprint(network),
-        event_shape=description.event_shape,
+        event_shape=event_shape,
         num_values=num_values,
         low=low,
         plan=plan,
@@ -176,22 +161,45 @@ def compress(
     data = pack(archive)
     if verify and not _decodes(data, network, index, rows, place):
         raise UserError(
-            "the archive does not decode on this machine, and was not written; please report this"
-            " with the model"
+            f"{out} was not written, because the archive does not decode on this machine; please"
+            " report this with the model"
         )
     write_atomically(Path(out), lambda temporary: temporary.write_bytes(data))
     _print_rates(archive, len(data))
     total = coded.clock.network + coded.clock.coder
     print(
-        f"wrote {out}{', verified' if verify else ''}; {total:.1f} s to encode,"
+        f"wrote {out}{', verified' if verify else ''}; encoded in {total:.1f} s,"
         f" {coded.clock.network / total:.0%} of it in the networks"
     )
+
+
+def _print_forecast(forecast: Forecast, size: int) -> None:
+    print(
+        f"T = {forecast.steps:<4} {forecast.rate:7.3f} bits/dim, with initial bits"
+        f" {forecast.bits / size:7.3f}",
+        flush=True,
+    )
+
+
+def _check_output(out: Path, inputs: Sequence[str]) -> None:
+    """Check that the archive to write is neither a folder nor one of the inputs.
+
+    Raises:
+        UserError: it is.
+    """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give the archive to write")
+    if out.exists() and any(out.resolve().is_relative_to(Path(name).resolve()) for name in inputs):
+        raise UserError(
+            f"{out} is itself an input, or lies in a folder that is; give another name for the"
+            " archive"
+        )
 
 
 def _decodes(
     data: bytes, model: DiffusionModel, index: np.ndarray, rows: int, device: torch.device
 ) -> bool:
-    """Whether the bytes of an archive decode to the values ``(N, D)``."""
+    """Return whether the bytes of an archive decode to the levels ``(N, D)``."""
     try:
         archive = unpack(data)
         chain = Chain(model, archive.plan, archive.event_shape, rows, device)
@@ -208,14 +216,14 @@ def decompress(
     batch_size: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Restore what ndm compress made an archive of.
+    """Restore the files from an archive of ndm compress.
 
     Args:
         archive: the archive.
-        model: folder of the very model that it was made with, RUN/model.
-        out: folder to write into, made if need be.
-        rows: images that a network sees at once; does not change the result.
-        batch_size: the same as rows; how many images were coded side by side stands in the archive.
+        model: folder of the model that compressed it, RUN/model, or of the finished run.
+        out: folder to write into, created if missing.
+        rows: batch size of the networks; it does not change the result.
+        batch_size: another name for rows; the batch size of the coder is stored in the archive.
         device: auto, cpu or cuda.
     """
     rows = batch_size if batch_size is not None else rows
@@ -224,17 +232,14 @@ def decompress(
     network, description = load_codec_model(model)
     if fingerprint(network) != found.fingerprint:
         raise UserError(
-            f"{archive} was made with another model (fingerprint {found.fingerprint[:12]}), not"
-            f" with {model}; give that one"
+            f"{archive} was made with another model than {model}; give the one with the fingerprint"
+            f" {found.fingerprint[:12]}"
         )
-    fits = (found.event_shape, found.num_values, found.low) == (
-        description.event_shape,
-        description.num_values,
-        int(description.low or 0),
-    )
-    if not fits:
+    expected = (description.event_shape, description.num_values, int(description.low or 0))
+    if (found.event_shape, found.num_values, found.low) != expected:
         raise UserError(
-            f"{archive} is damaged: it does not have the shape or the values of its model"
+            f"{archive} is damaged: its shape or values differ from those of its model; restore it"
+            " from a copy"
         )
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -252,14 +257,14 @@ def decompress(
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{archive} could not be decoded ({error}); it is damaged, or this machine computes the"
-            " networks too differently; nothing was written"
+            f"{archive} cannot be decoded ({error}); it is damaged, or the networks differ too much"
+            " on this machine; nothing was written"
         ) from error
-    print(f"wrote {found.count} images, {len(paths)} files, to {folder}; every checksum is right")
+    print(f"wrote {found.count} images in {len(paths)} files to {folder}; all checksums match")
 
 
 def inspect(archive: str) -> None:
-    """Show what an archive holds; no model is needed.
+    """Show the content of an archive, without its model.
 
     Args:
         archive: the archive.
@@ -269,34 +274,30 @@ def inspect(archive: str) -> None:
     print(f"{archive}: {found.count} images of {shape}, {found.num_values} values from {found.low}")
     print(f"made with the model {found.fingerprint}")
     print(
-        f"T = {found.plan.steps}, {found.plan.batch} images side by side, cells of"
+        f"T = {found.plan.steps}, {found.plan.batch} images in parallel, cells of"
         f" {found.plan.width:g} standard deviations"
     )
     _print_rates(found, Path(archive).stat().st_size)
     width = shutil.get_terminal_size().columns - 30
     for item in found.items[:20]:
-        print(
-            f"  {item.count:>8} in"
-            f" {item.name[:width]}{f' {item.dtype} {item.shape}' if item.kind != 'image' else ''}"
-        )
+        array = "" if item.kind == "image" else f" {item.dtype} {item.shape}"
+        print(f"  {item.count:>8} in {item.name[:width]}{array}")
     if len(found.items) > 20:
         print(f"  and {len(found.items) - 20} more")
 
 
 def _print_rates(archive: Archive, size: int) -> None:
     values = archive.count * math.prod(archive.event_shape)
-    words, initial = len(archive.coded.words), archive.coded.initial
-    rest = size - 4 * words
+    initial = 4 * archive.coded.initial
+    images = 4 * len(archive.coded.words) - initial
+    rest = size - initial - images
     print(f"{size:,} bytes, {8 * size / values:.4f} bits/dim:")
+    print(f"  {images:>12,} bytes of images, {8 * images / values:.4f} bits/dim")
     print(
-        f"  {4 * (words - initial):>12,} bytes of images, {32 * (words - initial) / values:.4f}"
-        " bits/dim"
-    )
-    print(
-        f"  {4 * initial:>12,} bytes of initial bits, {32 * initial / values:.4f} bits/dim, once an"
+        f"  {initial:>12,} bytes of initial bits, {8 * initial / values:.4f} bits/dim, once per"
         " archive"
     )
     print(
-        f"  {rest:>12,} bytes of names, checksums and settings, {len(archive.coded.exceptions)}"
-        " roundings among them"
+        f"  {rest:>12,} bytes of names, checksums and settings, including"
+        f" {len(archive.coded.exceptions)} roundings"
     )

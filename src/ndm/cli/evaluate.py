@@ -1,6 +1,4 @@
-"""``ndm evaluate``: bounds and likelihoods of a trained run, each with its error and its protocol,
-checked against one another.
-"""
+"""``ndm evaluate``: bounds and likelihoods of a trained run, with errors, protocols and checks."""
 
 import csv
 import sys
@@ -22,11 +20,7 @@ from ndm.evaluation.evaluate import Evaluation
 from ndm.evaluation.measurement import Measurement
 from ndm.evaluation.processes import Processes, processes
 from ndm.evaluation.relations import check_relations
-from ndm.evaluation.tables import (
-    flat_record,
-    markdown_table,
-    text_table,
-)
+from ndm.evaluation.tables import flat_record, markdown_table, text_table
 from ndm.likelihood import Dequantization
 from ndm.ode import OdeSettings
 from ndm.serialize import write_atomically, write_json
@@ -35,70 +29,68 @@ from ndm.train.run import Run
 
 FLAGS = {
     "nelbo": (
-        "measure the NELBO in the time, discrete or continuous, that the model was trained in; the"
-        " default when nothing else is asked for"
+        "measure the NELBO in the discrete or continuous time of training; the default without"
+        " --nll and --steps"
     ),
-    "nll": "measure the negative log-likelihood by the generative ODE",
+    "nll": "measure the negative log-likelihood under the generative ODE",
     "calibrate": (
-        "measure the NELBOs once more with the best reverse variance of each step, or the best eta,"
-        " fitted on the train split"
+        "repeat the NELBOs with the best reverse variance of each step, or the best eta, fitted on"
+        " the train split"
     ),
 }
 
 
 @dataclass
 class EvaluateSettings:
-    """What to measure, and how."""
+    """Settings of an evaluation."""
 
     run: str
     """Folder of the run."""
     split: str = "test"
-    """The split of the data."""
+    """Split of the data to measure."""
     data: str | None = None
-    """Other examples to measure, all of them, in the place of a split: a .npy, .npz, .csv or
-    .parquet file in the units of the data that the model was trained on, or for images of 256
-    values a folder.
+    """Measure other data instead of a split: a .npy, .npz, .csv or .parquet file in the units of
+    the training data or, for data with 256 values, a folder of images.
     """
     nelbo: bool = False
     """Measure the NELBO."""
     nll: bool = False
     """Measure the negative log-likelihood."""
     calibrate: bool = False
-    """Measure the NELBOs with a fitted reverse process, too."""
+    """Repeat the NELBOs with a fitted reverse process."""
     steps: str = ""
-    """Discrete-time NELBOs: numbers of steps T, separated by commas, such as 10,50,100,1000."""
+    """Measure discrete-time NELBOs with these numbers of steps T, such as 10,50,100,1000."""
     iw: int = 1
-    """K: importance samples for the likelihood, and for an importance-weighted bound at every T of
-    --steps up to --iw_steps.
+    """K: importance samples for the likelihood and, for every T of --steps up to --iw_steps, for an
+    importance-weighted bound.
     """
     iw_steps: int = 100
-    """Largest T for the importance-weighted bound, which takes T K evaluations of the predictor for
-    each example.
+    """Largest T of an importance-weighted bound; it evaluates the predictor T K times per example.
     """
     draws: int = 16
-    """Times drawn for each example in a NELBO."""
+    """Times drawn per example in a NELBO."""
     dequantization: Dequantization = "variational"
-    """From z_0 to x in the likelihood: variational (through q(z_0|x)), uniform (discrete data) or
+    """Dequantization of the likelihood: variational (through q(z_0|x)), uniform (discrete data) or
     none (continuous data).
     """
     limit: int | None = None
-    """Measure only this many examples, evenly spread over the split; by default all."""
+    """Number of examples to measure, evenly spread over the split; by default all."""
     batch_size: int | None = None
-    """Examples at once; by default 256, fewer for large images."""
+    """Examples per batch; by default 256, or fewer for large images."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of all computations."""
     seed: int = 0
-    """Seed of times, noise, latents and probes; the same seed gives the same numbers, whatever the
-    batch size.
+    """Seed of times, noise, latents and probes; the same seed gives the same results, up to
+    rounding, for any batch size.
     """
     device: str = "auto"
     """Device: auto, cpu or cuda."""
     csv: str | None = None
-    """CSV file to write the numbers of each example to, in nats: of a likelihood, -log p."""
+    """CSV file for the results of each example, in nats; for a likelihood -log p."""
     json: str | None = None
-    """File to write all numbers and protocols to, as JSON."""
+    """JSON file for all results and protocols."""
     markdown: str | None = None
-    """File to write a Markdown table to, a row for each number."""
+    """Markdown file for a table with one row per measurement."""
     ode: OdeSettings = field(default_factory=OdeSettings)
     """How the generative ODE and its trace are computed."""
 
@@ -110,43 +102,46 @@ class EvaluateSettings:
         """
         if self.data is not None and self.split != "test":
             raise UserError(
-                f"split={self.split} does not go with data={self.data}, all of which is measured;"
-                " leave one of them out"
+                f"split={self.split} does not go with data={self.data}, which has no splits; leave"
+                " one of them out"
             )
         for name, least in (("seed", 0), ("iw", 1), ("iw_steps", 1), ("draws", 1)):
             check_whole(name, getattr(self, name), least)
         self.horizons()
         if self.iw > 1 and not (self.nll or self.horizons()):
             raise UserError(
-                f"iw={self.iw} goes with --nll, or with --steps for the bound in discrete time;"
-                " give one of them"
+                f"iw={self.iw} needs --nll, or --steps for the bound in discrete time; give one of"
+                " them"
             )
         if self.iw > 1 and self.nll and self.dequantization == "none":
             raise UserError(
-                f"iw={self.iw} does not go with dequantization=none, which draws nothing"
+                f"iw={self.iw} does not go with dequantization=none, which draws no samples; leave"
+                " one of them out"
             )
         if not (self.nll or self.horizons()):
             self.nelbo = True
 
     def horizons(self) -> list[int]:
-        """The numbers of steps T, increasing.
+        """Return the numbers of steps T, increasing.
 
         Raises:
-            UserError: they are not whole numbers.
+            UserError: they are not integers.
         """
         return step_numbers("steps", self.steps, MOST_STEPS, "10,50,100,1000")
 
 
-def run_evaluate(words: Sequence[str]) -> None:
-    """``ndm evaluate``: parse and measure."""
+def run_evaluate(arguments: Sequence[str]) -> None:
+    """Parse the arguments of ``ndm evaluate`` and measure."""
     parser = run_parser(
-        "evaluate", "Measure bounds and likelihoods of a trained run on a split of its data."
+        "evaluate",
+        "Measure bounds and likelihoods of a trained run on a split of its data.",
+        "Example: ndm evaluate runs/digits --nelbo --nll --steps 10,100 --json evaluation.json",
     )
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", action=ActionYesNo, help=text)
     parser.add_class_arguments(EvaluateSettings, as_positional=False, skip={"run", "ode", *FLAGS})
     parser.add_class_arguments(OdeSettings, as_positional=False)
-    values = vars(parse(parser, words))
+    values = vars(parse(parser, arguments))
     ode = OdeSettings(**{part.name: values.pop(part.name) for part in fields(OdeSettings)})
     settings = EvaluateSettings(**values, ode=ode)
     with processes() as group:
@@ -154,10 +149,10 @@ def run_evaluate(words: Sequence[str]) -> None:
 
 
 def evaluate(settings: EvaluateSettings, group: Processes) -> None:
-    """Measure what the settings ask for, print it, and write it where they say.
+    """Measure the quantities in the settings, print them and write the output files.
 
     Raises:
-        UserError: the run, the split or the device is not there, or a bound is not finite.
+        UserError: the run, the split or the device does not exist, or a bound is not finite.
     """
     for name in ("json", "markdown", "csv"):
         target = getattr(settings, name)
@@ -174,12 +169,10 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
         if group.first:
             warn_of_changed_data(model.info.get("data"), description)
     else:
-        # A model folder has no configuration.
+        # A folder with only a model has no configuration.
         source = run.data() if settings.calibrate or run.config_path.is_file() else None
-        other, split = (
-            read_like(source, settings.data, DataDescription.from_dict(model.info.get("data"))),
-            ALL,
-        )
+        trained, split = DataDescription.from_dict(model.info.get("data")), ALL
+        other = read_like(source, settings.data, trained)
         description, examples = other.description, other.splits[split]
     evaluation = Evaluation(
         model,
@@ -191,11 +184,8 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
         progress=True,
         about={"run": str(folder), **description.about(split)},
     )
-    measurements = measure(
-        evaluation,
-        settings,
-        source.split("train") if source is not None and settings.calibrate else None,
-    )
+    train = source.split("train") if source is not None and settings.calibrate else None
+    measurements = measure(evaluation, settings, train)
     if group.first:
         report(measurements, settings, description)
         if settings.csv is not None:
@@ -203,29 +193,27 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
 
 
 def warn_of_changed_data(stored: object, now: DataDescription) -> None:
-    """Say so if the data are not those that the model was trained on."""
+    """Print a warning if the data differ from the training data of the model."""
     trained = DataDescription.from_dict(stored)
     if trained.sha256 != now.sha256:
-        _warn(
-            f"the data changed since training (sha256 {trained.sha256[:12]} then, {now.sha256[:12]}"
-            " now)"
-        )
+        before, after = trained.sha256[:12], now.sha256[:12]
+        _warn(f"the data changed since training (sha256 {before} then, {after} now)")
 
 
 def measure(
     evaluation: Evaluation, settings: EvaluateSettings, train: EventDataset | None
 ) -> list[Measurement]:
-    """All the numbers that the settings ask for, each told on standard error as soon as it is
-    there; fitted on ``train``, too, if it is given.
+    """Measure all quantities in the settings, and report each on standard error.
+
+    With ``train``, bounds are also measured with a reverse process fitted on it.
     """
     measurements: list[Measurement] = []
 
     def add(measurement: Measurement) -> None:
         measurements.append(measurement)
         if evaluation.processes.first:
-            print(
-                f"{measurement.label}: {measurement.bpd:.4f} bits/dim", file=sys.stderr, flush=True
-            )
+            text = f"{measurement.label}: {measurement.bpd:.4f} bits/dim"
+            print(text, file=sys.stderr, flush=True)
 
     fitted_eta = _check_reverse(evaluation, settings)
     fits = [None] if train is None else [None, train]
@@ -245,14 +233,14 @@ def measure(
 
 
 def _check_reverse(evaluation: Evaluation, settings: EvaluateSettings) -> bool:
-    """Whether the reverse process can have a fitted eta; says so where one was asked for in vain.
+    """Return whether eta can be fitted; print a warning if it should be but cannot.
 
     Raises:
-        UserError: the likelihood was asked for, and it has none.
+        UserError: the settings include the likelihood, but the reverse process has none.
     """
     reverse = evaluation.model.reverse_process
     if settings.nll:
-        reverse.check_eta(0.0)  # before anything is computed
+        reverse.check_eta(0.0)  # fail before the long computation
     free = reverse.serves_every_eta
     if (
         settings.calibrate
@@ -261,8 +249,8 @@ def _check_reverse(evaluation: Evaluation, settings: EvaluateSettings) -> bool:
         and evaluation.processes.first
     ):
         _warn(
-            "a direct reverse process knows the eta of its training alone: the bound in continuous"
-            " time has no fitted one"
+            "a direct reverse process works only with the eta of its training, so the bound in"
+            " continuous time is not repeated with a fitted eta"
         )
     return free
 
@@ -270,14 +258,11 @@ def _check_reverse(evaluation: Evaluation, settings: EvaluateSettings) -> bool:
 def report(
     measurements: Sequence[Measurement], settings: EvaluateSettings, description: DataDescription
 ) -> None:
-    """Print the numbers and the relations between them, and write the files."""
+    """Print the results and the relations between them, and write the files."""
     protocol = measurements[0].protocol
     print(text_table(measurements))
-    part = (
-        f" of {protocol.split_size} (--limit)"
-        if protocol.num_examples < protocol.split_size
-        else ""
-    )
+    limited = protocol.num_examples < protocol.split_size
+    part = f" of {protocol.split_size} (--limit)" if limited else ""
     print(
         f"{protocol.num_examples}{part} examples of {description.name}/{protocol.about['split']},"
         f" seed {settings.seed}, {protocol.dtype}"
@@ -297,7 +282,7 @@ def report(
             nats = one.nats + description.log_scale
             error = f" ± {one.stderr:.4f}" if len(one.values) > 1 else ""
             print(
-                f"density in the units of the data, {one.label}: {nats:.4f}{error} nats an example"
+                f"density in the units of the data, {one.label}: {nats:.4f}{error} nats per example"
             )
         record["log_scale_nats"] = description.log_scale
         record |= {
@@ -316,9 +301,9 @@ def report(
         write_json(Path(settings.json), record)
         print(f"wrote {settings.json}")
     if settings.markdown is not None:
+        table = markdown_table(measurements)
         write_atomically(
-            Path(settings.markdown),
-            lambda path: path.write_text(markdown_table(measurements), encoding="utf-8"),
+            Path(settings.markdown), lambda path: path.write_text(table, encoding="utf-8")
         )
         print(f"wrote {settings.markdown}")
 
@@ -329,10 +314,9 @@ def write_examples(
     evaluation: Evaluation,
     description: DataDescription,
 ) -> None:
-    """Write a row for each example: its number in the data, the file that it comes from if there is
-    one, and all measurements.
+    """Write one row per example: its index in the data, its file, if any, and all measurements.
 
-    In nats, of continuous data those of the density in the units of the data.
+    Values are in nats; for continuous data, of the density in the units of the data.
     """
     where = getattr(evaluation.data, "where", None)
     columns = [(one.values + description.log_scale).tolist() for one in measurements]
@@ -340,9 +324,8 @@ def write_examples(
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                ["example", *(["file"] if where else []), *(one.label for one in measurements)]
-            )
+            labels = [one.label for one in measurements]
+            writer.writerow(["example", *(["file"] if where else []), *labels])
             for number, values in zip(evaluation.numbers, zip(*columns, strict=True), strict=True):
                 writer.writerow([number, *([where(number)] if where else []), *values])
 

@@ -26,18 +26,19 @@ from ndm.train.config import parse
 from ndm.train.run import Run
 
 CLASSIFIER = "classifier"
-"""Folder of the run where the classifier is kept that was trained for it."""
+"""Subfolder of the run for the classifier trained on its data."""
 
 
-def run_quality(words: Sequence[str]) -> None:
-    """``ndm quality``: parse, sample and measure."""
+def run_quality(arguments: Sequence[str]) -> None:
+    """Parse the arguments of ``ndm quality``, draw samples and measure them."""
     parser = run_parser(
         "quality",
-        "Draw samples from a trained run of images, and compare them with real images: FID, KID,"
+        "Draw samples from a trained run on images and compare them with real images: FID, KID,"
         " precision and recall.",
+        "Example: ndm quality runs/digits --n 5000 --json quality.json",
     )
     parser.add_function_arguments(quality, as_positional=False, skip={"run"})
-    quality(**vars(parse(parser, words)))
+    quality(**vars(parse(parser, arguments)))
 
 
 def quality(
@@ -59,49 +60,48 @@ def quality(
     precision: Precision = "32-true",
     json: str | None = None,
 ) -> None:
-    """Draw samples from a trained run of images, and compare them with real images.
+    """Draw samples from a trained run on images and compare them with real images.
 
     Args:
         run: folder of the run.
         n: number of samples.
         method: ancestral (DDPM), ddim, sde or ode.
-        steps: steps of the time grid; by default the model's own number, or 100.
-        eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 deterministic.
-        solver: for sde euler, heun, torchsde-euler or torchsde-srk; for ode heun, euler or dopri5.
-        split: the split of the data to compare with, all of it; the other splits are compared with
-            it, too, for a reference.
-        features: a TorchScript file that maps images to features (B, d), such as the usual
-            Inception, or the folder of a classifier; by default a small classifier, trained on the
-            labels of the train split and kept in RUN/classifier.
-        features_scale: values that a TorchScript file expects: bytes (0 to 255, uint8), unit ([0,
+        steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
+        eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 is deterministic.
+        solver: euler, heun, torchsde-euler or torchsde-srk for sde; heun, euler or dopri5 for ode.
+        split: split of the data to compare with. All its images are used; the images of the other
+            splits are compared with it for reference.
+        features: TorchScript file that maps images to features (B, d), such as Inception, or the
+            folder of a classifier. By default a small classifier is trained on the labels of the
+            train split and saved in RUN/classifier.
+        features_scale: values that the TorchScript file expects: bytes (0 to 255, uint8), unit ([0,
             1]) or symmetric ([-1, 1]).
-        features_size: height and width that it expects; by default images are left as they are.
+        features_size: height and width that it expects; by default images are not resized.
         features_channels: channels that it expects; gray images are repeated.
         neighbors: k of precision and recall.
-        seed: of the samples, and of what the measures draw at random; the classifier always has
-            seed 0.
-        batch_size: images at once; samples depend on it.
+        seed: seed of the samples and of the measures; the classifier always has seed 0.
+        batch_size: images per batch; the samples depend on it.
         device: auto, cpu or cuda.
-        precision: of sampling: 32-true, or bf16-mixed or 16-mixed, where the predictor's network
-            runs in half precision.
-        json: file to write all numbers to, as JSON.
+        precision: precision of sampling: 32-true, bf16-mixed or 16-mixed. The mixed ones run the
+            network of the predictor in half precision.
+        json: JSON file for all results.
     """
     if json is not None and Path(json).is_dir():
         raise UserError(f"--json {json} is a folder; give a file")
-    for word, value, least in (
+    for name, value, least in (
         ("neighbors", neighbors, 1),
         ("n", n, neighbors + 1),
         ("seed", seed, 0),
         ("batch_size", batch_size, 1),
     ):
-        check_whole(word, value, least)
+        check_whole(name, value, least)
     folder, place = Path(run), pick_device(device)
     model, data = Run(folder).model().to(place), Run(folder).data()
     description, real_images = data.describe(), data.split(split)
     if description.kind != "image":
         raise UserError(
-            f"{description.name} is no data of images; ndm quality measures images, for other data"
-            " there is ndm evaluate"
+            f"{description.name} does not contain images, which ndm quality needs; use ndm evaluate"
+            " for other data"
         )
     warn_of_changed_data(model.info.get("data"), description)
     network = _network(
@@ -144,7 +144,7 @@ def _compare(
     seed: int,
     batch_size: int,
 ) -> dict[str, SampleQuality]:
-    """Samples, and the images of the other splits, against those of the split."""
+    """Compare the samples, and the images of the other splits, with those of the split."""
     sets: dict[str, Tensor | EventDataset] = {"samples": samples}
     sets |= {
         f"{name} images": data.split(name)
@@ -168,21 +168,15 @@ def _compare(
 def _write(
     path: Path, about: dict[str, Any], network: FeatureNetwork, found: dict[str, SampleQuality]
 ) -> None:
-    """Write all numbers as JSON."""
+    """Write all results as JSON."""
     features = {
         "features": network.name,
         "features_sha256": network.sha256,
         "features_scale": network.scale,
         "features_size": network.size,
     }
-    write_json(
-        path,
-        {
-            **about,
-            **features,
-            **{name.replace(" ", "_"): one.to_dict() for name, one in found.items()},
-        },
-    )
+    measures = {name.replace(" ", "_"): one.to_dict() for name, one in found.items()}
+    write_json(path, {**about, **features, **measures})
     print(f"wrote {path}")
 
 
@@ -195,27 +189,26 @@ def _network(
     channels: int,
     device: str,
 ) -> FeatureNetwork:
-    """The feature network that the words name."""
+    """Load or train the feature network."""
     if features is not None and not Path(features).is_dir():
         return torchscript_features(
             features, data.describe().event_shape, scale, size, channels, device
         )
-    found = (
-        find_classifier(run / CLASSIFIER, data, progress=True)
-        if features is None
-        else load_classifier(Path(features))
-    )
-    print(
-        f"classifier of {found.info['data']}: accuracy {found.info['accuracy']['test']:.4f} on test"
-    )
-    return classifier_features(found.to(device))
+    if features is None:
+        classifier = find_classifier(run / CLASSIFIER, data, progress=True)
+    else:
+        classifier = load_classifier(Path(features))
+    accuracy = classifier.info["accuracy"]["test"]
+    print(f"classifier of {classifier.info['data']}: accuracy {accuracy:.4f} on test")
+    return classifier_features(classifier.to(device))
 
 
 def _table(found: dict[str, SampleQuality]) -> str:
-    """A plain-text table for the terminal."""
+    """Return a plain-text table for the terminal."""
     head = f"{'':<16}{'images':>8}{'FID':>11}{'KID':>11}{'std':>10}{'precision':>11}{'recall':>9}"
     rows = [
-        f"{name:<16}{one.generated_images:>8}{one.fid:>11.4f}{one.kid:>11.5f}{one.kid_std:>10.5f}{one.precision:>11.4f}{one.recall:>9.4f}"
+        f"{name:<16}{one.generated_images:>8}{one.fid:>11.4f}{one.kid:>11.5f}{one.kid_std:>10.5f}"
+        f"{one.precision:>11.4f}{one.recall:>9.4f}"
         for name, one in found.items()
     ]
     return "\n".join([head, "-" * len(head), *rows])

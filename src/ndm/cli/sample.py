@@ -11,25 +11,28 @@ from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription
 from ndm.device import Precision, autocast, pick_device
 from ndm.errors import UserError, check_whole
-from ndm.sample import Method
 from ndm.serialize import write_atomically
 from ndm.train.config import parse
 from ndm.train.run import Run
 from ndm.viz import is_image, to_pixels, write_images, write_samples
 
 
-def run_sample(words: Sequence[str]) -> None:
-    """``ndm sample``: parse and draw."""
-    parser = run_parser("sample", "Draw samples from a trained run.")
+def run_sample(arguments: Sequence[str]) -> None:
+    """Parse the arguments of ``ndm sample`` and draw samples."""
+    parser = run_parser(
+        "sample",
+        "Draw samples from a trained run.",
+        "Example: ndm sample runs/digits --out samples.png --n 100 --method ddim --steps 50",
+    )
     parser.add_function_arguments(sample, as_positional=False, skip={"run"})
-    sample(**vars(parse(parser, words)))
+    sample(**vars(parse(parser, arguments)))
 
 
 def sample(
     run: str,
     out: str,
     n: int = 64,
-    method: Method = "ancestral",
+    method: str | None = None,
     steps: int | None = None,
     seed: int = 0,
     eta: float | None = None,
@@ -44,21 +47,22 @@ def sample(
 
     Args:
         run: folder of the run.
-        out: what to write: a .png file for one picture of all, .npy or .csv for the values in the
-            units of the data (whole numbers of discrete data; .csv for vectors), or a new folder,
-            without an ending, for a PNG file of each image.
+        out: output. A .png file shows all samples in one picture. A .npy file, or a .csv file for
+            vectors, contains values in the units of the data (integers for discrete data). A new
+            folder, a name without suffix, contains one PNG file per image.
         n: number of samples.
-        method: ancestral (DDPM), ddim, sde or ode.
-        steps: steps of the time grid; by default the model's own number, or 100.
-        seed: the same seed and batch size give the same samples.
-        eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 deterministic.
-        solver: for sde euler, heun, torchsde-euler or torchsde-srk; for ode heun, euler or dopri5.
+        method: ancestral (DDPM), ddim, sde, ode, or transport for a TransportNDM. By default
+            transport for a TransportNDM, sde for a model without discrete time, else ancestral.
+        steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
+        seed: random seed; the same seed and batch size give the same samples.
+        eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 is deterministic.
+        solver: euler, heun, torchsde-euler or torchsde-srk for sde; heun, euler or dopri5 for ode.
         rtol: relative tolerance of dopri5.
         atol: absolute tolerance of dopri5.
-        batch_size: samples drawn at once.
+        batch_size: samples per batch.
         device: auto, cpu or cuda.
-        precision: 32-true, or bf16-mixed or 16-mixed, where the predictor's network runs in half
-            precision: faster on GPUs and CPUs that have it, samples differ a little.
+        precision: 32-true, bf16-mixed or 16-mixed. The mixed ones run the network of the predictor
+            in half precision: faster on hardware that supports it, with slightly other samples.
     """
     target = Path(out)
     _check_target(target)
@@ -69,13 +73,13 @@ def sample(
     description = DataDescription.from_dict(model.info.get("data"))
     if not target.suffix and not is_image(description.event_shape):
         raise UserError(
-            f"--out {out} is a folder for image files, and samples of {description.name} are no"
+            f"--out {out} is a folder for image files, but samples of {description.name} are not"
             " images; give a file that ends in .npy or .csv"
         )
     if target.suffix.lower() == ".csv" and len(description.event_shape) != 1:
         raise UserError(
-            f"--out {out}: samples of {description.name} have the shape {description.event_shape},"
-            " no row of a table; give an .npy file"
+            f"--out {out}: samples of {description.name} have the shape {description.event_shape}"
+            " and do not fit into rows of a table; give a .npy file"
         )
     options: dict[str, Any] = {
         "steps": steps,
@@ -101,20 +105,20 @@ def _check_target(target: Path) -> None:
     suffix = target.suffix.lower()
     if suffix not in (".png", ".npy", ".csv", ""):
         raise UserError(
-            f"--out {target}: the file must end in .png, .npy or .csv, or be a new folder, without"
-            " an ending"
+            f"--out {target}: give a file that ends in .png, .npy or .csv, or a new folder without"
+            " suffix"
         )
     if target.is_dir() and suffix:
         raise UserError(f"--out {target} is a folder; give a file")
     if target.exists() and not suffix:
         raise UserError(
-            f"--out {target} exists already; give a new folder, or a file that ends in .png, .npy"
+            f"--out {target} already exists; give a new folder, or a file that ends in .png, .npy"
             " or .csv"
         )
 
 
 def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
-    """Write samples ``(n, *event)`` in the form that the name of the file says."""
+    """Write samples ``(n, *event)`` in the format given by the suffix."""
     suffix = target.suffix.lower()
     if suffix == ".png":
         write_samples(target, samples)
@@ -126,16 +130,15 @@ def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
     if not suffix:
         write_images(target, to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2))
     elif suffix == ".csv":
-        form = {
-            "fmt": "%d" if description.num_values else "%.9g",
-            "header": ",".join(description.columns),
-            "comments": "",
-        }
-        write_atomically(
-            target, lambda path: np.savetxt(path, values, delimiter=",", encoding="utf-8", **form)
-        )
+        header = ",".join(description.columns)
+        write_atomically(target, lambda path: _write_table(path, values, header))
     else:
         write_atomically(target, lambda path: _write_array(path, values))
+
+
+def _write_table(path: Path, values: np.ndarray, header: str) -> None:
+    form = "%d" if np.issubdtype(values.dtype, np.integer) else "%.9g"
+    np.savetxt(path, values, form, ",", header=header, comments="", encoding="utf-8")
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:

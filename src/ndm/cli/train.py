@@ -8,34 +8,34 @@ from ndm.train.run import Run
 from ndm.train.training import train_run
 
 
-def run_train(words: Sequence[str]) -> None:
-    """``ndm train``: parse and train."""
+def run_train(arguments: Sequence[str]) -> None:
+    """Parse the arguments of ``ndm train`` and train."""
     parser = config_parser(
         description=(
-            "Train a model and evaluate it. Rerun the command to resume an interrupted run; --out"
-            " alone is enough then."
+            "Train a model and evaluate it. To resume an interrupted run, rerun the command or give"
+            " only --out."
         ),
         epilog=(
-            "A model is built of a schedule, a transform, a predictor and a decoder; ndm train"
-            " --model.help ndm.NDM lists all its parts, --model.transform.help"
-            " ndm.SeparableTransform the arguments of one. Example: ndm train --config digits --out"
-            " runs/digits --train.steps 2000"
+            "A model consists of a schedule, a transform, a predictor and a decoder. List its parts"
+            " with ndm train --model.help ndm.NDM, and the arguments of a part with ndm train"
+            " --model.transform.help ndm.SeparableTransform. Example: ndm train --config digits"
+            " --out runs/digits --train.steps 2000"
         ),
     )
     parser.add_argument(
         "--out", type=str, required=True, metavar="RUN", help="folder of the run; created if needed"
     )
-    stored = _stored_config(words)
-    arguments = parse(parser, (["--config", str(stored)] if stored else []) + list(words))
-    run = Run(Path(arguments.pop("out")))
-    train_run(run, RunConfig(arguments))
+    stored = _stored_config(arguments)
+    values = parse(parser, (["--config", str(stored)] if stored else []) + list(arguments))
+    run = Run(Path(values.pop("out")))
+    train_run(run, RunConfig(values))
 
 
-def _stored_config(words: Sequence[str]) -> Path | None:
-    """The configuration of an existing run, if the words have --out but no --config."""
-    if any(word == "--config" or word.startswith("--config=") for word in words):
+def _stored_config(arguments: Sequence[str]) -> Path | None:
+    """Return the configuration of an existing run if there is --out but no --config."""
+    if any(one == "--config" or one.startswith("--config=") for one in arguments):
         return None
-    outs = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--out"]
-    outs += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
+    outs = [arguments[i + 1] for i, one in enumerate(arguments[:-1]) if one == "--out"]
+    outs += [one.removeprefix("--out=") for one in arguments if one.startswith("--out=")]
     path = Run(Path(outs[-1])).config_path if outs else None
     return path if path is not None and path.exists() else None

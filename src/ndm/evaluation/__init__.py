@@ -1,6 +1,4 @@
-"""Bounds and likelihoods of whole data sets: measurements, calibration, baselines, tables, several
-processes.
-"""
+"""Bounds and likelihoods of whole data sets: measurement, calibration, baselines and tables."""
 
 from ndm.evaluation.calibrate import best_eta, best_variance_ratio
 from ndm.evaluation.evaluate import Evaluation, evaluate_bound

@@ -1,10 +1,10 @@
-r"""Simple coders of discrete data, to read a number of bits per dimension against.
+r"""Simple coders of discrete data: baselines for bits per dimension.
 
 .. math::
     \text{histogram: } -\tfrac1D \textstyle\sum_i \log_2 \frac{c_i(x_i) + a}{N + a L}, \quad c_i(v) = \#\{\text{training examples with } x_i = v\}
 
-a = 0.01 keeps unseen values possible. ``xz`` compresses all test integers as one stream of bytes
-(two bytes each above 256 values).
+With a = 0.01, unseen values keep a positive probability. ``xz`` compresses all test integers as one
+stream of bytes (two bytes each for more than 256 values).
 """
 
 import lzma
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def histogram_bpd(train: Tensor, test: Tensor, num_values: int, smoothing: float = 0.01) -> float:
-    """Bits/dim of a model with independent pixels, one histogram a pixel.
+    """Return the bits/dim of a model with independent pixels and one histogram per pixel.
 
     Args:
         train: integers ``(N, *event)``.
@@ -31,6 +31,6 @@ def histogram_bpd(train: Tensor, test: Tensor, num_values: int, smoothing: float
 
 
 def xz_bpd(test: Tensor, num_values: int) -> float:
-    """Bits/dim of xz at its highest setting on the test integers in one stream."""
+    """Return the bits/dim of xz at its highest setting on the test integers as one stream."""
     stream = test.numpy().astype(np.uint8 if num_values <= 256 else np.uint16).tobytes()
     return 8 * len(lzma.compress(stream, preset=9 | lzma.PRESET_EXTREME)) / test.numel()

@@ -1,23 +1,27 @@
 r"""The best reverse variance and the best eta of a trained model, fitted after training.
 
-Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)` the step's cost :math:`\tfrac D2 [\log r +
-(1 + u)/r - 1]` is least at
+Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)`, the cost of a step,
+:math:`\tfrac D2 [\log r + (1 + u)/r - 1]`, has its minimum at
 
 .. math::
-    r = 1 + u, \qquad \text{where it is } \tfrac D2 \log(1 + u) \le \tfrac D2 u .
+    r = 1 + u, \qquad \text{with the value } \tfrac D2 \log(1 + u) \le \tfrac D2 u .
 
-Continuous time: with :math:`c = \Delta\dot F/\gamma' - \tfrac12 \Delta F` the integrand is
-:math:`\tfrac12 e^{-\gamma}\gamma' [\|c\|^2/\eta^2 - c \cdot \Delta F + \tfrac14 \eta^2 \|\Delta F\|^2]`, least at
+Continuous time: with :math:`c = \Delta\dot F/\gamma' - \tfrac12 \Delta F`, the integrand,
+:math:`\tfrac12 e^{-\gamma}\gamma' [\|c\|^2/\eta^2 - c \cdot \Delta F + \tfrac14 \eta^2 \|\Delta F\|^2]`,
+has its minimum at
 
 .. math::
-    \eta^2 = 2 \sqrt{E\, w \|c\|^2 / E\, w \|\Delta F\|^2}, \qquad w = e^{-\gamma}\gamma' \qquad (F = x \text{ gives } 1) .
+    \eta^2 = 2 \sqrt{E\, w \|c\|^2 / E\, w \|\Delta F\|^2}, \qquad w = e^{-\gamma}\gamma'
+    \qquad (F = x \text{ gives } 1) .
 
-Both are bounds of the model with that reverse process, whatever data the fit used; fit on the
-training split, so that the number on the test split stays a fair one. Source of the first:
-Analytic-DPM (Bao et al. 2022); of the second: ours.
+Both are valid bounds of the model with the fitted reverse process, whatever data the fit used. Fit
+on the training split, so that results on the test split stay fair. The fit of r is that of
+Analytic-DPM (Bao et al. 2022); the fit of eta is ours.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,16 +51,15 @@ def best_variance_ratio(
     seed: int = 0,
     progress: bool = False,
 ) -> PiecewiseConstant:
-    """Fit r(t), by which the reverse variance of the T-step model should exceed v.
+    """Fit r(t), the factor by which the reverse variance of the T-step model exceeds v.
 
     Args:
         model: the model.
-        data: the examples to fit on; not those to evaluate on.
+        data: examples to fit on, different from those to evaluate on.
         steps: T.
-        bins: one r for each of the T steps, or for each of this many parts of [0, 1] if T is
-            larger.
-        examples: how many examples to use, evenly spread over the data.
-        batch_size: examples at once.
+        bins: number of equal parts of [0, 1] with one r each; if T is smaller, each step has its r.
+        examples: number of examples to use, evenly spread over the data.
+        batch_size: examples per batch.
         seed: seed of times and noise.
         progress: show a progress bar.
 
@@ -89,22 +92,23 @@ def best_eta(
     seed: int = 0,
     progress: bool = False,
 ) -> PiecewiseConstant:
-    """Fit eta(t) of the reverse process in continuous time; arguments as
-    :func:`best_variance_ratio`.
+    """Fit eta(t) of the reverse process in continuous time.
+
+    The arguments are those of :func:`best_variance_ratio`.
 
     Returns:
         eta(t), for the argument ``eta`` of :meth:`ndm.NDM.bound`.
     """
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        # The error is c - ½ eta² ΔF: at eta = 0 it is c, and what is gone at eta = 1 is ½ ΔF. One
-        # evaluation of the networks serves both.
+        # The error is c - ½ eta² ΔF: eta = 0 gives c, and the difference to eta = 1 is ½ ΔF.
+        # One evaluation of the networks gives both.
         both = torch.tensor([0.0, 1.0]).to(x).reshape(2, *[1] * noise.dim())
         level, (rest, at_one), _ = continuous_errors(
             model.reverse_process, model.process.curve(x), Draw(u, noise), both
         )
         difference = 2 * (rest - at_one)
-        weight = level.snr_decay  # it changes within a part, and belongs to both means
+        weight = level.snr_decay  # varies within a part of [0, 1], so it belongs in both means
         return [weight * sum_event(rest**2), weight * sum_event(difference**2)]
 
     rest, square = _means(model, data, errors, bins, examples, batch_size, seed, progress)
@@ -122,16 +126,17 @@ def _means(
     seed: int,
     progress: bool,
 ) -> list[Tensor]:
-    """Means over the data of each result of ``errors(x, u, noise)``, at a random time in each part
-    of [0, 1]; each ``(bins,)``, float64.
+    """Return means over the data of the results of ``errors(x, u, noise)``.
+
+    Each mean is ``(bins,)``, float64, one value for each part of [0, 1]. Each example has a random
+    time u in each part.
     """
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")
     check_whole("bins", bins, 1)
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         check_whole(name, value, 1)
-    chosen, training = spread(len(data), examples), model.training
-    model.eval()
+    chosen = spread(len(data), examples)
     sums: list[list[Tensor]] = [[] for _ in range(bins)]
     bar = tqdm(
         total=len(chosen),
@@ -141,25 +146,73 @@ def _means(
         delay=1,
         leave=False,
     )
-    try:
+    with bar, evaluation_mode(model):
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            x, source = (
-                data.__getitems__(batch).to(model.like),
-                ExampleGenerators(seed, batch, _FIT),
-            )
+            x = data.__getitems__(batch).to(model.like)
+            source = ExampleGenerators(seed, batch, _FIT)
             for part in range(bins):
                 u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
-                values = torch.stack(
-                    errors(
-                        x,
-                        u.clamp(max=1 - torch.finfo(u.dtype).eps),
-                        standard_normal(model.process.curve(x).like, source),
-                    )
-                )
+                u = u.clamp(max=1 - torch.finfo(u.dtype).eps)
+                noise = standard_normal(model.process.curve(x).like, source)
+                values = torch.stack(errors(x, u, noise))
                 sums[part].append(values.cpu().double().sum(1))
             bar.update(len(batch))
-    finally:
-        bar.close()
-        model.train(training)
     return list(torch.stack([torch.stack(part).sum(0) for part in sums], dim=1) / len(chosen))
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: DiffusionModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and restore its mode at the end."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+class Calibration:
+    """Fitted reverse processes of a model, each computed once.
+
+    Args:
+        model: the model.
+        options: arguments of :func:`best_variance_ratio` and :func:`best_eta`.
+    """
+
+    def __init__(self, model: DiffusionModel, **options: Any):
+        self.model, self.options = model, options
+        self._fits: dict[tuple[int | None, int, int], dict[str, PiecewiseConstant]] = {}
+
+    def fit(
+        self, steps: int | None, data: EventDataset | None, examples: int
+    ) -> dict[str, PiecewiseConstant]:
+        """Return the fitted argument of :meth:`ndm.NDM.bound` by its name; empty without data.
+
+        Args:
+            steps: T to fit the reverse variance, None to fit eta in continuous time.
+            data: examples to fit on.
+            examples: number of them to use.
+        """
+        if data is None:
+            return {}
+        key = (steps, id(data), examples)
+        if key not in self._fits:
+            options = {"examples": examples, **self.options}
+            if steps is None:
+                self._fits[key] = {"eta": best_eta(self.model, data, **options)}
+            else:
+                ratio = best_variance_ratio(self.model, data, steps, **options)
+                self._fits[key] = {"variance_ratio": ratio}
+        return self._fits[key]
+
+    def describe(
+        self, steps: int | None, data: EventDataset | None, examples: int
+    ) -> dict[str, Any]:
+        """Return the eta and the reverse variance of a bound, for its protocol."""
+        if data is None:
+            return {"eta": self.model.eta, "reverse_variance": "v"}
+        fitted = f"fitted on {min(examples, len(data))} training examples"
+        if steps is None:
+            return {"eta": fitted, "reverse_variance": "v"}
+        return {"eta": self.model.eta, "reverse_variance": fitted}

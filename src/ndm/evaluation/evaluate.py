@@ -1,32 +1,29 @@
-r"""Bounds and likelihoods of a whole data set, each with its standard error and its protocol.
+r"""Bounds and likelihoods of a whole data set, with standard errors and protocols.
 
-Each of the N examples is looked at K times t. Times are stratified twice: within an example, one in
-each of K equal strata of [0, 1]; and over the data set, where the N times of a stratum are spread
-evenly in a random order :math:`\pi`,
+Each of the N examples is evaluated at K times. The times are stratified twice: each example has one
+time in each of K equal strata of [0, 1], and the N times of a stratum are spread evenly over it, in
+a random order :math:`\pi`:
 
 .. math::
     u_{ik} = \frac{1}{K} \Bigl(k + \frac{\pi(i) + j_i}{N}\Bigr), \qquad j_i \sim U[0, 1), \qquad
     \text{stderr}^2 = \frac{1}{N} \cdot \frac{1}{2(N-1)} \sum_{m} (l_{m+1} - l_m)^2 ,
 
-where l is the estimate of an example, averaged over its K times, and m counts the examples in the
-order of :math:`\pi`. Neighbors in that order have nearly the same times, so their differences hold
-the spread of the data and the Monte Carlo noise, but not the spread between times, which this
-design removes from the mean. Where T steps are few, K is a multiple of T and every step is visited
+Here l is the estimate of an example, averaged over its K times, and m numbers the examples in the
+order of :math:`\pi`. Neighbors in this order have nearly the same times. Their differences contain
+the variance of the data and the Monte Carlo noise, but not the variance between times, which the
+stratification removes from the mean. If T < K, K is a multiple of T, and every step is evaluated
 equally often.
 
-The random numbers of an example depend on the seed and its number in the data set alone: batch size
-and number of processes change the result by rounding only, and by the tolerance of an adaptive
-solver. Bits per dimension are nats/(D ln 2). For data on a grid of values they are on the scale of
-the original integers. For continuous data the bound is a density: nats are given too.
+The random numbers of an example depend only on the seed and its index in the data set. Batch size
+and number of processes therefore change results only by rounding and by the tolerance of an
+adaptive solver. Bits per dimension are nats/(D ln 2). For discrete data they measure the
+probability of the original integers, for continuous data a density.
 """
 
-import contextlib
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -34,15 +31,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import ndm
 from ndm.data import EventDataset, spread
 from ndm.elbo import Bound, bits_per_dim, path_log_weight
 from ndm.errors import UserError, check_whole
-from ndm.evaluation.calibrate import best_eta, best_variance_ratio
+from ndm.evaluation.calibrate import Calibration, evaluation_mode
 from ndm.evaluation.measurement import (
     BoundProtocol,
     LikelihoodProtocol,
     Measurement,
+    model_fields,
     neighbor_error,
     standard_error,
 )
@@ -58,31 +55,31 @@ _BOUND, _POSITIONS, _PATHS = 10, 11, 12  # streams of noise
 
 @dataclass
 class Evaluation:
-    """A model and the examples on which it is measured; each method measures one number.
+    """A model and the examples to measure it on; each method measures one quantity.
 
     Raises:
         UserError: there are no examples, or an argument is out of range.
     """
 
     model: DiffusionModel
-    """The model; its dtype is that of all computations."""
+    """The model; all computations have its dtype."""
     data: EventDataset
     """The split."""
     seed: int = 0
     """Seed of times, noise, latents and probes."""
     limit: int | None = None
-    """Measure only so many examples, evenly spread over the split."""
+    """Number of examples to measure, evenly spread over the split; None for all."""
     batch_size: int | None = None
-    """Examples at once; None takes 256, or fewer where the decoder would need too much memory."""
+    """Examples per batch; None for 256, or fewer if the decoder would need too much memory."""
     processes: Processes = field(default_factory=Processes)
     """The processes that share the work."""
     progress: bool = False
     """Show progress bars."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What the data are, for the protocol."""
+    """Description of the data, for the protocol."""
 
     def __post_init__(self) -> None:
-        """Check the arguments, choose the examples."""
+        """Check the arguments and choose the examples."""
         if len(self.data) == 0:
             raise UserError("there is nothing to evaluate: the split is empty")
         check_whole("seed", self.seed, 0)
@@ -93,7 +90,9 @@ class Evaluation:
         self.dims = self.data[0].numel()
         self.size = self.batch_size or default_batch_size(self.model, self.dims)
         self.progress = self.progress and self.processes.first
-        self._fits: dict[tuple[int | None, int, int], dict[str, Any]] = {}
+        self._calibration = Calibration(
+            self.model, batch_size=self.size, seed=self.seed, progress=self.progress
+        )
 
     def nelbo(
         self,
@@ -102,14 +101,14 @@ class Evaluation:
         calibrate_on: EventDataset | None = None,
         calibration_examples: int = 512,
     ) -> Measurement:
-        """The NELBO in discrete or continuous time.
+        """Measure the NELBO in discrete or continuous time.
 
         Args:
-            steps: T, None for continuous time, ``"trained"`` for the model's own.
-            draws: K, times an example; raised to a multiple of T if T is smaller.
+            steps: T; None for continuous time, ``"trained"`` for the T of the model.
+            draws: K, times per example; raised to a multiple of T if T is smaller.
             calibrate_on: fit the reverse variance (discrete time) or eta (continuous time) on these
                 examples and use it.
-            calibration_examples: how many of them to use.
+            calibration_examples: number of them to use.
         """
         check_whole("draws", draws, 1)
         horizon = self.model.steps if steps == "trained" else steps
@@ -119,10 +118,10 @@ class Evaluation:
         if horizon is not None and horizon < draws:
             draws = math.ceil(draws / horizon) * horizon
         started = time.perf_counter()
-        fitted = self._calibrate(horizon, calibrate_on, calibration_examples)
-        order = np.random.default_rng(part_seed(self.seed, _POSITIONS)).permutation(
-            len(self.numbers)
-        )
+        calibration = (horizon, calibrate_on, calibration_examples)
+        fitted = self._calibration.fit(*calibration)
+        shuffler = np.random.default_rng(part_seed(self.seed, _POSITIONS))
+        order = shuffler.permutation(len(self.numbers))
         place = dict(zip(self.numbers, order.tolist(), strict=True))
 
         def terms(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
@@ -133,8 +132,7 @@ class Evaluation:
             bound = self.model.bound(
                 x, steps=horizon, draws=draws, generator=source, positions=positions, **fitted
             )
-            # In double precision before they are added up, so that the terms in the record add up
-            # to the bound.
+            # Double precision before the sum, so that the terms in the record add up to the bound.
             return Bound(
                 bound.prior.cpu().double(),
                 bound.diffusion.cpu().double(),
@@ -146,7 +144,7 @@ class Evaluation:
         by_place = total[torch.from_numpy(np.argsort(order))]
         protocol = BoundProtocol(
             **self._shared(started),
-            **self._reverse(horizon, calibrate_on, calibration_examples),
+            **self._calibration.describe(*calibration),
             time_samples_per_example=draws,
         )
         return Measurement(
@@ -168,42 +166,38 @@ class Evaluation:
         calibrate_on: EventDataset | None = None,
         calibration_examples: int = 512,
     ) -> Measurement:
-        """The importance-weighted bound of the T-step model with K whole paths an example, T K
-        evaluations of the predictor.
+        """Measure the importance-weighted bound of the T-step model.
+
+        Each example needs T K evaluations of the predictor.
 
         Args:
             steps: T.
-            samples: K.
+            samples: K, paths per example.
             calibrate_on: fit the reverse variance on these examples and use it.
-            calibration_examples: how many of them to use.
+            calibration_examples: number of them to use.
         """
         check_whole("steps", steps, 1)
         check_whole("samples", samples, 1)
         started = time.perf_counter()
-        fitted = self._calibrate(steps, calibrate_on, calibration_examples)
+        calibration = (steps, calibrate_on, calibration_examples)
+        fitted = self._calibration.fit(*calibration)
         model = self.model
-        options = {"eta": model.eta, **fitted}
+        options: dict[str, Any] = {"eta": model.eta, **fitted}
 
         def weights(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-            paths = [
-                path_log_weight(
-                    model.reverse_process,
-                    model.decoder,
-                    x,
-                    steps,
-                    ExampleGenerators(self.seed, numbers, _PATHS, k),
-                    **options,
+            paths = []
+            for k in range(samples):
+                source = ExampleGenerators(self.seed, numbers, _PATHS, k)
+                path = path_log_weight(
+                    model.reverse_process, model.decoder, x, steps, source, **options
                 )
-                .cpu()
-                .double()
-                for k in range(samples)
-            ]
+                paths.append(path.cpu().double())
             return {"nelbo": math.log(samples) - torch.logsumexp(torch.stack(paths), 0)}
 
         values = self._measure(weights, f"importance-weighted bound, T = {steps}")["nelbo"]
         protocol = BoundProtocol(
             **self._shared(started),
-            **self._reverse(steps, calibrate_on, calibration_examples),
+            **self._calibration.describe(*calibration),
             nfe_mean=steps * samples,
         )
         return Measurement(
@@ -224,54 +218,45 @@ class Evaluation:
         settings: OdeSettings | None = None,
         reverse_check: int = 64,
     ) -> Measurement:
-        """The negative log-likelihood by the generative ODE.
+        """Measure the negative log-likelihood under the generative ODE.
 
         Args:
-            samples: K importance samples of z_0.
-            dequantization: from z_0 to x, see :mod:`ndm.likelihood`.
+            samples: K, importance samples of z_0 per example.
+            dequantization: how z_0 maps to x, see :mod:`ndm.likelihood`.
             settings: solver, tolerance, probes.
-            reverse_check: solve this many examples there and back, and report how far they come
-                back from where they started.
+            reverse_check: number of examples to solve forward and back, to report the error.
         """
         settings, started = settings or OdeSettings(), time.perf_counter()
         check_whole("reverse_check", reverse_check, 0)
         model = self.model
-        reversibility = self._reversibility(
-            dequantization, settings, reverse_check
-        )  # first: it is short, and fails where the rest would
+        exact = model.reverse_process.exact_density
+        # First, because it is fast and fails whenever the rest would.
+        reversibility = (
+            None if exact else self._reversibility(dequantization, settings, reverse_check)
+        )
 
         def values_of(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-            options: dict[str, Any] = {
-                "settings": settings,
-                "seed": self.seed,
-                "examples": numbers,
-                "progress": self.progress,
-            }
             found = model.log_likelihood(
-                x, samples=samples, dequantization=dequantization, **options
+                x,
+                samples=samples,
+                dequantization=dequantization,
+                settings=settings,
+                seed=self.seed,
+                examples=numbers,
+                progress=self.progress,
             )
             nfe = torch.full((len(x),), found.nfe * samples, dtype=torch.float64)
-            shift = torch.logsumexp(found.coarse_log_weights, 1) - torch.logsumexp(
-                found.log_weights, 1
-            )
+            coarse, fine = found.coarse_log_weights, found.log_weights
+            shift = torch.logsumexp(coarse, 1) - torch.logsumexp(fine, 1)
             return {"nll": -found.log_p, "single": -found.single, "nfe": nfe, "shift": -shift}
 
         values = self._measure(values_of, "likelihood")
-        probes = settings.probes_for(
-            math.prod(model.transform.latent_shape(self._batch(self.numbers[:1]))[1:])
-        )
-        adaptive = settings.solver in ADAPTIVE_SOLVERS
         nll, single, shift = values["nll"], values["single"], values["shift"]
         several = len(nll) > 1
         protocol = LikelihoodProtocol(
             **self._shared(started),
             dequantization=dequantization,
-            solver=settings.solver,
-            rtol=settings.rtol if adaptive else None,
-            atol=settings.atol if adaptive else None,
-            nodes=settings.nodes,
-            probes="exact" if probes is None else probes,
-            probe=None if probes is None else settings.probe,
+            **({} if exact else self._ode_fields(settings)),
             nfe_mean=float(values["nfe"].mean()),
             one_sample_bpd=self._bpd(single.mean()),
             one_sample_bpd_stderr=self._bpd(standard_error(single)) if several else None,
@@ -283,6 +268,20 @@ class Evaluation:
             "nll", nll, standard_error(nll), self.dims, protocol, importance_samples=samples
         )
 
+    def _ode_fields(self, settings: OdeSettings) -> dict[str, Any]:
+        """Return the fields of the protocol that describe how the ODE was solved."""
+        latent_shape = self.model.transform.latent_shape(self._batch(self.numbers[:1]))[1:]
+        probes = settings.probes_for(math.prod(latent_shape))
+        adaptive = settings.solver in ADAPTIVE_SOLVERS
+        return {
+            "solver": settings.solver,
+            "rtol": settings.rtol if adaptive else None,
+            "atol": settings.atol if adaptive else None,
+            "nodes": settings.nodes,
+            "probes": "exact" if probes is None else probes,
+            "probe": None if probes is None else settings.probe,
+        }
+
     def _bpd(self, nats: Tensor | float) -> float:
         return float(bits_per_dim(nats, self.dims))
 
@@ -292,53 +291,16 @@ class Evaluation:
         if count == 0 or not self.processes.first:
             return None
         chosen = self.numbers[: min(count, self.size)]
-        x = self._batch(chosen)
-        z, _ = latent(
-            self.model.process,
-            self.model.decoder,
-            x,
-            dequantization,
-            ExampleGenerators(self.seed, chosen, _POSITIONS),
-        )
-        with _evaluating(self.model):
+        source = ExampleGenerators(self.seed, chosen, _POSITIONS)
+        model, x = self.model, self._batch(chosen)
+        z, _ = latent(model.process, model.decoder, x, dequantization, source)
+        with evaluation_mode(self.model):
             error = round_trip_error(self.model.reverse_process, z, settings)
         return {
             "examples": len(chosen),
             "rms_error": float(error.square().mean().sqrt()),
             "largest_rms_error": float(error.max()),
         }
-
-    def _calibrate(
-        self, horizon: int | None, data: EventDataset | None, examples: int
-    ) -> dict[str, Any]:
-        if data is None:
-            return {}
-        key = (horizon, id(data), examples)
-        if key not in self._fits:
-            options: dict[str, Any] = {
-                "examples": examples,
-                "batch_size": self.size,
-                "seed": self.seed,
-                "progress": self.progress,
-            }
-            if horizon is None:
-                self._fits[key] = {"eta": best_eta(self.model, data, **options)}
-            else:
-                self._fits[key] = {
-                    "variance_ratio": best_variance_ratio(self.model, data, horizon, **options)
-                }
-        return self._fits[key]
-
-    def _reverse(
-        self, horizon: int | None, data: EventDataset | None, examples: int
-    ) -> dict[str, Any]:
-        """The eta and the reverse variance of a bound, for its protocol."""
-        if data is None:
-            return {"eta": self.model.eta, "reverse_variance": "v"}
-        fitted = f"fitted on {min(examples, len(data))} training examples"
-        if horizon is None:
-            return {"eta": fitted, "reverse_variance": "v"}
-        return {"eta": self.model.eta, "reverse_variance": fitted}
 
     def _batch(self, numbers: list[int]) -> Tensor:
         return self.data.__getitems__(numbers).to(self.model.like)
@@ -347,28 +309,23 @@ class Evaluation:
     def _measure(
         self, function: Callable[[Tensor, list[int]], dict[str, Tensor]], what: str
     ) -> dict[str, Tensor]:
-        """Values of all examples, ``(N,)`` each, float64, in the order of the data, from all
-        processes.
+        """Return the values of all examples, from all processes, in the order of the data.
+
+        Each value is ``(N,)``, float64.
         """
         starts = range(0, len(self.numbers), self.size)
         mine = self.processes.share(len(starts))
         numbers: list[int] = []
         parts: list[dict[str, Tensor]] = []
-        with _evaluating(self.model):
-            for index in tqdm(
-                mine, desc=what, unit="batch", disable=not self.progress, delay=1, leave=False
-            ):
+        bar = tqdm(mine, desc=what, unit="batch", disable=not self.progress, delay=1, leave=False)
+        with evaluation_mode(self.model):
+            for index in bar:
                 batch = self.numbers[starts[index] : starts[index] + self.size]
-                parts.append(
-                    {
-                        name: value.cpu().double()
-                        for name, value in function(self._batch(batch), batch).items()
-                    }
-                )
+                found = function(self._batch(batch), batch)
+                parts.append({name: value.cpu().double() for name, value in found.items()})
                 numbers += batch
-        values = (
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        )
+        names = parts[0] if parts else {}
+        values = {name: torch.cat([part[name] for part in parts]) for name in names}
         numbers, values = self.processes.gather(numbers, values)
         order = torch.tensor(np.argsort(numbers))
         values = {name: value[order] for name, value in values.items()}
@@ -376,46 +333,24 @@ class Evaluation:
         bad = int((~values[main].isfinite()).sum())
         if bad:
             raise UserError(
-                f"the {what} of {bad} of {len(numbers)} examples is not finite; the model did not"
-                " train well"
+                f"the {what} of {bad} of {len(numbers)} examples is not finite; if training"
+                " diverged, lower train.learning_rate"
             )
         return values
 
     def _shared(self, started: float) -> dict[str, Any]:
-        """What the protocols of all numbers share."""
-        like, values = self.model.like, self.model.decoder.values
-        density, integers = "density of x as the model sees it", "probability of integers"
-        packages = ("torch", "torchdiffeq", "numpy")
+        """Return the fields that all protocols share."""
         return {
             "about": self.about,
             "num_examples": len(self.numbers),
             "split_size": len(self.data),
             "limit": self.limit,
-            "scale": density if values is None else f"{integers}, {len(values)} values",
             "seed": self.seed,
             "batch_size": self.size,
             "processes": self.processes.size,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "dtype": str(like.dtype).removeprefix("torch."),
-            "device": str(like.device),
             "seconds": round(time.perf_counter() - started, 3),
-            "versions": {
-                "ndm": ndm.__version__,
-                "python": platform.python_version(),
-                **{package: version(package) for package in packages},
-            },
+            **model_fields(self.model),
         }
-
-
-@contextlib.contextmanager
-def _evaluating(model: DiffusionModel) -> Iterator[None]:
-    """Evaluation mode, and back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def evaluate_bound(
@@ -428,22 +363,21 @@ def evaluate_bound(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The bound on every example of a data set, in the time, discrete or continuous, that the model
-    was trained in.
+    """Measure the bound on a data set, in the discrete or continuous time of training.
 
     Args:
         model: the model.
         data: the examples.
-        draws: K, times an example.
-        limit: evaluate only so many examples, evenly spread over the data set.
-        batch_size: examples at once; None takes 256, or fewer where the decoder would need too much
+        draws: K, times per example.
+        limit: number of examples to evaluate, evenly spread over the data set; None for all.
+        batch_size: examples per batch; None for 256, or fewer if the decoder would need too much
             memory.
         seed: seed of times and noise.
         progress: show a progress bar.
 
     Returns:
-        JSON-ready record: each term and the bound in bits/dim, with standard error, counts and
-        seed; ``*_nats`` for an example.
+        A record for JSON: the bound and its terms in bits/dim, standard errors, counts and seed;
+        ``*_nats`` are nats per example.
 
     Raises:
         UserError: the data set is empty, or the bound is not finite.
@@ -455,8 +389,6 @@ def evaluate_bound(
 
 
 def default_batch_size(model: DiffusionModel, dims: int) -> int:
-    """256, or as many examples as keep the decoder's probabilities of all values within 2**26
-    numbers.
-    """
+    """Return 256, or fewer, so that the decoder computes at most 2**26 probabilities at once."""
     num_values = 1 if model.decoder.values is None else len(model.decoder.values)
     return max(1, min(256, 2**26 // (dims * num_values)))

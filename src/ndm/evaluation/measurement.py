@@ -1,28 +1,30 @@
-"""A measured number: its value for each example, its standard error, and the protocol by which
-anyone can measure it again.
-"""
+"""Measurements: the value of each example, the standard error, and the protocol to repeat it."""
 
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
 from torch import Tensor
 
+import ndm
 from ndm.elbo import bits_per_dim
+from ndm.model import DiffusionModel
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a number was measured. Every field goes into its record."""
+    """How a quantity was measured. Its record contains every field."""
 
     about: Mapping[str, Any]
-    """What was measured: the data, their split and checksum, and the run if there is one."""
+    """The data, their split and checksum, and the run, if any."""
     num_examples: int
     split_size: int
     limit: int | None
     scale: str
-    """Whether the number is a density or a probability of integers."""
+    """Whether the quantity is a density or a probability of integers."""
     seed: int
     batch_size: int
     processes: int
@@ -33,9 +35,30 @@ class Protocol:
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready; those of ``about`` among the others."""
+        """Return all fields for JSON, with those of ``about`` at the same level."""
         fields = asdict(self)
         return {**fields.pop("about"), **fields}
+
+
+def model_fields(model: DiffusionModel) -> dict[str, Any]:
+    """Return the fields of a :class:`Protocol` that depend only on the model and the software."""
+    like, values = model.like, model.decoder.values
+    packages = ("torch", "torchdiffeq", "numpy")
+    return {
+        "scale": (
+            "density of x in the units of the model"
+            if values is None
+            else f"probability of integers, {len(values)} values"
+        ),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(like.dtype).removeprefix("torch."),
+        "device": str(like.device),
+        "versions": {
+            "ndm": ndm.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -43,13 +66,13 @@ class BoundProtocol(Protocol):
     """How a bound was measured."""
 
     eta: float | str
-    """The number, or how it was fitted."""
+    """A number, or a description of the fit."""
     reverse_variance: str
-    """``v``, the posterior's, or how it was fitted."""
+    """``v``, the variance of the posterior, or a description of the fit."""
     time_samples_per_example: int | None = None
     """Times drawn for each example; None for whole paths."""
     nfe_mean: float | None = None
-    """Evaluations of the predictor for an example, of whole paths."""
+    """Evaluations of the predictor per example, for whole paths."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +80,40 @@ class LikelihoodProtocol(Protocol):
     """How a likelihood was measured by the generative ODE."""
 
     dequantization: str
-    solver: str
-    rtol: float | None
-    """Relative tolerance of an adaptive solver."""
-    atol: float | None
-    nodes: int
-    """Nodes of the quadrature of the divergence."""
-    probes: int | Literal["exact"]
-    """Probes of the trace estimate, or ``exact`` for the exact trace."""
-    probe: str | None
-    """Distribution of the probes."""
     nfe_mean: float
-    """Evaluations of the drift for an example."""
+    """Evaluations of the drift per example."""
     one_sample_bpd: float
-    """The number with a single importance sample."""
+    """The result with one importance sample."""
     one_sample_bpd_stderr: float | None
     half_the_nodes_shift_bpd: float
-    """How far half of the nodes would shift the number."""
+    """Change of the result with half of the nodes."""
     half_the_nodes_shift_bpd_stderr: float
     reversibility: Mapping[str, Any] | None
-    """Errors of solving there and back."""
+    """Errors after solving forward and back."""
+    solver: str | None = None
+    """None for a density in closed form, which needs no ODE; then all below are None, too."""
+    rtol: float | None = None
+    """Relative tolerance of an adaptive solver."""
+    atol: float | None = None
+    nodes: int | None = None
+    """Nodes of the quadrature of the divergence."""
+    probes: int | Literal["exact"] | None = None
+    """Probes of the trace estimate, or ``exact`` for the exact trace."""
+    probe: str | None = None
+    """Distribution of the probes."""
 
     @property
     def trace(self) -> str:
-        """How the trace was computed."""
+        """Description of the trace."""
         return "exact trace" if self.probes == "exact" else f"{self.probes} probes"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A number measured on N examples."""
+    """A quantity measured on N examples."""
 
     quantity: Literal["nelbo", "nll"]
-    """A bound, or a likelihood."""
+    """The kind: a bound or a likelihood."""
     values: Tensor = field(repr=False)
     """The estimate of each example, ``(N,)``, nats, float64, in the order of the data."""
     stderr: float
@@ -99,15 +123,15 @@ class Measurement:
     protocol: Protocol
     """How it was measured."""
     steps: int | None = None
-    """T of a bound, or None for continuous time."""
+    """T of a bound; None for continuous time."""
     importance_samples: int | None = None
-    """K, where examples are weighted by importance."""
+    """K, the number of importance samples; None for a plain bound."""
     as_trained: bool = False
-    """Whether it is the bound in the time, discrete or continuous, that the model was trained in."""
+    """Whether it is a bound in the discrete or continuous time of training."""
     fitted: bool = False
     """Whether the reverse variance, or eta, was fitted on training data."""
     terms: Mapping[str, float] = field(default_factory=dict)
-    """Means of the terms that add up to the number, nats."""
+    """Means of the terms of the bound, nats; they add up to the result."""
 
     @property
     def weighted(self) -> bool:
@@ -116,23 +140,25 @@ class Measurement:
 
     @property
     def nats(self) -> float:
-        """The number, nats for an example."""
+        """The mean, nats per example."""
         return float(self.values.mean())
 
     @property
     def bpd(self) -> float:
-        """The number, bits/dim."""
+        """The mean, bits/dim."""
         return float(bits_per_dim(self.nats, self.dims))
 
     @property
     def bpd_stderr(self) -> float:
-        """Its standard error, bits/dim."""
+        """Standard error of the mean, bits/dim."""
         return float(bits_per_dim(self.stderr, self.dims))
 
     @property
     def name(self) -> str:
-        """Its name in records: ``nll``, ``nelbo`` as trained, ``nelbo_continuous``,
-        ``nelbo_discrete`` or ``nelbo_iw``; with ``_calibrated`` if fitted.
+        """The name in records.
+
+        One of ``nll``, ``nelbo`` (as trained), ``nelbo_continuous``, ``nelbo_discrete`` and
+        ``nelbo_iw``, with the suffix ``_calibrated`` if fitted.
         """
         if self.quantity == "nll":
             return "nll"
@@ -142,17 +168,18 @@ class Measurement:
 
     @property
     def label(self) -> str:
-        """What the number is, for people."""
+        """The name in tables."""
         if isinstance(self.protocol, LikelihoodProtocol):
             one = self.protocol
-            text = f"NLL, ODE, {one.solver}, {one.trace}, {one.dequantization}"
+            how = f"ODE, {one.solver}, {one.trace}" if one.solver else "exact density"
+            text = f"NLL, {how}, {one.dequantization}"
         else:
             text = f"NELBO, {f'T = {self.steps}' if self.steps else 'continuous time'}"
         text += f", K = {self.importance_samples}" if (self.importance_samples or 1) > 1 else ""
         return text + (", fitted reverse process" if self.fitted else "")
 
     def numbers(self) -> dict[str, float | None]:
-        """The number and its error in both units; the error of a single example is None."""
+        """Return the mean and its error in both units; the error of a single example is None."""
         error = math.isfinite(self.stderr)
         return {
             "bpd": self.bpd,
@@ -162,11 +189,11 @@ class Measurement:
         }
 
     def terms_bpd(self) -> dict[str, float]:
-        """The terms, bits/dim."""
+        """Return the terms, bits/dim."""
         return {f"{name}_bpd": float(bits_per_dim(v, self.dims)) for name, v in self.terms.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The number with its protocol, JSON-ready."""
+        """Return the result and its protocol for JSON."""
         record = {"name": self.name, "label": self.label, **self.numbers(), "dims": self.dims}
         record |= {"steps": self.steps} if self.quantity == "nelbo" else {}
         samples = self.importance_samples
@@ -175,14 +202,14 @@ class Measurement:
 
 
 def standard_error(values: Tensor) -> float:
-    """Standard error of the mean of independent values ``(N,)``; NaN for a single value."""
+    """Return the standard error of the mean of independent values ``(N,)``; NaN if N = 1."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def neighbor_error(values: Tensor) -> float:
-    """Standard error of the mean of values ``(N,)`` that are stratified in their order.
+    """Return the standard error of the mean of values ``(N,)`` that are stratified in their order.
 
-    It comes from the differences of neighbors; NaN for a single value.
+    It is computed from the differences of neighbors; NaN if N = 1.
     """
     if len(values) < 2:
         return math.nan

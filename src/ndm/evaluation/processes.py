@@ -1,12 +1,12 @@
-r"""Several processes that share one evaluation.
+r"""Several processes that share an evaluation.
 
 .. math::
     \text{process } r \text{ of } W \text{ takes the batches } r,\; r + W,\; r + 2W, \dots
 
-Processes never wait for one another while they work: an adaptive solver takes as many steps as its
-own batch needs. They meet once for each number, to bring the values of all examples together. Start
-them with ``torchrun --nproc-per-node W -m ndm.cli evaluate RUN ...``, on any number of machines;
-the result is that of one process.
+Processes do not wait for one another while they compute, since an adaptive solver takes as many
+steps as its batch needs. They communicate once per measurement, to gather the values of all
+examples. Start them with ``torchrun --nproc-per-node W -m ndm.cli evaluate RUN ...``, on any number
+of machines. The result equals that of one process.
 """
 
 import contextlib
@@ -25,30 +25,28 @@ from ndm.errors import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of an evaluation, as one of them sees them; by default it is alone."""
+    """One of the processes of an evaluation; by default the only one."""
 
     rank: int = 0
-    """Number of this process."""
+    """Rank of this process."""
     size: int = 1
-    """How many there are."""
+    """Number of processes."""
     group: Any = None
-    """The group of torch.distributed in which they meet."""
+    """Process group of torch.distributed that gathers the values."""
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that speaks and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of ``count`` batches this process takes."""
+        """Return the indices of the batches, out of ``count``, that this process takes."""
         return range(self.rank, count, self.size)
 
     def gather(
         self, numbers: list[int], values: dict[str, Tensor]
     ) -> tuple[list[int], dict[str, Tensor]]:
-        """The numbers of the examples and their values, ``(n,)`` each, from all processes; the same
-        in every process.
-        """
+        """Return the example numbers and values ``(n,)`` of all processes, in every process."""
         if self.size == 1:
             return numbers, values
         parts: list[tuple[list[int], dict[str, Tensor]] | None] = [None] * self.size
@@ -56,7 +54,7 @@ class Processes:
             dist.all_gather_object(parts, (numbers, values), group=self.group)
         except RuntimeError as error:
             raise UserError(
-                "another process of this evaluation ended early; its message says why"
+                "another process of this evaluation failed; see its error message"
             ) from error
         present = [part for part in parts if part is not None and part[0]]
         names = present[0][1] if present else {}
@@ -66,14 +64,12 @@ class Processes:
 
 
 def started_first() -> bool:
-    """Whether this process is alone or was started as the first of several, by torchrun, Lightning
-    or Slurm.
+    """Return whether this process is the only one, or the first that a launcher started.
+
+    The launcher may be torchrun, Lightning or Slurm.
     """
-    for ranks in (
-        ("RANK",),
-        ("LOCAL_RANK", "NODE_RANK"),
-        ("SLURM_PROCID",),
-    ):  # torchrun within Slurm numbers processes by itself
+    # In this order, because torchrun within Slurm assigns its own ranks.
+    for ranks in (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)):
         found = [os.environ[rank] for rank in ranks if rank in os.environ]
         if found:
             return all(rank == "0" for rank in found)
@@ -82,18 +78,17 @@ def started_first() -> bool:
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone.
+    """Join the processes that torchrun started; without torchrun, use only this process.
 
     Raises:
-        UserError: the environment of torchrun is there but the processes do not find one another.
+        UserError: the environment of torchrun is set, but the processes cannot be joined.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Processes()
         return
     try:
         dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-        # Values are gathered on the CPU. They may come hours apart, so the wait for a slow process
-        # is long.
+        # Values are gathered on the CPU. Processes may finish hours apart, hence the long timeout.
         group = dist.new_group(timeout=timedelta(days=7))
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]

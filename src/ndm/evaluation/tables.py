@@ -1,4 +1,4 @@
-"""Measurements as records and as tables, for the terminal and for Markdown."""
+"""Measurements as records, and as tables for the terminal and Markdown."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from ndm.evaluation.measurement import BoundProtocol, LikelihoodProtocol, Measur
 
 
 def flat_record(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """The numbers by short names: ``nelbo_bpd``, ``nll_bpd``, ``nelbo_discrete_bpd: {T: value}``.
+    """Return results by name: ``nelbo_bpd``, ``nll_bpd``, ``nelbo_discrete_bpd: {T: value}``.
 
-    The bound of a model trained with T steps stands under both names.
+    The bound of a model trained with T steps appears under both names.
     """
     record: dict[str, Any] = {}
     for one in measurements:
@@ -34,7 +34,7 @@ def flat_record(measurements: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def text_table(measurements: Sequence[Measurement]) -> str:
-    """A plain-text table for the terminal, the terms of the bound under their sum."""
+    """Return a plain-text table for the terminal, with the terms of each bound below their sum."""
     lines, width = [], max(len(one.label) for one in measurements)
     for one in measurements:
         evaluations = one.protocol.to_dict().get("nfe_mean")
@@ -53,20 +53,15 @@ def text_table(measurements: Sequence[Measurement]) -> str:
 
 
 def bound_table(record: Mapping[str, Any]) -> str:
-    """A plain-text table of the bound alone, from a record of :func:`flat_record`."""
+    """Return a plain-text table of a bound and its terms, from a record of :func:`flat_record`."""
     rows = [
         (name, f"{record[f'{name}_bpd']:9.4f}") for name in ("prior", "diffusion", "reconstruction")
     ]
     error = record["nelbo_bpd_stderr"]
-    rows.append(
-        (
-            "bound (sum)",
-            f"{record['nelbo_bpd']:9.4f}" + (f"  ± {error:.4f}" if error is not None else ""),
-        )
-    )
-    return "\n".join(
-        [f"{'term':<16}bits/dim", "-" * 36, *(f"{name:<16}{value}" for name, value in rows)]
-    )
+    margin = "" if error is None else f"  ± {error:.4f}"
+    rows.append(("bound (sum)", f"{record['nelbo_bpd']:9.4f}{margin}"))
+    lines = [f"{name:<16}{value}" for name, value in rows]
+    return "\n".join([f"{'term':<16}bits/dim", "-" * 36, *lines])
 
 
 COLUMNS: Mapping[str, str] = {
@@ -88,11 +83,11 @@ COLUMNS: Mapping[str, str] = {
     "data_sha256": "sha256 of the data",
     "versions": "versions",
 }
-"""Fields of the protocol that a row of the Markdown table shows, and their headings."""
+"""Fields of the protocol in the Markdown table, and their headings."""
 
 
 def markdown_table(measurements: Sequence[Measurement]) -> str:
-    """A Markdown table, one row for each number with its protocol."""
+    """Return a Markdown table with one row for each measurement and its protocol."""
     rows = [["number", "bits/dim", "nats", *COLUMNS.values()]]
     rows.append(["---"] * len(rows[0]))
     for one in measurements:
@@ -103,7 +98,7 @@ def markdown_table(measurements: Sequence[Measurement]) -> str:
 
 
 def plus_minus(value: float, error: float | None, digits: int = 3, sign: bool = False) -> str:
-    """A number and its error for a table; the number alone where the error is not known."""
+    """Return a number and its error for a table; only the number if the error is unknown."""
     text = f"{value:{'+' if sign else ''}.{digits}f}"
     return text if error is None or not math.isfinite(error) else f"{text} ± {error:.{digits}f}"
 

@@ -1,23 +1,29 @@
-"""Lightning callbacks of a training run: the moving average, the last checkpoint, the progress bar."""
+"""Lightning callbacks for training: moving average, last checkpoint, pictures, progress bar."""
 
 import logging
+import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from torch import nn
+
+from ndm.errors import UserError
+from ndm.model import DiffusionModel
 
 MOVES_EVERY = 0.5
-"""Seconds between two moves of the progress bar."""
+"""Seconds between updates of the progress bar."""
 
 
 class EMA(WeightAveraging):
-    """Lightning's weight averaging, with the decay min(decay, (1 + n)/(10 + n)) after n updates.
+    """Exponential moving average of the weights, with decay min(decay, (1 + n)/(10 + n)).
 
-    Buffers are copied, not averaged: integer counts have no average.
+    n is the number of updates so far. Buffers are copied: integer counts have no average.
 
     Args:
         decay: the final decay.
@@ -27,9 +33,16 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=False)
         self.decay = decay
 
+    @property
+    def averaged(self) -> nn.Module:
+        """The training module with the averaged weights."""
+        assert self._average_model is not None
+        return self._average_model.module
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the average to where the model is: Lightning makes it before it moves the model, and
-        leaves it on the CPU.
+        """Move the average to the device of the model.
+
+        Lightning creates the average before it moves the model, and leaves it on the CPU.
         """
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
@@ -38,11 +51,11 @@ class EMA(WeightAveraging):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Update after each optimizer step, without waiting for the device."""
+        """Update the average after each optimizer step, without waiting for the device."""
         if trainer.global_step <= self._latest_update_step:
             return
         assert self._average_model is not None
-        average, count = self._average_model.module, self._latest_update_step  # one update a step
+        average, count = self._average_model.module, self._latest_update_step  # one update per step
         self._latest_update_step = trainer.global_step
         weight = 1 - min(self.decay, (1 + count) / (10 + count)) if count else 1.0
         torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), weight)
@@ -51,14 +64,14 @@ class EMA(WeightAveraging):
         self._average_model.n_averaged += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Steps are what counts."""
+        """Do nothing: updates follow optimizer steps, not epochs."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the trained weights in place: the final checkpoint holds both them and the average."""
+        """Do nothing: the final checkpoint holds both the trained weights and the average."""
 
 
 class FinalCheckpoint(Callback):
-    """Saves the checkpoint of the last step, whatever the interval between checkpoints.
+    """Callback that saves a checkpoint after the last step, whatever the checkpoint interval.
 
     Args:
         path: the file.
@@ -68,13 +81,49 @@ class FinalCheckpoint(Callback):
         self.path = path
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save while the strategy still stands."""
+        """Save before Lightning tears down the strategy."""
         trainer.save_checkpoint(self.path)
 
 
+class SamplePictures(Callback):
+    """Callback that draws samples while training, with the averaged weights if there are any.
+
+    It does not change the run: training and data order draw from seeds of their own.
+
+    Args:
+        every: optimizer steps between pictures.
+        draw: called with the model, in evaluation mode, and the step.
+    """
+
+    def __init__(self, every: int, draw: Callable[[DiffusionModel, int], None]):
+        self.every, self.draw, self._last = every, draw, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Draw after every ``every`` optimizer steps, in the first process."""
+        step = trainer.global_step
+        if step % self.every or step == self._last or not trainer.is_global_zero:
+            return
+        self._last = step
+        averages = [one for one in trainer.callbacks if isinstance(one, EMA)]  # type: ignore[attr-defined]
+        model = (averages[0].averaged if averages else pl_module).model
+        assert isinstance(model, DiffusionModel)
+        training = model.training
+        model.eval()
+        try:
+            self.draw(model, step)
+        except (UserError, torch.OutOfMemoryError) as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"ndm: warning: no samples at step {step}: {reason}", file=sys.stderr)
+        finally:
+            model.train(training)
+
+
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over the steps of the run, which is one long epoch; it moves by the
-    clock, since each look waits for the device.
+    """Progress bar over the steps of a run, which is one long epoch.
+
+    It is updated at fixed times, because each update waits for the device.
     """
 
     def __init__(self) -> None:
@@ -88,20 +137,22 @@ class ProgressBar(TQDMProgressBar):
         return True
 
     def on_train_epoch_start(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
-        """Name the bar after what it shows: the run has one epoch."""
+        """Label the bar "training" instead of "Epoch 0": the run has only one epoch."""
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("training")
 
     def get_metrics(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """Leave out the version number of the log."""
+        """Return Lightning's metrics without the version number of the log."""
         metrics = super().get_metrics(*args, **kwargs)
         metrics.pop("v_num", None)
         return metrics
 
 
 def quiet_lightning() -> None:
-    """Silence advice of Lightning's that does not apply: the data position is resumed by the step,
-    not by the loader.
+    """Silence Lightning's advice that does not apply here.
+
+    For example, a run resumes its position in the data by the step, so its loader need not be
+    resumable.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,55 +1,37 @@
-"""Whether model, data and settings fit together, and what is about to be trained."""
+"""Checks and a summary of a run before training."""
 
 from pathlib import Path
 
 import torch
 
+from ndm.data import DataDescription
 from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
-from ndm.train.config import (
-    RunParts,
-)
+from ndm.model import DiffusionModel
+from ndm.train.config import RunParts
+from ndm.viz import is_image
 
 
 def check_parts(parts: RunParts) -> None:
-    """Check that model, data and settings fit together, before training.
+    """Check that model, data and settings fit together.
 
     Raises:
         UserError: they do not.
     """
-    model, description, settings = parts.model, parts.data.describe(), parts.settings
-    place = (
-        "model.decoder.init_args.base"
-        if isinstance(model.decoder, NetworkDecoder)
-        else "model.decoder"
-    )  # of the grid
-    if description.num_values is None and model.decoder.discrete:
+    model, settings = parts.model, parts.settings
+    _check_decoder(model, parts.data.describe())
+    if settings.horizontal_flips and not is_image(parts.data.describe().event_shape):
         raise UserError(
-            f"{description.name} is continuous but the decoder is discrete; use"
-            f" {place}=ndm.GaussianDecoder"
+            f"train.horizontal_flips: {parts.data.describe().name} holds no images but examples of"
+            f" shape {tuple(parts.data.describe().event_shape)}; set it to false"
         )
-    if description.num_values is not None and not model.decoder.discrete:
-        raise UserError(
-            f"{description.name} is discrete but the decoder is continuous, and its bound would be"
-            f" a density; use {place}=ndm.DiscretizedGaussian with"
-            f" num_values={description.num_values}, or read the data without num_values"
-        )
-    if description.num_values is not None and model.decoder.values is not None:
-        have = len(model.decoder.values)
-        if have != description.num_values:
-            raise UserError(
-                f"{description.name} has {description.num_values} values but the decoder {have};"
-                f" set {place}.init_args.num_values={description.num_values}"
-            )
-    for split in (
-        "train",
-        settings.evaluation_split,
-        *([settings.validation_split] if settings.validate_every else []),
-    ):
+    splits = ["train", settings.evaluation_split]
+    if settings.validate_every:
+        splits.append(settings.validation_split)
+    for split in splits:
         if len(parts.data.split(split)) == 0:
-            raise UserError(f"{description.name}: the split {split!r} is empty")
-    # The bound of one example shows whether the networks have the right shapes, before Lightning
-    # sets up.
+            raise UserError(f"{parts.data.describe().name}: the split {split!r} is empty")
+    # One bound shows whether the shapes of the networks fit, before Lightning sets up.
     state = torch.random.get_rng_state()
     model.eval()
     with torch.no_grad():
@@ -58,17 +40,46 @@ def check_parts(parts: RunParts) -> None:
     torch.random.set_rng_state(state)
 
 
+def _check_decoder(model: DiffusionModel, description: DataDescription) -> None:
+    """Check that the decoder fits the values of the data.
+
+    Raises:
+        UserError: it does not.
+    """
+    name, num_values, decoder = description.name, description.num_values, model.decoder
+    key = "model.decoder"  # where the grid of values is set
+    if isinstance(decoder, NetworkDecoder):
+        key += ".init_args.base"
+    if num_values is None:
+        if decoder.discrete:
+            raise UserError(
+                f"{name} is continuous but the decoder is discrete; use {key}=ndm.GaussianDecoder"
+            )
+    elif not decoder.discrete:
+        raise UserError(
+            f"{name} is discrete but the decoder is continuous, so the bound would be a density;"
+            f" use {key}=ndm.DiscretizedGaussian with num_values={num_values}, or read the data"
+            " without num_values"
+        )
+    elif decoder.values is not None and len(decoder.values) != num_values:
+        raise UserError(
+            f"{name} has {num_values} values but the decoder has {len(decoder.values)}; set"
+            f" {key}.init_args.num_values={num_values}"
+        )
+
+
 def describe(parts: RunParts, folder: Path) -> str:
-    """What is about to be trained, in a few lines."""
+    """Return a summary of the run about to be trained, in a few lines."""
     model, description, settings = parts.model, parts.data.describe(), parts.settings
     counts = ", ".join(f"{count:,} {name}" for name, count in description.splits.items())
     kind = "real values" if description.num_values is None else f"{description.num_values} values"
+    children = dict(model.process.named_children()) | dict(model.named_children())
     shares = {
-        name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()
+        name: sum(parameter.numel() for parameter in child.parameters())
+        for name, child in children.items()
+        if name != "process"
     }
-    shares["transform"] = sum(p.numel() for p in model.transform.parameters())
-    shares.pop("process", None)
-    of_it = ", ".join(
+    breakdown = ", ".join(
         f"{name} {count:,} ({count / parts.num_parameters:.0%})"
         for name, count in shares.items()
         if count
@@ -80,10 +91,10 @@ def describe(parts: RunParts, folder: Path) -> str:
             f" {kind}"
         ),
         "source": description.version,
-        "model": f"{type(model).__name__}, {parts.num_parameters:,} parameters: {of_it}",
+        "model": f"{type(model).__name__}, {parts.num_parameters:,} parameters: {breakdown}",
         "training": (
             f"{settings.steps:,} steps of {settings.batch_size:,} examples ({epochs:.3g} epochs),"
-            f" {settings.optimizer}"
+            f" {settings.optimizer}{', horizontal flips' if settings.horizontal_flips else ''}"
         ),
         "machine": (
             f"{settings.accelerator} accelerator, {settings.devices} devices, {settings.precision},"

@@ -1,11 +1,10 @@
-"""torch.compile for the training bound, as one graph; names of weights, checkpoints and saved
-models stay the same.
+"""torch.compile for the training bound, as one graph.
 
-The graph holds every network, the process and the terms of the bound, forward and backward, and
-draws nothing but dropout: random numbers come in. A learned F that is differentiated in time by
-forward mode is compiled with the rest if its network is one of :mod:`ndm.nn`; any other runs
-uncompiled in the middle. With CUDA graphs, which take one batch size and no accumulated gradients,
-the device starts a whole pass at once.
+The graph contains the networks, the process and the terms of the bound, forward and backward. Its
+random numbers are inputs; only dropout is drawn inside. A learned F that is differentiated in time
+by forward mode is part of the graph if its network is one of :mod:`ndm.nn`; any other network runs
+uncompiled. CUDA graphs launch a whole pass as one unit; they need a fixed batch size and no
+accumulated gradients. Names of weights, checkpoints and saved models do not change.
 """
 
 import sys
@@ -20,23 +19,21 @@ from ndm.model import DiffusionModel
 
 
 class Terms(NamedTuple):
-    """What a training step needs of a bound."""
+    """The training loss of a batch, and the terms of its bound for logging."""
 
     loss: Tensor
-    """Mean over the batch of what is minimized, ``()``, nats."""
+    """Mean training loss over the batch, ``()``, nats."""
     means: Tensor
-    """Means over the batch of prior, diffusion, reconstruction and their sum, ``(4,)``, nats; no
-    gradient.
-    """
+    """Batch means of prior, diffusion, reconstruction and their sum, ``(4,)``, nats, detached."""
     diffusion: Tensor
-    """The diffusion term of each example, ``(B,)``, nats; no gradient."""
+    """Diffusion term of each example, ``(B,)``, nats, detached."""
 
 
 TermsFunction = Callable[[Tensor, BoundDraw], Terms]
 
 
 def training_terms(model: DiffusionModel) -> TermsFunction:
-    """The training bound of a batch at given random numbers, see :meth:`ndm.NDM.bound_at`."""
+    """Return the function that computes the terms of a batch, see :meth:`ndm.NDM.bound_at`."""
 
     def terms(x: Tensor, draw: BoundDraw) -> Terms:
         bound = model.bound_at(x, draw)
@@ -47,16 +44,16 @@ def training_terms(model: DiffusionModel) -> TermsFunction:
 
 
 def compiled(terms: TermsFunction, cuda_graphs: bool = False, **options: Any) -> TermsFunction:
-    """The same, compiled for the first batch size that it sees.
+    """Compile a training bound for the first batch size that it is called with.
 
     Args:
-        terms: what to compile.
-        cuda_graphs: record the kernels of each pass once and start them together; ignored where
-            there is no GPU.
-        options: for ``torch.compile``.
+        terms: the function to compile.
+        cuda_graphs: record the kernels of each pass once and launch them as one unit; ignored
+            without a GPU.
+        options: options of ``torch.compile``.
     """
     if options.get("backend", "inductor") == "inductor":
-        # Buffers are reused where tangents of forward mode are zeros that nothing may write to.
+        # Inductor would reuse, and so write to, the read-only zero tangents of forward mode.
         options["options"] = {
             "allow_buffer_reuse": False,
             "triton.cudagraphs": cuda_graphs and torch.cuda.is_available(),
@@ -71,16 +68,16 @@ def try_compiling(
     cuda_graphs: bool = False,
     speak: bool = True,
 ) -> TermsFunction:
-    """Compile the training bound, or leave it as it is, with one line on stderr, if that fails.
+    """Compile the training bound; if that fails, warn in one line and return it uncompiled.
 
     Args:
         model: the model.
         terms: its training bound.
-        trial: a loss such as that of a training step, by a function like ``terms``. It is computed
-            with its gradients, because compilation happens, and fails, at the first call, forward
-            or backward; buffers are left as they were, gradients are cleared (None).
+        trial: computes the loss of a training step by a function like ``terms``. Its forward and
+            backward pass trigger the compilation. Buffers are restored afterwards and gradients
+            are set to None.
         cuda_graphs: see :func:`compiled`.
-        speak: whether this process prints.
+        speak: print the warning in this process.
 
     Raises:
         Exception: the trial fails without compilation, too.
@@ -88,20 +85,19 @@ def try_compiling(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         faster = compiled(terms, cuda_graphs)
-        for _ in range(3 if cuda_graphs else 1):  # CUDA graphs warm up, are recorded, and run
+        for _ in range(3 if cuda_graphs else 1):  # CUDA graphs: warm up, record, replay
             model.zero_grad()
             trial(faster).backward()
         return faster
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # compilers fail in many ways
+    except Exception as error:  # compilers raise many types of errors
         model.zero_grad()
-        trial(terms).backward()  # an error that is not the compiler's is raised here as it is
+        trial(terms).backward()  # raises errors that are not the compiler's
         if speak:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             print(
-                f"train.compile: this machine or network cannot be compiled ({reason}); training"
-                " goes on uncompiled",
+                f"train.compile: compilation failed ({reason}); training continues uncompiled",
                 file=sys.stderr,
             )
         return terms

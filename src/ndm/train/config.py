@@ -1,11 +1,11 @@
-"""The configuration of a run: data, model, training settings and seed, read from YAML files and
-options (jsonargparse).
+"""The configuration of a run: data, model, training settings and seed.
 
-Values have dotted names as on the command line, without the ``init_args`` of classes:
-``model.predictor.network.channels``.
+It is read from YAML files and command-line options (jsonargparse). Values have dotted names as on
+the command line, without the ``init_args`` of classes: ``model.predictor.network.channels``.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from ndm.train.settings import TrainSettings
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Overrides = Sequence[str] | Mapping[str, object]
-"""Options as on the command line, ``["--train.steps", "100"]``, or values by name,
+"""Options as on the command line, ``["--train.steps", "100"]``, or a mapping from names to values,
 ``{"train.steps": 100}``.
 """
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a configuration describes."""
+    """The objects that a configuration describes."""
 
     model: DiffusionModel
     data: DataSource
@@ -45,7 +45,7 @@ class RunParts:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The configuration of a run, parsed, with all defaults."""
+    """The parsed configuration of a run, with all defaults filled in."""
 
     arguments: Namespace
 
@@ -53,22 +53,22 @@ class RunConfig:
         """Check the seed.
 
         Raises:
-            UserError: it is not a whole number.
+            UserError: it is not an integer of at least 0.
         """
         check_whole("seed", self.arguments.seed, 0)
 
     @classmethod
     def parse(cls, options: Sequence[str]) -> "RunConfig":
-        """Read options of ``ndm train``, ``--config FILE`` among them.
+        """Parse options of ``ndm train``, including ``--config FILE``.
 
         Raises:
-            UserError: one is wrong.
+            UserError: an option is wrong.
         """
         return cls(parse(config_parser(), options))
 
     @classmethod
     def read(cls, path: Path, overrides: Overrides = ()) -> "RunConfig":
-        """Read a YAML file, and override some of its values.
+        """Read a YAML file and override some of its values.
 
         Raises:
             UserError: the file or a value is wrong.
@@ -76,7 +76,7 @@ class RunConfig:
         return cls.parse(["--config", str(path), *as_options(overrides)])
 
     def override(self, overrides: Overrides) -> "RunConfig":
-        """The same configuration with other values.
+        """Return a copy of the configuration with some values replaced.
 
         Raises:
             UserError: a value is wrong.
@@ -89,7 +89,7 @@ class RunConfig:
         return int(self.arguments.seed)
 
     def get(self, name: str) -> Any:
-        """The value of a dotted name; None if there is none."""
+        """Return the value of a dotted name, or None if the name does not exist."""
         node: Any = self.to_dict()
         for part in name.split("."):
             if isinstance(node, dict) and part not in node:
@@ -98,7 +98,7 @@ class RunConfig:
         return node
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, as YAML and JSON hold them."""
+        """Return all values as plain types, ready for YAML and JSON."""
         config: dict[str, Any] = yaml.safe_load(
             config_parser().dump(self.arguments, skip_unset=False)
         )
@@ -115,18 +115,26 @@ class RunConfig:
 
 
 def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
-    """A parser of configurations, for the command ``ndm NAME``; ``options`` go to the parser."""
+    """Return the parser of configurations for the command ``ndm NAME``.
+
+    Args:
+        name: the command.
+        options: arguments of ``ArgumentParser``.
+    """
     parser = ArgumentParser(prog=f"ndm {name}", exit_on_error=False, **options)
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file with the sections data, model and train; later options override it",
+        help=(
+            "configuration file (YAML with the sections data, model, train), or the name of an"
+            " included one, such as digits; later options override it"
+        ),
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed of the initial weights, the data order, the times and the noise",
+        help="seed of the initial weights, data order, times and noise",
     )
     add_data(parser)
     add_model(parser)
@@ -135,24 +143,22 @@ def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
 
 
 def add_data(parser: ArgumentParser) -> None:
-    """Let a parser take a section ``data``."""
+    """Add the section ``data`` to a parser."""
     parser.add_subclass_arguments(
         DataSource,
         "data",
         required=True,
-        help="the data: a class of ndm.data; see --data.help CLASS",
+        help="a class of ndm.data; see --data.help CLASS",
     )
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """Let a parser take a section ``model``: any :class:`ndm.DiffusionModel`; :class:`ndm.NDM`
-    unless another class is named.
-    """
+    """Add the section ``model`` to a parser: a :class:`ndm.DiffusionModel`, by default an NDM."""
     parser.add_subclass_arguments(
         DiffusionModel,
         "model",
         required=True,
-        help="the model: ndm.NDM unless another class is named; see --model.help CLASS",
+        help="a model class, by default ndm.NDM; see --model.help CLASS",
     )
     parser.set_defaults({"model": {"class_path": "ndm.NDM"}})
 
@@ -160,22 +166,40 @@ def add_model(parser: ArgumentParser) -> None:
 def parse(
     parser: ArgumentParser, options: Sequence[str], base: Namespace | None = None
 ) -> Namespace:
-    """Parse options, on top of a parsed base.
+    """Parse options, starting from the values of ``base`` if it is given.
 
     Raises:
-        UserError: the parser complains.
+        UserError: the parser rejects an option.
     """
     try:
         return parser.parse_args(_with_paths(options), namespace=base)
     except (ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+        raise UserError(f"{_reason(error)} (see {parser.prog} --help)") from error
+
+
+def _reason(error: Exception) -> str:
+    """Shorten a parser's message to the full name of the option and what is wrong with it."""
+    text = " ".join(str(error).split())
+    text = re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+    for noise in (
+        r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ",
+        r"- Expected a path but \S+ either not accessible or invalid ",
+        r"Problem with given class_path '[^']*': (?=-? ?Parser key)",
+    ):
+        text = re.sub(noise, "", text)
+    text = re.sub(r"Problem with given class_path '([^']*)': ", r"\1: ", text)
+    text = re.sub(r"Expected a <class '([^']+)'>\. Got value: ", r"expected \1, got ", text)
+    key = re.compile(r'-? ?Parser key "([^"]+)": ')
+    option = ".".join(key.findall(text))
+    text = " ".join(key.sub("", text).split()).lstrip("- ")
+    return f"--{option}: {text}" if option else text
 
 
 def build(parser: ArgumentParser, arguments: Namespace) -> Namespace:
     """Build the objects that parsed arguments describe.
 
     Raises:
-        UserError: a constructor complains.
+        UserError: a constructor rejects its arguments.
     """
     try:
         return parser.instantiate(arguments)
@@ -187,7 +211,7 @@ def build(parser: ArgumentParser, arguments: Namespace) -> Namespace:
 
 
 def build_section(path: Path, name: str, add: Callable[[ArgumentParser], None]) -> Any:
-    """Build what one section of a configuration file describes, whatever the others hold.
+    """Build the object of one section of a configuration file, ignoring the other sections.
 
     Raises:
         UserError: the file is missing or damaged, or the section is wrong.
@@ -198,15 +222,15 @@ def build_section(path: Path, name: str, add: Callable[[ArgumentParser], None]) 
     try:
         arguments = parser.parse_object({name: config.get(name)})
     except ArgumentError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: {_reason(error)}") from error
     return build(parser, arguments)[name]
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The values of the configuration file of a run, unchecked.
+    """Return the values of a run's configuration file, unchecked.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -216,22 +240,21 @@ def read_values(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
-            f"{path} cannot be read; it is damaged: restore it, or train into another folder"
+            f"{path} cannot be read; restore it, or train into another folder"
         ) from error
     if not isinstance(config, dict):
         raise UserError(
-            f"{path} holds no configuration; it is damaged: restore it, or train into another"
+            f"{path} is damaged: it contains no configuration; restore it, or train into another"
             " folder"
         )
     return config
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration: a path, or the name of one that comes with the library, such as
-    ``digits``.
+    """Return the path of a configuration, given its path or an included name such as ``digits``.
 
     Raises:
-        UserError: there is neither.
+        UserError: no such configuration exists.
     """
     path = Path(name)
     if path.exists():
@@ -247,18 +270,18 @@ def find_config(name: str) -> Path:
 
 
 def _with_paths(options: Sequence[str]) -> list[str]:
-    """Options with the path of each configuration in the place of its name."""
-    found = list(options)
-    for index, word in enumerate(found):
-        if word.startswith("--config="):
-            found[index] = f"--config={find_config(word.removeprefix('--config='))}"
-        elif index and found[index - 1] == "--config":
-            found[index] = str(find_config(word))
-    return found
+    """Replace the names of configurations in the options by their paths."""
+    resolved = list(options)
+    for index, option in enumerate(resolved):
+        if option.startswith("--config="):
+            resolved[index] = f"--config={find_config(option.removeprefix('--config='))}"
+        elif index and resolved[index - 1] == "--config":
+            resolved[index] = str(find_config(option))
+    return resolved
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
-    """Nested values by dotted names."""
+    """Flatten nested mappings into one with dotted names."""
     if not isinstance(config, dict):
         return {prefix: config}
     parts = (
@@ -268,11 +291,11 @@ def flat(config: object, prefix: str = "") -> dict[str, object]:
 
 
 def as_options(overrides: Overrides) -> list[str]:
-    """Overrides as options on the command line."""
+    """Return overrides as command-line options."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
     pairs = (
         (f"--{name}", value if isinstance(value, str) else json.dumps(value))
         for name, value in overrides.items()
     )
-    return [word for pair in pairs for word in pair]
+    return [part for pair in pairs for part in pair]

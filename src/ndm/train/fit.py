@@ -1,5 +1,6 @@
-"""Training to the last step by Lightning's trainer."""
+"""Training with Lightning's trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ndm.errors import UserError
+from ndm.model import DiffusionModel
 from ndm.serialize import write_atomically
-from ndm.train.callbacks import EMA, FinalCheckpoint, ProgressBar, quiet_lightning
+from ndm.train.callbacks import EMA, FinalCheckpoint, ProgressBar, SamplePictures, quiet_lightning
 from ndm.train.config import RunParts
 from ndm.train.module import TrainingModule
+from ndm.train.results import draw_samples
 from ndm.train.run import Run
 from ndm.train.settings import TrainSettings
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it. Lightning's own way copies from /tmp,
-    which may be another disk.
+    """Checkpoint writer that writes a temporary file in the same folder and renames it.
+
+    Lightning's default copies from /tmp, which may be on another disk.
     """
 
     def save_checkpoint(
@@ -30,8 +34,17 @@ class AtomicCheckpoints(TorchCheckpointIO):
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
 
-def make_trainer(settings: TrainSettings, run: Run, progress: bool = True) -> Trainer:
-    """Lightning's trainer for a run, with or without a progress bar."""
+def make_trainer(
+    settings: TrainSettings, run: Run, progress: bool = True, extra: Sequence[Callback] = ()
+) -> Trainer:
+    """Return Lightning's trainer for a run.
+
+    Args:
+        settings: the settings.
+        run: the run, for its paths.
+        progress: show a progress bar.
+        extra: more callbacks.
+    """
     checkpoint = run.checkpoint_path
     callbacks: list[Callback] = [
         ModelCheckpoint(
@@ -42,6 +55,7 @@ def make_trainer(settings: TrainSettings, run: Run, progress: bool = True) -> Tr
         ),
         FinalCheckpoint(checkpoint),
         LearningRateMonitor(),
+        *extra,
     ]
     if progress:
         callbacks.append(ProgressBar())
@@ -70,31 +84,37 @@ def make_trainer(settings: TrainSettings, run: Run, progress: bool = True) -> Tr
         enable_model_summary=False,
         enable_progress_bar=progress,
         use_distributed_sampler=False,
-        benchmark=True,  # batches are all of one size
+        benchmark=True,  # all batches have the same size
         default_root_dir=run.folder,
         plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints()],
     )
 
 
 def fit(parts: RunParts, run: Run, seed: int) -> bool:
-    """Train to the last step, from the last checkpoint if there is one.
+    """Train to the last step, resuming from the last checkpoint if there is one.
 
     Returns:
-        Whether this process is the first of all, the one that writes.
+        Whether this is the first process, which writes the results.
 
     Raises:
-        UserError: the checkpoint is damaged, or training failed for a reason that the user can
-            remove.
+        UserError: the checkpoint is damaged, or training failed for a reason that the user can fix.
         KeyboardInterrupt: the run was interrupted.
     """
     quiet_lightning()
     settings, first_step = parts.settings, 0
+    pictures: list[Callback] = []
+    if settings.sample_every:
+
+        def draw(model: DiffusionModel, step: int) -> None:
+            draw_samples(parts, model, run.samples_path(step), seed)
+
+        pictures.append(SamplePictures(settings.sample_every, draw))
     try:
-        trainer = make_trainer(settings, run)
+        trainer = make_trainer(settings, run, extra=pictures)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"this machine cannot train with these settings: {reason}; see train.accelerator,"
+            f"cannot train with these settings on this machine: {reason}; see train.accelerator,"
             " train.devices, train.strategy"
         ) from error
     if run.checkpoint_path.exists():

@@ -1,6 +1,4 @@
-"""The Lightning side of training: a thin module and its callbacks. The objective is
-:meth:`ndm.NDM.bound`.
-"""
+"""The Lightning module for training; the objective is :meth:`ndm.NDM.bound`."""
 
 import math
 import time
@@ -14,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ndm.data import EventDataset, keep_batch
+from ndm.data import EventDataset, identity_collate
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError, require
 from ndm.model import DiffusionModel
 from ndm.random import part_seed
 from ndm.shapes import event_size
-from ndm.train.batches import RunBatches
+from ndm.train.batches import RunBatches, WithFlips
 from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
 from ndm.train.settings import TrainSettings
 
@@ -29,14 +27,14 @@ TERMS = ("prior", "diffusion", "reconstruction", "nelbo")
 
 
 class TrainingModule(LightningModule):
-    """Minimizes the bound, in nats per dimension.
+    """Lightning module that minimizes the bound, in nats per dimension.
 
     Args:
         model: the model.
         settings: the settings of the run.
-        seed: seed of data order, times and noise.
-        data: training examples.
-        validation: examples for validation, if any.
+        seed: seed of the data order, times and noise.
+        data: the training examples.
+        validation: the validation examples, if any.
     """
 
     def __init__(
@@ -49,24 +47,26 @@ class TrainingModule(LightningModule):
     ):
         super().__init__()
         self.model, self.settings, self.seed = model, settings, seed
-        self._data, self._validation = data, validation
+        self._data = WithFlips(data) if settings.horizontal_flips else data
+        self._validation = validation
         self._earlier, self._started = 0.0, time.perf_counter()
         self._terms = training_terms(model)
         self._watch = Watch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep for how many seconds the run has been trained, over all its calls. What is not
-        finite is never saved.
+        """Store the training time so far, in seconds, over all resumptions of the run.
+
+        A run with a non-finite value is stopped before it saves.
         """
         self._watch.read()
         checkpoint["seconds"] = self._earlier + time.perf_counter() - self._started
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from those seconds."""
+        """Restore the training time so far."""
         self._earlier = checkpoint.get("seconds", 0.0)
 
     def part_size(self) -> int:
-        """Examples that one process takes at once.
+        """Return the number of examples in a part: one accumulated batch of one process.
 
         Raises:
             UserError: the batch cannot be split evenly.
@@ -81,7 +81,7 @@ class TrainingModule(LightningModule):
         return self.settings.batch_size // parts
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches from the step where the run stands."""
+        """Return the training batches from the current step on."""
         batches = RunBatches(
             examples=len(self._data),
             size=self.part_size(),
@@ -95,7 +95,7 @@ class TrainingModule(LightningModule):
         return self._loader(self._data, batches)
 
     def val_dataloader(self) -> Sequence[DataLoader[Tensor]]:
-        """Batches of the validation examples, if any; every process looks at all of them."""
+        """Return the validation batches, if any; every process evaluates all of them."""
         if self._validation is None:
             return []
         count, size = len(self._validation), self.part_size()
@@ -109,26 +109,23 @@ class TrainingModule(LightningModule):
         return DataLoader(
             data,
             batch_sampler=batches,
-            collate_fn=keep_batch,
+            collate_fn=identity_collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pinned,
         )
 
     def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-        """Check the batch where it is read, so that the device need not be waited for."""
+        """Check the values of a batch on the CPU, which avoids waiting for the device."""
         self.model.decoder.check(batch)
         return batch
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The bound of one part of a batch, with random numbers that depend on the seed and the
-        part alone.
-        """
+        """Return the loss of one part of a batch, with random numbers seeded by seed and part."""
         accumulate, step = self.settings.accumulate, self.trainer.global_step
         index = step * accumulate + batch_idx % accumulate
-        torch.manual_seed(
-            part_seed(self.seed, index * self.trainer.world_size + self.trainer.global_rank)
-        )
+        part = index * self.trainer.world_size + self.trainer.global_rank
+        torch.manual_seed(part_seed(self.seed, part))
         draw = self.model.draw(batch)
         terms = self._terms(batch, draw)
         self.model.learn_times(draw, terms.diffusion)
@@ -144,10 +141,10 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of the gradient; a run whose gradient is not finite ends before its next
-        checkpoint.
+        """Clip the norm of the gradient.
 
-        16-mixed skips such steps itself.
+        A non-finite gradient stops the run before its next checkpoint. With 16-mixed the gradient
+        scaler skips such steps instead.
         """
         parameters = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
@@ -157,7 +154,7 @@ class TrainingModule(LightningModule):
             self._watch.look("gradient", norm, self.trainer.global_step)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """The bound with several times an example, the same ones at every validation."""
+        """Log the bound at four times per example, the same times at every validation."""
         generator = torch.Generator(batch.device).manual_seed(part_seed(VALIDATION_SEED, batch_idx))
         terms = self.model.bound(batch, draws=4, generator=generator).terms()
         self._log_terms("val", {name: term.detach().mean() for name, term in terms.items()}, batch)
@@ -175,8 +172,9 @@ class TrainingModule(LightningModule):
         )
 
     def _can_fuse(self) -> bool:
-        """Whether one fused operation may step all weights: not with gradients that are scaled
-        (16-mixed) or sharded (fsdp).
+        """Return whether the optimizer may be fused.
+
+        It may not if gradients are scaled (16-mixed) or sharded (fsdp).
         """
         plain = self.settings.precision != "16-mixed" and "fsdp" not in self.settings.strategy
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -186,68 +184,40 @@ class TrainingModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Compile the bound, if asked to: here the model is where it will be trained, and its
-        weights are restored.
-        """
+        """Compile the bound, if set: the model is on its device now, with restored weights."""
         self._started = time.perf_counter()
         if not self.settings.compile:
             return
         if "fsdp" in self.settings.strategy:
             self._terms = compiled(self._terms)
             return
-        part = self._data.__getitems__(
-            [index % len(self._data) for index in range(self.part_size())]
-        ).to(self.model.like)
+        indices = [index % len(self._data) for index in range(self.part_size())]
+        part = self._data.__getitems__(indices).to(self.model.like)
 
         def trial(terms: TermsFunction) -> Tensor:
             with self.trainer.precision_plugin.train_step_context():
                 return terms(part, self.model.draw(part)).loss
 
-        graphs = self.model.like.device.type == "cuda" and self.settings.accumulate == 1
+        cuda_graphs = self.model.like.device.type == "cuda" and self.settings.accumulate == 1
         self._terms = try_compiling(
-            self.model, self._terms, trial, graphs, self.trainer.is_global_zero
+            self.model, self._terms, trial, cuda_graphs, self.trainer.is_global_zero
         )
 
     def on_train_end(self) -> None:
-        """Let go of what was compiled: evaluation has other batch sizes."""
+        """Discard the compiled bound: evaluation uses other batch sizes."""
         self._watch.read()
         self._terms = training_terms(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer with a warm-up, and with a rate of its own for F."""
+        """Return the optimizer and the learning rate schedule."""
         settings = self.settings
-        transform = {id(p) for p in self.model.transform.parameters()}
-        exempt = {
-            id(parameter) for module in self.model.modules() for parameter in _undecayed(module)
-        }
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                # Weight decay is for matrices and kernels: it would pull norms, biases and the
-                # schedule off their meaning.
-                decays = parameter.dim() >= 2 and id(parameter) not in exempt
-                groups.setdefault((id(parameter) in transform, decays), []).append(parameter)
-        optimizer = self._optimizer(
-            [
-                {
-                    "params": parameters,
-                    "lr": (
-                        settings.learning_rate * (settings.transform_rate if of_transform else 1.0)
-                    ),
-                    "weight_decay": settings.weight_decay if decays else 0.0,
-                }
-                for (of_transform, decays), parameters in groups.items()
-            ]
-        )
+        optimizer = self._optimizer(self._parameter_groups())
 
         def rate(step: int) -> float:
-            rise = min(1.0, (step + 1) / (settings.warmup + 1))
-            fall = (
-                0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
-                if settings.decay == "cosine"
-                else 1.0
-            )
-            return rise * fall
+            warmup = min(1.0, (step + 1) / (settings.warmup + 1))
+            if settings.decay == "constant":
+                return warmup
+            return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {
@@ -255,11 +225,31 @@ class TrainingModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trained parameters, grouped by learning rate and weight decay."""
+        settings = self.settings
+        transform = {id(p) for p in self.model.transform.parameters()}
+        exempt = {id(p) for module in self.model.modules() for p in _undecayed(module)}
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                # Only matrices and kernels: decay would distort norms, biases and the schedule.
+                decays = parameter.dim() >= 2 and id(parameter) not in exempt
+                groups.setdefault((id(parameter) in transform, decays), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": settings.learning_rate * (settings.transform_rate if in_transform else 1.0),
+                "weight_decay": settings.weight_decay if decays else 0.0,
+            }
+            for (in_transform, decays), parameters in groups.items()
+        ]
+
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         if self.settings.optimizer == "adamw":
             return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=self._can_fuse() or None)
         require("pytorch_optimizer", "pytorch_optimizer", "train")
-        from pytorch_optimizer import SOAP, Muon  # a second to import
+        from pytorch_optimizer import SOAP, Muon  # takes a second to import
 
         if self.settings.optimizer == "soap":
             return SOAP(
@@ -268,31 +258,29 @@ class TrainingModule(LightningModule):
                 betas=(0.95, 0.99),
                 precondition_frequency=10,
             )
-        # Steps of matrices are scaled to the size of AdamW's, so that one learning rate serves
-        # both.
-        kinds = [
-            {**group, "use_muon": all(parameter.dim() >= 2 for parameter in group["params"])}
-            for group in groups
+        # Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both.
+        groups = [
+            {**group, "use_muon": all(p.dim() >= 2 for p in group["params"])} for group in groups
         ]
-        return Muon(kinds, use_adjusted_lr=True, adamw_betas=(0.9, 0.99), adamw_eps=1e-8)
+        return Muon(groups, use_adjusted_lr=True, adamw_betas=(0.9, 0.99), adamw_eps=1e-8)
 
 
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a module names in ``no_weight_decay``, an attribute or, as in timm's
-    networks, a method.
+    """Return the parameters that a module exempts from weight decay.
+
+    It names them in ``no_weight_decay``: an attribute or, as in timm's networks, a method.
     """
     names = getattr(module, "no_weight_decay", ())
     names = set(names() if callable(names) else names)
-    return (
-        [parameter for name, parameter in module.named_parameters() if name in names]
-        if names
-        else []
-    )
+    if not names:
+        return []
+    return [parameter for name, parameter in module.named_parameters() if name in names]
 
 
 class Watch:
-    """Remembers on the device in which step something was not finite first, and is read now and
-    then: each look alone would wait.
+    """A record, on the device, of the first step at which each quantity was not finite.
+
+    Recording does not wait for the device; only reading does.
     """
 
     def __init__(self) -> None:
@@ -300,24 +288,24 @@ class Watch:
 
     @torch.no_grad()
     def look(self, what: str, value: Tensor, step: int) -> None:
-        """Look at a value of a step."""
+        """Record whether the value of a step is finite."""
         first = self._first.get(what)
         if first is None:
             first = torch.full((), -1, dtype=torch.int64, device=value.device)
         self._first[what] = torch.where(value.isfinite().all() | (first >= 0), first, step)
 
     def read(self) -> None:
-        """Wait for the device, and say what it has found.
+        """Wait for the device and check that all recorded values were finite.
 
         Raises:
-            UserError: something was not finite.
+            UserError: a value was not finite.
         """
-        found = [(int(first), what) for what, first in self._first.items()]
-        step, what = min(
-            (pair for pair in found if pair[0] >= 0), key=lambda pair: pair[0], default=(-1, "")
-        )
-        if what:
+        steps = {what: int(first) for what, first in self._first.items()}
+        steps = {what: step for what, step in steps.items() if step >= 0}
+        if steps:
+            what = min(steps, key=steps.__getitem__)
             raise UserError(
-                f"the {what} is not finite at step {step}; train into another --out with a lower"
-                " train.learning_rate or train.gradient_clip, or with train.precision=32-true"
+                f"the {what} is not finite at step {steps[what]}; train into another --out with a"
+                " lower train.learning_rate or train.gradient_clip, or with"
+                " train.precision=32-true"
             )

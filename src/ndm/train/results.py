@@ -1,10 +1,12 @@
-"""What a run writes after its last step: the model, the evaluation, the pictures."""
+"""The results of a run after its last step: model, evaluation and pictures."""
 
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ndm.data import DataSource
 from ndm.device import pick_device
@@ -12,6 +14,7 @@ from ndm.errors import UserError
 from ndm.evaluation.baselines import histogram_bpd, xz_bpd
 from ndm.evaluation.evaluate import evaluate_bound
 from ndm.evaluation.tables import bound_table
+from ndm.model import DiffusionModel
 from ndm.serialize import write_json
 from ndm.train.config import RunParts
 from ndm.train.run import Run
@@ -21,7 +24,7 @@ _BASELINE_VALUES, _SAMPLE_VALUES = 8_000_000, 200_000
 
 
 def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
-    """Save the trained model, evaluate it, draw pictures.
+    """Save the trained model, evaluate it and draw pictures.
 
     Returns:
         The metrics.
@@ -31,23 +34,20 @@ def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
     seconds = run.load_weights(model).get("seconds", 0.0)
     model.to(pick_device(settings.accelerator)).eval()
     model.save_pretrained(run.model_path, {"data": description})
-    test = data.split(settings.evaluation_split)
-    record = evaluate_bound(
-        model, test, draws=settings.evaluation_draws, limit=settings.evaluation_limit, progress=True
-    )
+    split = settings.evaluation_split
+    draws, limit = settings.evaluation_draws, settings.evaluation_limit
+    record = evaluate_bound(model, data.split(split), draws=draws, limit=limit, progress=True)
     metrics = {
-        "split": settings.evaluation_split,
+        "split": split,
         **record,
-        **baselines(data, settings.evaluation_split),
-    }
-    metrics |= {
+        **baselines(data, split),
         "data_sha256": description["sha256"],
         "training_steps": settings.steps,
         "training_seconds": round(seconds, 1),
     }
     try:
         draw(parts, run, seed)
-    except (UserError, torch.OutOfMemoryError) as error:  # the numbers matter more
+    except (UserError, torch.OutOfMemoryError) as error:  # still write the metrics
         print(
             f"ndm: warning: {run.folder} has no pictures: {' '.join(str(error).split())[:200]}",
             file=sys.stderr,
@@ -57,7 +57,7 @@ def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
 
 
 def describe_results(metrics: dict[str, Any]) -> str:
-    """The evaluation as a table for the terminal."""
+    """Return the evaluation as a table for the terminal."""
     lines = [bound_table(metrics)]
     lines += [
         f"{name + ' (baseline)':<20}{metrics[f'{name}_bpd']:9.4f}"
@@ -73,46 +73,57 @@ def describe_results(metrics: dict[str, Any]) -> str:
 
 
 def draw(parts: RunParts, run: Run, seed: int) -> None:
-    """Draw samples and F(x, t) over time, with no more images at once than a training batch has,
-    unless they are small.
+    """Draw pictures of samples and of F(x, t) over time.
 
     Raises:
         UserError: samples are not finite.
     """
-    model, data, settings = parts.model, parts.data, parts.settings
+    model, test = parts.model, parts.data.split(parts.settings.evaluation_split)
+    images = is_image(parts.data.describe().event_shape)
+    draw_samples(parts, model, run.folder / "samples.png", seed, progress=True)
+    shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
+    write_transform(run.folder / "transform.png", model, test[shown], seed=seed)
+
+
+def draw_samples(
+    parts: RunParts, model: DiffusionModel, path: Path, seed: int, progress: bool = False
+) -> None:
+    """Draw a picture of samples of a model: that of the parts, or a copy with other weights.
+
+    Sampling uses the batch size of training, or a larger one if examples are small.
+
+    Raises:
+        UserError: samples are not finite.
+    """
+    data, settings = parts.data, parts.settings
     test, shape = data.split(settings.evaluation_split), data.describe().event_shape
     images = is_image(shape)
-    count, size = (
-        (settings.sample_images or 64) if images else 4096,
-        settings.batch_size // settings.accumulate,
-    )
+    count = (settings.sample_images or 64) if images else 4096
+    part_size = settings.batch_size // settings.accumulate
     samples = model.sample(
         (count, *shape),
         steps=settings.sample_steps,
         seed=seed,
-        batch_size=max(size, _SAMPLE_VALUES // math.prod(shape)),
-        progress=True,
+        batch_size=max(part_size, _SAMPLE_VALUES // math.prod(shape)),
+        progress=progress,
     )
-    write_samples(
-        run.folder / "samples.png",
-        samples,
-        None if images else test.__getitems__(range(min(len(test), 4096))),
-    )
-    shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
-    write_transform(run.folder / "transform.png", model, test.__getitems__(shown), seed=seed)
+    write_samples(path, samples, None if images else test[: min(len(test), 4096)])
 
 
 def baselines(data: DataSource, split: str) -> dict[str, float]:
-    """Bits/dim of simple coders on a split of discrete data; empty for continuous data."""
-    num_values = data.describe().num_values
+    """Return the bits/dim of simple coders on a split; empty for continuous data."""
+    description = data.describe()
+    num_values = description.num_values
     if num_values is None:
         return {}
-    train, test = (data.split(name) for name in ("train", split))
-    most = max(1, _BASELINE_VALUES // math.prod(data.describe().event_shape))
-    first, second = (
-        data.integers(part.__getitems__(range(min(len(part), most)))) for part in (train, test)
-    )
+    limit = max(1, _BASELINE_VALUES // math.prod(description.event_shape))
+
+    def integers(name: str) -> Tensor:
+        part = data.split(name)
+        return data.integers(part.__getitems__(range(min(len(part), limit))))
+
+    train, test = integers("train"), integers(split)
     return {
-        "histogram_bpd": histogram_bpd(first, second, num_values),
-        "xz_bpd": xz_bpd(second, num_values),
+        "histogram_bpd": histogram_bpd(train, test, num_values),
+        "xz_bpd": xz_bpd(test, num_values),
     }

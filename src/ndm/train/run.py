@@ -1,16 +1,16 @@
-"""A run: a folder with a configuration, checkpoints, logs, the trained model, its evaluation and
-its pictures.
+"""The folder of a training run, and how its files are read and written.
 
 =========================  ==================================================================
 ``config.yaml``            the configuration, with all defaults
-``data.json``              the description of the data, with their checksum; written first
+``data.json``              the description of the data, with a checksum; written first
 ``checkpoints/last.ckpt``  everything needed to resume: weights, moving average, optimizer, step
 ``logs/``                  every term of the bound, as CSV and for TensorBoard
 ``model/``                 the trained weights (moving average) as safetensors and JSON
 ``samples.png``            samples
+``samples/``               samples while training (``train.sample_every``)
 ``transform.png``          F(x, t), z_t and x̂ over time
 ``metrics.json``           the evaluation; written last, so it marks a finished run
-``.lock``                  held by the process that trains
+``.lock``                  locked by the process that trains
 =========================  ==================================================================
 """
 
@@ -29,21 +29,8 @@ from ndm.data import DataDescription, DataSource
 from ndm.errors import ForeignModuleError, UserError
 from ndm.evaluation.processes import started_first
 from ndm.model import DiffusionModel
-from ndm.serialize import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    read_json,
-    read_weights,
-    write_json,
-)
-from ndm.train.config import (
-    RunConfig,
-    add_data,
-    add_model,
-    build_section,
-    flat,
-    read_values,
-)
+from ndm.serialize import CONFIG_NAME, WEIGHTS_NAME, read_json, read_weights, write_json
+from ndm.train.config import RunConfig, add_data, add_model, build_section, flat, read_values
 from ndm.train.settings import FINAL_SETTINGS, MACHINE_SETTINGS
 
 METRICS = "metrics.json"
@@ -51,23 +38,23 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a run."""
+    """A training run, given by its folder."""
 
     folder: Path
 
     @property
     def config_path(self) -> Path:
-        """The file of the configuration."""
+        """The path of the configuration."""
         return self.folder / "config.yaml"
 
     @property
     def data_path(self) -> Path:
-        """The file of the description of the data."""
+        """The path of the description of the data."""
         return self.folder / "data.json"
 
     @property
     def checkpoint_path(self) -> Path:
-        """The file of the last checkpoint."""
+        """The path of the last checkpoint."""
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
@@ -77,24 +64,28 @@ class Run:
 
     @property
     def metrics_path(self) -> Path:
-        """The file of the evaluation."""
+        """The path of the evaluation."""
         return self.folder / METRICS
+
+    def samples_path(self, step: int) -> Path:
+        """Return the path of the picture of samples after a training step."""
+        return self.folder / "samples" / f"step-{step:07d}.png"
 
     @property
     def finished(self) -> bool:
-        """Whether the run was trained and evaluated to the end."""
+        """Whether training and evaluation are complete."""
         return self.metrics_path.exists()
 
     def metrics(self) -> dict[str, Any]:
-        """The evaluation at the end of training.
+        """Read the evaluation at the end of training.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: the file is missing or damaged.
         """
         return read_json(self.metrics_path)
 
     def data(self) -> DataSource:
-        """The data source of the configuration.
+        """Build the data source of the configuration.
 
         Raises:
             UserError: the configuration is missing or damaged.
@@ -103,18 +94,18 @@ class Run:
         return source
 
     def model(self) -> DiffusionModel:
-        """The trained model, in evaluation mode; that of the last checkpoint if the run is not
-        finished. A model folder will do, too.
+        """Load the trained model, in evaluation mode.
 
-        Networks from outside this library are imported from where ``config.yaml`` says, as when the
-        run is resumed.
+        If the run is not finished, this is the model of its last checkpoint. The folder may also be
+        a saved model. Networks that are not part of this library are imported by their names in
+        ``config.yaml``, as on resuming.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: there is no model, or it is damaged.
         """
         if not self.folder.is_dir():
             raise UserError(
-                f"there is no run {self.folder}; make one with: ndm train --config digits --out"
+                f"there is no run {self.folder}; train one with: ndm train --config digits --out"
                 f" {self.folder}"
             )
         if (self.folder / CONFIG_NAME).is_file():
@@ -131,14 +122,14 @@ class Run:
                 return model.eval()
         if not self.checkpoint_path.is_file():
             raise UserError(
-                f"{self.folder} holds no trained model yet; resume it with: ndm train --out"
+                f"{self.folder} holds no trained model yet; resume the run with: ndm train --out"
                 f" {self.folder}"
             )
         model = self._new_model()
         step = self.load_weights(model)["global_step"]
         model.info = {"data": read_json(self.data_path)}
         print(
-            f"ndm: warning: {self.folder} is not finished; this is its model after {step:,} steps",
+            f"ndm: warning: {self.folder} is not finished; using its model after {step:,} steps",
             file=sys.stderr,
         )
         return model.eval()
@@ -148,10 +139,10 @@ class Run:
         return model
 
     def checkpoint(self) -> dict[str, Any]:
-        """Read the last checkpoint, memory-mapped. No code in it is run.
+        """Read the last checkpoint, memory-mapped, without executing code from it.
 
         Raises:
-            UserError: it is truncated, damaged or not a checkpoint of a run.
+            UserError: the file is truncated, damaged or not a checkpoint of a run.
         """
         path = self.checkpoint_path
         try:
@@ -162,28 +153,23 @@ class Run:
             reason = " ".join(str(error).split())[:100]
             raise UserError(
                 f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete"
-                " it to start the run again"
+                " it to restart the run"
             ) from error
         return content
 
     def load_weights(self, model: DiffusionModel) -> dict[str, Any]:
-        """Load the weights of the last checkpoint into a model, the averaged ones if there are any,
-        whatever the strategy.
+        """Load the weights of the last checkpoint into a model: the moving average, if there is one.
 
         Returns:
             The checkpoint.
 
         Raises:
-            UserError: it is damaged, or belongs to another model.
+            UserError: the checkpoint is damaged, or belongs to another model.
         """
         checkpoint = self.checkpoint()
+        weights = checkpoint["state_dict"].items()
         try:
-            model.load_state_dict(
-                {
-                    name.removeprefix("model."): value
-                    for name, value in checkpoint["state_dict"].items()
-                }
-            )
+            model.load_state_dict({name.removeprefix("model."): value for name, value in weights})
         except RuntimeError as error:
             raise UserError(
                 f"the checkpoint {self.checkpoint_path} does not fit the model of its"
@@ -192,70 +178,65 @@ class Run:
         return checkpoint
 
     def check(self, config: RunConfig) -> None:
-        """Check that the folder is free, or holds a run with this configuration.
+        """Check that the folder is free or holds a run with this configuration.
 
-        Settings of the machine may differ, and settings of what follows the last step until that is
-        done. Without a checkpoint everything may differ: there is nothing to resume.
+        Machine settings may differ. Settings of the final evaluation and pictures may differ until
+        the run is finished. Without a checkpoint everything may differ: there is nothing to resume.
 
         Raises:
-            UserError: it holds a run with another configuration, or is a file.
+            UserError: the folder holds a run with another configuration, or is a file.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is a file; give a folder")
         if not (self.config_path.exists() and (self.checkpoint_path.exists() or self.finished)):
             return
         old, new = flat(read_values(self.config_path)), flat(config.to_dict())
-        if new.keys() - old.keys():  # perhaps an older version wrote it, which had fewer settings
+        if new.keys() - old.keys():  # perhaps written by an older version with fewer settings
             with contextlib.suppress(UserError):
                 old = flat(RunConfig.read(self.config_path).to_dict())
-        ignored = {
-            f"train.{name}"
-            for name in (*MACHINE_SETTINGS, *(() if self.finished else FINAL_SETTINGS))
-        }
+        free = MACHINE_SETTINGS if self.finished else (*MACHINE_SETTINGS, *FINAL_SETTINGS)
+        ignored = {f"train.{name}" for name in free}
         changed = sorted(
             key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)
         )
         if changed:
             key = changed[0]
+            more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
             raise UserError(
                 f"{self.folder} holds a run with another configuration: {key} is {old.get(key)!r}"
-                f" there and {new.get(key)!r}"
-                f" here{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose"
-                " another --out, or give --out alone to resume it"
+                f" there and {new.get(key)!r} here{more}; choose another --out, or give only --out"
+                " to resume the run"
             )
 
     def record_data(self, data: DataSource) -> None:
-        """Write the description of the data, or compare it with that of the run to resume.
+        """Write the description of the data, or on resuming check that the data are the same.
 
         Raises:
-            UserError: the run began with other data.
+            UserError: the run was started with other data.
         """
         now = data.describe()
         if self.checkpoint_path.exists() and self.data_path.exists():
             then = DataDescription.from_dict(read_json(self.data_path))
             if then.sha256 != now.sha256:
                 raise UserError(
-                    f"{now.name} changed since {self.folder} began (sha256 {then.sha256[:12]} then,"
-                    f" {now.sha256[:12]} now): examples that it was trained on may be among the"
-                    " test examples; restore the data, or choose another --out"
+                    f"{now.name} changed since {self.folder} was started (sha256"
+                    f" {then.sha256[:12]} then, {now.sha256[:12]} now), so the test split may"
+                    " contain training examples; restore the data, or choose another --out"
                 )
         elif started_first():
             if not self.checkpoint_path.exists():
-                shutil.rmtree(
-                    self.model_path, ignore_errors=True
-                )  # of an earlier training, whose checkpoint was deleted
+                # Left by an earlier training whose checkpoint was deleted.
+                shutil.rmtree(self.model_path, ignore_errors=True)
             write_json(self.data_path, now.to_dict())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder: two processes that train into it would overwrite each other's
-        checkpoints.
+        """Lock the folder, so that no other process overwrites its checkpoints.
 
-        Of several processes that train together the first locks it for all. The lock of a killed
-        process is free.
+        In distributed training only the first process takes the lock. A killed process releases it.
 
         Raises:
-            UserError: another process holds the lock, or the folder cannot be made.
+            UserError: another process holds the lock, or the folder cannot be created.
         """
         if not started_first():
             yield
@@ -264,15 +245,14 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--out {self.folder} cannot be made: {error.strerror or error}; choose a folder"
+                f"--out {self.folder} cannot be created: {error.strerror or error}; choose a folder"
                 " that you can write to"
             ) from error
         lock, checkpoint = FileLock(self.folder / ".lock"), self.checkpoint_path
+        partial_checkpoints = f".{checkpoint.stem}-*{checkpoint.suffix}"
         try:
             lock.acquire(timeout=0)
-            for partial in checkpoint.parent.glob(
-                f".{checkpoint.stem}-*{checkpoint.suffix}"
-            ):  # of a process killed while it saved
+            for partial in checkpoint.parent.glob(partial_checkpoints):  # of a killed process
                 partial.unlink(missing_ok=True)
         except Timeout as error:
             raise UserError(
@@ -281,7 +261,7 @@ class Run:
             ) from error
         except (OSError, NotImplementedError) as error:
             print(
-                f"{self.folder}: cannot be locked ({error}); make sure that no other process trains"
+                f"{self.folder} cannot be locked ({error}); make sure that no other process trains"
                 " into it",
                 file=sys.stderr,
             )

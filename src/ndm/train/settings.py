@@ -1,6 +1,4 @@
-"""What a training run is told: optimizer, schedule of the learning rate, precision, devices,
-checkpoints.
-"""
+"""Settings of a training run: optimizer, learning rate, precision, devices, checkpoints."""
 
 import math
 from dataclasses import dataclass
@@ -21,10 +19,9 @@ MACHINE_SETTINGS = (
     "compile",
     "checkpoint_every",
     "log_every",
+    "sample_every",
 )
-"""Settings that say how a run is carried out, not what it computes: they may change when it is
-resumed.
-"""
+"""Settings of how a run is executed, not of what it computes: they may change on resuming."""
 FINAL_SETTINGS = (
     "evaluation_draws",
     "evaluation_limit",
@@ -32,7 +29,7 @@ FINAL_SETTINGS = (
     "sample_images",
     "sample_steps",
 )
-"""Settings of what follows the last step: they may change until it is done."""
+"""Settings of the final evaluation and pictures: they may change until the run is finished."""
 
 
 @dataclass
@@ -42,77 +39,82 @@ class TrainSettings:
     steps: int = 10_000
     """Number of optimizer steps."""
     batch_size: int = 64
-    """Examples in one optimizer step, over all devices and accumulated batches together."""
+    """Examples per optimizer step, over all devices and accumulated batches."""
     start_from: str | None = None
-    """Folder of a run, or of a model, whose weights training starts from in the place of random
-    ones. Its model must be built alike, but for dropout, steps T, eta and times.
+    """Folder of a run or model whose weights are the initial weights; None for random ones. The two
+    models may differ only in dropout, steps T, eta and time sampler.
     """
     optimizer: Optimizer = "adamw"
-    """adamw; soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more from a
-    step and takes longer for it; or muon: momentum whose matrices are made orthogonal, with AdamW
-    for everything else.
+    """adamw; soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more per step but
+    takes longer; or muon: orthogonalized momentum for matrices, AdamW for all other parameters.
     """
     learning_rate: float = 1e-3
     """Peak learning rate."""
     transform_rate: float = 1.0
     """Learning rate of the transformation F, as a multiple of ``learning_rate``."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices and kernels, less those that a module names in its
-    attribute ``no_weight_decay``.
+    """Decoupled weight decay of matrices and kernels, except those that a module lists in
+    ``no_weight_decay``.
     """
+    horizontal_flips: bool = False
+    """Train on images and their mirror images."""
     warmup: int = 100
     """Steps over which the learning rate rises linearly from zero."""
     decay: Decay = "cosine"
-    """How the learning rate goes on after the warm-up: down to zero by a cosine, or constant."""
+    """Learning rate after the warm-up: a cosine decay to zero, or constant."""
     gradient_clip: float = 1.0
-    """Largest norm of the gradient (0: no clipping)."""
+    """Maximum norm of the gradient; 0 for no clipping."""
     ema: float = 0.999
-    """Decay of the exponential moving average of the weights, which is what gets evaluated and
-    saved; it warms up (0: none).
+    """Decay of the exponential moving average of the weights, after a warm-up; 0 for no average.
+    The averaged weights are evaluated and saved.
     """
     accumulate: int = 1
-    """Split each batch into this many parts and add up their gradients, to save memory."""
+    """Split each batch into this many parts and accumulate their gradients, to save memory."""
     precision: Precision = "32-true"
-    """Numerical precision; bf16-mixed suits GPUs, and CPUs with matrix instructions for it. The
+    """Numerical precision. bf16-mixed suits GPUs, and CPUs with bf16 matrix instructions. The
     transformation F always runs in full precision.
     """
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu, ..."""
     devices: int | str = "auto"
-    """How many devices, or auto."""
+    """Number of devices, or auto."""
     nodes: int = 1
-    """How many machines."""
+    """Number of machines."""
     strategy: str = "auto"
     """Lightning's strategy: auto, ddp, fsdp, ..."""
     threads: int | None = None
-    """CPU threads of each process; None leaves PyTorch's choice."""
+    """CPU threads per process; None for PyTorch's default."""
     workers: int = 0
-    """Processes that load data."""
+    """Number of processes that load data."""
     compile: bool = False
-    """Compile the networks with torch.compile: slow to start, for long runs. Where that fails,
-    training goes on without.
+    """Compile the networks with torch.compile: a slow start that pays off in long runs. If it
+    fails, training continues uncompiled.
     """
     checkpoint_every: int = 250
-    """Steps between checkpoints: what an interruption loses at most."""
+    """Steps between checkpoints; an interruption loses at most this many."""
     log_every: int = 20
-    """Steps between two rows of the logs."""
+    """Steps between rows of the logs."""
+    sample_every: int | None = None
+    """Steps between pictures of samples while training, written into ``samples/`` in the run's
+    folder; None for none.
+    """
     validate_every: int | None = None
-    """Steps between evaluations on ``validation_split``; None for none."""
+    """Steps between evaluations on ``validation_split``; None for no validation."""
     validation_split: str = "test"
-    """The split that ``validate_every`` looks at; nothing is selected by it."""
+    """Split to validate on. Validation is only logged; it does not affect training."""
     evaluation_draws: int = 8
-    """Times drawn for each example in the evaluation at the end."""
+    """Times drawn per example in the final evaluation."""
     evaluation_limit: int | None = None
-    """Evaluate only so many examples at the end, evenly spread over the split; None for all."""
+    """Number of examples in the final evaluation, evenly spread over the split; None for all."""
     evaluation_split: str = "test"
-    """The split that is evaluated at the end."""
+    """Split of the final evaluation."""
     sample_images: int | None = None
-    """Images in the picture of samples at the end; None takes 64. Of vectors there are always
-    4,096.
+    """Number of images in the final picture of samples; None for 64. For vectors it always shows
+    4,096 samples.
     """
     sample_steps: int | None = None
-    """Steps of the sampler for the picture at the end; None takes the model's T, or 100 in
-    continuous time.
+    """Steps of the sampler for the final picture; None for the model's T, or 100 in continuous
+    time.
     """
 
     def __post_init__(self) -> None:
@@ -121,8 +123,9 @@ class TrainSettings:
         Raises:
             UserError: a value is out of range.
         """
-        for name, known in (("optimizer", Optimizer), ("decay", Decay), ("precision", Precision)):
-            check_choice(f"train.{name}", getattr(self, name), get_args(known))
+        choices = {"optimizer": Optimizer, "decay": Decay, "precision": Precision}
+        for name, allowed in choices.items():
+            check_choice(f"train.{name}", getattr(self, name), get_args(allowed))
         for name in (
             "steps",
             "batch_size",
@@ -141,6 +144,7 @@ class TrainSettings:
                 raise UserError(f"train.{name}={getattr(self, name)}: give a number of at least 0")
         for name in (
             "threads",
+            "sample_every",
             "validate_every",
             "evaluation_limit",
             "sample_images",
@@ -157,23 +161,23 @@ class TrainSettings:
             )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(
-                f"train.learning_rate={self.learning_rate}: give a positive number, for example"
-                " 1e-3"
+                f"train.learning_rate={self.learning_rate}: give a positive number, such as 1e-3"
             )
         if not 0 <= self.ema < 1:
-            raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), for example 0.999")
+            raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), such as 0.999")
         self._check_sharding()
 
     def _check_sharding(self) -> None:
         if "fsdp" not in self.strategy:
             return
-        if self.ema or self.gradient_clip:
+        if self.ema or self.gradient_clip or self.sample_every:
             raise UserError(
-                "train.strategy=fsdp shards the weights, which neither averaging nor clipping"
-                " takes; set train.ema=0, train.gradient_clip=0"
+                "train.strategy=fsdp shards the weights, which averaging, clipping and sampling"
+                " while training do not support; set train.ema=0, train.gradient_clip=0,"
+                " train.sample_every=null"
             )
         if self.optimizer != "adamw":
             raise UserError(
-                "train.strategy=fsdp shards the weights, whose matrices"
-                f" train.optimizer={self.optimizer} looks at; set train.optimizer=adamw"
+                "train.strategy=fsdp shards the weights, but"
+                f" train.optimizer={self.optimizer} needs whole matrices; set train.optimizer=adamw"
             )

@@ -1,4 +1,4 @@
-"""Training a run from its configuration to its evaluation."""
+"""A training run, from its configuration to its evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,20 @@ from ndm.train.run import Run
 
 
 def train_run(run: Run, config: RunConfig) -> dict[str, Any] | None:
-    """Train, evaluate and draw; resume an interrupted run; return at once from a finished one.
+    """Train, evaluate and draw pictures.
+
+    An interrupted run is resumed; a finished one returns immediately.
 
     Args:
-        run: the folder, empty or that of a run with the same configuration.
-        config: what to train.
+        run: the run. Its folder may be new, empty or hold a run with the same configuration.
+        config: the configuration.
 
     Returns:
         The metrics, or None in processes other than the first.
 
     Raises:
         UserError: the folder holds another run, the configuration is wrong, the data changed, or
-            training failed for a reason that the user can remove.
+            training failed for a reason that the user can fix.
     """
     run.check(config)
     if run.finished:
@@ -49,7 +51,7 @@ def train_run(run: Run, config: RunConfig) -> dict[str, Any] | None:
     if settings.start_from is not None and not run.checkpoint_path.exists():
         start_from(parts.model, settings.start_from)
     with run.lock():
-        run.check(config)  # again: another process may have trained into it until now
+        run.check(config)  # again: another process may have trained into the folder meanwhile
         if started_first():
             text = yaml.safe_dump(config.to_dict(), sort_keys=False)
             write_atomically(run.config_path, lambda path: path.write_text(text, encoding="utf-8"))
@@ -64,23 +66,23 @@ def train_run(run: Run, config: RunConfig) -> dict[str, Any] | None:
 
 
 def start_from(model: DiffusionModel, run: str) -> None:
-    """Give a model the weights of a run.
+    """Load the weights of a run into a model.
 
-    Dropout, steps T, eta and the time sampler may differ: no weight depends on them.
+    Dropout, steps T, eta and the time sampler may differ: no weights depend on them.
 
     Raises:
-        UserError: there is no such run, or its model is built otherwise.
+        UserError: the run does not exist, or its model differs.
     """
     other = Run(Path(run)).model()
-    there, here = (flat(to_config(one)) for one in (other, model))
-    fix = f"give the model of {run}, or leave it out"
+    there, here = flat(to_config(other)), flat(to_config(model))
+    fix = f"configure the model of {run}, or leave train.start_from out"
     for key in {**here, **there}:
-        parts = key.removeprefix("init_args.").split(".")
-        free = parts[0] in ("time_sampler", "steps", "eta") or parts[-1] == "dropout"
+        path = key.removeprefix("init_args.").split(".")
+        free = path[0] in ("time_sampler", "steps", "eta") or path[-1] == "dropout"
         if there.get(key) != here.get(key) and not free:
-            place = ".".join(part for part in parts if part != "init_args")
+            name = ".".join(part for part in path if part != "init_args")
             raise UserError(
-                f"train.start_from={run}: {place} is {there.get(key)!r} there and"
+                f"train.start_from={run}: {name} is {there.get(key)!r} there and"
                 f" {here.get(key)!r} here; {fix}"
             )
     weights, own = other.state_dict(), model.state_dict()
