@@ -1,4 +1,4 @@
-# Both main commands set everything up by themselves: a virtual environment in .venv with the versions of constraints.txt.
+# make demo and make test create the virtual environment .venv with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,27 +6,27 @@ READY := $(VENV)/.ready
 
 .PHONY: help demo test lint format clean
 help:
-	@echo "make demo    set up, train a model on handwritten digits, evaluate it and draw samples into runs/digits (minutes)"
+	@echo "make demo    set up; train, evaluate and sample a digits model in runs/digits (minutes)"
 	@echo "make test    set up and run all tests (minutes)"
 	@echo "make lint    check style and types"
-	@echo "make format  put the code into standard form"
-	@echo "make clean   remove the virtual environment and caches; runs stay"
+	@echo "make format  format the code"
+	@echo "make clean   remove the virtual environment and caches, but not runs"
 
-# torch first: its CPU build is chosen by the pin, and nothing after it may replace it.
+# Install torch first: the pin selects its CPU build, which later packages must not replace.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# Passive waiting: with the default, threads that spin starve one another as soon as the machine has anything else to do.
+# By default waiting threads spin, and starve one another on a busy machine.
 demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY)
 	$(BIN)/ndm train --config configs/digits.yaml --out runs/digits
 	$(BIN)/ndm evaluate runs/digits --split test --json runs/digits/evaluation.json
 	$(BIN)/ndm sample runs/digits --n 64 --method ancestral --steps 250 --seed 1 --out runs/digits/samples-ancestral.png
 
-# One thread a process: two processes with two threads each are ten times slower on two cores.
+# One thread per process: on two cores, two processes of two threads each are ten times slower.
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q
 

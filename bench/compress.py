@@ -1,14 +1,13 @@
-"""Rate and speed of ndm compress beside PNG, WebP, JPEG XL, zstd and xz on the same images in one
-run.
+"""Rate and speed of ndm compress, compared with PNG, WebP, JPEG XL, zstd and xz.
 
-pip install -c constraints.txt -e '.[bench]' python bench/compress.py [RUN] [--images 1000] [--split
-test] [--steps T] [--batch-size B] [--json FILE]
+pip install -c constraints.txt -e '.[bench]'
+python bench/compress.py [RUN] [--images 1000] [--split test] [--steps T] [--batch-size B]
+    [--json FILE]
 
-RUN is a trained run of ndm train on images, runs/digits by default (made by make demo); the images
-are those of one of its splits. Picture formats code each image by itself and, to spare them their
-headers, all images side by side in one sheet; zstd and xz take the raw pixels as one stream.
-"images" of ndm is the archive without initial bits, names, checksums and settings, "archive" is the
-file.
+RUN is a trained run of ndm train on images, by default runs/digits (from make demo); the images are
+from one of its splits. Picture formats code each image separately, and also all images in one
+sheet, without the overhead of headers; zstd and xz code the raw pixels as one stream. For ndm,
+"images" is the archive without initial bits, names, checksums and settings, and "archive" the file.
 """
 
 import argparse
@@ -47,34 +46,30 @@ FORMATS: dict[str, dict[str, object]] = {
 
 
 def sheet(images: np.ndarray) -> np.ndarray:
-    """All images ``(N, C, H, W)`` in one, about square."""
+    """Arrange images ``(N, C, H, W)`` in one sheet, about square."""
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     page = np.zeros((rows * columns, channels, height, width), dtype=images.dtype)
     page[:count] = images
-    return (
-        page.reshape(rows, columns, channels, height, width)
-        .transpose(2, 0, 3, 1, 4)
-        .reshape(channels, rows * height, columns * width)
-    )
+    cells = page.reshape(rows, columns, channels, height, width).transpose(2, 0, 3, 1, 4)
+    return cells.reshape(channels, rows * height, columns * width)
 
 
 def picture_bytes(pixels: np.ndarray, options: dict[str, object]) -> int:
-    """Size of one image ``(C, H, W)`` in a format, checked to be lossless."""
+    """Return the size of one image ``(C, H, W)`` in a format, and check that it is lossless."""
     array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     file = io.BytesIO()
     Image.fromarray(array).save(file, **options)  # type: ignore[arg-type]
-    back = np.asarray(
-        Image.open(io.BytesIO(file.getvalue())).convert("L" if len(pixels) == 1 else "RGB")
-    )
+    image = Image.open(io.BytesIO(file.getvalue()))
+    back = np.asarray(image.convert("L" if len(pixels) == 1 else "RGB"))
     if not np.array_equal(back, array):
         raise SystemExit(f"{options['format']} is not lossless here")
     return len(file.getvalue())
 
 
 def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
-    """Name -> bytes for all images ``(N, C, H, W)``, uint8."""
+    """Return, by name, functions that compute the size of all images ``(N, C, H, W)``, uint8."""
     raw, page = images.tobytes(), sheet(images)
     entries: dict[str, Callable[[], int]] = {}
     for name, options in FORMATS.items():
@@ -88,8 +83,9 @@ def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
 
 
 def bare_coder_seconds(symbols: int, calls: int, num_values: int, width: float) -> float:
-    """constriction's own loop on as many symbols: for each latent a pop and a push, for each pixel
-    a push.
+    """Time constriction on the same number of symbols, without ndm.
+
+    Each latent takes a pop and a push, each pixel a push.
     """
     generator = np.random.default_rng(0)
     coder = stream.stack.AnsCoder(
@@ -99,10 +95,8 @@ def bare_coder_seconds(symbols: int, calls: int, num_values: int, width: float) 
         stream.model.QuantizedGaussian(-math.ceil(reach / width), math.ceil(reach / width))
         for reach in (NEAR, FAR)
     )
-    categorical, weights = (
-        stream.model.Categorical(perfect=False),
-        generator.random((symbols, num_values)),
-    )
+    categorical = stream.model.Categorical(perfect=False)
+    weights = generator.random((symbols, num_values))
     mean, std = generator.uniform(-0.5, 0.5, symbols), np.full(symbols, 1 / width)
     started = time.perf_counter()
     for _ in range(calls):
@@ -120,9 +114,9 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--steps", type=int, help="T; by default as ndm compress chooses")
+    parser.add_argument("--steps", type=int, help="T; by default chosen as by ndm compress")
     parser.add_argument(
-        "--batch-size", type=int, help="images side by side; by default as ndm compress chooses"
+        "--batch-size", type=int, help="images per batch; by default chosen as by ndm compress"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -149,33 +143,18 @@ def main() -> None:
         raise SystemExit("not lossless")
     decoding = time.perf_counter() - started
     item = Item("x.npy", "npy", count, "uint8", tuple(pixels.shape))
-    size = len(
-        pack(
-            Archive(
-                fingerprint(model),
-                tuple(shape),
-                256,
-                0,
-                plan,
-                (item,),
-                image_checksums(index),
-                coded,
-            )
-        )
-    )
+    checksums = image_checksums(index)
+    archive = Archive(fingerprint(model), tuple(shape), 256, 0, plan, (item,), checksums, coded)
+    size = len(pack(archive))
 
     rows = Evaluation(model, split, limit=arguments.images)
     plain = rows.nelbo(plan.steps, 16)
     bound = model_bound(rows, plan.steps, forecast.scale)
     net = 32 * (len(coded.words) - coded.initial) / values
+    batches = [min(plan.batch, count - start) for start in range(0, count, plan.batch)]
     bare = sum(
-        bare_coder_seconds(
-            min(plan.batch, count - start) * index.shape[1],
-            plan.steps + 1,
-            len(chain.values),
-            plan.width,
-        )
-        for start in range(0, count, plan.batch)
+        bare_coder_seconds(batch * index.shape[1], plan.steps + 1, len(chain.values), plan.width)
+        for batch in batches
     )
     record = {
         "steps": plan.steps,
@@ -192,7 +171,7 @@ def main() -> None:
         "share_of_coder": coded.clock.coder / encoding,
         "coder_over_bare_constriction": coded.clock.coder / bare,
     }
-    print(f"ndm: T = {plan.steps}, {plan.batch} side by side")
+    print(f"ndm: T = {plan.steps}, batches of {plan.batch}")
     for name, value in record.items():
         print(f"  {name:<40}{value:10.4f}")
     images = pixels.astype(np.uint8)
@@ -209,20 +188,18 @@ def main() -> None:
 
 
 def model_bound(rows: Evaluation, steps: int, scale: torch.Tensor) -> float:
-    """The bound of the very model that the archive uses, bits/dim: its T and its reverse variance;
-    every step once for each image.
+    """Return the bound of the model that the archive uses, with its T and reverse variance.
+
+    It is in bits/dim and takes every step at least once for each image.
     """
     total, draws = 0.0, max(steps, math.ceil(16 / steps) * steps)
     with torch.no_grad():
         for start in range(0, len(rows.numbers), 64):
             part = rows.numbers[start : start + 64]
             x = rows.data.__getitems__(part)
+            generator, variance = ExampleGenerators(2, part), PiecewiseConstant(scale)
             bound = rows.model.bound(
-                x,
-                steps=steps,
-                draws=draws,
-                generator=ExampleGenerators(2, part),
-                scale=PiecewiseConstant(scale),
+                x, steps=steps, draws=draws, generator=generator, scale=variance
             )
             total += float(bound.total.sum())
     return total / len(rows.numbers) / rows.dims / math.log(2)

@@ -1,21 +1,25 @@
-"""A training step of a configuration on this machine, MEASURED: time, memory, rate of arithmetic
-and its share of the peak.
+"""MEASUREMENT of a training step of a configuration: time, memory and share of the peak rate.
 
-python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256] [--modes eager compiled
-graphs] [--profile] [--steps 20] [--size SIDE] [--json FILE] [--WORD VALUE ...]
+python bench/config_step.py src/ndm/configs/mnist.yaml [--batches 64 256]
+    [--modes eager compiled graphs] [--profile] [--peer] [--steps 20] [--size SIDE] [--json FILE]
+    [--OPTION VALUE ...]
 
-Words that are not its own go to the configuration, as for ``ndm train``. ``footprint.py`` estimates
-the same numbers without the device.
+Other options override the configuration, as for ``ndm train``. ``footprint.py`` estimates the same
+numbers without the device.
 
-* A step is random numbers, loss, gradients, their norm, and the configuration's optimizer, on random images, in its precision; the
-  moving average, loading data and logs are left out. Time is the median over three runs of steps,
-  each the mean until the device has finished.
-* ``compiled`` is what ``train.compile`` does on a CPU, ``graphs`` what it does on a GPU, CUDA graphs included.
-* Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and backward (convolutions, matrix products and
-  attention by its matrix products), and grow in proportion to the batch.
-* The peak is the best rate of a bf16 matrix product (8192, or 1024 on a CPU; float32 if the precision is, without TF32, which PyTorch's convolutions
-  use by default on GPUs), measured here before the steps.
-* Memory is the most that PyTorch's allocator reserved (a GPU only). ``--profile`` prints what one step's kernels take.
+* A step is random numbers, loss, gradients, their norm and the configuration's optimizer, on random
+  images, in its precision. The moving average, data loading and logging are left out. The time is
+  the median over three runs of the mean time per step, until the device has finished.
+* ``compiled`` is ``train.compile`` on a CPU, ``graphs`` is ``train.compile`` on a GPU, with CUDA
+  graphs.
+* Floating-point operations are counted by ``FlopCounterMode`` at a batch of two, forward and
+  backward (convolutions, matrix products, and attention as its matrix products), and are
+  proportional to the batch.
+* The peak is the best rate of a matrix product of size 8192 (1024 on a CPU), measured before the
+  steps. It is in bf16, or in float32 if the precision is; float32 is without TF32, which PyTorch's
+  convolutions use by default on GPUs.
+* Memory is the most that PyTorch's allocator reserved (GPU only). ``--profile`` prints the time of
+  one step's kernels.
 """
 
 import argparse
@@ -48,7 +52,7 @@ WARM_UP, PERIOD = 3, 10
 
 
 def peak(device: str, half: bool) -> float:
-    """Best rate of a matrix product, floating-point operations per second."""
+    """Return the best rate of a matrix product, floating-point operations per second."""
     size = 1024 if device == "cpu" else 8192
     dtype = torch.bfloat16 if half else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
@@ -57,7 +61,7 @@ def peak(device: str, half: bool) -> float:
 
 
 def operations(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast]) -> float:
-    """Of one example, forward and backward."""
+    """Return the floating-point operations per example, forward and backward."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with autocast():
             loss = model.bound(x).loss.mean()
@@ -73,7 +77,7 @@ def stepper(
     x: Tensor,
     autocast: Callable[[], torch.autocast],
 ) -> Callable[[], None]:
-    """One step of the optimizer that the configuration asks for."""
+    """Return a function that takes one step of the configuration's optimizer."""
     module = TrainingModule(model, settings, 0, ArraySplit(x))
     optimizer = module.configure_optimizers()["optimizer"]
     parameters = list(model.parameters())
@@ -92,17 +96,16 @@ def stepper(
 def peer_stepper(
     model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], compiled: bool
 ) -> tuple[Callable[[], None], int]:
-    """A step of diffusers' ``UNet2DModel`` of the same build as the predictor's U-Net, by noise
-    prediction and AdamW, and its parameters.
+    """Return a training step of diffusers' ``UNet2DModel``, and its number of parameters.
+
+    The architecture is that of the predictor's U-Net; it is trained by noise prediction with AdamW.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
     ours = model.predictor.network
-    attend = (
-        [ours.attention] * len(ours.multiples)
-        if isinstance(ours.attention, bool)
-        else ours.attention
-    )
+    attend = ours.attention
+    if isinstance(attend, bool):
+        attend = [attend] * len(ours.multiples)
     network = UNet2DModel(
         sample_size=x.shape[-1],
         in_channels=x.shape[1],
@@ -116,23 +119,19 @@ def peer_stepper(
         resnet_time_scale_shift="scale_shift",
     ).to(x.device, memory_format=torch.channels_last)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer, forward = (
-        torch.optim.AdamW(network.parameters(), 1e-4, fused=True),
-        torch.compile(network) if compiled else network,
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
+    forward = torch.compile(network) if compiled else network
     noises, alphas = torch.randn_like(x), scheduler.alphas_cumprod.to(x.device)
 
     def step() -> None:
         optimizer.zero_grad()
         noise, t = noises.normal_(), torch.randint(1000, (len(x),), device=x.device)
         alpha = alphas[t].reshape(-1, 1, 1, 1)
-        noised = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).contiguous(
-            memory_format=torch.channels_last
-        )
+        noised = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
+        noised = noised.contiguous(memory_format=torch.channels_last)
         with autocast():
-            loss = torch.nn.functional.mse_loss(
-                forward(noised, t, return_dict=False)[0].float(), noise
-            )
+            predicted = forward(noised, t, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(predicted.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -143,25 +142,21 @@ def peer_stepper(
 def show_peer(
     model: NDM, x: Tensor, autocast: Callable[[], torch.autocast], steps: int
 ) -> list[dict[str, float | int | str]]:
-    """Time and memory of the peer's step, as it comes and compiled."""
+    """Print the time of the peer's step, eager and compiled, and return the records."""
     records: list[dict[str, float | int | str]] = []
     for compiled in (False, True):
         torch.cuda.empty_cache() if x.is_cuda else None
         step, count = peer_stepper(model, x, autocast, compiled)
         name = "diffusers' UNet2DModel" + (", compiled" if compiled else "")
-        records.append(
-            {"peer": name, "parameters": count, "batch": len(x), "seconds": taken(step, steps)}
-        )
-        print(
-            f"{len(x):>6} {name}, {count:,} parameters: {1e3 * float(records[-1]['seconds']):.1f}"
-            " ms a step",
-            flush=True,
-        )
+        duration = seconds_per_step(step, steps)
+        records.append({"peer": name, "parameters": count, "batch": len(x), "seconds": duration})
+        text = f"{len(x):>6} {name}, {count:,} parameters: {1e3 * duration:.1f} ms per step"
+        print(text, flush=True)
     return records
 
 
-def taken(step: Callable[[], None], count: int) -> float:
-    """Seconds a step."""
+def seconds_per_step(step: Callable[[], None], count: int) -> float:
+    """Return the seconds per step: the median of three runs of ``count`` steps."""
     for _ in range(WARM_UP):
         step()
 
@@ -172,12 +167,11 @@ def taken(step: Callable[[], None], count: int) -> float:
     return statistics.median(seconds(several) for _ in range(3)) / count
 
 
-def profiled(step: Callable[[], None]) -> None:
-    """Print what the kernels of one step take, and how many there are."""
-    activities = [
-        ProfilerActivity.CPU,
-        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-    ]
+def print_profile(step: Callable[[], None]) -> None:
+    """Print the time and the number of the kernels of one step."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as found:
         step()
         synchronize()
@@ -185,23 +179,21 @@ def profiled(step: Callable[[], None]) -> None:
     print(found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
     kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     if kernels:
-        print(
-            f"{len(kernels)} kernels,"
-            f" {sum(event.self_device_time_total for event in kernels) / 1e3:.1f} ms"
-        )
+        total = sum(event.self_device_time_total for event in kernels) / 1e3
+        print(f"{len(kernels)} kernels, {total:.1f} ms")
 
 
-def measured(
+def measure_mode(
     parts: Namespace, x: Tensor, mode: str, arguments: argparse.Namespace, each: float, best: float
 ) -> dict[str, float | int | str]:
-    """The record of one batch size and one mode."""
+    """Measure one batch size in one mode."""
     model, device = parts.model, x.device.type
     autocast = partial(
         torch.autocast, device, torch.bfloat16, enabled=parts.settings.precision == "bf16-mixed"
     )
     start, terms = time.perf_counter(), training_terms(model)
     if mode != "eager":
-        torch.compiler.reset()  # or other batch sizes than the first are compiled for any size
+        torch.compiler.reset()  # otherwise later batch sizes are compiled for dynamic shapes
 
         def trial(terms: TermsFunction) -> Tensor:
             with autocast():
@@ -209,42 +201,39 @@ def measured(
 
         faster = try_compiling(model, terms, trial, mode == "graphs")
         mode, terms = mode if faster is not terms else "failed", faster
-    step = stepper(model, terms, parts.train, x, autocast)
+    step = stepper(model, terms, parts.settings, x, autocast)
     step()
     synchronize()
     first = time.perf_counter() - start
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    took = taken(
-        step,
-        (
-            -(-arguments.steps // PERIOD) * PERIOD
-            if parts.settings.optimizer == "soap"
-            else arguments.steps
-        ),
-    )
+    steps = arguments.steps
+    if parts.settings.optimizer == "soap":  # time whole periods of its decompositions
+        steps = -(-steps // PERIOD) * PERIOD
+    duration = seconds_per_step(step, steps)
     if arguments.profile:
-        profiled(step)
-    rate = each * len(x) / took
+        print_profile(step)
+    rate = each * len(x) / duration
     record: dict[str, float | int | str] = {
         "batch": len(x),
         "mode": mode,
-        "seconds": took,
-        "examples_a_second": len(x) / took,
+        "seconds": duration,
+        "examples_a_second": len(x) / duration,
         "flop_a_second": rate,
         "share_of_peak": rate / best,
         "seconds_until_the_first_step": first,
     }
     if device == "cuda":
-        record["bytes"] = torch.cuda.max_memory_reserved()  # that of CUDA graphs, too
+        record["bytes"] = torch.cuda.max_memory_reserved()  # includes that of CUDA graphs
     return record
 
 
 def show(record: dict) -> None:
     memory = f"{record['bytes'] / 2**30:9.1f}" if "bytes" in record else f"{'':>9}"
     print(
-        f"{record['batch']:>6}{record['mode']:>10}{1e3 * record['seconds']:10.1f}{record['examples_a_second']:12.0f}"
-        f"{record['flop_a_second'] / 1e12:9.2f}{record['share_of_peak']:8.1%}{memory}{record['seconds_until_the_first_step']:9.1f}",
+        f"{record['batch']:>6}{record['mode']:>10}{1e3 * record['seconds']:12.1f}"
+        f"{record['examples_a_second']:12.0f}{record['flop_a_second'] / 1e12:9.2f}"
+        f"{record['share_of_peak']:8.1%}{memory}{record['seconds_until_the_first_step']:9.1f}",
         flush=True,
     )
 
@@ -255,73 +244,62 @@ def main() -> None:
     )
     parser.add_argument("config", type=Path)
     parser.add_argument(
-        "--size", type=int, help="side of the images, where the configuration does not say it"
+        "--size", type=int, help="side of the images, if the configuration does not set it"
     )
     parser.add_argument(
         "--batches",
         type=int,
         nargs="+",
-        help="batch sizes; by default what one device of the configuration takes at once",
+        help="batch sizes; by default the configuration's examples per device",
     )
     parser.add_argument(
         "--modes", nargs="+", default=["eager"], choices=["eager", "compiled", "graphs"]
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per run")
     parser.add_argument(
-        "--peer", action="store_true", help="and diffusers' network of the same build"
+        "--peer", action="store_true", help="also diffusers' network of the same architecture"
     )
-    parser.add_argument(
-        "--profile", action="store_true", help="print what the kernels of a step take"
-    )
+    parser.add_argument("--profile", action="store_true", help="print the time of a step's kernels")
     parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # as training has it
+    torch.backends.cudnn.benchmark = True  # as in training
     parts = RunConfig.read(arguments.config, options).build()
     channels, side = image(parts, arguments.size)
     half = parts.settings.precision == "bf16-mixed"
     if parts.settings.precision == "16-mixed":
         sys.exit(
-            "config_step: give train.precision 32-true or bf16-mixed; 16-mixed scales its"
-            " gradients, which is not measured here"
+            "config_step: train.precision=16-mixed: give 32-true or bf16-mixed; 16-mixed scales"
+            " its gradients, which is not measured here"
         )
     model = parts.model.to(device)
     best = peak(device, half)
-    each = operations(
-        model,
-        random_images(model, 2, channels, side).to(device),
-        lambda: torch.autocast(device, torch.bfloat16, enabled=half),
-    )
-    where = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=half)
+    each = operations(model, random_images(model, 2, channels, side).to(device), autocast)
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
     print(
         f"{arguments.config.name}, {channels}x{side}x{side}, {parts.settings.precision},"
         f" {parts.settings.optimizer}, {where}, PyTorch {torch.__version__}"
     )
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each / 1e9:.1f} GFLOP an"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each / 1e9:.1f} GFLOP per"
         f" example, matrix products {best / 1e12:.1f} TFLOP/s"
     )
     print(
-        f"{'batch':>6}{'':>10}{'ms a step':>10}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}{'GiB':>9}{'start, s':>9}"
+        f"{'batch':>6}{'':>10}{'ms per step':>12}{'examples/s':>12}{'TFLOP/s':>9}{'of peak':>8}"
+        f"{'GiB':>9}{'start, s':>9}"
     )
     records = []
-    for batch in arguments.batches or [examples_at_once(parts.train)[1]]:
+    for batch in arguments.batches or [examples_at_once(parts.settings)[1]]:
         x = random_images(model, batch, channels, side).to(device)
         for mode in arguments.modes:
-            records.append(measured(parts, x, mode, arguments, each, best))
+            records.append(measure_mode(parts, x, mode, arguments, each, best))
             show(records[-1])
         if arguments.peer:
-            records += show_peer(
-                model,
-                x,
-                lambda: torch.autocast(device, torch.bfloat16, enabled=half),
-                arguments.steps,
-            )
+            records += show_peer(model, x, autocast, arguments.steps)
     if arguments.json:
         context = {
             "config": arguments.config.name,

@@ -1,15 +1,14 @@
-"""Speed and error of the likelihood by the ODE, beside flow_matching's and a scipy version, on one
-network in one run.
+"""Speed and error of the likelihood by the ODE, compared with flow_matching and SciPy.
 
 pip install -c constraints.txt -e '.[bench]'
 python bench/likelihood.py [RUN] [--images 32] [--repeats 3] [--json FILE]
 
-RUN is a trained run of ndm train, runs/digits by default (made by make demo). All methods compute
-log p(z_0) of the same latents by the same network. The error is the root mean square over images
-against the exact trace with fine steps, in bits per dimension. A probe's error averages out over
+RUN is a trained run of ndm train, by default runs/digits (from make demo). All methods compute
+log p(z_0) of the same latents with the same network. The error is the root mean square over images
+in bits/dim; the reference is the exact trace with fine steps. A probe's error averages out over
 repeated runs, so a method with error e needs (e/a)² runs to reach the error a; the last column
-divides the speed by that number for a = 0.03 bits/dim. (It is generous to methods whose error is
-not noise, which no repeat removes.) Methods take turns, round after round; medians are compared.
+divides the speed by that number for a = 0.03 bits/dim. (It favors methods with a systematic error,
+which repeats do not reduce.) Methods take turns, round after round; medians are compared.
 """
 
 import argparse
@@ -26,17 +25,16 @@ from flow_matching.solver import ODESolver
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from ndm.likelihood import latent
 from ndm.model import NDM
-from ndm.ode import OdeSettings, latent, ode_log_prob
+from ndm.ode import OdeSettings, ode_log_prob
 from ndm.random import ExampleGenerators
 from ndm.shapes import sum_event
 from ndm.train.run import Run
 
 TARGET = 0.03
 Method = Callable[[int], tuple[Tensor, float]]
-"""From the number of the round to log p(z_0), ``(B,)``, and the number of evaluations of the
-network.
-"""
+"""Maps the number of the round to log p(z_0), ``(B,)``, and the number of network evaluations."""
 
 
 def log_normal(z: Tensor) -> Tensor:
@@ -44,14 +42,12 @@ def log_normal(z: Tensor) -> Tensor:
 
 
 def ours(model: NDM, z: Tensor, **settings: object) -> Method:
+    ode = OdeSettings(**settings)  # type: ignore[arg-type]
+
     def run(seed: int) -> tuple[Tensor, float]:
-        found = ode_log_prob(
-            model.reverse_process,
-            z,
-            OdeSettings(**settings),
-            ExampleGenerators(seed, range(len(z))),
-        )  # type: ignore[arg-type]
-        return found.log_p, found.nfe
+        generators = ExampleGenerators(seed, range(len(z)))
+        result = ode_log_prob(model.reverse_process, z, ode, generators)
+        return result.log_p, result.nfe
 
     return run
 
@@ -64,8 +60,9 @@ def flow_matching(
     tolerance: float = 1e-5,
     exact: bool = False,
 ) -> Method:
-    """Their clock runs from noise at 0 to data at 1, and their exact divergence takes flat events
-    only.
+    """Return a method of flow_matching.
+
+    Its time runs from noise at 0 to data at 1, and its exact divergence only takes flat events.
     """
 
     def run(seed: int) -> tuple[Tensor, float]:
@@ -75,9 +72,8 @@ def flow_matching(
             nonlocal count
             count += 1
             state = x.reshape(z.shape)
-            return -model.reverse_process.drift(
-                state, model.process.level((1 - t).clamp(0, 1).to(z), state), 0.0
-            ).reshape(x.shape)
+            level = model.process.level((1 - t).clamp(0, 1).to(z), state)
+            return -model.reverse_process.drift(state, level, 0.0).reshape(x.shape)
 
         torch.manual_seed(seed)
         options = {
@@ -96,13 +92,12 @@ def flow_matching(
 
 
 def scipy_rk45(model: NDM, z: Tensor, tolerance: float) -> Method:
-    """solve_ivp on the flattened state and log-density, one probe kept for the whole path."""
+    """Return a method by solve_ivp on the flat state and log-density, with one probe per path."""
 
     def run(seed: int) -> tuple[Tensor, float]:
         count, size = 0, z.numel()
-        probe = (
-            2 * torch.randint(2, z.shape, generator=torch.Generator().manual_seed(seed)) - 1
-        ).to(z)
+        generator = torch.Generator().manual_seed(seed)
+        probe = (2 * torch.randint(2, z.shape, generator=generator) - 1).to(z)
 
         def field(t: float, y: np.ndarray) -> np.ndarray:
             nonlocal count
@@ -111,20 +106,13 @@ def scipy_rk45(model: NDM, z: Tensor, tolerance: float) -> Method:
             with torch.enable_grad():
                 f = model.reverse_process.drift(state, model.process.level(t, state), 0.0)
                 product = torch.autograd.grad(f, state, probe)[0]
-            divergence = sum_event(product * probe)
-            return np.concatenate(
-                [f.detach().flatten().double().numpy(), divergence.double().numpy()]
-            )
+            divergence = sum_event(product * probe).double()
+            return np.concatenate([f.detach().flatten().double().numpy(), divergence.numpy()])
 
         start = np.concatenate([z.flatten().double().numpy(), np.zeros(len(z))])
-        end = solve_ivp(field, (0.0, 1.0), start, method="RK45", rtol=tolerance, atol=tolerance).y[
-            :, -1
-        ]
-        return (
-            log_normal(torch.from_numpy(end[:size].reshape(z.shape)))
-            + torch.from_numpy(end[size:]),
-            count,
-        )
+        path = solve_ivp(field, (0.0, 1.0), start, method="RK45", rtol=tolerance, atol=tolerance)
+        end = torch.from_numpy(path.y[:, -1])
+        return log_normal(end[:size].reshape(z.shape)) + end[size:], count
 
     return run
 
@@ -159,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument(
-        "--repeats", type=int, default=3, help="rounds; exact traces of flow_matching run once"
+        "--repeats", type=int, default=3, help="rounds; methods with exact traces run once"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -182,7 +170,7 @@ def main() -> None:
     for round_number in range(arguments.repeats):
         for name, method in methods(model, z).items():
             if round_number and "exact" in name:
-                continue  # nothing in it is random, and it takes long
+                continue  # deterministic and slow: once is enough
             started = time.perf_counter()
             log_p, evaluations = method(round_number)
             row = rows.setdefault(name, {"seconds": [], "nfe": [], "square": []})
@@ -192,10 +180,8 @@ def main() -> None:
     table = {}
     print(f"{'':<44}{'NFE':>5}{'images/s':>10}{'error':>8}{f'images/s at {TARGET}':>18}")
     for name, row in rows.items():
-        rate, error = (
-            len(x) / statistics.median(row["seconds"]),
-            math.sqrt(statistics.mean(row["square"])),
-        )
+        rate = len(x) / statistics.median(row["seconds"])
+        error = math.sqrt(statistics.mean(row["square"]))
         equal = rate * min(1.0, (TARGET / error) ** 2)
         table[name] = {
             "nfe": statistics.mean(row["nfe"]),
@@ -217,9 +203,8 @@ def main() -> None:
         "probes_ndm_over_scipy": best("ndm", False) / best("scipy", False),
         "exact_ndm_over_flow_matching": best("ndm", True) / best("flow_matching", True),
     }
-    print(
-        f"best at equal error: {', '.join(f'{name} {value:.1f}' for name, value in ratios.items())}"
-    )
+    text = ", ".join(f"{name} {value:.1f}" for name, value in ratios.items())
+    print(f"best at equal error: {text}")
     if arguments.json:
         content = {
             **ratios,

@@ -1,5 +1,7 @@
-"""How the benchmarks of speed measure: variants in turn, medians of ratios within a round, memory
-in a fresh process each.
+"""Timing and memory measurement for the speed benchmarks.
+
+Variants take turns; ratios are formed within a round, and their medians reported. Memory is
+measured in a fresh process for each variant.
 """
 
 import resource
@@ -21,7 +23,7 @@ def synchronize() -> None:
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """Wall time of one call, until the device has finished."""
+    """Return the wall time of one call, until the device has finished."""
     synchronize()
     start = time.perf_counter()
     step()
@@ -30,37 +32,36 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; every round steps all, so that a slow spell of the
-    machine hits each alike.
+    """Return the seconds of each step in each round.
+
+    Every round runs all steps, so that a slow spell of the machine affects all alike.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + WARM_UP):
         for name, step in steps.items():
-            taken = seconds(step)
+            duration = seconds(step)
             if number >= WARM_UP:
-                times[name].append(taken)
+                times[name].append(duration)
     return times
 
 
-def over(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of the ratio of two steps of the same round."""
+def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Return the median over rounds of the ratio of two steps of the same round."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def matmul_peak(device: str) -> float:
-    """Best rate of a float32 matrix product, floating-point operations per second.
+    """Return the best rate of a float32 matrix product, floating-point operations per second.
 
-    Several sizes, and as a 1x1 convolution as well: on a CPU that is the same product by oneDNN,
-    whose kernels may use wider instructions than those of the linear algebra library. Many short
-    runs, so that some of them have the core to themselves.
+    The product is tried at several sizes, and also as a 1x1 convolution: on a CPU, oneDNN's kernels
+    may use wider instructions than those of the linear algebra library. There are many short runs,
+    so that some of them have the core to themselves.
     """
     best = 0.0
     for size in (512, 1024) if device == "cpu" else (4096, 8192):
         a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-        image, kernel = (
-            a.reshape(1, size, 32, -1).to(memory_format=torch.channels_last),
-            b.reshape(size, size, 1, 1),
-        )
+        image = a.reshape(1, size, 32, -1).to(memory_format=torch.channels_last)
+        kernel = b.reshape(size, size, 1, 1)
         with torch.no_grad():
             for product in (
                 lambda a=a, b=b: a @ b,
@@ -72,16 +73,16 @@ def matmul_peak(device: str) -> float:
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """Return the resident set size of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_memory(device: str, build: Callable[[], Callable[[], object]], steps: int = 3) -> int:
-    """Peak bytes from before the model is built until a few steps are done: weights, gradients,
-    optimizer and activations.
+    """Return the peak bytes of building a model and taking a few training steps.
 
-    On a CPU this is the peak of the resident set over what the process held before, and so right in
-    a fresh process alone. It holds what the allocator keeps and what oneDNN packs as well.
+    This includes weights, gradients, optimizer state and activations. On a CPU it is the peak of
+    the resident set minus its size before, which is only right in a fresh process; it includes
+    the allocator's cache and the weights that oneDNN packs.
     """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -97,8 +98,8 @@ def peak_memory(device: str, build: Callable[[], Callable[[], object]], steps: i
 
 
 def in_fresh_process(script: str, arguments: Sequence[str]) -> int:
-    """The number that a benchmark prints when it is started anew with these arguments."""
-    found = subprocess.run(
+    """Run a benchmark with these arguments in a new process; return the number it prints."""
+    finished = subprocess.run(
         [sys.executable, script, *arguments], check=True, capture_output=True, text=True
     )
-    return int(found.stdout.split()[-1])
+    return int(finished.stdout.split()[-1])

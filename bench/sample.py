@@ -1,13 +1,12 @@
-"""Time of one sampling step of NDM variants over that of a plain diffusion with the same predictor
-network.
+"""Time of a sampling step of NDM variants, relative to a plain diffusion with the same predictor.
 
 python bench/sample.py [--size 28] [--batch 64] [--channels 32] [--steps 4] [--repeats 9] [--bf16]
-[--json FILE]
+    [--json FILE]
 
-``variants.py`` says what is compared; ``direct_score`` is a direct reverse process with a second
-output, the one that has an ODE. Every variant takes a few steps of each method, and all methods and
-variants take turns; a ratio is the median over rounds of the ratio within a round. Nothing is drawn
-from the decoder. The time of the plain diffusion's step is given in ms.
+``variants.py`` describes the variants; ``direct_score`` is a direct reverse process with a second
+output, which has an ODE. Every variant takes a few steps of each method, and all methods and
+variants take turns. Ratios are medians over rounds of the ratio within a round. Nothing is drawn
+from the decoder.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from measure import in_turn, over
+from measure import in_turn, median_ratio
 from ndm.sample import Method, make_sampler
 from variants import Setting, ours
 
@@ -42,7 +41,7 @@ KEYS = {
 
 
 def make_steps(setting: Setting, steps: int) -> dict[str, Callable[[], object]]:
-    """A few steps of each variant by each method that it has, by name."""
+    """Return functions that take a few steps of each variant with each of its methods, by name."""
     z = torch.randn(setting.batch, 1, setting.size, setting.size, device=setting.device)
     runs: dict[str, Callable[[], object]] = {}
     for variant in VARIANTS:
@@ -74,12 +73,10 @@ def main() -> None:
         default=32,
         help="width of the predictor's first level; a multiple of 16",
     )
-    parser.add_argument(
-        "--steps", type=int, default=4, help="sampling steps that are timed together"
-    )
+    parser.add_argument("--steps", type=int, default=4, help="sampling steps timed together")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
-        "--bf16", action="store_true", help="networks under bf16 autocast; for GPUs"
+        "--bf16", action="store_true", help="run networks under bf16 autocast; for GPUs"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -93,12 +90,16 @@ def main() -> None:
         f"{setting.size}x{setting.size}, batch {setting.batch}, width {setting.channels}, {where},"
         f" median of {arguments.repeats}"
     )
-    print(f"{'variant, method':<36}{'ms a step':>11}{'over ddpm':>11}")
-    for name, taken in times.items():
-        ratio = over(times, name, f"ddpm {name.split()[1]}")
-        print(f"{name:<36}{1e3 * statistics.median(taken) / arguments.steps:11.1f}{ratio:11.3f}")
+
+    def over_ddpm(name: str) -> float:
+        return median_ratio(times, name, f"ddpm {name.split()[1]}")
+
+    print(f"{'variant, method':<36}{'ms per step':>11}{'over ddpm':>11}")
+    for name, durations in times.items():
+        milliseconds = 1e3 * statistics.median(durations) / arguments.steps
+        print(f"{name:<36}{milliseconds:11.1f}{over_ddpm(name):11.3f}")
     if arguments.json:
-        ratios = {key: over(times, name, f"ddpm {name.split()[1]}") for key, name in KEYS.items()}
+        ratios = {key: over_ddpm(name) for key, name in KEYS.items()}
         context = {
             "device": where,
             "threads": threads,

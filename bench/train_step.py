@@ -1,15 +1,15 @@
-"""Time and memory of one training step of NDM variants, of a plain diffusion with the same
-predictor, and of two other libraries.
+"""Time and memory of a training step of NDM variants, a plain diffusion and two other libraries.
 
-pip install -c constraints.txt -e '.[bench]' pip install -c constraints.txt --no-deps
-denoising-diffusion-pytorch python bench/train_step.py [--size 28] [--batch 64] [--channels 32]
-[--repeats 9] [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
+pip install -c constraints.txt -e '.[bench]'
+pip install -c constraints.txt --no-deps denoising-diffusion-pytorch
+python bench/train_step.py [--size 28] [--batch 64] [--channels 32] [--repeats 9]
+    [--only NAME ...] [--no-memory] [--bf16] [--json FILE]
 
-``variants.py`` says what is compared. All variants are stepped in turn, round after round; a ratio
-is the median over rounds of the ratio within a round. Memory is the peak of a fresh process for
-each variant (see ``measure.py``), or the allocator's on a GPU. ``share_of_matmul_peak`` is the
-floating-point operations of the plain diffusion's step, forward and backward, over its best time,
-divided by the best rate of a float32 matrix product in the same run with the same threads.
+``variants.py`` describes the variants. They take turns, and ratios are medians over rounds of the
+ratio within a round. Memory is the peak of a fresh process for each variant (see ``measure.py``),
+or that of the allocator on a GPU. ``share_of_matmul_peak`` is the floating-point operations of the
+plain diffusion's step, forward and backward, over its best time, divided by the best rate of a
+float32 matrix product in the same run with the same threads.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from measure import in_fresh_process, in_turn, matmul_peak, over, peak_memory
+from measure import in_fresh_process, in_turn, matmul_peak, median_ratio, peak_memory
 from variants import PEERS, Setting, parameters, training
 
 OURS = (
@@ -43,7 +43,7 @@ OURS = (
 
 
 def make_step(name: str, setting: Setting) -> Callable[[], object]:
-    """One training step of a variant: loss, gradients, AdamW."""
+    """Return a function that takes one training step of a variant: loss, gradients, AdamW."""
     base = name.removesuffix("_bf16")
     setting = replace(setting, bf16=setting.bf16 or base != name)
     module, loss = training(base, setting)
@@ -61,8 +61,9 @@ def make_step(name: str, setting: Setting) -> Callable[[], object]:
 
 
 def operations(setting: Setting) -> int:
-    """Floating-point operations of the plain diffusion's step, forward and backward; attention
-    counted by its matrix products.
+    """Return the floating-point operations of the plain diffusion's step, forward and backward.
+
+    Attention counts as its matrix products.
     """
     model, loss = training("ddpm", setting)
     x = setting.data()
@@ -73,33 +74,27 @@ def operations(setting: Setting) -> int:
 
 
 def measure_memory(names: list[str], setting: Setting) -> dict[str, int]:
-    flags = [
-        "--size",
-        str(setting.size),
-        "--batch",
-        str(setting.batch),
-        "--channels",
-        str(setting.channels),
-    ] + ["--bf16"] * setting.bf16
+    flags = ["--size", str(setting.size), "--batch", str(setting.batch)]
+    flags += ["--channels", str(setting.channels)] + ["--bf16"] * setting.bf16
     return {name: in_fresh_process(__file__, ["--memory-of", name, *flags]) for name in names}
 
 
 def report(
     times: dict[str, list[float]], memory: dict[str, int], setting: Setting
 ) -> dict[str, float]:
-    """Print the table; the ratios by name."""
+    """Print the table, and return the ratios by name."""
     ratios = {}
     print(f"{'variant':<42}{'ms':>9}{'over ddpm':>11}{'MiB':>8}{'over ddpm':>11}")
     for name in times:
-        ratio, held = over(times, name, "ddpm"), memory.get(name)
+        ratio, peak = median_ratio(times, name, "ddpm"), memory.get(name)
         line = f"{name:<42}{1e3 * statistics.median(times[name]):9.1f}{ratio:11.2f}"
-        print(line + (f"{held / 2**20:8.0f}{held / memory['ddpm']:11.2f}" if held else ""))
+        print(line + (f"{peak / 2**20:8.0f}{peak / memory['ddpm']:11.2f}" if peak else ""))
         key = f"ddpm_over_{name}" if name in PEERS else f"{name}_over_ddpm"
         if name != "ddpm":
-            ratios[key] = over(times, "ddpm", name) if name in PEERS else ratio
-            if held:
+            ratios[key] = median_ratio(times, "ddpm", name) if name in PEERS else ratio
+            if peak:
                 ratios[f"{key}_memory"] = (
-                    memory["ddpm"] / held if name in PEERS else held / memory["ddpm"]
+                    memory["ddpm"] / peak if name in PEERS else peak / memory["ddpm"]
                 )
     for name in ("ddpm", *(name for name in PEERS if name in times)):
         print(f"parameters of {name}: {parameters(training(name, setting)[0]):,}")
@@ -122,15 +117,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
-        "--only", nargs="+", choices=[*OURS, *PEERS], help="these variants, and ddpm"
+        "--only", nargs="+", choices=[*OURS, *PEERS], help="only these variants, and ddpm"
     )
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--bf16", action="store_true", help="networks under bf16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="run networks under bf16 autocast")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--memory-of",
         choices=[*OURS, *PEERS],
-        help="print the peak memory of one variant in bytes, nothing else",
+        help="only print the peak memory of one variant in bytes",
     )
     return parser.parse_args()
 
@@ -141,13 +136,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(arguments.size, arguments.batch, arguments.channels, device, arguments.bf16)
     if arguments.memory_of:
-        torch.randn(
-            8, 8, device=device
-        ).sum()  # what the device needs by itself is there before the count begins
+        # Initialize the device and import the peer first, so that they are not counted.
+        torch.randn(8, 8, device=device).sum()
         if arguments.memory_of in PEERS:
-            training(
-                arguments.memory_of, Setting(size=8, batch=1, channels=16, device=device)
-            )  # imports, too
+            training(arguments.memory_of, Setting(size=8, batch=1, channels=16, device=device))
         print(peak_memory(device, lambda: make_step(arguments.memory_of, setting)))
         return
     names = [

@@ -1,24 +1,24 @@
-"""What the benchmarks of speed compare: NDM variants with one predictor, and the same diffusion
-trained by two other libraries.
+"""Models of the speed benchmarks: NDM variants with one predictor, and two other libraries.
 
-================================  ===========================================================================================
-``ddpm``                          F = x, continuous time: the plain diffusion that everything is measured against
-``direct_*``, ``tied_*``          the reverse process; ``separable`` is :class:`ndm.SeparableTransform`, else the paper's F
+================================  ==================================================================
+``ddpm``                          F = x, continuous time: the plain diffusion, the baseline
+``direct_*``, ``tied_*``          the reverse process, with the paper's F
+``*_separable``                   F is :class:`ndm.SeparableTransform`
 no suffix                         F is the predictor's U-Net at half its width
 ``*_same_width``, ``*_mlp``       F is that U-Net at its full width, or an MLP of width 128
 ``*_discrete``                    T = 1000 steps, no time derivative
-``*_bf16``                        that variant with its predictor's network under bf16 autocast
+``*_bf16``                        the variant with its predictor's network under bf16 autocast
 ``diffusers``                     ``UNet2DModel``, noise prediction, ``DDPMScheduler.add_noise``
 ``denoising_diffusion_pytorch``   ``Unet`` in ``GaussianDiffusion``, noise prediction
-``*_channels_last``               that peer with its weights and its images in channels_last, as our U-Net has them
-================================  ===========================================================================================
+``*_channels_last``               the peer with weights and images in channels_last, as in our U-Net
+================================  ==================================================================
 
-The peers have as many parameters as our U-Net (the counts are printed). diffusers' network has the
-same architecture: resolutions, widths, blocks a level, attention at the lowest resolution and in
-the middle, scale and shift by time. The other has the same resolutions and full attention at the
-same places, and by its design two blocks a level and linear attention at the other stages; its
-width is chosen to match the number of parameters. Every variant steps the same optimizer. By itself
-neither peer chooses a memory format, so each is there twice: as it comes, and in channels_last.
+The peers have about as many parameters as our U-Net (the counts are printed). diffusers' network
+has the same architecture: resolutions, widths, blocks per level, attention at the lowest resolution
+and in the middle, scale and shift by time. The other has the same resolutions and full attention at
+the same places, but two blocks per level and linear attention at the other stages; its width is
+chosen to match the number of parameters. All variants use the same optimizer. Neither peer chooses
+a memory format, so each is measured both in the default format and in channels_last.
 """
 
 import sys
@@ -40,7 +40,7 @@ CHANNELS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants share."""
+    """Settings shared by all variants."""
 
     size: int = 28
     """Height and width of the images."""
@@ -52,17 +52,12 @@ class Setting:
     """Run networks under bf16 autocast."""
 
     def data(self) -> Tensor:
-        """Random images of 256 gray values."""
-        shape = (self.batch, 1, self.size, self.size)
-        return (
-            ndm.DiscretizedGaussian(NUM_VALUES)
-            .values[torch.randint(NUM_VALUES, shape)]
-            .float()
-            .to(self.device)
-        )
+        """Return random images of 256 gray values."""
+        indices = torch.randint(NUM_VALUES, (self.batch, 1, self.size, self.size))
+        return ndm.DiscretizedGaussian(NUM_VALUES).values[indices].float().to(self.device)
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """Return the context of a forward pass."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
 
@@ -85,21 +80,16 @@ def _transform(name: str, setting: Setting) -> Transform:
             setting.size**2, hidden=128, blocks=2, outputs=outputs, max_frequency=4.0
         )
     else:
-        network = unet(
-            setting.channels if "same_width" in name else setting.channels // 2, outputs, 4.0
-        )
+        width = setting.channels if "same_width" in name else setting.channels // 2
+        network = unet(width, outputs, 4.0)
     return ndm.SeparableTransform(network) if outputs else ndm.NetworkTransform(network)
 
 
 def ours(name: str, setting: Setting) -> ndm.NDM:
-    """A model by its name."""
-    reverse = (
-        "direct-score"
-        if name.startswith("direct_score")
-        else "direct"
-        if name.startswith("direct")
-        else "tied"
-    )
+    """Return a variant by name."""
+    reverse = "tied"
+    if name.startswith("direct"):
+        reverse = "direct-score" if name.startswith("direct_score") else "direct"
     return ndm.NDM(
         ndm.LinearLogSNRSchedule(-13.3, 5.0),
         _transform(name, setting),
@@ -111,7 +101,7 @@ def ours(name: str, setting: Setting) -> ndm.NDM:
 
 
 def diffusers(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Their network and the loss of a batch, as in their training example."""
+    """Return their network and the loss of a batch, as in their training example."""
     from diffusers import DDPMScheduler, UNet2DModel
 
     network = UNet2DModel(
@@ -131,25 +121,21 @@ def diffusers(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     def loss(x: Tensor) -> Tensor:
         noise = torch.randn_like(x)
         t = torch.randint(1000, (len(x),), device=x.device)
-        return nn.functional.mse_loss(
-            network(scheduler.add_noise(x, noise, t), t, return_dict=False)[0].float(), noise
-        )
+        predicted = network(scheduler.add_noise(x, noise, t), t, return_dict=False)[0]
+        return nn.functional.mse_loss(predicted.float(), noise)
 
     return network, loss
 
 
 def _import_denoising_diffusion() -> tuple[type[nn.Module], type[nn.Module]]:
-    """Its Unet and GaussianDiffusion.
+    """Import its Unet and GaussianDiffusion.
 
-    The package imports torchvision for its data sets and pictures. torchvision has no build beside
-    the CPU build of torch, so an empty module stands in for it while the package is imported, and
-    is removed again: network and loss use none of it.
+    The package imports torchvision for its data sets and pictures, but not for network and loss.
+    torchvision does not load with the CPU build of torch, so an empty module replaces it during
+    the import.
     """
-    names = (
-        ()
-        if "torchvision" in sys.modules
-        else ("torchvision", "torchvision.transforms", "torchvision.utils")
-    )
+    names = ("torchvision", "torchvision.transforms", "torchvision.utils")
+    names = () if "torchvision" in sys.modules else names
     stubs = {name: types.ModuleType(name) for name in names}
     for name, stub in stubs.items():
         if "." in name:
@@ -164,16 +150,17 @@ def _import_denoising_diffusion() -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def denoising_diffusion_pytorch(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Their network, of the (even) width and the head size that come nearest to our number of
-    parameters, and the loss of a batch.
+    """Return their network and the loss of a batch.
+
+    The (even) width and the head size are chosen to match our number of parameters best.
     """
     unet_class, diffusion_class = _import_denoising_diffusion()
-    wanted = parameters(unet(setting.channels))
+    target = parameters(unet(setting.channels))
 
     def network(width: int, head: int) -> nn.Module:
         return unet_class(
@@ -190,7 +177,7 @@ def denoising_diffusion_pytorch(setting: Setting) -> tuple[nn.Module, Callable[[
         for width in range(setting.channels // 2, setting.channels + 5, 2)
         for head in (24, 28, 32, 36, 40)
     ]
-    best = network(*min(shapes, key=lambda shape: abs(parameters(network(*shape)) - wanted)))
+    best = network(*min(shapes, key=lambda shape: abs(parameters(network(*shape)) - target)))
     diffusion = diffusion_class(
         best, image_size=setting.size, objective="pred_noise", auto_normalize=False
     ).to(setting.device)
@@ -201,7 +188,7 @@ Peer = Callable[[Setting], tuple[nn.Module, Callable[[Tensor], Tensor]]]
 
 
 def in_channels_last(peer: Peer) -> Peer:
-    """A peer with its weights and its images in channels_last."""
+    """Return the peer with weights and images in channels_last."""
 
     def build(setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         module, loss = peer(setting)
@@ -209,14 +196,10 @@ def in_channels_last(peer: Peer) -> Peer:
         return module, lambda x: loss(last(x))
 
     def last(x: Tensor) -> Tensor:
-        # A tensor of one channel has both formats at once, and keeps strides that libraries read as
-        # the default one.
-        return torch.empty_strided(
-            x.shape,
-            (x[0].numel(), 1, x.shape[1] * x.shape[3], x.shape[1]),
-            dtype=x.dtype,
-            device=x.device,
-        ).copy_(x)
+        # A tensor of one channel has both formats; with its own strides, libraries would treat it
+        # as the default one.
+        strides = (x[0].numel(), 1, x.shape[1] * x.shape[3], x.shape[1])
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
     return build
 
@@ -229,7 +212,7 @@ PEERS |= {f"{name}_channels_last": in_channels_last(peer) for name, peer in PEER
 
 
 def training(name: str, setting: Setting) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The network and the loss of a batch, of a variant of ours or a peer."""
+    """Return the network and the loss of a batch for one of our variants or a peer."""
     if name in PEERS:
         return PEERS[name](setting)
     model = ours(name, setting)

@@ -271,7 +271,7 @@ def test_wrong_shapes_and_arguments_are_refused_in_one_line() -> None:
         (lambda: UNet(1, 8, ()), "multiples"),
         (lambda: DiT(3)(torch.zeros(2, 3, 7, 8), t), "multiples of 2.*patch"),
         (lambda: DiT(3, width=6), "width=6"),
-        (lambda: UNet(3, norm="layer"), "norm='layer' is not known: choose one of group, channel"),
+        (lambda: UNet(3, norm="layer"), "norm='layer' is unknown: choose one of group, channel"),
         (lambda: MLP(0), "dims=0"),
         (lambda: MLP(3, dropout=1.0), "dropout=1"),
     ]

@@ -238,11 +238,11 @@ def test_files_that_are_no_feature_networks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no feature network"):
         torchscript_features(tmp_path / "missing.pt", (1, 2, 2))
     (tmp_path / "text.pt").write_text("no network")
-    with pytest.raises(UserError, match="no TorchScript file"):
+    with pytest.raises(UserError, match="not a TorchScript file"):
         torchscript_features(tmp_path / "text.pt", (1, 2, 2))
-    with pytest.raises(UserError, match=r"must give features \(B, d\)"):
+    with pytest.raises(UserError, match=r"must return features \(B, d\)"):
         torchscript_features(saved(tmp_path / "maps.pt", Maps()), (1, 2, 2))
-    with pytest.raises(UserError, match="say what it expects: scale, size and channels"):
+    with pytest.raises(UserError, match="set its input format: scale, size and channels"):
         torchscript_features(
             saved(tmp_path / "wide.pt", nn.Sequential(nn.Flatten(), nn.Linear(7, 2))),
             (1, 2, 2),
@@ -301,7 +301,7 @@ def test_the_fingerprint_follows_seed_and_weights(
     weights = load_file(tmp_path / "c" / "model.safetensors")
     weights["mean"] += 1
     save_file(weights, tmp_path / "c" / "model.safetensors")
-    with pytest.raises(UserError, match="not those of the fingerprint"):
+    with pytest.raises(UserError, match="do not match the fingerprint"):
         load_classifier(tmp_path / "c")
 
 

@@ -314,7 +314,7 @@ def test_steps_default_to_those_the_model_was_trained_with() -> None:
     ("options", "pattern"),
     [
         ({"method": "langevin"}, "ancestral, ddim, sde, ode"),
-        ({"method": "ancestral", "solver": "heun"}, "takes none"),
+        ({"method": "ancestral", "solver": "heun"}, "leave solver out"),
         ({"method": "ode", "solver": "torchsde-srk"}, "heun, euler, dopri5"),
         ({"method": "sde", "solver": "dopri5"}, "euler, heun"),
         ({"method": "ddim", "eta": 0.5}, "deterministic"),

@@ -35,6 +35,7 @@ from ndm.schedule import (
     LinearLogSNRSchedule,
     NoiseLevel,
     Schedule,
+    VariancePreserving,
 )
 from ndm.time_sampling import (
     ImportanceTimeSampler,
@@ -55,7 +56,7 @@ from ndm.variants import NFDM, NetworkScale
 
 try:
     __version__ = version("ndm")
-except PackageNotFoundError:  # run from a source tree that is not installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _SUBMODULES = (
@@ -73,7 +74,7 @@ _SUBMODULES = (
 
 
 def __getattr__(name: str) -> object:
-    """Import a submodule when it is asked for: some need extras, or seconds."""
+    """Import a submodule on first use: some need extras or take seconds to import."""
     if name in _SUBMODULES:
         return importlib.import_module(f"ndm.{name}")
     raise AttributeError(f"module 'ndm' has no attribute {name!r}")
@@ -129,6 +130,7 @@ __all__ = [
     "Transform",
     "UniformTimeSampler",
     "UserError",
+    "VariancePreserving",
     "__version__",
     "bits_per_dim",
     "make_sampler",

@@ -1,7 +1,7 @@
-"""Devices, and the precision in which networks run on them. Everything that is not a network stays
-in the precision of the data.
+"""Devices, and the precision in which networks run.
 
-Precisions have Lightning's names: ``32-true`` for none, ``bf16-mixed``, ``16-mixed``.
+Precisions have Lightning's names: ``32-true`` (no autocast), ``bf16-mixed``, ``16-mixed``. They
+apply to networks only; everything else runs in the precision of the data.
 """
 
 import os
@@ -19,18 +19,17 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name; ``auto`` is the accelerator of this machine, or the CPU.
+    """Return the device of a name; ``auto`` is the accelerator if there is one, else the CPU.
 
-    Of several accelerators each process that torchrun started takes its own.
+    With several GPUs each process of torchrun uses its own.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is not available.
     """
     try:
         if name == "auto":
-            device = torch.accelerator.current_accelerator(check_available=True) or torch.device(
-                "cpu"
-            )
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            device = accelerator or torch.device("cpu")
         else:
             device = torch.device("cuda" if name == "gpu" else name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -44,47 +43,40 @@ def pick_device(name: str = "auto") -> torch.device:
         ZeroDivisionError,
     ) as error:
         raise UserError(
-            f"the device {name!r} is not available here; choose auto, cpu or cuda"
+            f"the device {name!r} is not available; choose auto, cpu or cuda"
         ) from error
     return device
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """The context in which networks on a device run in a precision.
+    """Return a context in which networks on a device run in a precision.
 
     Raises:
-        UserError: there is no such precision.
+        UserError: the precision is unknown.
     """
     check_choice("precision", precision, get_args(Precision))
     if precision == "32-true":
         return nullcontext()
-    return torch.autocast(
-        device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16
-    )
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    return torch.autocast(device.type, dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The half precision of the autocast around us for the device of ``x``; None where there is
-    none.
-    """
+    """Return the dtype of the active autocast on the device of ``x``, or None without autocast."""
     device = x.device.type
-    return (
-        torch.get_autocast_dtype(device)
-        if device != "meta" and torch.is_autocast_enabled(device)
-        else None
-    )
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """The context in which networks on the device of ``x`` run in the precision of their inputs,
-    whatever autocast is around.
-    """
+    """Return a context without autocast on the device of ``x``."""
     device = x.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor, its cores and threads, the accelerator and the versions, JSON-ready."""
+    """Return the processor, cores, threads, accelerator and versions, JSON-ready."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return {
         "processor": platform.processor() or platform.machine(),

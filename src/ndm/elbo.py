@@ -8,29 +8,33 @@ Discrete time, T steps, s = (i-1)/T, t = i/T (NDM, Algorithm 1):
 
 .. math::
     L_{\text{diffusion}} = T\, E_i \frac{\|\Delta\mu\|^2}{2 v}, \qquad
-    \Delta\mu = (\alpha_s - k\alpha_t)\,\Delta F_t + \alpha_s (\Delta F_s - \Delta F_t), \qquad \Delta F_t = F(x,t) - F(\hat x,t)
+    \Delta\mu = (\alpha_s - k\alpha_t)\,\Delta F_t + \alpha_s (\Delta F_s - \Delta F_t), \qquad
+    \Delta F_t = F(x,t) - F(\hat x,t)
 
-Continuous time (NDM, section 3.3; any eta, ours):
+Continuous time (NDM, section 3.3; for any eta, ours):
 
 .. math::
     L_{\text{diffusion}} = E_t\, \frac{e^{-\gamma}\gamma'}{2\eta^2}
-        \Bigl\| \Delta\dot F / \gamma' - \tfrac12 (1 + \eta^2)\, \Delta F \Bigr\|^2, \qquad \Delta\dot F = \partial_t \Delta F
+        \Bigl\| \Delta\dot F / \gamma' - \tfrac12 (1 + \eta^2)\, \Delta F \Bigr\|^2, \qquad
+    \Delta\dot F = \partial_t \Delta F
 
-The sign between the two is minus: at eta = 1 the target of the reverse process is F - dF/dgamma.
-With F = x this is VDM's loss. All three terms carry gradients for phi: leaving the prior or the
-reconstruction out, or reweighting the diffusion term, lets F collapse.
+The sign between the two terms is minus: at eta = 1 the reverse process regresses on F - dF/dgamma.
+With F = x this is VDM's loss. The parameters phi of F receive gradients from all three terms.
+Without the prior or the reconstruction term, or with a reweighted diffusion term, F collapses.
 
-A reverse process in discrete time may have another variance, r v instead of v (Analytic-DPM, Bao et
-al. 2022). Its step costs
-
-.. math::
-    KL(q(z_s|z_t,x)\,\|\,N(\hat\mu, r v I)) = \frac{\|\Delta\mu\|^2}{2 r v} + \frac D2 \bigl(\log r + \tfrac1r - 1\bigr),
-
-and with K whole paths z of q(.|x) the discrete-time model has a bound that tightens with K (Burda
-et al. 2016):
+In discrete time the reverse process may have variance r v instead of v (Analytic-DPM, Bao et al.
+2022). Each step then costs
 
 .. math::
-    -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad w_k = p(x, z^{(k)}) / q(z^{(k)}|x) .
+    KL(q(z_s|z_t,x)\,\|\,N(\hat\mu, r v I))
+        = \frac{\|\Delta\mu\|^2}{2 r v} + \frac D2 \bigl(\log r + \tfrac1r - 1\bigr) .
+
+With K paths z drawn from q(.|x), the discrete-time model also has a bound that tightens with K
+(Burda et al. 2016):
+
+.. math::
+    -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad
+    w_k = p(x, z^{(k)}) / q(z^{(k)}|x) .
 
 :mod:`ndm.evaluation.calibrate` finds the best r and the best eta after training.
 """
@@ -54,30 +58,29 @@ from ndm.transform import Curve
 
 @dataclass(frozen=True)
 class Bound:
-    """The terms of the negative evidence lower bound of each example: ``(B,)`` tensors, nats."""
+    """Terms of the negative evidence lower bound per example: ``(B,)`` tensors, nats."""
 
     prior: Tensor
     diffusion: Tensor
     reconstruction: Tensor
     regression: Tensor | None = None
-    """What the second head of a direct reverse process learns from, with gradients alone; no part
-    of the bound.
+    """Regression loss of the second head of a direct reverse process, when gradients are enabled.
+
+    Not part of the bound.
     """
 
     @property
     def loss(self) -> Tensor:
-        """What training minimizes: the bound, and the regression of a second head if there is one;
-        ``(B,)``, nats.
-        """
+        """The training loss ``(B,)``, nats: the bound plus the regression loss, if any."""
         return self.total if self.regression is None else self.total + self.regression
 
     @property
     def total(self) -> Tensor:
-        """The bound itself: an estimate whose expectation is at least -log p(x); ``(B,)``, nats."""
+        """The bound ``(B,)``, nats: an estimate whose expectation is at least -log p(x)."""
         return self.prior + self.diffusion + self.reconstruction
 
     def terms(self) -> dict[str, Tensor]:
-        """The terms and their sum by name."""
+        """Return the terms and their sum by name."""
         return {
             "prior": self.prior,
             "diffusion": self.diffusion,
@@ -87,49 +90,63 @@ class Bound:
 
 
 def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
-    """Nats per example to bits per dimension: nats/(D ln 2)."""
+    """Convert nats per example to bits per dimension: nats/(D ln 2)."""
     return nats / (dims * math.log(2))
 
 
 def prior_term(process: NoisingProcess, x: Tensor, curve: Curve | None = None) -> Tensor:
-    """KL(q(z_1|x) || N(0, I)), ``(B,)``, nats; ``curve`` is t -> F(x, t) where it is at hand."""
+    """Return KL(q(z_1|x) || N(0, I)), ``(B,)``, nats.
+
+    Args:
+        process: the forward process.
+        x: data ``(B, *event)``.
+        curve: t -> F(x, t), if it has been computed already.
+    """
     return process.marginal(x, process.level(1.0, x), curve).kl_to_normal()
 
 
 def reconstruction_term(
     process: NoisingProcess, decoder: Decoder, x: Tensor, noise: Tensor, curve: Curve | None = None
 ) -> Tensor:
-    """-log p(x|z_0) with z_0 drawn from q(z_0|x) by ``noise``; ``(B,)``, nats; ``curve`` is t ->
-    F(x, t) where it is at hand.
+    """Return -log p(x|z_0) for one z_0 ~ q(z_0|x), ``(B,)``, nats.
+
+    Args:
+        process: the forward process.
+        decoder: p(x|z_0).
+        x: data ``(B, *event)``.
+        noise: standard normal, from which z_0 is made.
+        curve: t -> F(x, t), if it has been computed already.
     """
     level = process.level(0.0, x)
     return -decoder.log_prob(x, process.first_marginal(x, level, curve).sample(noise), level)
 
 
 MOST_STEPS = 10**7
-"""Largest T: beyond it a step is lost in the rounding of single precision."""
+"""Largest T. With more steps, single precision rounds a step away."""
 Eta = float | PiecewiseConstant
-"""Stochasticity of the reverse process: a number, or a function of time."""
+"""Stochasticity of the reverse process: a number or a function of time."""
 
 
 def _eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
-    """Eta at times ``t`` ``(B,)``, such that it broadcasts against ``like``."""
+    """Return eta at times ``t`` ``(B,)``, in a shape that broadcasts against ``like``."""
     return expand(eta(t), like) if isinstance(eta, PiecewiseConstant) else eta
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw for each example: where in time, and what noise."""
+    """The time and the noise drawn for each example."""
 
     u: Tensor
-    """Uniform numbers in [0, 1), ``(B,)``: the time t in continuous time, in discrete time the step
-    floor(uT) + 1.
+    """Uniform numbers in [0, 1), ``(B,)``.
+
+    In continuous time u is the time t, in discrete time it selects the step floor(uT) + 1.
     """
     noise: Tensor
     """Standard normal, in the shape of F(x, t)."""
     coin: Tensor | None = None
-    """A uniform number ``(1,)`` for a direct reverse process with two heads, see
-    :meth:`ndm.reverse.MarkovReverse.learning_curve`.
+    """A uniform number ``(1,)`` for a direct reverse process with two heads.
+
+    See :meth:`ndm.reverse.MarkovReverse.learning_curve`.
     """
 
 
@@ -138,39 +155,40 @@ class BoundDraw(Draw):
     """All random numbers of one estimate of the bound."""
 
     weight: Tensor | None = None
-    """Importance weights of the times, ``(B,)``; None is 1."""
+    """Importance weights of the times, ``(B,)``; None means 1."""
     noise_0: Tensor | None = None
-    """Standard normal, in the shape of F(x, 0), for the reconstruction term."""
+    """Standard normal for the reconstruction term, in the shape of F(x, 0)."""
 
 
 @dataclass(frozen=True)
 class Integrand:
-    """The diffusion term at one time for each example, ``(B,)``, nats."""
+    """The diffusion term at one time per example, ``(B,)``, nats."""
 
     bound: Tensor
-    """What the diffusion term is the mean of."""
+    """The integrand; its mean over time is the diffusion term."""
     regression: Tensor | None = None
-    """What the second head of a direct reverse process learns from; no part of the bound."""
+    """Regression loss of the second head of a direct reverse process; not part of the bound."""
 
 
 def discrete_errors(
     reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """||Δmu||²/v of the step that contains u and the middle of that step, each ``(B,)``, and the
-    loss of a second head.
+    """Return ||Δmu||²/v at the step selected by u, its midpoint, and the loss of a second head.
+
+    The first two have shape ``(B,)``. Arguments are those of :func:`discrete_diffusion`.
     """
     step = torch.floor(draw.u * steps).clamp(max=steps - 1)
-    middle = (step + 0.5) / steps
+    midpoint = (step + 0.5) / steps
     s, t = reverse.process.schedule(step / steps), reverse.process.schedule((step + 1) / steps)
     true_s, true_t = curve.at_both(s, t)
-    eta_at = _eta_at(eta, middle, true_t)
-    guess, regression = reverse.learning_curve(true_t, draw.noise, t, eta_at, draw.coin)
-    guess_s, guess_t = guess.at_both(s, t)
-    difference_s, difference_t = true_s - guess_s, true_t - guess_t
+    eta_at = _eta_at(eta, midpoint, true_t)
+    predicted, regression = reverse.learning_curve(true_t, draw.noise, t, eta_at, draw.coin)
+    predicted_s, predicted_t = predicted.at_both(s, t)
+    error_s, error_t = true_s - predicted_s, true_t - predicted_t
     at_s = s.expand(true_t)
     coefficients = posterior_coefficients(at_s, t.expand(true_t), eta_at)
-    mean = coefficients.target_weight * difference_t + at_s.alpha * (difference_s - difference_t)
-    return sum_event(mean**2 / coefficients.variance), middle, regression
+    mean_error = coefficients.target_weight * error_t + at_s.alpha * (error_s - error_t)
+    return sum_event(mean_error**2 / coefficients.variance), midpoint, regression
 
 
 def discrete_diffusion(
@@ -181,41 +199,42 @@ def discrete_diffusion(
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
-    """T ||Δmu||²/(2v) at the step that contains u: unbiased for the sum over steps when u is
-    uniform.
+    """Return T ||Δmu||²/(2v) at the step selected by u.
+
+    For uniform u this is an unbiased estimate of the sum over steps.
 
     Args:
         reverse: the reverse process.
         curve: t -> F(x, t) at the data.
         draw: u and noise.
         steps: T.
-        eta: of the posterior; positive, since the bound of DDIM (eta = 0) is infinite.
-        variance_ratio: r, by which the reverse variance exceeds v; None is r = 1.
+        eta: eta of the posterior; positive, because the bound of DDIM (eta = 0) is infinite.
+        variance_ratio: r, the ratio of the reverse variance to v; None means r = 1.
     """
-    square, middle, regression = discrete_errors(reverse, curve, draw, steps, eta)
+    square, midpoint, regression = discrete_errors(reverse, curve, draw, steps, eta)
     if variance_ratio is None:
         return Integrand(steps * square / 2, regression)
-    ratio = variance_ratio(middle)
-    return Integrand(
-        steps
-        * 0.5
-        * (square / ratio + event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)),
-        regression,
-    )
+    ratio = variance_ratio(midpoint)
+    excess = event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)
+    return Integrand(steps * 0.5 * (square / ratio + excess), regression)
 
 
 def continuous_errors(
     reverse: Reverse, curve: Curve, draw: Draw, eta: float | Tensor = 1.0
 ) -> tuple[NoiseLevel, Tensor, Tensor | None]:
-    """The level at t = u, and there :meth:`ndm.reverse.MarkovReverse.continuous_error`."""
+    """Return the noise level at t = u, the error there, and the loss of a second head.
+
+    See :meth:`ndm.reverse.Reverse.continuous_error`.
+    """
     level = reverse.process.schedule(draw.u)
     error, regression = reverse.continuous_error(curve, draw.noise, level, eta, draw.coin)
     return level, error, regression
 
 
 def continuous_diffusion(reverse: Reverse, curve: Curve, draw: Draw, eta: Eta = 1.0) -> Integrand:
-    """The integrand of the continuous-time diffusion term at t = u; arguments as
-    :func:`discrete_diffusion`.
+    """Return the integrand of the continuous-time diffusion term at t = u.
+
+    Arguments are those of :func:`discrete_diffusion`.
     """
     eta_at = _eta_at(eta, draw.u, draw.noise)
     level, error, regression = continuous_errors(reverse, curve, draw, eta_at)
@@ -230,26 +249,34 @@ def diffusion_integrand(
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
-    """The diffusion term at one time an example, in discrete (``steps`` = T) or continuous time
-    (``steps`` = None).
+    """Return the diffusion term at one time per example, in discrete or continuous time.
+
+    Args:
+        reverse: the reverse process.
+        curve: t -> F(x, t) at the data.
+        draw: u and noise.
+        steps: T; None for continuous time.
+        eta: stochasticity, positive.
+        variance_ratio: r, for discrete time only; None means r = 1.
 
     Raises:
-        UserError: eta or steps is out of range.
+        UserError: eta or steps is out of range, or continuous time is combined with a variance
+            ratio.
     """
-    _check_reverse(reverse, steps, eta)
+    _check_steps_and_eta(steps, eta)
     if steps is None and variance_ratio is not None:
         raise UserError(
-            "in continuous time only the reverse variance of the forward process gives a finite"
-            " bound; leave variance_ratio out, or give steps"
+            "variance_ratio needs discrete time: in continuous time the bound is infinite for"
+            " every reverse variance other than that of the forward process; leave variance_ratio"
+            " out, or give steps"
         )
     if steps is None:
         return continuous_diffusion(reverse, curve, draw, eta)
-    return discrete_diffusion(
-        require_markov(reverse, f"steps={steps}"), curve, draw, steps, eta, variance_ratio
-    )
+    markov = require_markov(reverse, f"steps={steps}")
+    return discrete_diffusion(markov, curve, draw, steps, eta, variance_ratio)
 
 
-def _check_reverse(reverse: Reverse, steps: int | None, eta: Eta) -> None:
+def _check_steps_and_eta(steps: int | None, eta: Eta) -> None:
     if not isinstance(eta, PiecewiseConstant) and not eta > 0:
         raise UserError(
             f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0,"
@@ -259,8 +286,8 @@ def _check_reverse(reverse: Reverse, steps: int | None, eta: Eta) -> None:
         isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS
     ):
         raise UserError(
-            f"steps={steps}: discrete time needs a whole number of steps from 1 to {MOST_STEPS};"
-            " None stands for continuous time"
+            f"steps={steps}: give an integer from 1 to {MOST_STEPS} for discrete time, or None for"
+            " continuous time"
         )
 
 
@@ -273,8 +300,9 @@ def path_log_weight(
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Tensor:
-    """log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process; its mean is
-    minus the NELBO.
+    """Return log w = log p(x, z) - log q(z|x) of one path z_1 ... z_0 of the T-step process.
+
+    Its expectation is minus the NELBO.
 
     Args:
         reverse: the reverse process.
@@ -282,13 +310,13 @@ def path_log_weight(
         x: data ``(B, *event)``.
         steps: T; the predictor is evaluated T times.
         source: source of randomness.
-        eta: of the posterior.
-        variance_ratio: r, by which the reverse variance exceeds v.
+        eta: eta of the posterior.
+        variance_ratio: r, the ratio of the reverse variance to v; None means r = 1.
 
     Returns:
         ``(B,)``, nats.
     """
-    _check_reverse(reverse, steps, eta)
+    _check_steps_and_eta(steps, eta)
     decoder.check(x)
     markov = require_markov(reverse, f"steps={steps}")
     process = markov.process
@@ -299,15 +327,14 @@ def path_log_weight(
     log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
     for index in range(steps, 0, -1):
         s = process.level((index - 1) / steps, x)
-        middle = torch.full_like(t.t, (index - 0.5) / steps)
-        eta_at = _eta_at(eta, middle, z)
+        midpoint = torch.full_like(t.t, (index - 0.5) / steps)
+        eta_at = _eta_at(eta, midpoint, z)
         true_s = curve.at(s)
         q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
         p = markov.posterior(z, s, t, eta_at)
-        widened = (
-            p.std if variance_ratio is None else p.std * expand(variance_ratio(middle), z).sqrt()
-        )
+        if variance_ratio is not None:
+            p = Gaussian(p.mean, p.std * expand(variance_ratio(midpoint), z).sqrt())
         z = q.sample(standard_normal(z, source))
-        log_weight = log_weight + Gaussian(p.mean, widened).log_prob(z) - q.log_prob(z)
+        log_weight = log_weight + p.log_prob(z) - q.log_prob(z)
         t, true_t = s, true_s
     return log_weight + decoder.log_prob(x, z, t)

@@ -1,8 +1,8 @@
-"""The errors that a user of the library can cause, and can mend.
+"""Errors that users can cause and fix.
 
-Every message says what is wrong, where, which values are allowed, and how to mend it, in one line.
-The command line prints the message alone and ends with exit code 2; anything that is not a
-:class:`UserError` is a bug of ours and keeps its traceback.
+Every message is one line: what is wrong, where, which values are allowed, and how to fix it. The
+command line prints only the message and exits with code 2. Any exception that is not a
+:class:`UserError` is a bug and keeps its traceback.
 """
 
 import importlib
@@ -10,20 +10,20 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """A wrong value, file or combination that the user can mend; the message is one line."""
+    """A wrong value, file or combination that the user can fix; the message is one line."""
 
 
 class MissingExtraError(UserError, ImportError):
-    """A part of the library needs a package that is not installed.
+    """An optional package is needed but not installed.
 
     Args:
         package: the package that could not be imported.
-        extra: the extra of ``ndm`` that brings it.
+        extra: the extra of ``ndm`` that installs it.
     """
 
     def __init__(self, package: str, extra: str):
         super().__init__(
-            f"{package} is not installed; it comes with the extra {extra!r}: pip install"
+            f"{package} is not installed; install it with the extra {extra!r}: pip install"
             f" 'ndm[{extra}]'"
         )
 
@@ -33,7 +33,7 @@ class ForwardModeError(UserError):
 
 
 class ForeignModuleError(UserError):
-    """A saved model has a part that is not of this library."""
+    """A saved model has a part that is not a class of this library."""
 
 
 def describe_value(value: object) -> str:
@@ -43,24 +43,24 @@ def describe_value(value: object) -> str:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Check that an argument is a whole number of at least ``least``.
+    """Check that an argument is an integer of at least ``least``.
 
     Raises:
         UserError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={describe_value(value)}: give a whole number of at least {least}")
+        raise UserError(f"{name}={describe_value(value)}: give an integer of at least {least}")
 
 
-def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Check that an argument is one of the known words.
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that an argument is one of the choices.
 
     Raises:
         UserError: it is not.
     """
-    if value not in known:
+    if value not in choices:
         raise UserError(
-            f"{name}={describe_value(value)} is not known: choose one of {', '.join(known)}"
+            f"{name}={describe_value(value)} is unknown: choose one of {', '.join(choices)}"
         )
 
 
@@ -69,8 +69,8 @@ def require(module: str, package: str, extra: str) -> None:
 
     Args:
         module: the module to import.
-        package: the package that holds it.
-        extra: the extra of ``ndm`` that brings the package.
+        package: the package that contains it.
+        extra: the extra of ``ndm`` that installs the package.
 
     Raises:
         MissingExtraError: the package is not installed.

@@ -6,9 +6,9 @@ r"""The forward process: marginal, posterior for any variance, conditional drift
     f(z,t,x) &= \frac{d(\alpha F)}{dt} + \Bigl(\frac{\sigma'}{\sigma} + \frac{g^2}{2\sigma^2}\Bigr)(z - \alpha F),
     \qquad g^2 = \eta^2 \sigma^2 \gamma'
 
-The posterior family is consistent with the marginals for every 0 <= v <= sigma_s²; v = eta²
-sigma_s² (1 - exp(gamma_s - gamma_t)) makes eta = 1 DDPM and eta = 0 DDIM. With d = gamma_s -
-gamma_t, what the bound needs is computed without cancellation however close s and t:
+The posterior is consistent with the marginals for every 0 <= v <= sigma_s². With v = eta² sigma_s²
+(1 - exp(gamma_s - gamma_t)), eta = 1 is DDPM and eta = 0 is DDIM. With d = gamma_s - gamma_t, the
+coefficients in the bound have no cancellation however close s and t are:
 
 .. math::
     k \alpha_t / \alpha_s = \exp\bigl(\tfrac12 [d + \log(1 + \eta^2 (e^d - 1))]\bigr), \qquad
@@ -33,38 +33,36 @@ from ndm.transform import Curve, Transform
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian with mean ``(B, *event)`` and standard deviation that broadcasts against it."""
+    """A Gaussian with mean ``(B, *event)`` and a standard deviation that broadcasts against it."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std noise."""
+        """Return mean + std noise."""
         return self.mean + self.std * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of ``value`` ``(B, *event)``, nats, ``(B,)``."""
+        """Return the log-density of ``value`` ``(B, *event)`` in nats, ``(B,)``."""
         standardized = (value - self.mean) / self.std
         log_scale = torch.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -sum_event(0.5 * standardized**2 + log_scale)
 
     def kl_to_normal(self) -> Tensor:
-        """KL(self || N(0, I)), nats, ``(B,)``."""
-        # sigma² - 1 - log sigma², through expm1 of log sigma² so that sigma near 1 loses nothing.
+        """Return KL(self || N(0, I)) in nats, ``(B,)``."""
+        # expm1 of log sigma² keeps sigma² - 1 - log sigma² accurate for sigma near 1.
         log_variance = 2 * torch.log(self.std)
         return 0.5 * sum_event(self.mean**2 + (torch.expm1(log_variance) - log_variance))
 
 
 @dataclass(frozen=True)
 class PosteriorCoefficients:
-    """Coefficients of q(z_s|z_t,x), in the shape of the levels they were made from."""
+    """Coefficients of q(z_s|z_t,x), in the shape of the levels."""
 
     k: Tensor
     """Weight of the noise part z_t - alpha_t F(x, t)."""
     target_weight: Tensor
-    """alpha_s - k alpha_t, without cancellation: the weight of the data in the mean where F(x, s) =
-    F(x, t).
-    """
+    """alpha_s - k alpha_t without cancellation: the weight of F in the mean if F is constant."""
     variance: Tensor
     """v"""
 
@@ -72,7 +70,7 @@ class PosteriorCoefficients:
 def posterior_coefficients(
     s: NoiseLevel, t: NoiseLevel, eta: float | Tensor
 ) -> PosteriorCoefficients:
-    """Coefficients of the posterior with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)).
+    """Return the coefficients of the posterior with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)).
 
     Args:
         s: the earlier level (closer to data).
@@ -83,32 +81,28 @@ def posterior_coefficients(
         UserError: eta is negative, or so large that v would exceed sigma_s².
     """
     shrink = torch.expm1(s.gamma - t.gamma)  # in [-1, 0]
-    taken = eta**2 * shrink  # -v/sigma_s²
-    if isinstance(eta, Tensor) or not 0 <= eta <= 1:  # an eta up to 1 is never out of range
+    relative_variance = eta**2 * shrink  # -v/sigma_s²
+    if isinstance(eta, Tensor) or not 0 <= eta <= 1:  # an eta up to 1 is always in range
         eta = torch.as_tensor(eta, dtype=shrink.dtype, device=shrink.device)
-        if not bool((eta >= 0).all()) or not bool((taken >= -1 - 1e-6).all()):
+        if not bool((eta >= 0).all()) or not bool((relative_variance >= -1 - 1e-6).all()):
             largest = float((-shrink).max()) ** -0.5
             raise UserError(
                 f"eta={float(eta.max()):g} is out of range for this step: the posterior needs 0 <="
                 f" eta <= {largest:.6g}; eta=1 is DDPM"
             )
-    taken = taken.clamp(min=-1)
-    # log1p stays off -1, where its gradient is infinite: a step may span so much of gamma that
-    # shrink rounds to -1.
+    relative_variance = relative_variance.clamp(min=-1)
+    # Over a long step shrink may round to -1, where the gradient of log1p is infinite.
+    off_pole = relative_variance.clamp(min=-1 + torch.finfo(relative_variance.dtype).eps)
+    log_ratio = 0.5 * (s.gamma - t.gamma + torch.log1p(off_pole))  # log(k alpha_t / alpha_s)
     return PosteriorCoefficients(
-        k=s.sigma / t.sigma * (1 + taken).sqrt(),
-        target_weight=-s.alpha
-        * torch.expm1(
-            0.5
-            * (s.gamma - t.gamma + torch.log1p(taken.clamp(min=-1 + torch.finfo(taken.dtype).eps)))
-        ),
-        variance=-(s.sigma**2) * taken,
+        k=s.sigma / t.sigma * (1 + relative_variance).sqrt(),
+        target_weight=-s.alpha * torch.expm1(log_ratio),
+        variance=-(s.sigma**2) * relative_variance,
     )
 
 
 class NoisingProcess(nn.Module, ABC):
-    """q(z_t|x) of a schedule and a transformation: what a bound in continuous time and its samplers
-    need.
+    """The marginals q(z_t|x) of a schedule and a transformation, in continuous time.
 
     Args:
         schedule: noise levels over time.
@@ -120,40 +114,34 @@ class NoisingProcess(nn.Module, ABC):
         self.schedule, self.transform = schedule, transform
 
     def level(self, t: Tensor | float, like: Tensor) -> NoiseLevel:
-        """The noise level at times ``t`` (a number or ``(B,)``) for a batch ``like`` ``(B,
-        *event)``.
-        """
+        """Return the noise level at ``t``, a number or ``(B,)``, for a batch ``like``."""
         t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
         return self.schedule(t.repeat(like.shape[0]) if t.dim() == 0 else t)
 
     @abstractmethod
     def curve(self, x: Tensor) -> Curve:
-        """What the process needs of ``x`` ``(B, *event)`` at any number of times, t -> F(x, t)
-        among it.
-        """
+        """Return the curve t -> F(x, t) at ``x`` ``(B, *event)``; subclasses may add to it."""
 
     @abstractmethod
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        """q(z_t|x) for ``x`` ``(B, *event)``; ``curve`` is :meth:`curve` of x where it is at hand."""
+        """Return q(z_t|x) for ``x`` ``(B, *event)``; pass :meth:`curve` of x if it is available."""
 
     def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        """q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), without an evaluation of F where F(x, 0) = x."""
-        return gaussian(
-            x if self.transform.data_at_zero else (curve or self.curve(x)).at(level), level
-        )
+        """Return q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), without evaluating F if F(x, 0) = x."""
+        at_zero = x if self.transform.data_at_zero else (curve or self.curve(x)).at(level)
+        return gaussian(at_zero, level)
 
 
 def gaussian(transformed: Tensor, level: NoiseLevel) -> Gaussian:
-    """N(alpha_t F, sigma_t² I) given F ``(B, *event)``."""
-    return Gaussian(
-        expand(level.alpha, transformed) * transformed, expand(level.sigma, transformed)
-    )
+    """Return N(alpha_t F, sigma_t² I) for F ``(B, *event)``."""
+    mean = expand(level.alpha, transformed) * transformed
+    return Gaussian(mean, expand(level.sigma, transformed))
 
 
 def drift_of(
     z: Tensor, transformed: tuple[Tensor, Tensor], level: NoiseLevel, eta: float = 1.0
 ) -> Tensor:
-    """The drift f(z, t, x) given F(x, t) and dF(x, t), ``(B, *event)``.
+    """Return the drift f(z, t, x), ``(B, *event)``, from F(x, t) and dF(x, t).
 
     Raises:
         UserError: eta > 0 where alpha = 0, so that g is infinite.
@@ -173,8 +161,9 @@ def drift_of(
 
 
 class ForwardProcess(NoisingProcess):
-    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² I), with its posteriors: discrete time as well as
-    continuous.
+    """The forward process q(z_t|x) = N(alpha_t F(x, t), sigma_t² I), with its posteriors.
+
+    It supports discrete and continuous time.
 
     Args:
         schedule: noise levels over time.
@@ -182,7 +171,7 @@ class ForwardProcess(NoisingProcess):
     """
 
     def curve(self, x: Tensor) -> Curve:
-        """t -> F(x, t) at ``x`` ``(B, *event)``."""
+        """Return t -> F(x, t) at ``x`` ``(B, *event)``."""
         return self.transform.curve(x)
 
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
@@ -191,8 +180,9 @@ class ForwardProcess(NoisingProcess):
     def posterior(
         self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0
     ) -> Gaussian:
-        """q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)); ``z`` and ``x`` ``(B,
-        *event)``.
+        """Return q(z_s|z_t,x) with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)).
+
+        ``z`` and ``x`` are ``(B, *event)``.
         """
         return self.posterior_of(z, self.curve(x).at_both(s, t), s, t, eta)
 
@@ -204,14 +194,14 @@ class ForwardProcess(NoisingProcess):
         t: NoiseLevel,
         eta: float | Tensor = 1.0,
     ) -> Gaussian:
-        """q(z_s|z_t,x) given F(x, s) and F(x, t)."""
+        """Return q(z_s|z_t,x) from F(x, s) and F(x, t)."""
         coefficients = posterior_coefficients(s.expand(z), t.expand(z), eta)
         return self._posterior(z, transformed, s, t, coefficients.k, coefficients.variance)
 
     def posterior_with_variance(
         self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, variance: Tensor
     ) -> Gaussian:
-        """q(z_s|z_t,x) with any variance v ``(B,)``, 0 <= v <= sigma_s².
+        """Return q(z_s|z_t,x) with variance v ``(B,)``, any with 0 <= v <= sigma_s².
 
         Raises:
             UserError: a variance lies outside [0, sigma_s²].
@@ -219,9 +209,8 @@ class ForwardProcess(NoisingProcess):
         if bool((variance < 0).any()) or bool((variance > s.sigma**2 * (1 + 1e-6)).any()):
             raise UserError("the posterior variance must lie between 0 and sigma_s²")
         k = (s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma
-        return self._posterior(
-            z, self.curve(x).at_both(s, t), s, t, expand(k, z), expand(variance, z)
-        )
+        transformed = self.curve(x).at_both(s, t)
+        return self._posterior(z, transformed, s, t, expand(k, z), expand(variance, z))
 
     @staticmethod
     def _posterior(
@@ -237,8 +226,9 @@ class ForwardProcess(NoisingProcess):
         return Gaussian(mean, variance.sqrt())
 
     def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma
-        sqrt(gamma'); ``(B, *event)``.
+        """Return the conditional reverse-time drift f(z, t, x), ``(B, *event)``.
+
+        The diffusion coefficient is g = eta sigma sqrt(gamma').
 
         Raises:
             UserError: eta > 0 where alpha = 0, so that g is infinite.

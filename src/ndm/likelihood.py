@@ -1,27 +1,31 @@
-r"""The log-likelihood of data under the generative ODE: of densities, and of values on a grid.
+r"""The log-likelihood of data under the generative ODE, for continuous and discrete data.
 
-**Density of z_0.** The reverse process gives log p(z_0): by the generative ODE (:mod:`ndm.ode`), or
-exactly where it is a transport map.
+**Density of z_0.** The reverse process computes log p(z_0) with the generative ODE
+(:mod:`ndm.ode`), or exactly if it is a transport map.
 
-**From z_0 to x.** Let :math:`\alpha_0, \sigma_0` be the noise level at t = 0. Every way below gives
-an unbiased
-:math:`w = p(x, z_0) / q(z_0|x)`, so that :math:`\log P(x) \ge E \log w`, and with K of them :math:`\log P(x) \ge E \log \frac1K \sum_k w_k`,
-which increases to log P(x) with K.
+**From z_0 to x.** Let :math:`\alpha_0, \sigma_0` be the noise level at t = 0. Each method of the
+table has an unbiased weight w, and K weights give a bound that increases to log P(x) with K:
 
-=================  ==========================================  ======================================================================
-``variational``    z_0 ~ q(z_0|x), the forward process         w = p(z_0) p(x|z_0) / q(z_0|x): the model with its own decoder, as in
-                                                               the bound
-``uniform``        z_0 = alpha_0 (x + U), U uniform on the     w = p(z_0) alpha_0^D prod(width): x is z_0/alpha_0, rounded to the
-                   bin of x; discrete data only                grid (Theis et al. 2016)
-``none``           z_0 = alpha_0 x; continuous data only       w = p(z_0) alpha_0^D: x is z_0/alpha_0 itself; no bound but equality
-=================  ==========================================  ======================================================================
+.. math::
+    w = p(x, z_0) / q(z_0|x), \qquad \log P(x) \ge E \log w, \qquad
+    \log P(x) \ge E \log \tfrac1K \textstyle\sum_k w_k .
 
-**Change of scale.** The factor :math:`\alpha_0^D` is the Jacobian of x -> z_0; the widths of the
-bins turn the density of x into the probability of an integer, log P(k) = log p(x) + sum log width,
-which is where the "7 bits" of 8-bit images in [-1, 1] come from (width 2/256). For discrete data
-all results are log-probabilities of the original integers, on any grid. For continuous data they
-are densities of x as the model sees it; :attr:`ndm.data.DataDescription.log_scale` moves them to
-the units of the source.
+===============  ==========================================  =======================================
+``variational``  z_0 ~ q(z_0|x), the forward process         w = p(z_0) p(x|z_0) / q(z_0|x): the
+                                                             model with its decoder, as in the bound
+``uniform``      z_0 = alpha_0 (x + U), U uniform on the     w = p(z_0) alpha_0^D prod(width): x is
+                 bin of x; discrete data only                z_0/alpha_0, rounded to the grid
+                                                             (Theis et al. 2016)
+``none``         z_0 = alpha_0 x; continuous data only       w = p(z_0) alpha_0^D: x is z_0/alpha_0;
+                                                             an equality, not a bound
+===============  ==========================================  =======================================
+
+**Change of scale.** The factor :math:`\alpha_0^D` is the Jacobian of x -> z_0. The widths of the
+bins turn the density of x into the probability of an integer, log P(k) = log p(x) + sum log width:
+the "7 bits" of 8-bit images in [-1, 1] (width 2/256). For discrete data all results are
+log-probabilities of the original integers, on any grid. For continuous data they are densities of
+the preprocessed x; :attr:`ndm.data.DataDescription.log_scale` converts them to the units of the
+source.
 """
 
 import math
@@ -51,9 +55,9 @@ class LogLikelihood:
     log_weights: Tensor
     """log w_k = log p(x, z_0)/q(z_0|x), ``(B, K)``, nats, float64 on the CPU."""
     coarse_log_weights: Tensor
-    """The same with half of the nodes of the quadrature."""
+    """``log_weights`` computed with half of the nodes of the quadrature."""
     nfe: float
-    """Evaluations of f for one sample of one example."""
+    """Evaluations of f per sample of z_0."""
 
     @property
     def log_p(self) -> Tensor:
@@ -62,7 +66,7 @@ class LogLikelihood:
 
     @property
     def single(self) -> Tensor:
-        """The mean of log w_k: the bound for one sample, ``(B,)``, nats."""
+        """The mean of log w_k: the bound for K = 1, ``(B,)``, nats."""
         return self.log_weights.mean(1)
 
 
@@ -73,11 +77,20 @@ def latent(
     how: Dequantization,
     source: RandomSource = None,
 ) -> tuple[Tensor, Tensor]:
-    """z_0 for data ``x`` ``(B, *event)``, and log w - log p(z_0), ``(B,)``, nats; see the table of
-    this module.
+    """Draw z_0 for data, and compute log w - log p(z_0); see the table of this module.
+
+    Args:
+        process: the forward process.
+        decoder: p(x|z_0).
+        x: data ``(B, *event)``.
+        how: ``variational``, ``uniform`` or ``none``.
+        source: source of randomness.
+
+    Returns:
+        z_0, and log w - log p(z_0), ``(B,)``, nats.
 
     Raises:
-        UserError: the way does not fit the data, or a value of x is off the decoder's grid.
+        UserError: the method does not fit the data, or a value of x is off the decoder's grid.
     """
     decoder.check(x)
     level = process.level(0.0, x)
@@ -87,27 +100,26 @@ def latent(
         return z, decoder.log_prob(x, z, level) - q.log_prob(z)
     if not process.transform.keeps_shape or isinstance(decoder, NetworkDecoder):
         raise UserError(
-            f"dequantization={how} takes z_0/alpha_0 for data, but here a network leads from z_0 to"
-            " x; use variational"
+            f"dequantization={how} needs x = z_0/alpha_0, but this model decodes z_0 with a"
+            " network; use variational"
         )
     scale = event_size(x) * torch.log(level.alpha)
     if how == "none":
         if decoder.discrete:
             raise UserError(
-                "dequantization=none is for continuous data; the probability of a value on a grid"
-                " needs variational or uniform"
+                "dequantization=none is for continuous data; use variational or uniform for"
+                " discrete data"
             )
         return expand(level.alpha, x) * x, scale
     check_choice("dequantization", how, get_args(Dequantization))
     if not isinstance(decoder, DiscretizedGaussian):
         raise UserError(
-            "dequantization=uniform is for values on a grid (decoder DiscretizedGaussian); use"
+            "dequantization=uniform is for discrete data (decoder DiscretizedGaussian); use"
             " variational or none"
         )
     low, width = decoder.bins(x)
-    return expand(level.alpha, x) * (low + width * uniform(x, source)), scale + sum_event(
-        torch.log(width)
-    )
+    z = expand(level.alpha, x) * (low + width * uniform(x, source))
+    return z, scale + sum_event(torch.log(width))
 
 
 @torch.no_grad()
@@ -123,11 +135,11 @@ def log_likelihood(
     examples: Sequence[int] | None = None,
     progress: bool = False,
 ) -> LogLikelihood:
-    """Log-likelihood of data under the ODE model.
+    """Estimate the log-likelihood of data under the ODE model.
 
-    The K samples of an example share its probes: what Hutchinson's estimate gets wrong then shifts
-    all of its log-weights alike, up to the distance of the samples, instead of raising the mean of
-    the weights. Take the exact trace where that difference matters.
+    The K samples of an example share its probes. The error of Hutchinson's estimate then shifts
+    all its log-weights by about the same amount, as the samples are close, instead of raising the
+    mean of the weights. Use the exact trace if the remaining difference matters.
 
     Args:
         reverse: the reverse process.
@@ -135,31 +147,26 @@ def log_likelihood(
         x: data ``(B, *event)``.
         samples: K.
         dequantization: from z_0 to x: ``variational``, ``uniform`` or ``none``.
-        settings: solver, tolerance, probes.
+        settings: solver, tolerances, probes.
         seed: seed of latents and probes.
-        examples: numbers of the examples in their data set, which decide on their random numbers; 0
-            ... B-1 by default.
+        examples: the numbers of the examples in their data set, which seed their randomness;
+            0 ... B-1 by default.
         progress: show progress bars.
 
     Raises:
-        UserError: the tolerances cannot be reached, or an argument does not fit the data.
+        UserError: the solver cannot reach the tolerances, or an argument does not fit the data.
     """
     check_whole("samples", samples, 1)
     if samples > 1 and dequantization == "none":
         raise UserError(
-            f"samples={samples} does not go with dequantization=none, which draws nothing: give one"
-            " sample"
+            f"samples={samples} does not work with dequantization=none, which draws nothing; give"
+            " samples=1"
         )
     examples = range(len(x)) if examples is None else examples
     weights, coarse, evaluations = [], [], 0
     for sample in range(samples):
-        z, log_ratio = latent(
-            reverse.process,
-            decoder,
-            x,
-            dequantization,
-            ExampleGenerators(seed, examples, _LATENTS, sample),
-        )
+        noise = ExampleGenerators(seed, examples, _LATENTS, sample)
+        z, log_ratio = latent(reverse.process, decoder, x, dequantization, noise)
         solved = reverse.log_prob(z, settings, ExampleGenerators(seed, examples, _PROBES), progress)
         evaluations += solved.nfe
         weights.append(solved.log_p + log_ratio.cpu().double())

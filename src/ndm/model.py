@@ -1,9 +1,11 @@
-r"""Diffusion models: the parts wired together, sampled, measured, saved and loaded.
+r"""Diffusion models: a forward process, a reverse process and a decoder, wired together.
 
 .. math::
-    q(z_t|x) = N(\alpha_t F_\phi(x, t), \sigma_t^2 I), \qquad p(z_s|z_t) = q(z_s|z_t, x = \hat x_\theta(z_t, t)), \qquad p(x|z_0) .
+    q(z_t|x) = N(\alpha_t F_\phi(x, t), \sigma_t^2 I), \qquad
+    p(z_s|z_t) = q(z_s|z_t, x = \hat x_\theta(z_t, t)), \qquad p(x|z_0) .
 
-:class:`DiffusionModel` is what every model of the family can do; :class:`NDM` is the model of the paper. :mod:`ndm.variants` has others.
+:class:`DiffusionModel` has the bound, samples, the likelihood, and saves and loads. :class:`NDM` is
+the model of the paper; :mod:`ndm.variants` holds others.
 """
 
 import os
@@ -33,18 +35,18 @@ from ndm.transform import Curve, Transform
 
 
 class DiffusionModel(Part, ABC):
-    """A forward process, a reverse process and a decoder. Any event shape.
+    """A forward process, a reverse process and a decoder, for events of any shape.
 
     Args:
         process: the forward process, q(z_t|x).
         decoder: p(x|z_0).
-        time_sampler: how times are drawn in training; low-discrepancy by default.
-        steps: T of a discrete-time model, None for continuous time: what ``bound`` and ``sample``
-            use unless told otherwise.
-        eta: stochasticity of the reverse process whose bound is trained, positive; 1 is DDPM.
+        time_sampler: draws the times of training; low-discrepancy by default.
+        steps: T of a discrete-time model, or None for continuous time; the default of ``bound`` and
+            ``sample``.
+        eta: stochasticity of the reverse process in the training bound, positive; 1 is DDPM.
 
     Raises:
-        UserError: an argument is out of range, or a part is of the wrong kind.
+        UserError: an argument is out of range, or a part has the wrong type.
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class DiffusionModel(Part, ABC):
             isinstance(steps, bool) or not isinstance(steps, int) or steps < 1
         ):
             raise UserError(
-                f"steps={steps}: give the number of steps T, a whole number of at least 1, or leave"
-                " it out for continuous time"
+                f"steps={steps}: give the number of steps T, a whole number of at least 1, or None"
+                " for continuous time"
             )
         if not eta > 0:
             raise UserError(
@@ -80,28 +82,28 @@ class DiffusionModel(Part, ABC):
             decoder, (DiscretizedGaussian, GaussianDecoder)
         ):
             raise UserError(
-                f"{type(transform).__name__} maps data into a space of its own, from which"
-                f" {type(decoder).__name__} does not lead back; use decoder=NetworkDecoder(network,"
+                f"{type(transform).__name__} maps data to latents of another shape, which"
+                f" {type(decoder).__name__} cannot decode; use decoder=NetworkDecoder(network,"
                 f" {type(decoder).__name__}(...))"
             )
         self.process, self.decoder, self.steps, self.eta = process, decoder, steps, eta
         self.time_sampler = LowDiscrepancyTimeSampler() if time_sampler is None else time_sampler
         self.info: dict[str, object] = {}
-        """What ``config.json`` held beside the model, such as the description of its data."""
+        """Further content of ``config.json``, such as the description of the data."""
 
     @property
     @abstractmethod
     def reverse_process(self) -> Reverse:
-        """The reverse process, with what samplers need."""
+        """The reverse process p(z_s|z_t)."""
 
     @property
     def bound_eta(self) -> Eta:
-        """The eta of the bound that is trained."""
+        """The eta of the training bound."""
         return self.eta
 
     @property
     def samplers(self) -> Mapping[str, Callable[[], Sampler]]:
-        """Samplers that only this model has, by name; the first is its default."""
+        """Samplers specific to this model, by name; the first is the default."""
         return {}
 
     @property
@@ -116,31 +118,21 @@ class DiffusionModel(Part, ABC):
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the dtype and on the device of the parameters, to move data with
-        ``x.to(model.like)``.
-        """
+        """An empty tensor with the dtype and device of the parameters, for ``x.to(model.like)``."""
         first = next(self.parameters(), None)
-        return (
-            torch.empty(0)
-            if first is None
-            else torch.empty(0, dtype=first.dtype, device=first.device)
-        )
+        return torch.empty(0) if first is None else first.detach().new_empty(0)
 
     def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """F(x, t), ``(B, *event)`` or the shape of the latents, at times ``t`` (a number or
-        ``(B,)``).
-        """
+        """F(x, t) in the shape of the latents, at times ``t``, a number or ``(B,)``."""
         return self.transform(x, self.process.level(t, x))
 
     def noised(self, x: Tensor, t: Tensor | float, generator: RandomSource = None) -> Tensor:
-        """z_t drawn from q(z_t|x), in the shape of F(x, t)."""
+        """Draw z_t from q(z_t|x), in the shape of F(x, t)."""
         marginal = self.process.marginal(x, self.process.level(t, x))
         return marginal.sample(standard_normal(marginal.mean, generator))
 
     def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
-        """What the model predicts of the data from z_t: x̂(z, t), ŷ(z, t) where the reverse process
-        is direct; ``(B, *event)``.
-        """
+        """Predict the data from z_t: x̂(z, t), or ŷ(z, t) with a direct reverse process."""
         return self.reverse_process.predict(z, self.process.level(t, z))
 
     def bound(
@@ -154,25 +146,24 @@ class DiffusionModel(Part, ABC):
         eta: Eta | None = None,
         variance_ratio: PiecewiseConstant | None = None,
     ) -> Bound:
-        """The variational bound of each example, an unbiased estimate of every term (NDM, Algorithm
-        1).
+        """Estimate the variational bound of each example, every term unbiased (NDM, Algorithm 1).
 
         Args:
-            x: data ``(B, *event)``; on the decoder's grid if the decoder is discrete.
-            steps: T for discrete time, None for continuous time, ``"trained"`` for the model's own.
-            draws: None draws one time an example by the model's time sampler, for training. A
-                number K averages K times an example, one in each of K equal strata, independently
-                across examples: then total.std()/sqrt(B) is the standard error of total.mean().
-            generator: source of randomness; with :class:`ndm.random.ExampleGenerators`, give draws.
-            positions: where in its stratum each example's times lie, ``(B,)`` in [0, 1); at random
-                by default. Even positions over a whole data set lower the variance, see
+            x: data ``(B, *event)``, on the decoder's grid if the decoder is discrete.
+            steps: T, None for continuous time, or ``"trained"`` for the steps of the model.
+            draws: None draws one time for each example by the time sampler, for training. A number
+                K averages over K times, one in each of K equal strata and independent between
+                examples, so that total.std()/sqrt(B) is the standard error of total.mean().
+            generator: the source of randomness; :class:`ndm.random.ExampleGenerators` need draws.
+            positions: the position of each example's times within their strata, ``(B,)`` in [0, 1);
+                random by default. Even positions over a data set lower the variance, see
                 :mod:`ndm.evaluation.evaluate`.
-            eta: another eta than the model's own, or a function of time.
-            variance_ratio: r(t), another reverse variance r v in discrete time, see
+            eta: another eta than the model's, or a function of time.
+            variance_ratio: r(t), for the reverse variance r v in discrete time, see
                 :func:`ndm.elbo.discrete_diffusion`.
 
         Returns:
-            Per-example terms ``(B,)``, nats.
+            The terms of each example, ``(B,)``, nats.
 
         Raises:
             UserError: a value of x is off the decoder's grid, or an argument is out of range.
@@ -181,11 +172,9 @@ class DiffusionModel(Part, ABC):
         self.decoder.check(x)
         if draws is not None:
             check_whole("draws", draws, 1)
-        horizon, eta, curve = (
-            self.steps if steps == "trained" else steps,
-            self.bound_eta if eta is None else eta,
-            self.process.curve(x),
-        )
+        horizon = self.steps if steps == "trained" else steps
+        eta = self.bound_eta if eta is None else eta
+        curve = self.process.curve(x)
         bounds: list[Bound] = []
         for index in range(draws or 1):
             u = None if draws is None else _stratum(index, draws, x, generator, positions)
@@ -203,44 +192,39 @@ class DiffusionModel(Part, ABC):
         )
 
     def forward(self, x: Tensor) -> Bound:
-        """The training bound of ``x``: :meth:`bound` with one time an example."""
+        """The training bound: :meth:`bound` with one time for each example."""
         return self.bound(x)
 
     def draw(self, x: Tensor, generator: RandomSource = None) -> BoundDraw:
-        """Draw the random numbers of a training bound of ``x`` ``(B, *event)``: one time an
-        example, by the model's time sampler.
-        """
+        """Draw the random numbers of the training bound of ``x`` ``(B, *event)``."""
         return self._draw(x, x.new_empty(self.transform.latent_shape(x)), generator)
 
     def bound_at(self, x: Tensor, draw: BoundDraw) -> Bound:
-        """The training bound at given random numbers: :meth:`bound` without a check of ``x``, for a
-        compiler.
+        """Compute the training bound for given random numbers, without checking ``x``.
 
-        It draws nothing (but for dropout), never waits for the device, and compiles into one graph.
+        It draws nothing (except for dropout), never waits for the device, and compiles into one
+        graph.
         """
         return self._bound_at(x, self.process.curve(x), draw, self.steps, self.bound_eta, None)
 
     def learn_times(self, draw: BoundDraw, diffusion: Tensor) -> None:
-        """Let the time sampler learn from the diffusion term ``(B,)`` of a training bound."""
+        """Update the time sampler from the diffusion term ``(B,)`` of a training bound."""
         assert draw.weight is not None
         self.time_sampler.update(TimeSamples(draw.u, draw.weight), diffusion / draw.weight)
 
     def _draw(
         self, x: Tensor, like: Tensor, generator: RandomSource, u: Tensor | None = None
     ) -> BoundDraw:
-        """Random numbers of one time an example, in the shape ``like`` of the latents; at times
-        ``u`` where they are given.
-        """
+        """Draw the random numbers of one time for each example; the time is ``u`` if given."""
         if u is None and isinstance(generator, ExampleGenerators):
             raise UserError(
-                "times of one batch are drawn together unless draws is given: give draws=1, or a"
+                "without draws the times of a batch are drawn together: give draws=1, or a"
                 " torch.Generator"
             )
-        times = (
-            self.time_sampler(x.shape[0], x, generator)
-            if u is None
-            else TimeSamples(u, torch.ones_like(u))
-        )
+        if u is None:
+            times = self.time_sampler(x.shape[0], x, generator)
+        else:
+            times = TimeSamples(u, torch.ones_like(u))
         noise = standard_normal(like, generator)
         coin = uniform(times.u, generator)[:1] if self.reverse_process.tosses else None
         return BoundDraw(times.u, noise, coin, times.weight, standard_normal(like, generator))
@@ -284,28 +268,25 @@ class DiffusionModel(Part, ABC):
         """Draw samples (NDM, Algorithm 2, and the SDE and ODE of section 3.3).
 
         Args:
-            shape: ``(B, *event)``, of the data; a number B where the model's ``info`` says what its
-                data are.
-            method: ``ancestral`` (the default), ``ddim``, ``sde`` or ``ode``, a name of
-                :attr:`samplers`, or a sampler. Models in continuous time only have ``sde`` for
-                default.
-            steps: steps of the time grid; by default the model's T, or 100 in continuous time.
-            eta: noise of the reverse process for ``ancestral`` and ``sde``; by default the model's,
-                whose bound is trained.
+            shape: ``(B, *event)`` of the data, or only B for a model whose ``info`` describes them.
+            method: ``ancestral``, ``ddim``, ``sde``, ``ode``, a name of :attr:`samplers`, or a
+                sampler. The default is ``ancestral``, or ``sde`` for models without discrete time.
+            steps: steps of the time grid; by default T, or 100 in continuous time.
+            eta: stochasticity for ``ancestral`` and ``sde``; by default that of the model.
             solver: see :func:`ndm.sample.make_sampler`.
             rtol: relative tolerance of an adaptive solver.
             atol: absolute tolerance of an adaptive solver.
-            seed: the same seed (and batch size) gives the same samples on the same machine; None
-                draws a fresh one.
-            batch_size: draw so many at once, and gather them on the CPU; None draws all at once.
+            seed: the same seed and batch size give the same samples on the same machine; None
+                draws a fresh seed.
+            batch_size: the largest batch; the samples are then collected on the CPU. None draws all
+                in one batch.
             progress: show a progress bar.
 
         Returns:
-            Samples of p(x), ``(B, *event)``, on the model's device, or on the CPU with
-            ``batch_size``.
+            Samples of p(x), ``(B, *event)``.
 
         Raises:
-            UserError: the choices contradict one another, or what comes out is not finite.
+            UserError: arguments contradict each other, or samples are not finite.
         """
         count, *event = self._shape(shape)
         sampler = self._sampler(method, steps, eta, solver, rtol, atol)
@@ -313,24 +294,13 @@ class DiffusionModel(Part, ABC):
             return self._sample((count, *event), sampler, seed, progress)
         check_whole("batch_size", batch_size, 1)
         seed = torch.Generator().seed() % 2**62 if seed is None else seed
-        parts = []
-        with tqdm(
-            total=count,
-            desc="samples",
-            unit="sample",
-            disable=not progress or count <= batch_size,
-            leave=False,
-        ) as bar:
+        parts, hidden = [], not progress or count <= batch_size
+        with tqdm(total=count, desc="samples", unit="sample", disable=hidden, leave=False) as bar:
             for index, start in enumerate(range(0, count, batch_size)):
-                parts.append(
-                    self._sample(
-                        (min(batch_size, count - start), *event),
-                        sampler,
-                        part_seed(seed, index),
-                        progress,
-                    ).cpu()
-                )
-                bar.update(len(parts[-1]))
+                size = min(batch_size, count - start)
+                part = self._sample((size, *event), sampler, part_seed(seed, index), progress)
+                parts.append(part.cpu())
+                bar.update(size)
         return torch.cat(parts) if parts else torch.empty(0, *event)
 
     def _shape(self, shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -340,7 +310,7 @@ class DiffusionModel(Part, ABC):
         event = data.get("event_shape") if isinstance(data, Mapping) else None
         if not isinstance(event, (list, tuple)):
             raise UserError(
-                f"sample({shape}): this model does not know the shape of its data; give"
+                f"sample({shape}): the model has no description of its data; give their shape, too:"
                 f" sample(({shape}, *event))"
             )
         return (shape, *event)
@@ -356,11 +326,8 @@ class DiffusionModel(Part, ABC):
     ) -> Sampler:
         if isinstance(method, Sampler):
             return method
-        default = next(
-            iter(self.samplers),
-            "ancestral" if isinstance(self.reverse_process, MarkovReverse) else "sde",
-        )
-        name = default if method is None else method
+        usual = "ancestral" if isinstance(self.reverse_process, MarkovReverse) else "sde"
+        name = next(iter(self.samplers), usual) if method is None else method
         if name in self.samplers:
             return self.samplers[name]()
         noise = self.eta if eta is None and name in ("ancestral", "sde") else eta
@@ -377,18 +344,14 @@ class DiffusionModel(Part, ABC):
         else:
             generator.manual_seed(seed)
         training = self.training
-        self.eval()  # dropout is for training
+        self.eval()  # no dropout
         try:
-            z = torch.empty(
-                self.transform.latent_shape(like.new_empty(shape)),
-                dtype=like.dtype,
-                device=like.device,
-            )
+            z = like.new_empty(self.transform.latent_shape(like.new_empty(shape)))
             z = sampler(self.reverse_process, standard_normal(z, generator), generator, progress)
             if not bool(z.isfinite().all()):
                 raise UserError(
-                    "samples are not finite: the sampler diverges with these steps, or half"
-                    " precision does; take more steps, another method or 32-true"
+                    "samples are not finite: the sampler diverges with this number of steps, or in"
+                    " half precision; take more steps, another method, or precision 32-true"
                 )
             return self.decoder.sample(z, self.process.level(0.0, z), generator)
         finally:
@@ -405,18 +368,19 @@ class DiffusionModel(Part, ABC):
         examples: Sequence[int] | None = None,
         progress: bool = False,
     ) -> LogLikelihood:
-        """Log-likelihood of each example by the reverse process (NDM, section 3.3); see
-        :mod:`ndm.likelihood` for what is estimated.
+        """Estimate the log-likelihood of each example by the reverse process (NDM, section 3.3).
+
+        :mod:`ndm.likelihood` has the formulas.
 
         Args:
-            x: data ``(B, *event)``; on the decoder's grid if the decoder is discrete. Its dtype
-                must be that of the model.
+            x: data ``(B, *event)`` in the dtype of the model, on the decoder's grid if the decoder
+                is discrete.
             samples: K samples of z_0 for each example; the bound on log p(x) tightens with K.
             dequantization: from z_0 to x: ``variational``, ``uniform`` or ``none``.
             settings: solver, tolerance and probes of the ODE.
             seed: the same seed gives the same numbers.
-            examples: numbers of the examples in their data set, which decide on their random
-                numbers; 0 ... B-1 by default.
+            examples: the numbers of the examples in their data set, which seed their randomness;
+                0 ... B-1 by default.
             progress: show progress bars.
 
         Returns:
@@ -444,13 +408,11 @@ class DiffusionModel(Part, ABC):
     def save_pretrained(
         self, path: str | os.PathLike[str], info: Mapping[str, object] | None = None
     ) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into the folder ``path``, whole or not at
-        all.
+        """Write ``config.json`` and ``model.safetensors`` into a folder.
 
         Args:
             path: the folder.
-            info: JSON-ready information to keep beside the model; the model's own ``info`` by
-                default.
+            info: JSON-ready information to store with the model; its ``info`` by default.
         """
         save_model(path, self, self.info if info is None else info)
 
@@ -458,16 +420,16 @@ class DiffusionModel(Part, ABC):
     def from_pretrained(
         cls, path: str | os.PathLike[str], modules: Mapping[str, nn.Module] | None = None
     ) -> Self:
-        """Read a model that :meth:`save_pretrained` wrote, in evaluation mode.
+        """Read a model from a folder of :meth:`save_pretrained`, in evaluation mode.
 
         Args:
             path: the folder, such as ``RUN/model``.
-            modules: networks that are not part of this library, by their place:
+            modules: networks from outside this library, by their place in the model:
                 ``{"model.predictor.network": network}``.
 
         Raises:
-            UserError: a file is missing, damaged or does not fit, or a network of yours was not
-                given.
+            UserError: a file is missing, damaged or does not fit, or a network from outside was not
+                passed.
         """
         model, info = load_model(path, modules)
         if not isinstance(model, cls):
@@ -477,28 +439,27 @@ class DiffusionModel(Part, ABC):
 
 
 class NDM(DiffusionModel):
-    """A Neural Diffusion Model (Bartosh, Vetrov, Naesseth 2024). Any event shape.
+    """A Neural Diffusion Model (Bartosh, Vetrov, Naesseth 2024), for events of any shape.
 
     Args:
-        schedule: noise levels over time.
+        schedule: the noise levels over time.
         transform: F(x, t).
-        predictor: x̂(z, t), or ŷ(z, t) where the reverse process is direct.
+        predictor: x̂(z, t), or ŷ(z, t) with a direct reverse process.
         decoder: p(x|z_0).
-        time_sampler: how times are drawn in training; low-discrepancy by default.
-        steps: T of the discrete-time model, None for continuous time: what ``bound`` and ``sample``
-            use unless told otherwise.
-        eta: stochasticity of the reverse process whose bound is trained, positive; 1 is DDPM.
-        reverse: how the reverse process uses the predictor, see :mod:`ndm.reverse`: ``tied`` puts
-            x̂ through F (the paper); ``direct`` predicts the target of the reverse process itself,
-            at one evaluation a sampling step, by ancestral or SDE sampling; ``direct-score`` adds a
-            second output (``outputs=2`` of the network), for the ODE, its likelihood and DDIM;
-            ``diffenc`` is DiffEnc's. A direct one needs an F that starts like sigma_t²,
-            :class:`ndm.GatedTransform` or
-            :class:`ndm.SeparableTransform`. Latents of another shape than the data (:class:`ndm.Encoder`) need ``direct``, which then
-            has the ODE as well.
+        time_sampler: draws the times of training; low-discrepancy by default.
+        steps: T of a discrete-time model, or None for continuous time; the default of ``bound`` and
+            ``sample``.
+        eta: stochasticity of the reverse process in the training bound, positive; 1 is DDPM.
+        reverse: how the reverse process uses the predictor, see :mod:`ndm.reverse`. ``tied`` puts
+            x̂ through F, as in the paper. ``direct`` predicts the target of the reverse process: one
+            network evaluation for each step, by ancestral or SDE sampling; it needs an F that
+            starts like sigma_t² (:class:`ndm.GatedTransform`, :class:`ndm.SeparableTransform`), or
+            :class:`ndm.Encoder`, whose latents need ``direct`` and have the ODE. ``direct-score``
+            adds a second output (``outputs=2`` of the network), for the ODE, its likelihood and
+            DDIM. ``diffenc`` is that of DiffEnc.
 
     Raises:
-        UserError: an argument is out of range, or parts do not fit one another.
+        UserError: an argument is out of range, or parts do not fit together.
     """
 
     process: ForwardProcess
@@ -517,7 +478,7 @@ class NDM(DiffusionModel):
         check_part("predictor", predictor, DataPredictor, "ndm.Predictor(network)")
         super().__init__(ForwardProcess(schedule, transform), decoder, time_sampler, steps, eta)
         self.predictor, self.reverse = predictor, reverse
-        _ = self.reverse_process  # checks the kind
+        _ = self.reverse_process  # it checks its kind
         predictor.check(self.process, decoder, reverse)
 
     @property
@@ -526,10 +487,10 @@ class NDM(DiffusionModel):
 
 
 def check_part(name: str, value: object, kind: type, example: str) -> None:
-    """Check that a part of a model is of its kind.
+    """Check the type of a part of a model.
 
     Raises:
-        UserError: it is not, such as a network that is not wrapped.
+        UserError: it has another type, such as a network that is not wrapped.
     """
     if not isinstance(value, kind):
         raise UserError(
@@ -541,15 +502,13 @@ def _stratum(
     index: int, draws: int, x: Tensor, generator: RandomSource, positions: Tensor | None
 ) -> Tensor:
     """Times in one of K equal strata of [0, 1), ``(B,)``."""
-    u = (
-        index + (uniform(x.new_empty(len(x)), generator) if positions is None else positions)
-    ) / draws
-    return u.clamp(max=1 - torch.finfo(x.dtype).eps)
+    within = uniform(x.new_empty(len(x)), generator) if positions is None else positions
+    return ((index + within) / draws).clamp(max=1 - torch.finfo(x.dtype).eps)
 
 
 def _check_floats(x: Tensor) -> None:
     if not x.is_floating_point():
         raise UserError(
-            f"x has dtype {x.dtype}; the model takes floats: put integers k on the decoder's grid,"
-            " decoder.values[k].float()"
+            f"x has dtype {x.dtype}, and the model takes floats: map integers k to the decoder's"
+            " grid, decoder.values[k].float()"
         )

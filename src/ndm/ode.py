@@ -1,34 +1,39 @@
-r"""The generative ODE: its solution, the divergence along it, and the density that follows.
+r"""The generative ODE: its solution, the divergence along it, and the resulting density.
 
-Along a solution of :math:`\dot z = f(z, t)` the density changes by the divergence of f (Chen et al.
-2018; Song et al. 2021, appendix D; NDM section 3.3), so with the prior at t = 1
-
-.. math::
-    \log p(z_0) = \log N(z_1; 0, I) + \int_0^1 \mathrm{tr}\, \frac{\partial f}{\partial z}(z_t, t)\, dt .
-
-The trajectory does not depend on the trace. So it is solved first, by itself, and the trace is then
-taken at N + 1 fixed times on it and integrated by Clenshaw-Curtis quadrature, which is exact for
-polynomials of degree N, in a time y that runs evenly in t and in the noise level,
+Along a solution of :math:`\dot z = f(z, t)` the log-density changes at the rate of the divergence
+of f (Chen et al. 2018; Song et al. 2021, appendix D; NDM, section 3.3). With the prior at t = 1,
 
 .. math::
-    y(t) = \tfrac12 t + \tfrac12 \frac{\ell(t) - \ell(0)}{\ell(1) - \ell(0)}, \quad \ell = \log \frac{\sigma}{\alpha + 0.01}, \qquad
-    y_j = \tfrac12 (1 - \cos(\pi j / N)), \qquad \int_0^1 \mathrm{tr}\, dt \approx \sum_j \frac{w_j}{y'(t_j)}\, \mathrm{tr}_j .
+    \log p(z_0) = \log N(z_1; 0, I)
+        + \int_0^1 \mathrm{tr}\, \frac{\partial f}{\partial z}(z_t, t)\, dt .
 
-In t itself a schedule whose noise rises steeply from t = 0 (cosine, flow matching) would need
-hundreds of times.
+The trajectory does not depend on the trace, so it is solved first. The trace is then computed at
+N + 1 fixed times along it and integrated by Clenshaw-Curtis quadrature, which is exact for
+polynomials of degree N. The quadrature nodes are spaced in a time y, the mean of t and a
+normalized noise level:
 
-The step of an adaptive solver is thus chosen by z alone, the trace costs N + 1 evaluations however
-many steps the solver takes, and the times of the half N, which are among those of N, show the error
-of the quadrature. The trace is exact (one vector-Jacobian product a dimension) or estimated by K
-probes v at each time (Hutchinson 1989),
+.. math::
+    y(t) = \tfrac12 t + \tfrac12 \frac{\ell(t) - \ell(0)}{\ell(1) - \ell(0)}, \quad
+    \ell = \log \frac{\sigma}{\alpha + 0.01}, \qquad
+    y_j = \tfrac12 (1 - \cos(\pi j / N)), \qquad
+    \int_0^1 \mathrm{tr}\, dt \approx \sum_j \frac{w_j}{y'(t_j)}\, \mathrm{tr}_j .
+
+With nodes spaced in t, schedules whose noise rises steeply from t = 0 (cosine, flow matching) would
+need hundreds of them.
+
+Solving for z first has three advantages. An adaptive solver chooses its steps by z only. The trace
+costs N + 1 evaluations, however many steps the solver takes. The nodes for N/2 are among those for
+N, so the difference of the two results shows the error of the quadrature.
+
+The trace is exact (one vector-Jacobian product per dimension) or estimated with K probes v at each
+time (Hutchinson 1989):
 
 .. math::
     \mathrm{tr}\, J = E\, v^\top J v, \qquad E v v^\top = I .
 
-All probes are fixed before the trajectory is solved, so no solver ever sees noise. They differ from
-time to time: one probe kept for the whole path is unbiased, too, but its errors add up along the
-path instead of averaging out (4 to 6 times the error on the digits, at the same cost, see
-docs/performance.md).
+The solver never sees this noise. Each time has its own probes. One probe for the whole path is
+also unbiased, but its errors add up along the path instead of averaging out: 4 to 6 times the error
+on the digits at the same cost, see docs/performance.md.
 """
 
 import contextlib
@@ -52,22 +57,19 @@ from ndm.schedule import NoiseLevel
 from ndm.shapes import event_size, sum_event
 
 FIXED_STEP_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
-"""Solvers of torchdiffeq that take the steps they are given, of order 1, 2, 2, 3 and 4."""
+"""Solvers of torchdiffeq with fixed steps, of order 1, 2, 2, 3 and 4."""
 ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "dopri8", "adaptive_heun")
 """Solvers of torchdiffeq that choose their steps by a tolerance."""
-_MOST_STEPS = (
-    20_000  # between two of the times asked for; a solver that needs more would seem to hang
-)
+# Limit between two output times: a solver that needs more steps would seem to hang.
+_MOST_STEPS = 20_000
 Solver = Literal[
     "dopri5", "bosh3", "dopri8", "adaptive_heun", "rk4", "heun3", "heun2", "midpoint", "euler"
 ]
 EXACT_UP_TO = 16
-"""``probes="auto"`` takes the exact trace for events of at most this many dimensions."""
-_ROWS_AT_ONCE, _VALUES_AT_ONCE = (
-    256,
-    2**15,
-)  # small events are taken together at several times, large ones fill a graph by themselves
-_ALPHA = 0.01  # keeps the noise level finite where no signal is left
+"""``probes="auto"`` computes the exact trace for events of at most this many dimensions."""
+# Limits on one trace evaluation: several times are batched if events are small.
+_ROWS_AT_ONCE, _VALUES_AT_ONCE = 256, 2**15
+_ALPHA = 0.01  # keeps the noise level finite where alpha = 0
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,23 @@ class OdeSettings:
     """How the generative ODE and its trace are computed."""
 
     solver: Solver = "dopri5"
-    """Solver of torchdiffeq: adaptive (dopri5, bosh3, dopri8, adaptive_heun) or with fixed steps
-    (rk4, heun3, heun2, midpoint, euler).
+    """Solver of torchdiffeq.
+
+    Adaptive: dopri5, bosh3, dopri8, adaptive_heun. Fixed steps: rk4, heun3, heun2, midpoint, euler.
     """
     rtol: float = 1e-4
-    """Relative tolerance of an adaptive solver, kept for each example by itself."""
+    """Relative tolerance of an adaptive solver; it holds for each example separately."""
     atol: float = 1e-4
-    """Absolute tolerance of the same."""
+    """Absolute tolerance of an adaptive solver; it holds for each example separately."""
     nodes: int = 64
-    """N: the trace is taken at N + 1 times; a solver with fixed steps makes N steps between them.
-    Even.
+    """N, even: the trace is computed at N + 1 times.
+
+    A solver with fixed steps takes the N steps between them.
     """
     probes: int | Literal["exact", "auto"] = "auto"
-    """Hutchinson probes at each of those times, or exact; auto is exact up to 16 dimensions and
-    otherwise 2.
+    """Number of Hutchinson probes at each time, or ``exact`` for the exact trace.
+
+    ``auto`` is exact up to 16 dimensions and 2 probes beyond.
     """
     probe: Literal["rademacher", "gaussian"] = "rademacher"
     """Distribution of the probes. Rademacher has the smaller variance."""
@@ -104,20 +109,17 @@ class OdeSettings:
         check_whole("nodes", self.nodes, 2)
         if self.nodes % 2:
             raise UserError(
-                f"nodes={self.nodes}: give an even number, so that half of the nodes can check the"
-                " rest"
+                f"nodes={self.nodes}: give an even number, so that every second node can check the"
+                " result"
             )
         if not isinstance(self.probes, str):
             check_whole("probes", self.probes, 1)
         elif self.probes not in ("exact", "auto"):
-            raise UserError(
-                f"probes={self.probes!r}: give a whole number of at least 1, exact or auto"
-            )
-        if self.probe not in ("rademacher", "gaussian"):
-            raise UserError(f"probe={self.probe!r} is not known: choose rademacher or gaussian")
+            raise UserError(f"probes={self.probes!r}: give an integer of at least 1, exact or auto")
+        check_choice("probe", self.probe, ("rademacher", "gaussian"))
 
     def probes_for(self, dims: int) -> int | None:
-        """Number of probes for events of D dimensions; None is the exact trace."""
+        """Return the number of probes for events of D dimensions; None means the exact trace."""
         if isinstance(self.probes, int):
             return self.probes
         return None if self.probes == "exact" or dims <= EXACT_UP_TO else 2
@@ -125,33 +127,34 @@ class OdeSettings:
 
 @dataclass(frozen=True)
 class LogDensity:
-    """log p(z_0) by the generative ODE."""
+    """log p(z_0) under the generative ODE."""
 
     log_p: Tensor
     """log p(z_0), ``(B,)``, nats, float64 on the CPU."""
     coarse: Tensor
-    """The same with half of the nodes: its distance from ``log_p`` bounds the error of the
-    quadrature where the trace is exact.
+    """``log_p`` computed with half of the nodes.
+
+    Its distance from ``log_p`` bounds the error of the quadrature if the trace is exact.
     """
     z_1: Tensor
-    """Where the trajectory ends, ``(B, *event)``."""
+    """End of the trajectory at t = 1, ``(B, *event)``."""
     nfe: int
-    """Evaluations of f: those of the solver, and one for each time at which the trace was taken."""
+    """Evaluations of f: those of the solver, and one for each time of the trace."""
 
 
 class Flow(Protocol):
-    """What an ODE is solved of: a reverse process with a drift at eta = 0."""
+    """A reverse process whose drift at eta = 0 defines the ODE."""
 
     @property
     def process(self) -> NoisingProcess:
-        """The forward process, whose clock it is."""
+        """The forward process, which maps times to noise levels."""
 
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         """The modules that the drift depends on."""
 
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
-        """f(z, t), ``(B, *event)``."""
+        """Return f(z, t), ``(B, *event)``."""
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
@@ -171,44 +174,35 @@ def solve_ode(
 ) -> tuple[Tensor, int]:
     """Solve the generative ODE dz = f(z, t, x̂) dt with torchdiffeq.
 
-    A batch shares its steps. The error of a step is the root mean square over the event of one
-    example, and the example with the largest error decides, so that the tolerance holds for every
-    example by itself, whatever is solved beside it. Its values depend on its neighbors only within
-    the tolerance.
+    The examples of a batch share their steps. The error of a step is computed per example, as the
+    root mean square over its event, and the largest one is compared with the tolerance. So the
+    tolerance holds for every example, and the solution of an example depends on the rest of its
+    batch only within the tolerance.
 
     Args:
         reverse: the reverse process.
-        z: where to start, ``(B, *event)``.
-        times: ``(N,)``, from the time of z to the last, in either direction; a solver with fixed
-            steps takes one from each to the next.
+        z: the start, ``(B, *event)``.
+        times: ``(N,)``, increasing or decreasing, beginning with the time of z. A solver with fixed
+            steps takes one step from each time to the next.
         solver: a method of ``torchdiffeq.odeint``.
-        rtol: relative tolerance of a solver with adaptive steps.
-        atol: absolute tolerance of the same.
+        rtol: relative tolerance of an adaptive solver.
+        atol: absolute tolerance of an adaptive solver.
         progress: show a progress bar.
 
     Returns:
         z at each of the times, ``(N, B, *event)``, and the number of evaluations of f.
 
     Raises:
-        UserError: the tolerances cannot be reached.
+        UserError: the solver cannot reach the tolerances.
     """
     evaluations, shown = 0, 0
     first, span = float(times[0]), float(times[-1] - times[0])
-    grid = times.to(torch.float32 if z.device.type == "mps" else torch.float64).to(
-        z.device
-    )  # MPS has no double precision
-    adaptive, finest = solver not in FIXED_STEP_SOLVERS, torch.finfo(z.dtype).eps / 8
-    if adaptive and max(rtol, atol) < finest:
-        name = str(z.dtype).removeprefix("torch.")
-        raise UserError(
-            f"rtol={rtol:g}, atol={atol:g} are beyond the precision of {name}; give at least"
-            f" {finest:.0e}, or use float64"
-        )
-    options = (
-        {"norm": _worst_example, "max_num_steps": _MOST_STEPS, "dtype": grid.dtype}
-        if adaptive
-        else None
-    )
+    grid_dtype = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
+    grid = times.to(grid_dtype).to(z.device)
+    options = None
+    if solver not in FIXED_STEP_SOLVERS:
+        _check_precision(rtol, atol, z.dtype)
+        options = {"norm": _worst_example, "max_num_steps": _MOST_STEPS, "dtype": grid.dtype}
     with tqdm(
         total=100, desc="solving the ODE", unit="%", disable=not progress, delay=1, leave=False
     ) as bar:
@@ -217,80 +211,95 @@ def solve_ode(
             nonlocal evaluations, shown
             evaluations += 1
             assert math.isfinite(float(t)), "the state is not finite"
-            done = min(
-                100, int(100 * (float(t) - first) / span)
-            )  # the last step may look beyond the end
+            # The last step may reach beyond the end.
+            done = min(100, int(100 * (float(t) - first) / span))
             if done > shown:
                 bar.update(done - shown)
                 shown = done
-            return reverse.drift(
-                state, reverse.process.level(t.clamp(0, 1).to(state.dtype), state), 0.0
-            )
+            level = reverse.process.level(t.clamp(0, 1).to(state.dtype), state)
+            return reverse.drift(state, level, 0.0)
 
         try:
             path = torchdiffeq.odeint(
                 field, z, grid, method=solver, rtol=rtol, atol=atol, options=options
             )
-        except (
-            AssertionError
-        ) as error:  # how torchdiffeq says that its step became too small, or the state infinite
+        except AssertionError as error:
+            # torchdiffeq asserts that its step is not too small and its state finite.
             reason = " ".join(str(error).split())[:80]
             raise UserError(
                 f"the ODE cannot be solved by {solver} with rtol={rtol:g}, atol={atol:g} in"
-                f" {str(z.dtype).removeprefix('torch.')} ({reason}); raise the tolerances, use"
-                " float64, or a solver with fixed steps"
+                f" {_name(z.dtype)} ({reason}); raise the tolerances, use float64, or a solver with"
+                " fixed steps"
             ) from error
     return path, evaluations
 
 
+def _check_precision(rtol: float, atol: float, dtype: torch.dtype) -> None:
+    """Raise :class:`UserError` if rounding in a dtype exceeds both tolerances."""
+    finest = torch.finfo(dtype).eps / 8
+    if max(rtol, atol) < finest:
+        raise UserError(
+            f"rtol={rtol:g}, atol={atol:g} are below the precision of {_name(dtype)}; give at least"
+            f" {finest:.0e}, or use float64"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _worst_example(error: Tensor) -> Tensor:
+    """Return the largest root mean square over an event, the norm of the step-size control."""
     return error.flatten(1).square().mean(1).amax().sqrt()
 
 
 def quadrature(nodes: int) -> tuple[Tensor, Tensor]:
-    """Clenshaw-Curtis times ``(N + 1,)`` in [0, 1], both ends included, and their weights, float64."""
-    cosines = -np.cos(np.pi * np.arange(nodes + 1) / nodes)
+    """Return the Clenshaw-Curtis times in [0, 1] and their weights, each ``(N + 1,)``, float64."""
     order = np.arange(nodes + 1)
-    moments = np.where(
-        order % 2 == 0, 2 / (1.0 - np.where(order % 2 == 0, order, 0.0) ** 2), 0.0
-    )  # of T_n over [-1, 1]
+    cosines = -np.cos(np.pi * order / nodes)
+    is_even = order % 2 == 0
+    # Integrals of the Chebyshev polynomials T_n over [-1, 1].
+    moments = np.where(is_even, 2 / (1.0 - np.where(is_even, order, 0.0) ** 2), 0.0)
     weights = np.linalg.solve(np.polynomial.chebyshev.chebvander(cosines, nodes).T, moments)
     return torch.from_numpy((cosines + 1) / 2), torch.from_numpy(weights / 2)
 
 
 def trace_times(process: NoisingProcess, nodes: int) -> tuple[Tensor, Tensor]:
-    """The times ``(N + 1,)`` at which the trace is taken, from 0 to 1, and their weights, float64
-    on the CPU.
+    """Return the times of the trace from 0 to 1 and their weights.
+
+    Each is ``(N + 1,)``, float64 on the CPU.
     """
     schedule = copy.deepcopy(process.schedule).double().cpu()
-    even, weights = quadrature(nodes)
+    y, weights = quadrature(nodes)
 
     def noise(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ell(t) of the module docstring and its derivative."""
         level = schedule(t)
-        return torch.log(
-            level.sigma / (level.alpha + _ALPHA)
-        ), level.dsigma / level.sigma - level.dalpha / (level.alpha + _ALPHA)
+        signal = level.alpha + _ALPHA
+        slope = level.dsigma / level.sigma - level.dalpha / signal
+        return torch.log(level.sigma / signal), slope
 
     ends, _ = noise(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    low, high = torch.zeros_like(even), torch.ones_like(even)
-    for _ in range(60):  # y increases with t: halve the interval around each y_j
+    low, high = torch.zeros_like(y), torch.ones_like(y)
+    for _ in range(60):  # bisection: y increases with t
         middle = (low + high) / 2
-        below = 0.5 * middle + 0.5 * (noise(middle)[0] - ends[0]) / (ends[1] - ends[0]) < even
+        below = 0.5 * middle + 0.5 * (noise(middle)[0] - ends[0]) / (ends[1] - ends[0]) < y
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    times = ((low + high) / 2).where(even > 0, 0.0).where(even < 1, 1.0)
+    times = ((low + high) / 2).where(y > 0, 0.0).where(y < 1, 1.0)
     return times, weights / (0.5 + 0.5 * noise(times)[1] / (ends[1] - ends[0]))
 
 
 def trace(reverse: Flow, z: Tensor, t: Tensor, probes: Sequence[Tensor] | None) -> Tensor:
-    """Trace of the Jacobian of f(z, t, x̂(z, t)) in z, ``(B,)``, by one evaluation of f and a
-    vector-Jacobian product for each probe.
+    """Return the trace of the Jacobian of f(z, t, x̂(z, t)) in z, ``(B,)``.
+
+    Costs one evaluation of f and a vector-Jacobian product for each probe.
 
     Args:
         reverse: the reverse process.
         z: ``(B, *event)``.
         t: ``(B,)``.
-        probes: random vectors in the shape of z, over which v·Jv is averaged; None takes the exact
-            trace, D products.
+        probes: random vectors v in the shape of z, over which v·Jv is averaged; None computes the
+            exact trace with D products.
     """
     with torch.enable_grad():
         z = z.detach().requires_grad_()
@@ -303,12 +312,8 @@ def trace(reverse: Flow, z: Tensor, t: Tensor, probes: Sequence[Tensor] | None) 
         for index in range(event_size(z)):
             unit = torch.zeros_like(z).flatten(1)
             unit[:, index] = 1
-            total = (
-                total
-                + torch.autograd.grad(f, z, unit.reshape(z.shape), retain_graph=True)[0].flatten(1)[
-                    :, index
-                ]
-            )
+            (row,) = torch.autograd.grad(f, z, unit.reshape(z.shape), retain_graph=True)
+            total = total + row.flatten(1)[:, index]
     return total
 
 
@@ -320,60 +325,67 @@ def ode_log_prob(
     source: RandomSource = None,
     progress: bool = False,
 ) -> LogDensity:
-    """log p(z_0) by the generative ODE.
+    """Return log p(z_0) under the generative ODE.
 
     Args:
         reverse: the reverse process.
-        z: z_0, ``(B, *event)``; its dtype is that of the whole computation.
-        settings: solver, tolerance, probes.
-        source: where the probes come from.
+        z: z_0, ``(B, *event)``; everything is computed in its dtype.
+        settings: solver, tolerances, probes.
+        source: source of randomness for the probes.
         progress: show progress bars.
 
     Raises:
-        UserError: the tolerances cannot be reached.
+        UserError: the solver cannot reach the tolerances.
     """
     settings = settings or OdeSettings()
     times, weights = trace_times(reverse.process, settings.nodes)
-    probes = settings.probes_for(event_size(z))
     with _frozen(reverse):
         path, evaluations = solve_ode(
             reverse, z, times, settings.solver, settings.rtol, settings.atol, progress
         )
-        rows = min(_ROWS_AT_ONCE, _VALUES_AT_ONCE // event_size(z))
-        traces, together = [], max(1, rows // max(1, len(z)))
-        bar = tqdm(
-            total=len(times), desc="traces", unit="node", disable=not progress, delay=1, leave=False
-        )
-        for states, at in zip(path.split(together), times.to(z).split(together), strict=True):
-            # Drawn time by time: how many times are taken together depends on the batch, the probes
-            # must not.
-            drawn = (
-                None
-                if probes is None
-                else [[_probe(settings, z, source) for _ in range(probes)] for _ in at]
-            )
-            vectors = (
-                None
-                if drawn is None
-                else [torch.cat(of_times) for of_times in zip(*drawn, strict=True)]
-            )
-            values = trace(reverse, states.flatten(0, 1), at.repeat_interleave(len(z)), vectors)
-            traces.append(values.reshape(len(at), len(z)).cpu().double())
-            bar.update(len(at))
-        bar.close()
-    end, along = path[-1].cpu().double(), torch.cat(traces)
+        traces = _traces(reverse, path, times.to(z), settings, source, progress)
+    end = path[-1].cpu().double()
     prior = Gaussian(torch.zeros_like(end), torch.ones_like(end)).log_prob(end)
-    half = trace_times(reverse.process, settings.nodes // 2)[1] @ along[::2]
+    _, half_weights = trace_times(reverse.process, settings.nodes // 2)
     return LogDensity(
-        log_p=prior + weights @ along,
-        coarse=prior + half,
+        log_p=prior + weights @ traces,
+        coarse=prior + half_weights @ traces[::2],
         z_1=path[-1],
         nfe=evaluations + len(times),
     )
 
 
+def _traces(
+    reverse: Flow,
+    path: Tensor,
+    times: Tensor,
+    settings: OdeSettings,
+    source: RandomSource,
+    progress: bool,
+) -> Tensor:
+    """Return the traces along a path ``(N, B, *event)``: ``(N, B)``, float64 on the CPU."""
+    z = path[0]
+    probes = settings.probes_for(event_size(z))
+    rows = min(_ROWS_AT_ONCE, _VALUES_AT_ONCE // event_size(z))
+    together = max(1, rows // max(1, len(z)))
+    traces = []
+    with tqdm(
+        total=len(times), desc="traces", unit="node", disable=not progress, delay=1, leave=False
+    ) as bar:
+        for states, at in zip(path.split(together), times.split(together), strict=True):
+            vectors = None
+            if probes is not None:
+                # Draw time by time: the probes must not depend on how many times are batched.
+                drawn = [[_probe(settings, z, source) for _ in range(probes)] for _ in at]
+                vectors = [torch.cat(column) for column in zip(*drawn, strict=True)]
+            values = trace(reverse, states.flatten(0, 1), at.repeat_interleave(len(z)), vectors)
+            traces.append(values.reshape(len(at), len(z)).cpu().double())
+            bar.update(len(at))
+    return torch.cat(traces)
+
+
 def _probe(settings: OdeSettings, z: Tensor, source: RandomSource) -> Tensor:
-    """A random vector for each example, ``(B, *event)``."""
+    """Draw one probe for each example, ``(B, *event)``."""
     if settings.probe == "gaussian":
         return standard_normal(z, source)
     return 2 * (uniform_noise(z, source) < 0.5).to(z) - 1
@@ -381,7 +393,7 @@ def _probe(settings: OdeSettings, z: Tensor, source: RandomSource) -> Tensor:
 
 @contextlib.contextmanager
 def _frozen(reverse: Flow) -> Iterator[None]:
-    """Keep the parameters out of the graph: only derivatives in z are wanted."""
+    """Keep the parameters out of the graph, which needs derivatives in z only."""
     parameters = [
         parameter
         for part in reverse.parts
@@ -399,9 +411,7 @@ def _frozen(reverse: Flow) -> Iterator[None]:
 
 @torch.no_grad()
 def round_trip_error(reverse: Flow, z: Tensor, settings: OdeSettings | None = None) -> Tensor:
-    """Root mean square of z_0 less what comes back from z_0 -> z_1 -> z_0, ``(B,)``: how reversible
-    the solved ODE is.
-    """
+    """Return the root mean square error of z_0 after solving z_0 -> z_1 -> z_0, ``(B,)``."""
     settings = settings or OdeSettings()
     times, _ = trace_times(reverse.process, settings.nodes)
     there, _ = solve_ode(reverse, z, times, settings.solver, settings.rtol, settings.atol)

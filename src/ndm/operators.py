@@ -1,33 +1,32 @@
-r"""Fixed linear transformations F(x, t) = C_t x of images, C_0 = I, over the last two axes: blur,
-fading mask, down-sampling.
+r"""Fixed linear transformations F(x, t) = C_t x of images with C_0 = I.
 
 .. math::
     q(z_t|x) = N(\alpha_t C_t x, \sigma_t^2 I)
 
-====================  =======================================================================  ==========================================
-:class:`Blur`         d_i = (1 - d_min) exp(-lambda_i tau(t)) + d_min in the basis of the DCT  heat dissipation (Rissanen et al. 2023),
-                                                                                               blurring
-                                                                                               diffusion
-                                                                                               (Hoogeboom
-                                                                                               &
-                                                                                               Salimans
-                                                                                               2023)
-:class:`FadingMask`   d_p = exp(-lambda_p tau(t)) for each pixel p, that is 1 - m_t            Soft Diffusion (Daras et al. 2023)
-:class:`Downsample`   in stage k linear in t, from x^k to upsample(downsample(x^k))            f-DM (Gu et al. 2023)
-====================  =======================================================================  ==========================================
+====================  ===================================  ========================================
+class                 C_t                                  model
+====================  ===================================  ========================================
+:class:`Blur`         diagonal in the basis of the DCT:    heat dissipation (Rissanen et al. 2023),
+                      (1 - d_min) exp(-lambda_i tau(t))    blurring diffusion (Hoogeboom & Salimans
+                      + d_min                              2023)
+:class:`FadingMask`   diagonal over the pixels:            Soft Diffusion (Daras et al. 2023)
+                      exp(-lambda_p tau(t)), or 1 - m_t
+:class:`Downsample`   linear in t in stage k, from x^k     f-DM (Gu et al. 2023)
+                      to upsample(downsample(x^k))
+====================  ===================================  ========================================
 
-The first two decay along fixed axes V, orthonormal. With expm1 of the exponent, F(x, 0) is x to the
-last digit:
+All act on the last two axes. The first two decay along the columns of a fixed orthonormal matrix V.
+Since they are computed with expm1 of the exponent, F(x, 0) is exactly x:
 
 .. math::
     F(x, t) = x + (1 - d_{\min})\, V\, \mathrm{diag}(e^{-\lambda\tau} - 1)\, V^\top x, \qquad
     \partial_t F = -(1 - d_{\min})\, \tau'\, V\, \mathrm{diag}(\lambda e^{-\lambda\tau})\, V^\top x .
 
-A linear operator with other axes or rates is a subclass of :class:`Decay`, any other a
-:class:`ndm.transform.Transform`. The generative ODE of such a process is the published one, dz/dt =
-d(alpha C)/dt x̂ + (sigma'/sigma)(z - alpha C x̂). The papers' stochastic processes are Markov, with
-noise of another size along each axis of V; here the posterior's variance v is the same along all of
-them.
+For other axes or rates, subclass :class:`Decay`; for any other linear operator, subclass
+:class:`ndm.transform.Transform`. The generative ODE is the published one, dz/dt = d(alpha C)/dt x̂ +
+(sigma'/sigma)(z - alpha C x̂). The stochastic processes differ: those of the papers are Markov, and
+the size of their noise depends on the axis of V, whereas the posterior variance v here is the same
+along every axis.
 """
 
 import functools
@@ -47,36 +46,35 @@ from ndm.transform import Curve, Displaced, SumCurve, Transform
 
 
 class Decay(Transform, ABC):
-    """F = V diag(d(t)) Vᵀ x with d = (1 - d_min) exp(-lambda tau(t)) + d_min, over the last two
-    axes of images ``(B, ..., H, W)``.
+    """The decay F = V diag(d(t)) Vᵀ x with d = (1 - d_min) exp(-lambda tau(t)) + d_min.
+
+    It acts on the last two axes of images ``(B, ..., H, W)``.
 
     Args:
-        d_min: what is left of every component in the end, in [0, 1).
+        d_min: the value that every d decays to, in [0, 1).
     """
 
     def __init__(self, d_min: float):
         super().__init__()
         if not 0 <= d_min < 1:
-            raise UserError(
-                f"d_min={d_min}: give what is left of every component in the end, in [0, 1)"
-            )
+            raise UserError(f"d_min={d_min}: give the value that d decays to, in [0, 1)")
         self.d_min = d_min
 
     @abstractmethod
     def rates(self, x: Tensor) -> Tensor:
-        """lambda, ``(H, W)``, not negative."""
+        """Return the nonnegative rates lambda, ``(H, W)``."""
 
     @abstractmethod
     def clock(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """tau, from 0 at t = 0 upward, and its derivative in t; each in the shape of ``t``."""
+        """Return tau, increasing from 0 at t = 0, and d tau/dt, each in the shape of ``t``."""
 
     @abstractmethod
     def analysis(self, x: Tensor) -> Tensor:
-        """Vᵀ x, in the shape of x."""
+        """Return Vᵀ x, in the shape of x."""
 
     @abstractmethod
     def synthesis(self, coefficients: Tensor) -> Tensor:
-        """V c, in the shape of c."""
+        """Return V c, in the shape of c."""
 
     def curve(self, x: Tensor) -> Curve:
         _check_image(x, type(self).__name__)
@@ -84,21 +82,19 @@ class Decay(Transform, ABC):
 
 
 class _DecayCurve(Curve):
-    """Vᵀ x once, V once for each time."""
+    """The curve of a :class:`Decay`; it computes Vᵀ x once and multiplies by V at each time."""
 
     def __init__(self, operator: Decay, x: Tensor):
         self._operator, self._x = operator, x
-        self._rates, self._coefficients = (
-            operator.rates(x),
-            (1 - operator.d_min) * operator.analysis(x),
-        )
+        self._rates = operator.rates(x)
+        self._coefficients = (1 - operator.d_min) * operator.analysis(x)
 
     @property
     def like(self) -> Tensor:
         return self._x
 
     def _exponent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """-lambda tau and its derivative in t, each ``(B, 1, ..., H, W)``."""
+        """Return -lambda tau and its derivative in t, each ``(B, 1, ..., H, W)``."""
         tau, dtau = self._operator.clock(expand(level.t, self._x))
         return -self._rates * tau, -self._rates * dtau
 
@@ -113,24 +109,26 @@ class _DecayCurve(Curve):
 
 
 class Blur(Decay):
-    r"""Heat spreads over the image, no heat leaves it: the cosine (i, j) decays at the rate of its
-    frequency.
+    r"""A blur: heat spreads over the image and none leaves it.
+
+    The cosine (i, j) decays at the rate of its frequency:
 
     .. math::
         \lambda_{ij} = \pi^2 (i^2/H^2 + j^2/W^2), \qquad \tau = \sigma_B(t)^2/2, \qquad \sigma_B = \sigma_{\max} \sin^2(\pi t/2) .
 
-    Far from the edges this is the convolution with a Gaussian of standard deviation sigma_B pixels.
+    Far from the edges, this is a convolution with a Gaussian of standard deviation sigma_B pixels.
 
     Args:
-        sigma_max: sigma_B at t = 1, pixels.
-        d_min: what is left of every frequency in the end (the mean of the image stays whole).
+        sigma_max: sigma_B at t = 1, in pixels.
+        d_min: the value that the factor of every frequency but 0 decays to (the mean of the image
+            does not change).
     """
 
     def __init__(self, sigma_max: float = 20.0, d_min: float = 0.001):
         super().__init__(d_min)
         if not (sigma_max > 0 and math.isfinite(sigma_max)):
             raise UserError(
-                f"sigma_max={sigma_max}: give the width of the blur at t = 1 in pixels, positive"
+                f"sigma_max={sigma_max}: give the width of the blur at t = 1, in pixels, above 0"
             )
         self.sigma_max = sigma_max
 
@@ -142,10 +140,8 @@ class Blur(Decay):
         return height[:, None] ** 2 + width**2
 
     def clock(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        width, slope = (
-            self.sigma_max * torch.sin(0.5 * math.pi * t) ** 2,
-            self.sigma_max * 0.5 * math.pi * torch.sin(math.pi * t),
-        )
+        width = self.sigma_max * torch.sin(0.5 * math.pi * t) ** 2
+        slope = self.sigma_max * 0.5 * math.pi * torch.sin(math.pi * t)
         return 0.5 * width**2, width * slope
 
     def analysis(self, x: Tensor) -> Tensor:
@@ -153,23 +149,21 @@ class Blur(Decay):
         return _both_sides(rows, x, columns.mT)
 
     def synthesis(self, coefficients: Tensor) -> Tensor:
-        rows, columns = (
-            cosines(size, coefficients.dtype, coefficients.device)
-            for size in coefficients.shape[-2:]
-        )
+        dtype, device = coefficients.dtype, coefficients.device
+        rows, columns = (cosines(size, dtype, device) for size in coefficients.shape[-2:])
         return _both_sides(rows.mT, coefficients, columns)
 
 
 class FadingMask(Decay):
-    r"""The image fades to zero from its middle outward: F = (1 - m_t) x with m_t = 1 -
-    exp(-strength t² g), g a Gaussian over the image.
+    r"""A mask that fades the image to zero from its middle outward.
 
-    For small t the mask m_t is a Gaussian itself, of height strength t²; then it saturates, and its
-    edge grows outward.
+    F = (1 - m_t) x with m_t = 1 - exp(-strength t² g) and a Gaussian g over the image. For small t
+    the mask m_t is close to a Gaussian of height strength t²; later it saturates and its edge moves
+    outward.
 
     Args:
-        strength: lambda tau in the middle at t = 1; exp(-strength) is left there.
-        width: standard deviation of g, in parts of the height and of the width.
+        strength: lambda tau in the middle at t = 1, where a factor exp(-strength) remains.
+        width: standard deviation of g, as a fraction of the height and of the width.
     """
 
     def __init__(self, strength: float = 20.0, width: float = 0.3):
@@ -196,15 +190,15 @@ class FadingMask(Decay):
 
 
 class Downsample(Transform):
-    r"""Stages that halve the resolution one after the other, all drawn at full resolution.
+    r"""Stages that each halve the resolution, represented at full resolution.
 
     .. math::
         F(x, t) = x^k + \frac{t - \tau_k}{\tau_{k+1} - \tau_k} (x^{k+1} - x^k), \qquad \tau_k \le t \le \tau_{k+1}, \qquad
         x^{k+1} = \mathrm{upsample}(\mathrm{downsample}(x^k)), \quad \tau_0 = 0 ,
 
-    with averages of 2 x 2 blocks, so that x^k holds the means of blocks of 2^k x 2^k. After the
-    last end F stays at x^K. F has kinks at the ends of stages, where dF is that of the later stage:
-    an integral over time, such as the trace of the ODE, wants many nodes there.
+    where downsample averages blocks of 2 x 2, so that x^k holds the means of blocks of 2^k x 2^k.
+    After the last stage F stays at x^K. F has kinks where stages end, and dF there is that of the
+    later stage. Integrals over time, such as the trace of the ODE, need many nodes there.
 
     Args:
         ends: tau_1 < ... < tau_K, the times at which the stages end, in (0, 1].
@@ -213,11 +207,8 @@ class Downsample(Transform):
     def __init__(self, ends: Sequence[float] = (1 / 3, 2 / 3)):
         super().__init__()
         self.ends = [float(end) for end in ends]
-        if (
-            not self.ends
-            or not all(a < b for a, b in itertools.pairwise([0.0, *self.ends]))
-            or self.ends[-1] > 1
-        ):
+        increasing = all(a < b for a, b in itertools.pairwise([0.0, *self.ends]))
+        if not self.ends or not increasing or self.ends[-1] > 1:
             raise UserError(
                 f"ends={self.ends}: give the times at which stages end, increasing, in (0, 1]"
             )
@@ -234,13 +225,12 @@ class Downsample(Transform):
 
 
 class _DownsampleCurve(SumCurve):
-    """sum_k a_k(t) (x^{k+1} - x^k), with a_k from 0 to 1 over stage k."""
+    """The curve sum_k a_k(t) (x^{k+1} - x^k), where a_k grows from 0 to 1 over stage k."""
 
     def __init__(self, x: Tensor, ends: Sequence[float]):
         states = [x, *(block_means(x, 2**k) for k in range(1, len(ends) + 1))]
-        super().__init__(
-            torch.stack([after - before for before, after in itertools.pairwise(states)], 1)
-        )
+        steps = [after - before for before, after in itertools.pairwise(states)]
+        super().__init__(torch.stack(steps, 1))
         self._ends = list(ends)
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -252,7 +242,7 @@ class _DownsampleCurve(SumCurve):
 
 
 def block_means(x: Tensor, size: int) -> Tensor:
-    """``x`` ``(B, ..., H, W)`` with each block of ``size`` x ``size`` pixels replaced by its mean."""
+    """Replace each block of ``size`` x ``size`` pixels of ``x`` ``(B, ..., H, W)`` by its mean."""
     *lead, height, width = x.shape
     means = x.reshape(*lead, height // size, size, width // size, size).mean((-3, -1))
     return means.repeat_interleave(size, -2).repeat_interleave(size, -1)
@@ -260,13 +250,12 @@ def block_means(x: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II as a matrix ``(n, n)``, c_i (2/n)^½ cos(pi i (j + ½)/n) in row i, with
-    c_0 = 2^-½; V is its transpose.
+    """Return the orthonormal DCT-II as a matrix ``(n, n)``, which is the transpose of V.
+
+    Row i is c_i (2/n)^½ cos(pi i (j + ½)/n), with c_0 = 2^-½ and c_i = 1 for other i.
     """
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # kept for later calls, which may want gradients
+    # The cached matrix may be part of a later call that needs gradients.
+    with torch.inference_mode(False), torch.no_grad():
         index = torch.arange(size, dtype=torch.float64)
         matrix = math.sqrt(2 / size) * torch.cos(math.pi / size * index[:, None] * (index + 0.5))
         matrix[0] *= math.sqrt(0.5)
@@ -274,13 +263,13 @@ def cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _both_sides(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
-    with full_precision(x):  # which would take products of matrices in half precision
+    with full_precision(x):  # autocast would multiply in half precision
         return left @ x @ right
 
 
 def _check_image(x: Tensor, name: str) -> None:
     if x.dim() < 3:
         raise UserError(
-            f"{name} acts on images (B, ..., H, W), got a batch of shape {tuple(x.shape)}; another"
-            " transformation fits vectors"
+            f"{name} acts on images (B, ..., H, W), got a batch of shape {tuple(x.shape)}; use"
+            " another transformation for vectors"
         )

@@ -1,4 +1,4 @@
-"""What all parts of a model share: their arguments can be shown and saved."""
+"""The base class of all parts of a model: modules whose arguments can be shown and saved."""
 
 import inspect
 
@@ -8,12 +8,14 @@ from ndm.errors import UserError
 
 
 class Part(nn.Module):
-    """A part of a model. Every argument of its constructor is kept as an attribute of the same
-    name, so that it can be shown and saved.
+    """Base class of the parts of a model.
+
+    Subclasses store every argument of their constructor as an attribute of the same name, so that
+    the part can be shown and saved.
     """
 
     def arguments(self) -> dict[str, object]:
-        """The constructor's arguments by name."""
+        """Return the arguments of the constructor by name."""
         names = [
             name
             for name in inspect.signature(type(self).__init__).parameters
@@ -22,7 +24,7 @@ class Part(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        """The arguments that are not modules themselves."""
+        """Return the arguments that are not modules, for ``repr``."""
         return ", ".join(
             f"{name}={value!r}"
             for name, value in self.arguments().items()
@@ -35,8 +37,8 @@ def check_network(network: object, owner: str, call: str) -> None:
 
     Args:
         network: the argument.
-        owner: what needs it, such as "a predictor".
-        call: how it is called.
+        owner: the part that needs it, such as "a predictor".
+        call: how the part calls it, such as "network(z, t)".
 
     Raises:
         UserError: it is not.

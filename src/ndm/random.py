@@ -1,13 +1,14 @@
-r"""Random numbers, and random numbers that belong to an example.
+r"""Random numbers, from one generator for a batch or from one generator for each example.
 
 .. math::
-    \epsilon_i = \epsilon(\text{seed}, i, \text{stream}), \qquad i \text{ the number of the example in its data set} .
+    \epsilon_i = \epsilon(\text{seed}, i, \text{stream}), \qquad
+    i \text{ the number of the example in its data set} .
 
-An estimate for a data set must not depend on how the data were cut into batches or spread over
-processes. :class:`ExampleGenerators` therefore gives every example a generator of its own, seeded
-by a hash of seed, example and stream; wherever a ``torch.Generator`` is taken as the source of
-noise for a batch, it may stand instead. Numbers are drawn in double precision on the CPU and then
-rounded, so they are the same on every device and, up to rounding, in every precision.
+An estimate for a data set must not depend on how the data are split into batches or distributed
+over processes. :class:`ExampleGenerators` therefore has one generator for each example, seeded by a
+hash of seed, example and stream. Functions that draw noise for a batch accept it in place of a
+``torch.Generator``. It draws in double precision on the CPU and then rounds, so the numbers are the
+same on every device and, up to rounding, in every precision.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,30 +19,23 @@ from torch import Tensor
 
 
 def part_seed(seed: int, *part: int) -> int:
-    """Seed of the random numbers of one part of a run: a hash of the seed and of the numbers that
-    name the part.
-    """
+    """Return the seed of one part of a run: a hash of ``seed`` and the numbers of the part."""
     words = [seed, *part]
-    if (
-        len(part) > 1
-        # each number in two words, and how many there are: SeedSequence itself takes [1] and [1, 0] for
-        # the same
-    ):
-        words = [
-            0xFFFFFFFF,
-            len(part),
-            *(half for number in words for half in (number & 0xFFFFFFFF, number >> 32)),
-        ]
+    if len(part) > 1:
+        # SeedSequence hashes [1] and [1, 0] alike: prepend the length, and use two 32-bit words for
+        # each number.
+        halves = [half for number in words for half in (number & 0xFFFFFFFF, number >> 32)]
+        words = [0xFFFFFFFF, len(part), *halves]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class ExampleGenerators:
-    """A source of noise for a batch in which every example has its own random numbers.
+    """A source of noise for a batch, with one generator for each example.
 
     Args:
         seed: seed of the estimate.
-        examples: numbers of the examples of the batch in their data set, one for each row.
-        stream: numbers that name what the noise is for; different streams are independent.
+        examples: the numbers of the batch's examples in their data set, one for each row.
+        stream: numbers that identify the use of the noise; different streams are independent.
     """
 
     def __init__(self, seed: int, examples: Sequence[int], *stream: int):
@@ -50,36 +44,37 @@ class ExampleGenerators:
         ]
 
     def draw(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
-        """One draw for each row of ``like`` ``(B, *event)``, by a sampler called as
-        ``sampler(shape, generator=, dtype=)``.
+        """Draw one event for each row of ``like`` ``(B, *event)``.
+
+        Args:
+            sampler: called as ``sampler(shape, generator=, dtype=)``, such as ``torch.randn``.
+            like: gives shape, dtype and device.
         """
         if like.shape[0] != len(self._generators):
             raise ValueError(
-                f"noise for {len(self._generators)} examples was asked for a batch of"
+                f"there are generators for {len(self._generators)} examples, but the batch has"
                 f" {like.shape[0]}"
             )
         rows = [
             sampler(tuple(like.shape[1:]), generator=generator, dtype=torch.float64)
             for generator in self._generators
         ]
-        return (
-            torch.stack(rows).to(dtype=like.dtype, device=like.device)
-            if rows
-            else torch.empty_like(like)
-        )
+        if not rows:
+            return torch.empty_like(like)
+        return torch.stack(rows).to(dtype=like.dtype, device=like.device)
 
 
 RandomSource = torch.Generator | ExampleGenerators | None
-"""Where random numbers come from; None is PyTorch's global generator."""
+"""Source of randomness; None is PyTorch's global generator."""
 
 
 def standard_normal(like: Tensor, source: RandomSource = None) -> Tensor:
-    """Standard normal numbers in the shape and dtype and on the device of ``like``."""
+    """Draw standard normal numbers with the shape, dtype and device of ``like``."""
     return _draw(torch.randn, like, source)
 
 
 def uniform(like: Tensor, source: RandomSource = None) -> Tensor:
-    """Uniform numbers in [0, 1) in the shape and dtype and on the device of ``like``."""
+    """Draw uniform numbers in [0, 1) with the shape, dtype and device of ``like``."""
     return _draw(torch.rand, like, source).clamp(max=1 - torch.finfo(like.dtype).eps)
 
 

@@ -1,14 +1,14 @@
-r"""Sampling: from z_1 ~ N(0, I) backward in time to z_0, then x from the decoder (NDM, Algorithm
-2).
+r"""Samplers: from z_1 ~ N(0, I) backward in time to z_0 (NDM, Algorithm 2).
 
 .. math::
-    \text{ancestral: } z_s \sim q(z_s \,|\, z_t, x = \hat x(z_t, t)) \text{ with } v = \eta^2\sigma_s^2(1 - e^{\gamma_s - \gamma_t}), \qquad
+    \text{ancestral: } z_s \sim q(z_s \,|\, z_t, x = \hat x(z_t, t)) \text{ with }
+    v = \eta^2\sigma_s^2(1 - e^{\gamma_s - \gamma_t}), \qquad
     \text{SDE, ODE: } dz = f(z, t, \hat x)\,dt + \eta\sigma\sqrt{\gamma'}\,d\bar w .
 
-One loop owns the time grid; a step class writes only the step from t to s < t. ``Euler`` and
-``Heun`` serve the SDE and, with eta = 0, the ODE. The noise of the SDE does not depend on z, so
-Heun's trapezoid is of weak order 2 there (Kloeden & Platen 1992, section 15.1) and of order 2 on
-the ODE; ancestral steps and Euler are of order 1.
+:class:`GridSampler` loops over the time grid; a :class:`Step` computes z_s from z_t, s < t.
+:class:`Euler` and :class:`Heun` solve the SDE and, with eta = 0, the ODE. Ancestral steps and Euler
+have order 1. Heun's trapezoid has order 2 on the ODE and weak order 2 on the SDE, whose noise does
+not depend on z (Kloeden & Platen 1992, section 15.1). The decoder then draws x from z_0.
 """
 
 import math
@@ -37,7 +37,7 @@ class Step(ABC):
     """One step of a sampler.
 
     Args:
-        eta: 1 is the full noise of DDPM, 0 none.
+        eta: stochasticity; 1 is DDPM's noise, 0 is deterministic.
     """
 
     def __init__(self, eta: float):
@@ -51,19 +51,25 @@ class Step(ABC):
     def __call__(
         self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor
     ) -> Tensor:
-        """z_s from z_t, both ``(B, *event)``, with standard normal ``noise`` of the same shape
-        (ignored at eta = 0).
+        """Return z_s, ``(B, *event)``.
+
+        Args:
+            reverse: the reverse process.
+            z: z_t, ``(B, *event)``.
+            t: the noise level of z.
+            s: the next noise level, s < t.
+            noise: standard normal in the shape of z; ignored at eta = 0.
         """
 
 
 class Ancestral(Step):
-    """z_s from the posterior at x̂: DDPM's step at eta = 1, DDIM's at eta = 0, and everything
-    between.
+    """A draw of z_s from the posterior at x̂.
 
     Args:
-        eta: 1 is DDPM, 0 is DDIM.
-        variance_ratio: r(t), for a reverse variance of r v instead of v:
-            :func:`ndm.evaluation.calibrate.best_variance_ratio` of this number of steps.
+        eta: stochasticity; 1 is DDPM, 0 is DDIM.
+        variance_ratio: r(t), for the reverse variance r v instead of v; see
+            :func:`ndm.evaluation.calibrate.best_variance_ratio`, which fits it for one number of
+            steps.
     """
 
     def __init__(self, eta: float = 1.0, variance_ratio: PiecewiseConstant | None = None):
@@ -73,10 +79,10 @@ class Ancestral(Step):
     def __call__(
         self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor
     ) -> Tensor:
-        step = require_markov(reverse, "ancestral sampling").posterior(z, s, t, self.eta)
+        posterior = require_markov(reverse, "ancestral sampling").posterior(z, s, t, self.eta)
         if self.variance_ratio is not None:
             noise = noise * expand(self.variance_ratio((s.t + t.t) / 2), z).sqrt()
-        return step.sample(noise)
+        return posterior.sample(noise)
 
 
 class Euler(Step):
@@ -85,17 +91,16 @@ class Euler(Step):
     def __call__(
         self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor
     ) -> Tensor:
-        moved = z + expand(s.t - t.t, z) * reverse.drift(z, t, self.eta)
-        return (
-            moved
-            if self.eta == 0
-            else moved + expand(t.diffusion(self.eta) * (t.t - s.t).sqrt(), z) * noise
-        )
+        z_s = z + expand(s.t - t.t, z) * reverse.drift(z, t, self.eta)
+        if self.eta:
+            z_s = z_s + expand(t.diffusion(self.eta) * (t.t - s.t).sqrt(), z) * noise
+        return z_s
 
 
 class Heun(Step):
-    """Heun's trapezoid on the generative SDE, with the mean of g² over the step; two evaluations a
-    step.
+    """Heun's trapezoid on the generative SDE, or on the ODE at eta = 0.
+
+    A step evaluates the drift twice. The noise has the mean of g² at both ends of the step.
     """
 
     def __call__(
@@ -110,7 +115,7 @@ class Heun(Step):
 
 
 class Sampler(ABC):
-    """Carries z_1 to z_0."""
+    """Base class of samplers, which map z_1 to z_0."""
 
     @abstractmethod
     def __call__(
@@ -120,11 +125,18 @@ class Sampler(ABC):
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """z_0 from ``z`` = z_1, ``(B, *event)``."""
+        """Return z_0, ``(B, *event)``.
+
+        Args:
+            reverse: the reverse process.
+            z: z_1, ``(B, *event)``.
+            generator: source of randomness; PyTorch's global generator by default.
+            progress: show a progress bar.
+        """
 
 
 class GridSampler(Sampler):
-    """A step class on a uniform grid of times from 1 to 0.
+    """A sampler that repeats a step on a uniform grid of times from 1 to 0.
 
     Args:
         step: the step.
@@ -154,28 +166,21 @@ class GridSampler(Sampler):
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Iterator[tuple[float, Tensor]]:
-        """The whole path from ``z`` = z_1: each time of the grid, from 1 to 0, with z there, ``(B,
-        *event)``, as it is reached.
-        """
-        level = reverse.process.level(1.0, z)
+        """Yield (t, z_t) for each time of the grid, from ``z`` = z_1 to z_0, ``(B, *event)``."""
+        t = reverse.process.level(1.0, z)
         yield 1.0, z
+        indices, hidden = range(self.steps - 1, -1, -1), not progress
         for index in tqdm(
-            range(self.steps - 1, -1, -1),
-            desc="sampling",
-            unit="step",
-            disable=not progress,
-            delay=1,
-            leave=False,
+            indices, desc="sampling", unit="step", disable=hidden, delay=1, leave=False
         ):
-            following = reverse.process.level(index / self.steps, z)
+            s = reverse.process.level(index / self.steps, z)
             noise = standard_normal(z, generator) if self.step.eta else z
-            z = self.step(reverse, z, level, following, noise)
-            level = following
+            z, t = self.step(reverse, z, t, s, noise), s
             yield index / self.steps, z
 
 
 class AdaptiveODE(Sampler):
-    """torchdiffeq's solvers with an adaptive step on the generative ODE, see :func:`solve_ode`.
+    """An adaptive solver of torchdiffeq on the generative ODE, see :func:`ndm.ode.solve_ode`.
 
     Args:
         solver: a method of ``torchdiffeq.odeint``.
@@ -187,8 +192,7 @@ class AdaptiveODE(Sampler):
         check_tolerances(rtol, atol)
         if solver not in ADAPTIVE_SOLVERS:
             raise UserError(
-                f"solver={solver!r} has no adaptive step: choose one of"
-                f" {', '.join(ADAPTIVE_SOLVERS)}"
+                f"solver={solver!r} is not adaptive: choose one of {', '.join(ADAPTIVE_SOLVERS)}"
             )
         self.solver, self.rtol, self.atol = solver, rtol, atol
 
@@ -206,16 +210,17 @@ class AdaptiveODE(Sampler):
 
 
 class TorchSDE(Sampler):
-    """torchsde's solvers on the generative SDE (extra ``sde``).
+    """A solver of torchsde on the generative SDE (extra ``sde``).
 
     Args:
         steps: number of steps of the uniform grid.
         solver: a method of ``torchsde.sdeint`` for Itô equations with diagonal noise: ``euler``,
             ``milstein`` or ``srk``.
-        eta: 1 is the full noise of DDPM.
+        eta: stochasticity, positive; 1 is DDPM's noise.
 
     Raises:
         MissingExtraError: torchsde is not installed.
+        UserError: steps or eta is out of range.
     """
 
     def __init__(self, steps: int, solver: str = "srk", eta: float = 1.0):
@@ -238,22 +243,18 @@ class TorchSDE(Sampler):
         shape, eta = z.shape, self.eta
 
         class Equation(torch.nn.Module):
-            """The SDE in the time tau = 1 - t, on flattened events, as torchsde wants it."""
+            """The SDE in the time tau = 1 - t on flattened events, for torchsde."""
 
             noise_type, sde_type = "diagonal", "ito"
 
             def f(self, tau: Tensor, y: Tensor) -> Tensor:
                 state = y.reshape(shape)
-                return -reverse.drift(
-                    state, reverse.process.level((1 - tau).clamp(0, 1), state), eta
-                ).flatten(1)
+                level = reverse.process.level((1 - tau).clamp(0, 1), state)
+                return -reverse.drift(state, level, eta).flatten(1)
 
             def g(self, tau: Tensor, y: Tensor) -> Tensor:
-                return (
-                    reverse.process.level((1 - tau).clamp(0, 1), y)
-                    .diffusion(eta)[:, None]
-                    .expand_as(y)
-                )
+                level = reverse.process.level((1 - tau).clamp(0, 1), y)
+                return level.diffusion(eta)[:, None].expand_as(y)
 
         flat = z.flatten(1)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=z.device))
@@ -285,33 +286,33 @@ def make_sampler(
 
     Args:
         method: ``ancestral``, ``ddim``, ``sde`` or ``ode``.
-        steps: number of steps of the grid (not used by ``dopri5``).
-        eta: noise of the reverse process, for ``ancestral`` and ``sde``; default 1.
-        solver: for ``sde`` one of euler (default), heun, torchsde-euler, torchsde-srk; for ``ode``
-            one of heun (default), euler, dopri5.
+        steps: number of steps of the grid; ignored by ``dopri5``.
+        eta: stochasticity, for ``ancestral`` and ``sde``; default 1.
+        solver: for ``sde``: euler (default), heun, torchsde-euler or torchsde-srk; for ``ode``:
+            heun (default), euler or dopri5.
         rtol: relative tolerance of ``dopri5``.
         atol: absolute tolerance of ``dopri5``.
 
     Raises:
-        UserError: a name is not known, or the choices contradict one another.
+        UserError: a name is unknown, or arguments contradict each other.
     """
     check_choice("method", method, get_args(Method))
-    known = {"sde": SDE_SOLVERS, "ode": ODE_SOLVERS}.get(method, ())
-    if solver is not None and solver not in known:
-        allowed = f"choose one of {', '.join(known)}" if known else "it takes none"
-        raise UserError(f"solver={solver!r} does not go with method={method!r}: {allowed}")
-    if eta and method in ("ddim", "ode"):
+    solvers = {"sde": SDE_SOLVERS, "ode": ODE_SOLVERS}.get(method, ())
+    if solver is not None and solver not in solvers:
+        allowed = f"choose one of {', '.join(solvers)}" if solvers else "leave solver out"
+        raise UserError(f"solver={solver!r} does not work with method={method!r}: {allowed}")
+    deterministic = method in ("ddim", "ode")
+    if eta and deterministic:
         raise UserError(
-            f"eta={eta} does not go with method={method!r}, which is deterministic; use"
+            f"eta={eta} does not work with method={method!r}, which is deterministic; use"
             " method='ancestral' or 'sde'"
         )
-    noise = 1.0 if eta is None else eta
+    eta = 0.0 if deterministic else 1.0 if eta is None else eta
     if method in ("ancestral", "ddim"):
-        return GridSampler(Ancestral(noise if method == "ancestral" else 0.0), steps)
+        return GridSampler(Ancestral(eta), steps)
     if solver == "dopri5":
         return AdaptiveODE(solver, rtol, atol)
     if solver and solver.startswith("torchsde-"):
-        return TorchSDE(steps, solver.removeprefix("torchsde-"), noise)
-    name = solver or known[0]
-    rate = noise if method == "sde" else 0.0
-    return GridSampler(Heun(rate) if name == "heun" else Euler(rate), steps)
+        return TorchSDE(steps, solver.removeprefix("torchsde-"), eta)
+    step = Heun(eta) if (solver or solvers[0]) == "heun" else Euler(eta)
+    return GridSampler(step, steps)

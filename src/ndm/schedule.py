@@ -1,16 +1,14 @@
-r"""Noise schedules: how much signal and noise a latent holds at time t in [0, 1] (0 is data, 1 is
-noise).
+r"""Noise schedules: signal and noise scales over time t in [0, 1], from data (0) to noise (1).
 
 .. math::
     z_t = \alpha_t F(x, t) + \sigma_t \epsilon, \qquad \gamma_t = \log(\sigma_t^2 / \alpha_t^2), \qquad
     \omega_t = \alpha_t \sigma'_t - \alpha'_t \sigma_t = \tfrac12 \alpha_t \sigma_t \gamma'_t .
 
-Variance-preserving schedules are given by their gamma alone: :math:`\alpha^2 =
-\mathrm{sigmoid}(-\gamma)`,
-:math:`\sigma^2 = \mathrm{sigmoid}(\gamma)`, so that both ends are exact in floating point ("1 minus something small" never appears).
-All quantities that the process needs are written in :math:`\alpha, \sigma, \alpha', \sigma'`, which
-stay finite where gamma does not (flow matching ends at :math:`\alpha_1 = 0`, :math:`\gamma_1 =
-\infty`):
+A variance-preserving schedule is defined by its gamma:
+:math:`\alpha^2 = \mathrm{sigmoid}(-\gamma)`, :math:`\sigma^2 = \mathrm{sigmoid}(\gamma)`. Both ends
+are exact in floating point, since 1 minus a small number never appears. All other quantities are
+computed from :math:`\alpha, \sigma, \alpha', \sigma'`, which stay finite where gamma does not (flow
+matching ends at :math:`\alpha_1 = 0`, :math:`\gamma_1 = \infty`):
 
 .. math::
     e^{-\gamma}\gamma' = 2\alpha\omega/\sigma^3, \qquad 1/\gamma' = \alpha\sigma/(2\omega).
@@ -31,13 +29,14 @@ from ndm.shapes import expand
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """A schedule at given times: every field has the shape of ``t``, ``(B,)`` or, expanded, ``(B,
-    1, ..., 1)``.
+    """A schedule evaluated at a batch of times.
+
+    Every field has the shape of ``t``: ``(B,)``, or ``(B, 1, ..., 1)`` after :meth:`expand`.
     """
 
     t: Tensor
     gamma: Tensor
-    """log(sigma²/alpha²), minus the log signal-to-noise ratio; nats."""
+    """log(sigma²/alpha²), minus the log signal-to-noise ratio, in nats."""
     alpha: Tensor
     sigma: Tensor
     dalpha: Tensor
@@ -57,47 +56,45 @@ class NoiseLevel:
 
     @property
     def inverse_dgamma(self) -> Tensor:
-        """1/gamma', finite everywhere."""
+        """1/gamma', always finite."""
         return self.alpha * self.sigma / (2 * self.omega)
 
     @property
     def snr_decay(self) -> Tensor:
-        """exp(-gamma) gamma' = -d(SNR)/dt, finite everywhere sigma is positive."""
+        """exp(-gamma) gamma' = -d(SNR)/dt, finite wherever sigma is positive."""
         return 2 * self.alpha * self.omega / self.sigma**3
 
     def diffusion(self, eta: float) -> Tensor:
-        """G = eta sigma sqrt(gamma'), the diffusion coefficient of the reverse-time SDE."""
+        """Return g = eta sigma sqrt(gamma'), the diffusion coefficient of the reverse-time SDE."""
         return eta * self.sigma * self.dgamma.sqrt()
 
     def expand(self, like: Tensor) -> "NoiseLevel":
-        """The same level with every field reshaped to broadcast against ``like`` ``(B, *event)``."""
+        """Reshape every field to broadcast against ``like`` ``(B, *event)``."""
         return NoiseLevel(
             **{field.name: expand(getattr(self, field.name), like) for field in fields(self)}
         )
 
     def detach(self) -> "NoiseLevel":
-        """The same level without the gradient of a learned schedule."""
+        """Detach every field, which cuts the gradient of a learned schedule."""
         return NoiseLevel(
             **{field.name: getattr(self, field.name).detach() for field in fields(self)}
         )
 
     def rows(self, chosen: slice) -> "NoiseLevel":
-        """The level of some examples of the batch."""
+        """Return the level of a slice of the batch."""
         return NoiseLevel(
             **{field.name: getattr(self, field.name)[chosen] for field in fields(self)}
         )
 
     def cat(self, other: "NoiseLevel") -> "NoiseLevel":
-        """Both levels in one batch, for one network call at two sets of times."""
-        pairs = {
-            field.name: (getattr(self, field.name), getattr(other, field.name))
-            for field in fields(self)
-        }
+        """Concatenate both levels along the batch, for one network call at two sets of times."""
+        names = [field.name for field in fields(self)]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return NoiseLevel(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
 class Schedule(Part, ABC):
-    """Maps times ``(B,)`` to a :class:`NoiseLevel`, derivatives included."""
+    """A map from times ``(B,)`` to a :class:`NoiseLevel`, derivatives included."""
 
     @abstractmethod
     def forward(self, t: Tensor) -> NoiseLevel:
@@ -105,18 +102,16 @@ class Schedule(Part, ABC):
 
 
 class VariancePreserving(Schedule, ABC):
-    """A schedule with alpha² + sigma² = 1, given by its gamma."""
+    """A schedule with alpha² + sigma² = 1, defined by its gamma."""
 
     @abstractmethod
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gamma and d gamma/dt at times ``t`` ``(B,)``; gamma increases strictly."""
+        """Return gamma, which strictly increases, and d gamma/dt at times ``t`` ``(B,)``."""
 
     def forward(self, t: Tensor) -> NoiseLevel:
         gamma, dgamma = self.gamma(t)
-        alpha, sigma = (
-            torch.exp(0.5 * nnf.logsigmoid(-gamma)),
-            torch.exp(0.5 * nnf.logsigmoid(gamma)),
-        )
+        alpha = torch.exp(0.5 * nnf.logsigmoid(-gamma))
+        sigma = torch.exp(0.5 * nnf.logsigmoid(gamma))
         return NoiseLevel(
             t=t,
             gamma=gamma,
@@ -137,10 +132,10 @@ def check_gamma_ends(gamma_0: float, gamma_1: float) -> None:
 
 
 class LinearLogSNRSchedule(VariancePreserving):
-    """gamma linear in t (VDM, Kingma et al. 2021, the fixed schedule).
+    """The schedule with gamma linear in t (the fixed schedule of VDM, Kingma et al. 2021).
 
     Args:
-        gamma_0: gamma at t = 0. The decoder resolves values sqrt(exp(gamma_0)) apart.
+        gamma_0: gamma at t = 0. The decoder resolves values that are sqrt(exp(gamma_0)) apart.
         gamma_1: gamma at t = 1. The prior term is about D alpha_1²|F|²/2 nats.
     """
 
@@ -155,10 +150,10 @@ class LinearLogSNRSchedule(VariancePreserving):
 
 
 class CosineSchedule(VariancePreserving):
-    r"""gamma = 2 log tan(pi u/2), u running over the part of [0, 1] where gamma lies between its
-    ends.
+    """The cosine schedule, gamma = 2 log tan(pi u/2) (Nichol & Dhariwal 2021).
 
-    Nichol & Dhariwal 2021 (alpha = cos(pi u/2)), truncated exactly at ``gamma_0`` and ``gamma_1``.
+    That is alpha = cos(pi u/2). u is linear in t and covers the part of [0, 1] where gamma lies
+    between ``gamma_0`` and ``gamma_1``, so both ends are exact.
 
     Args:
         gamma_0: gamma at t = 0.
@@ -171,37 +166,34 @@ class CosineSchedule(VariancePreserving):
         self.gamma_0, self.gamma_1 = gamma_0, gamma_1
 
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        start, end = (
-            math.atan(math.exp(0.5 * self.gamma_0)),
-            math.atan(math.exp(0.5 * self.gamma_1)),
-        )
+        start = math.atan(math.exp(0.5 * self.gamma_0))
+        end = math.atan(math.exp(0.5 * self.gamma_1))
         angle = start + (end - start) * t
-        gamma = 2 * torch.log(torch.tan(angle)).where(t > 0, 0.5 * self.gamma_0).where(
-            t < 1, 0.5 * self.gamma_1
-        )  # exact ends
-        return gamma, 4 * (end - start) / torch.sin(2 * angle)
+        half_gamma = torch.log(torch.tan(angle))
+        half_gamma = half_gamma.where(t > 0, 0.5 * self.gamma_0)  # exact at both ends
+        half_gamma = half_gamma.where(t < 1, 0.5 * self.gamma_1)
+        return 2 * half_gamma, 4 * (end - start) / torch.sin(2 * angle)
 
 
 class LinearBetaSchedule(VariancePreserving):
-    r"""DDPM's linear beta in continuous time: alpha² = exp(-B(u)), B(u) = beta_0 u + (beta_1 -
-    beta_0) u²/2.
+    """DDPM's linear beta in continuous time, gamma = log(exp(B) - 1), that is alpha² = exp(-B).
 
-    Ho et al. 2020 with 1,000 steps of beta from 1e-4 to 0.02; Song et al. 2021 for the limit. u =
-    t_0 + (1 - t_0) t starts at ``t_0`` because gamma is minus infinity at u = 0. gamma = log(exp(B)
-    - 1).
+    B = beta_0 u + (beta_1 - beta_0) u²/2 with u = t_0 + (1 - t_0) t, which starts at ``t_0``
+    because gamma is minus infinity at u = 0. The defaults are the limit (Song et al. 2021) of 1,000
+    steps with beta from 1e-4 to 0.02 (Ho et al. 2020).
 
     Args:
         beta_0: rate at u = 0 (1,000 times DDPM's first beta).
         beta_1: rate at u = 1 (1,000 times DDPM's last beta).
-        t_0: where t = 0 lies on DDPM's own clock; in (0, 1).
+        t_0: the value of u at t = 0; in (0, 1).
     """
 
     def __init__(self, beta_0: float = 0.1, beta_1: float = 20.0, t_0: float = 1e-3):
         super().__init__()
         if not (0 < beta_0 <= beta_1 and 0 < t_0 < 1):
             raise UserError(
-                f"beta_0={beta_0}, beta_1={beta_1}, t_0={t_0}: need 0 < beta_0 <= beta_1 and 0 <"
-                " t_0 < 1"
+                f"beta_0={beta_0}, beta_1={beta_1}, t_0={t_0}: need 0 < beta_0 <= beta_1 and"
+                " 0 < t_0 < 1"
             )
         self.beta_0, self.beta_1, self.t_0 = beta_0, beta_1, t_0
 
@@ -209,20 +201,20 @@ class LinearBetaSchedule(VariancePreserving):
         u = self.t_0 + (1 - self.t_0) * t
         integral = self.beta_0 * u + 0.5 * (self.beta_1 - self.beta_0) * u**2
         rate = (1 - self.t_0) * (self.beta_0 + (self.beta_1 - self.beta_0) * u)
-        # log(exp(B) - 1) = B + log(1 - exp(-B)): no overflow for large B, no cancellation for small
-        # B.
+        # log(exp(B) - 1) = B + log(1 - exp(-B)) does not overflow at large B or cancel at small B.
         return integral + torch.log(-torch.expm1(-integral)), rate / -torch.expm1(-integral)
 
 
 class FlowMatchingSchedule(Schedule):
-    """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023), not
-    variance preserving.
+    """The straight path of flow matching, alpha = 1 - t and sigma = t (Lipman et al. 2023).
+
+    It is not variance preserving.
 
     Args:
-        sigma_0: noise left at t = 0 (sigma = sigma_0 + (1 - sigma_0) t): the width of the decoder,
-            so positive.
-        alpha_1: signal left at t = 1 (alpha = 1 - (1 - alpha_1) t). With 0 the prior term is
-            exactly 0 and the ODE and the ancestral sampler are finite, while the coefficient of the
+        sigma_0: noise left at t = 0: sigma = sigma_0 + (1 - sigma_0) t. It is the width of the
+            decoder, so it must be positive.
+        alpha_1: signal left at t = 1: alpha = 1 - (1 - alpha_1) t. With 0 the prior term is
+            exactly 0, and the ODE and the ancestral sampler are finite, but the coefficient of the
             SDE is infinite at t = 1.
     """
 
@@ -249,22 +241,22 @@ class FlowMatchingSchedule(Schedule):
 
 
 class LearnedSchedule(VariancePreserving):
-    r"""A learned monotone gamma whose ends are exact at every moment of training.
+    r"""A learned monotone gamma whose ends are exact throughout training.
 
     .. math::
         \gamma(t) = \gamma_0 + (\gamma_1 - \gamma_0)\, \frac{g(t) - g(0)}{g(1) - g(0)}, \qquad
         g(t) = w t + \sum_j a_j\, \mathrm{sigmoid}(b_j (t - c_j)), \quad w, a_j, b_j > 0 .
 
-    VDM's monotone network with its normalization (Kingma et al. 2021, appendix), written so that
-    the derivative is a closed form. It starts linear up to a few per cent. In continuous time the
-    bound of a plain diffusion does not depend on the inside of the schedule, only on its ends; the
-    inside then acts on the variance of the estimate alone.
+    This is VDM's monotone network with its normalization (Kingma et al. 2021, appendix), written so
+    that the derivative is a closed form. It starts linear to within a few percent. In continuous
+    time the bound of a plain diffusion model depends only on the ends of the schedule; its interior
+    affects only the variance of the estimate.
 
     Args:
         gamma_0: gamma at t = 0; the starting value if the ends are learned.
         gamma_1: gamma at t = 1; the starting value if the ends are learned.
-        learn_ends: learn both ends too; gamma_1 - gamma_0 stays positive. Then gamma(0) and
-            gamma(1) are exactly ``ends()``.
+        learn_ends: learn both ends too; gamma_1 - gamma_0 stays positive. gamma(0) and gamma(1)
+            are then exactly ``ends()``.
         units: number of sigmoids.
     """
 
@@ -279,12 +271,8 @@ class LearnedSchedule(VariancePreserving):
         check_gamma_ends(gamma_0, gamma_1)
         if units < 1:
             raise UserError(f"units={units}: the learned schedule needs at least one unit")
-        self.gamma_0, self.gamma_1, self.learn_ends, self.units = (
-            gamma_0,
-            gamma_1,
-            learn_ends,
-            units,
-        )
+        self.gamma_0, self.gamma_1 = gamma_0, gamma_1
+        self.learn_ends, self.units = learn_ends, units
         start = torch.tensor([gamma_0, math.log(gamma_1 - gamma_0)])
         self.start_and_log_range = nn.Parameter(start) if learn_ends else None
         self.log_slope = nn.Parameter(torch.zeros(()))
@@ -293,31 +281,29 @@ class LearnedSchedule(VariancePreserving):
         self.center = nn.Parameter(torch.linspace(0.0, 1.0, units))
 
     def ends(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """gamma at t = 0 and at t = 1, scalars; of the given dtype, or that of the parameters."""
+        """Return gamma at t = 0 and t = 1, scalars, in ``dtype`` or else that of the parameters."""
         dtype = dtype or self.log_slope.dtype
         if self.start_and_log_range is None:
-            start, end = (
-                self.log_slope.new_full((), gamma, dtype=dtype)
-                for gamma in (self.gamma_0, self.gamma_1)
-            )
+            start = self.log_slope.new_full((), self.gamma_0, dtype=dtype)
+            end = self.log_slope.new_full((), self.gamma_1, dtype=dtype)
             return start, end
         start, log_range = self.start_and_log_range.to(dtype)
         return start, start + log_range.exp()
 
-    def _raw(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _unnormalized(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return g and g' at times ``t`` ``(B,)``."""
         steepness, height = self.log_steepness.exp(), self.log_height.exp()
         gate = torch.sigmoid(steepness * (t[..., None] - self.center))
         slope = self.log_slope.exp()
-        return slope * t + (height * gate).sum(-1), slope + (
-            height * steepness * gate * (1 - gate)
-        ).sum(-1)
+        rate = slope + (height * steepness * gate * (1 - gate)).sum(-1)
+        return slope * t + (height * gate).sum(-1), rate
 
     def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        # One call for the ends and the times, so that t = 0 and t = 1 give the very floats of the
-        # ends.
-        value, slope = self._raw(torch.cat([torch.arange(2, dtype=t.dtype, device=t.device), t]))
+        # Evaluate g(0) and g(1) in the same call, so that t = 0 and t = 1 give the same floats.
+        ends_and_times = torch.cat([torch.arange(2, dtype=t.dtype, device=t.device), t])
+        value, slope = self._unnormalized(ends_and_times)
         low, high, value, slope = value[0], value[1], value[2:], slope[2:]
         start, end = self.ends(t.dtype)
-        # lerp is exact at 0 and at 1, where (value - low) is exactly 0 and exactly (high - low).
+        # lerp is exact at 0 and at 1, and value - low is exactly 0 at t = 0, high - low at t = 1.
         gamma = torch.lerp(start.expand_as(t), end.expand_as(t), (value - low) / (high - low))
         return gamma, (end - start) * slope / (high - low)

@@ -1,13 +1,13 @@
-r"""A model as plain files: ``config.json`` says what it is made of, ``model.safetensors`` holds its
-numbers. No pickles.
+"""Models as plain files: ``config.json`` has the parts, ``model.safetensors`` the weights.
 
-Every part of a model keeps each argument of its constructor as an attribute of the same name
-(:class:`ndm.parts.Part`), so a part is described by ``{"class_path": ..., "init_args": {...}}``,
-the form that YAML configurations use too, and rebuilt by calling the constructor. A class is named
-as users import it, ``ndm.NDM`` or ``ndm.nn.UNet``, wherever its code is. Only public classes of
-this library are ever looked up for a model folder; a network of the user's own is passed in by the
-user. (The ``config.yaml`` of a run may name classes of the user's, which are imported where the run
-is used: take runs from people whose code you would run.)
+No pickles. Every part of a model stores each argument of its constructor as an attribute of the
+same name (:class:`ndm.parts.Part`). So a part is described by ``{"class_path": ..., "init_args":
+{...}}``, as in YAML configurations, and rebuilt by calling the constructor. A class path is the
+public name, ``ndm.NDM`` or ``ndm.nn.UNet``.
+
+Loading a model folder imports only public classes of this library; users pass their own networks
+in. The ``config.yaml`` of a run, however, may name any class, and using the run imports it: only
+use runs from people whose code you would run.
 """
 
 import errno
@@ -32,35 +32,32 @@ from ndm.parts import Part
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Of the errors by which a system says that there is no place for a file."""
-_TORCH_SAVE = (
-    "PytorchStreamWriter",
-    "inline_container",
-)  # of the RuntimeError by which torch.save says that a disk is full
+"""Error numbers for a full disk or quota, or a file that is too large."""
+# Parts of the message of the RuntimeError that torch.save raises on a full disk.
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")
 
 
 NAMESPACES = ("ndm", "ndm.nn", "ndm.variants", "ndm.quality")
-"""Where the public classes of models are."""
+"""Modules that export the public classes of models."""
 
 
 def class_path(cls: type) -> str:
-    """The public name of a class of this library, ``ndm.NDM``; the full dotted name of any other."""
+    """Return the public name of a class of this library, or the full dotted name of any other."""
     for namespace in NAMESPACES:
-        if (
-            f"{cls.__module__}.".startswith(f"{namespace}.")
-            and getattr(_public(namespace), cls.__name__, None) is cls
-        ):
+        inside = f"{cls.__module__}.".startswith(f"{namespace}.")
+        if inside and getattr(_public(namespace), cls.__name__, None) is cls:
             return f"{namespace}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def to_config(part: object, defaults: bool = True) -> object:
-    """Describe a part of a model, or a plain value, as JSON-ready data. Foreign modules get
-    ``init_args`` None.
+    """Describe a part of a model, or a plain value, as JSON-ready data.
+
+    The ``init_args`` of modules from outside this library are None.
 
     Args:
         part: the part.
-        defaults: list arguments that have their default value, too.
+        defaults: include arguments that have their default value.
     """
     if isinstance(part, (list, tuple)):
         return [to_config(item, defaults) for item in part]
@@ -71,12 +68,11 @@ def to_config(part: object, defaults: bool = True) -> object:
         return {"class_path": path, "init_args": None}
     arguments = part.arguments()
     if not defaults:
-        usual = {
-            name: one.default
-            for name, one in inspect.signature(type(part).__init__).parameters.items()
-        }
+        parameters = inspect.signature(type(part).__init__).parameters
         arguments = {
-            name: value for name, value in arguments.items() if not _same(value, usual[name])
+            name: value
+            for name, value in arguments.items()
+            if not _same(value, parameters[name].default)
         }
     return {
         "class_path": path,
@@ -85,14 +81,14 @@ def to_config(part: object, defaults: bool = True) -> object:
 
 
 def _same(value: object, default: object) -> bool:
-    """Whether an argument has its default value; a list for a tuple counts."""
-    plain = (list(one) if isinstance(one, (list, tuple)) else one for one in (value, default))
-    value, default = plain
+    """Whether an argument has its default value, with lists equal to tuples."""
+    value = list(value) if isinstance(value, tuple) else value
+    default = list(default) if isinstance(default, tuple) else default
     return type(value) is type(default) and value == default
 
 
 def _public(namespace: str) -> SimpleNamespace:
-    """The public names of a namespace."""
+    """Return the public names of a namespace and their objects."""
     module = importlib.import_module(namespace)
     return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
 
@@ -105,17 +101,17 @@ def _is_public(path: str) -> bool:
 def from_config(
     config: object, where: str = "model", replace: Mapping[str, nn.Module] | None = None
 ) -> object:
-    """Rebuild what :func:`to_config` described.
+    """Rebuild a part or a plain value from its description by :func:`to_config`.
 
     Args:
         config: the description.
-        where: the place in the description, for messages: ``model.predictor.network``.
-        replace: modules of the user for given places, instead of what the description says there.
+        where: the place in the whole description, such as ``model.predictor.network``.
+        replace: modules to use at some places, instead of those described there.
 
     Raises:
-        ForeignModuleError: the description names a class that is not part of this library and no
-            module was given for it.
-        UserError: it cannot be rebuilt.
+        ForeignModuleError: the description names a class from outside this library, and ``replace``
+            has no module for it.
+        UserError: the description cannot be rebuilt.
     """
     if replace and where in replace:
         return replace[where]
@@ -128,8 +124,8 @@ def from_config(
     path, arguments = config.get("class_path"), config.get("init_args")
     if not isinstance(path, str) or not path.startswith("ndm.") or arguments is None:
         raise ForeignModuleError(
-            f"{where} is a {path}, which is not part of ndm and is never imported from a model"
-            f" folder; build it yourself and pass modules={{'{where}': network}}"
+            f"{where} is a {path}, which is not part of ndm and not imported from a model folder;"
+            f" build it and pass modules={{'{where}': network}}"
         )
     if not _is_public(path):
         raise UserError(
@@ -140,25 +136,28 @@ def from_config(
     if not (isinstance(cls, type) and issubclass(cls, Part)):
         raise UserError(f"{where} names {path}, which is not a part of a model")
     try:
-        return cls(
-            **{
-                key: from_config(value, f"{where}.{key}", replace)
-                for key, value in arguments.items()
-            }
-        )
+        built = {
+            key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()
+        }
+        return cls(**built)
     except TypeError as error:
         raise UserError(
-            f"{where}: {path} does not take the arguments of this file ({error}): another version"
-            " of ndm wrote it"
+            f"{where}: {path} does not take the arguments of this file ({error}); load it with the"
+            " version of ndm that wrote it"
         ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then rename it: the file is whole or not
-    there, after a power cut, too.
+    """Write a temporary file next to ``path``, then rename it, so that no partial file remains.
+
+    This also holds after a power failure.
+
+    Args:
+        path: the file; its folder is created if needed.
+        write: writes the file at the path that it is called with.
 
     Raises:
-        UserError: the folder cannot be made or written to, or is full.
+        UserError: the folder cannot be created or written to, or the disk is full.
     """
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; choose another name")
@@ -184,15 +183,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
             raise
-        known = isinstance(error, OSError) and error.errno not in FULL
-        mend = (
-            "choose another name, or a folder that you can write to"
-            if known
-            else "is the disk full?"
-        )
-        raise UserError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or _one_line(error)}; {mend}"
-        ) from error
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        advice = "is the disk full?"
+        if isinstance(error, OSError) and error.errno not in FULL:
+            advice = "choose another name, or a folder that you can write to"
+        raise UserError(f"cannot write {path}: {reason}; {advice}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -203,10 +198,8 @@ def _one_line(error: Exception) -> str:
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON with two-space indentation, atomically."""
-    write_atomically(
-        path,
-        lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"),
-    )
+    text = json.dumps(data, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -225,8 +218,7 @@ def read_json(path: Path) -> dict[str, object]:
         ) from error
     if not isinstance(data, dict):
         raise UserError(
-            f"{path} holds a JSON {type(data).__name__} where an object is needed; it is not a file"
-            " of ndm"
+            f"{path} has a JSON {type(data).__name__} instead of an object; it is not a file of ndm"
         )
     return data
 
@@ -237,9 +229,9 @@ def save_model(
     """Write ``config.json`` and ``model.safetensors`` into the folder ``path``.
 
     Args:
-        path: the folder, made if need be.
+        path: the folder; it is created if needed.
         model: the model.
-        extra: JSON-ready information to keep beside the description, such as that of the data.
+        extra: JSON-ready information to add to ``config.json``, such as that of the data.
     """
     folder = Path(path)
     tensors = {
@@ -251,11 +243,10 @@ def save_model(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's description and weights, 64 hexadecimal digits: the same for a saved and
-    loaded copy, on any device.
+    """Return the SHA-256 of a model's description and weights, 64 hexadecimal digits.
 
-    Arguments that have their default value are left out, so that a later version with a new
-    argument gives the same digits.
+    A saved and loaded copy has the same fingerprint, on any device. Arguments with their default
+    value are left out, so that new arguments in later versions do not change it.
     """
     digest = hashlib.sha256(json.dumps(to_config(model, defaults=False), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -271,7 +262,7 @@ def load_model(
     """Read a model written by :func:`save_model`.
 
     Returns:
-        The model, and everything else that ``config.json`` holds.
+        The model, and the rest of ``config.json``.
 
     Raises:
         UserError: a file is missing, damaged, from a later version, or does not fit.
@@ -279,33 +270,33 @@ def load_model(
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"there is no model folder {folder}; a finished run keeps its model in RUN/model"
+            f"there is no model folder {folder}; the model of a finished run is in RUN/model"
         )
     config = read_json(folder / CONFIG_NAME)
     version = config.pop("format", None)
     if version != FORMAT:
         raise UserError(
-            f"{folder / CONFIG_NAME} has format {version}, this version of ndm reads format"
+            f"{folder / CONFIG_NAME} has format {version}, but this version of ndm reads format"
             f" {FORMAT}; update ndm"
         )
     model = from_config(config.pop("model", None), "model", replace)
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"{folder / CONFIG_NAME} describes no model; it is damaged, or not a file of ndm"
+            f"{folder / CONFIG_NAME} does not describe a model; it is damaged, or not a file of ndm"
         )
     model.load_state_dict(read_weights(folder / WEIGHTS_NAME, model.state_dict()))
     return model, config
 
 
 def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, by name.
+    """Read the tensors of a safetensors file, by name.
 
     Args:
         path: the file.
-        expected: tensors of the names and shapes that it must have.
+        expected: tensors with the names and shapes that the file must have.
 
     Raises:
-        UserError: it is missing, damaged or does not fit.
+        UserError: the file is missing, damaged or does not fit.
     """
     try:
         tensors = load_file(path)
@@ -313,17 +304,13 @@ def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); it is truncated or damaged: copy it again or train"
-            " again"
+            f"{path} cannot be read ({error}); it is truncated or damaged: copy it or train again"
         ) from error
     for name in {**expected, **tensors}:
-        if (
-            name not in tensors
-            or name not in expected
-            or tensors[name].shape != expected[name].shape
-        ):
+        in_both = name in tensors and name in expected
+        if not in_both or tensors[name].shape != expected[name].shape:
             raise UserError(
-                f"{path} does not fit its {CONFIG_NAME}: the tensor {name!r} is missing, unknown or"
-                " of another shape"
+                f"{path} does not fit its {CONFIG_NAME}: the tensor {name!r} is missing, unexpected"
+                " or has another shape"
             )
     return tensors

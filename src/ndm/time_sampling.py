@@ -1,10 +1,10 @@
-r"""How times are drawn for the Monte Carlo estimate of the bound.
+r"""Time samplers for the Monte Carlo estimate of the bound.
 
 .. math::
     \int_0^1 l(u)\,du = E_{u \sim p}\bigl[l(u) / p(u)\bigr] .
 
-Every sampler returns u in [0, 1) and the weight 1/p(u), so the estimate is unbiased whatever p.
-Discrete time uses i = floor(uT) + 1 with the same u.
+Every sampler returns u in [0, 1) and the weight 1/p(u), so the estimate is unbiased for any p.
+Discrete time uses the same u, with i = floor(uT) + 1.
 """
 
 from abc import ABC, abstractmethod
@@ -26,40 +26,44 @@ class TimeSamples:
 
 
 class PiecewiseConstant:
-    """A function of time that is constant on n equal parts of [0, 1], such as an eta or a reverse
-    variance fitted in each part.
+    """A function of time that is constant on each of n equal parts of [0, 1].
+
+    For example an eta or a reverse variance, fitted in each part.
 
     Args:
-        values: its n values, ``(n,)``, from t = 0 to t = 1.
+        values: the n values, ``(n,)``, from t = 0 to t = 1.
+
+    Raises:
+        UserError: values is empty, not a vector, or not positive and finite.
     """
 
     def __init__(self, values: Tensor):
-        if (
-            values.dim() != 1
-            or not len(values)
-            or not (values.requires_grad or bool((values.isfinite() & (values > 0)).all()))
+        is_vector = values.dim() == 1 and len(values) > 0
+        if not is_vector or not (
+            values.requires_grad or bool((values.isfinite() & (values > 0)).all())
         ):
-            raise UserError("a step function needs a vector of at least one positive finite value")
+            raise UserError("values: give a non-empty vector of positive, finite values")
         self.values = values
 
     def __call__(self, t: Tensor) -> Tensor:
-        """The value at times ``t`` ``(B,)`` in [0, 1], in the dtype and on the device of t."""
+        """Return the values at times ``t`` ``(B,)`` in [0, 1], with the dtype and device of t."""
         part = (t * len(self.values)).long().clamp(0, len(self.values) - 1)
         return self.values.to(t)[part]
 
 
 class TimeSampler(Part, ABC):
-    """Draws times with their importance weights."""
+    """Base class of samplers that draw times and their importance weights."""
 
     @abstractmethod
     def forward(
         self, count: int, like: Tensor, generator: torch.Generator | None = None
     ) -> TimeSamples:
-        """Draw ``count`` times in the dtype and on the device of ``like``."""
+        """Draw ``count`` times with the dtype and device of ``like``."""
 
     def update(self, draw: TimeSamples, loss: Tensor) -> None:
-        """Learn from the unweighted loss l(u) ``(B,)`` of a draw; does nothing unless the sampler
-        is loss-aware.
+        """Update the density from the unweighted losses l(u) ``(B,)`` of a draw.
+
+        The base class does nothing.
         """
         del draw, loss
 
@@ -75,11 +79,11 @@ class UniformTimeSampler(TimeSampler):
 
 
 class LowDiscrepancyTimeSampler(TimeSampler):
-    """One uniform offset, then equally spaced times modulo 1, in random order (VDM, appendix I.1).
+    """Equally spaced times modulo 1 with one random offset, in random order (VDM, appendix I.1).
 
-    Each time is uniform by itself, so the estimate is unbiased; over a batch the times fill [0, 1]
-    evenly, so its variance is lower. The examples of one batch are then not independent: a standard
-    error over examples needs times drawn per example.
+    Each time is uniform, so the estimate is unbiased. The times of a batch fill [0, 1] evenly, so
+    its variance is lower. They make the examples of a batch dependent: for a standard error over
+    examples, draw times per example.
     """
 
     def forward(
@@ -87,26 +91,25 @@ class LowDiscrepancyTimeSampler(TimeSampler):
     ) -> TimeSamples:
         offset = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
         order = torch.randperm(count, generator=generator, device=like.device)
-        u = ((offset + order.to(like.dtype)) / max(count, 1)).clamp(
-            max=1 - torch.finfo(like.dtype).eps
-        )
+        u = (offset + order.to(like.dtype)) / max(count, 1)
+        u = u.clamp(max=1 - torch.finfo(like.dtype).eps)
         return TimeSamples(u, torch.ones_like(u))
 
 
 class ImportanceTimeSampler(TimeSampler):
-    r"""Loss-aware times: a piecewise-constant density proportional to the root mean square of
-    recent losses in each bin.
+    r"""Loss-aware times: more of them in bins of [0, 1] where recent losses are large.
 
     .. math::
-        p(u) = (1 - \epsilon)\, \frac{r_{b(u)}}{\tfrac1n \sum_j r_j} + \epsilon, \qquad r_b^2 = \text{moving average of } l(u)^2 \text{ in bin } b
+        p(u) = (1 - \epsilon)\, \frac{r_{b(u)}}{\tfrac1n \sum_j r_j} + \epsilon, \qquad
+        r_b^2 = \text{moving average of } l(u)^2 \text{ in bin } b
 
-    The density with the least variance (Nichol & Dhariwal 2021, section 3.3), in continuous time.
-    Until every bin has been seen the density is uniform.
+    The root mean square gives the density of least variance (Nichol & Dhariwal 2021, section 3.3;
+    here in continuous time). The density is uniform until every bin has been visited.
 
     Args:
         bins: number n of equal bins of [0, 1].
         uniform: share epsilon of uniform times, in (0, 1]; bounds every weight by 1/epsilon.
-        decay: of the moving average, in [0, 1).
+        decay: decay rate of the moving average, in [0, 1).
     """
 
     square: Tensor
@@ -124,11 +127,11 @@ class ImportanceTimeSampler(TimeSampler):
         self.register_buffer("seen", torch.zeros(bins))
 
     def density(self) -> Tensor:
-        """P in each bin, ``(bins,)``; its mean is 1."""
-        known = (self.seen > 0).all() & (self.square.sum() > 0)
+        """Return the density p in each bin, ``(bins,)``; its mean is 1."""
+        ready = (self.seen > 0).all() & (self.square.sum() > 0)
         root = (self.square / (1 - self.decay ** self.seen.clamp(min=1))).sqrt()
-        density = (1 - self.uniform) * root / torch.where(known, root.mean(), 1) + self.uniform
-        return torch.where(known, density, 1.0)
+        density = (1 - self.uniform) * root / torch.where(ready, root.mean(), 1) + self.uniform
+        return torch.where(ready, density, 1.0)
 
     def forward(
         self, count: int, like: Tensor, generator: torch.Generator | None = None
@@ -147,17 +150,13 @@ class ImportanceTimeSampler(TimeSampler):
     @torch.no_grad()
     def update(self, draw: TimeSamples, loss: Tensor) -> None:
         index = self._bin(draw.u)
-        total = self.square.new_zeros(self.bins).index_add_(
-            0, index, loss.detach().to(self.square.dtype) ** 2
-        )
-        count = self.square.new_zeros(self.bins).index_add_(
-            0, index, torch.ones_like(loss, dtype=self.square.dtype)
-        )
+        zeros = self.square.new_zeros(self.bins)
+        square = loss.detach().to(self.square.dtype) ** 2
+        total = zeros.index_add(0, index, square)
+        count = zeros.index_add(0, index, torch.ones_like(square))
         mean = total / count.clamp(min=1)
-        hit = (
-            count > 0
-        ) & mean.isfinite().all()  # one overflowing batch must not poison the density for good
-        self.square.copy_(
-            torch.where(hit, self.decay * self.square + (1 - self.decay) * mean, self.square)
-        )
-        self.seen.add_(hit.to(self.seen.dtype))
+        # Skip a batch that overflows: an infinite average would never recover.
+        visited = (count > 0) & mean.isfinite().all()
+        average = self.decay * self.square + (1 - self.decay) * mean
+        self.square.copy_(torch.where(visited, average, self.square))
+        self.seen.add_(visited.to(self.seen.dtype))

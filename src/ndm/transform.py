@@ -3,31 +3,34 @@ r"""Transformations F(x, t) of the data, with their time derivative dF at fixed 
 .. math::
     q(z_t | x) = N(\alpha_t F_\phi(x, t), \sigma_t^2 I)
 
-===========================  ================================  =============================================
-:class:`Identity`            F = x                             DDPM, DDIM, VDM, flow matching
-:class:`NetworkTransform`    F = (1-t) x + t g(x, t), g = x+f  the paper (NDM, section 4), i.e. F = x + t f(x, t)
-:class:`GatedTransform`      F = x + sigma_t² f(x, t)          log-SNR gated (DiffEnc, Nielsen et al. 2024)
-:class:`SeparableTransform`  F = x + w(t) sum_k B_k(t) c_k(x)  time-separable, B_k(t) = cos(pi k t) (ours)
-:class:`Encoder`             F = E(x), in a space of its own   latent diffusion (LSGM)
-===========================  ================================  =============================================
+===========================  =================================  =================================
+class                        F(x, t)                            model
+===========================  =================================  =================================
+:class:`Identity`            x                                  DDPM, DDIM, VDM, flow matching
+:class:`NetworkTransform`    (1 - t) x + t g(x, t), g = x + f   NDM, section 4: F = x + t f(x, t)
+:class:`GatedTransform`      x + sigma_t² f(x, t)               DiffEnc (Nielsen et al. 2024)
+:class:`SeparableTransform`  x + w(t) sum_k cos(pi k t) c_k(x)  time-separable (ours)
+:class:`Encoder`             E(x), in another space             latent diffusion (LSGM)
+===========================  =================================  =================================
 
-Fixed linear ones (blur, masks, down-sampling) are in :mod:`ndm.operators`.
+Fixed linear transformations (blur, masks, down-sampling) are in :mod:`ndm.operators`.
 
-A transformation has one abstract method: :meth:`Transform.curve` gives t -> F(x, t) at fixed x,
-with its time derivative. The learned ones are F = x + d(x, t) with a :class:`Displacement` d that
-vanishes at t = 0, which the noise scale of :mod:`ndm.variants.nfdm` shares:
+A transformation has one abstract method: :meth:`Transform.curve` returns t -> F(x, t) at fixed x,
+with its time derivative. The learned transformations are F = x + d(x, t), with a
+:class:`Displacement` d that vanishes at t = 0. The noise scale of :mod:`ndm.variants.nfdm` is made
+of a displacement too:
 
 .. math::
     d(x, t) = w(t) f(x, t) \quad\text{or}\quad w(t) \textstyle\sum_k \cos(\pi k t)\, c_k(x), \qquad w(t) = t,\; \sigma_t^2 \text{ or } t (1 - t) .
 
-The time-separable form evaluates its network once for F(x, s), F(x, t), F(x, 1) and every time
-derivative of the same x: the c_k(x) are channels of one network output that does not depend on t,
-and w and the cosines are differentiated by hand.
+The time-separable form evaluates its network once for F(x, s), F(x, t), F(x, 1) and all their time
+derivatives: the c_k(x) are channels of one network output that does not depend on t, and w and the
+cosines are differentiated by hand.
 
-Training starts at the identity: networks of this library zero their last layer, any other network
-is multiplied by a learned scalar that starts at zero. Networks here run in the precision of x,
-never under autocast: the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up to 800, and half
-precision would drown it.
+Training starts at the identity: networks of this library zero their last layer, and the output of
+any other network is multiplied by a learned scalar that starts at zero. Networks here run in the
+precision of x, never under autocast: the bound multiplies F(x, t) - F(x̂, t) by exp(-gamma/2), up
+to 800, and with it the rounding errors of half precision.
 """
 
 import math
@@ -47,8 +50,9 @@ Gate = Literal["time", "noise", "bridge"]
 
 
 def gate(kind: Gate, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """The factor w(t) of a displacement, and its derivative in t, in the shape of ``level``: t,
-    sigma_t² or t (1 - t).
+    """Return the factor w(t) of a displacement and its derivative, in the shape of ``level``.
+
+    w(t) is t (``time``), sigma_t² (``noise``) or t (1 - t) (``bridge``).
     """
     if kind == "time":
         return level.t, torch.ones_like(level.t)
@@ -58,28 +62,28 @@ def gate(kind: Gate, level: NoiseLevel) -> tuple[Tensor, Tensor]:
 
 
 class Curve(ABC):
-    """t -> F(x, t) at fixed x ``(B, *event)``."""
+    """The map t -> F(x, t) at fixed x ``(B, *event)``."""
 
     @property
     @abstractmethod
     def like(self) -> Tensor:
-        """A tensor in the shape of F(x, t), which is that of the latents."""
+        """A tensor with the shape of F(x, t), which is the shape of the latents."""
 
     @abstractmethod
     def at(self, level: NoiseLevel) -> Tensor:
-        """F(x, t) at times ``(B,)``; ``(B, *event)``."""
+        """Return F(x, t) at times ``(B,)``; ``(B, *event)``."""
 
     @abstractmethod
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, t) and dF(x, t), the partial derivative in t at fixed x; each ``(B, *event)``."""
+        """Return F(x, t) and its time derivative dF(x, t) at fixed x; each ``(B, *event)``."""
 
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, s) and F(x, t); each ``(B, *event)``."""
+        """Return F(x, s) and F(x, t); each ``(B, *event)``."""
         return self.at(s), self.at(t)
 
 
 class Constant(Curve):
-    """A curve that stays where it is.
+    """A curve that does not depend on t.
 
     Args:
         value: F, ``(B, *event)``.
@@ -100,42 +104,44 @@ class Constant(Curve):
 
 
 class Transform(Part, ABC):
-    """F(x, t). Times come as a :class:`NoiseLevel`, because a transformation may depend on the
-    noise as well as on t.
+    """The transformation F(x, t) of the data.
+
+    Times are passed as a :class:`NoiseLevel`, since F may depend on the noise scale too.
     """
 
     data_at_zero: bool = True
-    """Whether F(x, 0) is x exactly, so that the reconstruction term needs no evaluation."""
+    """Whether F(x, 0) is exactly x, so that the reconstruction term needs no evaluation of F."""
     constant: bool = False
-    """Whether F(x, t) is the same at every t."""
+    """Whether F(x, t) is the same for every t."""
     keeps_shape: bool = True
-    """Whether latents have the shape of the data; an encoder into another space does not."""
+    """Whether latents have the shape of the data; an encoder into another space changes it."""
 
     @abstractmethod
     def curve(self, x: Tensor) -> Curve:
-        """t -> F(x, t) at ``x`` ``(B, *event)``, for any number of times."""
+        """Return t -> F(x, t) at ``x`` ``(B, *event)``, to be evaluated at any number of times."""
 
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """F(x, t) for ``x`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
+        """Return F(x, t) for ``x`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
         return self.curve(x).at(level)
 
     def with_derivative(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, t) and dF(x, t), each ``(B, *event)``."""
+        """Return F(x, t) and its time derivative dF(x, t); each ``(B, *event)``."""
         return self.curve(x).with_derivative(level)
 
     def at_both(self, x: Tensor, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """F(x, s) and F(x, t), each ``(B, *event)``."""
+        """Return F(x, s) and F(x, t); each ``(B, *event)``."""
         return self.curve(x).at_both(s, t)
 
     def latent_shape(self, x: Tensor) -> torch.Size:
-        """Shape of F(x, t), which is that of the latents, for a batch in the shape of ``x``; its
-        values are not read.
+        """Return the shape of F(x, t), which is that of the latents, for a batch shaped like ``x``.
+
+        The values of ``x`` are not used.
         """
         return x.shape
 
 
 class Identity(Transform):
-    """F(x, t) = x: the conventional diffusion model."""
+    """The identity F(x, t) = x of conventional diffusion models."""
 
     constant = True
 
@@ -144,16 +150,17 @@ class Identity(Transform):
 
 
 class Displacement(Part, ABC):
-    """d(x, t) with d(x, 0) = 0 (with the gate ``noise``, sigma_0² f): what moves x in F = x + d, or
-    the logarithm of a noise scale.
+    """The displacement d(x, t) in F = x + d, or in the logarithm of a noise scale.
+
+    d(x, 0) is 0, or sigma_0² f(x, 0) with the gate ``noise``.
 
     Args:
-        network: the network that it is made of.
+        network: the network that d is made of.
         gate: w(t): ``time`` is t, ``noise`` is sigma_t², ``bridge`` is t (1 - t).
     """
 
     gates: tuple[str, ...] = get_args(Gate)
-    """The gates that fit."""
+    """The gates that can be chosen."""
 
     def __init__(self, network: nn.Module, gate: Gate):
         super().__init__()
@@ -167,18 +174,18 @@ class Displacement(Part, ABC):
 
     @abstractmethod
     def curve(self, x: Tensor) -> Curve:
-        """t -> d(x, t) at ``x`` ``(B, *event)``."""
+        """Return t -> d(x, t) at ``x`` ``(B, *event)``."""
 
     def _scaled(self, output: Tensor) -> Tensor:
         return output if self.gain is None else self.gain * output
 
 
 class NetworkDisplacement(Displacement):
-    """d = w(t) f(x, t) with a network f, any ``nn.Module`` called as ``network(x, t)`` with ``(B,
-    *event)`` and ``(B,)``.
+    """The displacement d = w(t) f(x, t) with a network f.
 
     Args:
-        network: f. In continuous time it must be differentiable in t by forward mode.
+        network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
+            In continuous time it must be differentiable in t by forward mode.
         gate: w(t).
     """
 
@@ -186,7 +193,7 @@ class NetworkDisplacement(Displacement):
         return _NetworkCurve(self, x)
 
     def output(self, x: Tensor, t: Tensor) -> Tensor:
-        """f(x, t), ``(B, *event)``."""
+        """Return f(x, t), ``(B, *event)``."""
         with full_precision(x):
             output = self.network(x, t)
         if output.shape != x.shape:
@@ -206,32 +213,32 @@ class _NetworkCurve(Curve):
         return self._x
 
     def at(self, level: NoiseLevel) -> Tensor:
-        return gate(self._displacement.gate, level.expand(self._x))[0] * self._displacement.output(
-            self._x, level.t
-        )
+        w, _ = gate(self._displacement.gate, level.expand(self._x))
+        return w * self._displacement.output(self._x, level.t)
 
     def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        one, x = self._displacement, self._x
-        w, slope = gate(one.gate, level.expand(x))
-        # A network that is not of this library may hold operations whose compiled derivative would
-        # be wrong.
-        derive = time_derivative if one.gain is None else torch.compiler.disable(time_derivative)
-        output, rate = derive(one.output, x, level.t, type(one.network).__name__)
+        displacement, x = self._displacement, self._x
+        w, slope = gate(displacement.gate, level.expand(x))
+        derive = time_derivative
+        if displacement.gain is not None:  # not a network of this library
+            derive = torch.compiler.disable(time_derivative)  # its compiled derivative may be wrong
+        output, rate = derive(displacement.output, x, level.t, type(displacement.network).__name__)
         return w * output, slope * output + w * rate
 
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Both from one batched evaluation."""
+        """Evaluate the network once, on a batch of both times."""
         both = type(self)(self._displacement, torch.cat([self._x, self._x])).at(s.cat(t))
         at_s, at_t = both.chunk(2)
         return at_s, at_t
 
 
 class SeparableDisplacement(Displacement):
-    """d = w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1: one network evaluation for all times of one
-    x, and no forward mode.
+    """The displacement d = w(t) sum_k cos(pi k t) c_k(x), k = 0 ... K-1.
+
+    One network evaluation serves all times of one x, without forward mode.
 
     Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network
+        network: called as ``network(x, t)`` with t = 0; it returns c ``(B, K, *event)``: a network
             of this library with ``outputs=K``, or any other ``nn.Module``.
         gate: w(t).
     """
@@ -240,7 +247,7 @@ class SeparableDisplacement(Displacement):
         return _SeparableCurve(self.gate, self.channels(x))
 
     def channels(self, x: Tensor) -> Tensor:
-        """c_k(x), ``(B, K, *event)``."""
+        """Return c_k(x), ``(B, K, *event)``."""
         with full_precision(x):
             channels = self.network(x, x.new_zeros(len(x)))
         if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
@@ -253,7 +260,7 @@ class SeparableDisplacement(Displacement):
 
 
 class SumCurve(Curve, ABC):
-    """sum_k w_k(t) c_k with fixed c.
+    """The curve sum_k w_k(t) c_k with fixed c.
 
     Args:
         channels: c, ``(B, K, *event)``.
@@ -268,10 +275,10 @@ class SumCurve(Curve, ABC):
 
     @abstractmethod
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """w_k(t) and its derivative in t, each ``(B, K)``."""
+        """Return w_k(t) and its derivative in t, each ``(B, K)``."""
 
     def _sum(self, weights: Tensor) -> Tensor:
-        with full_precision(self._channels):  # products of matrices would run in half precision
+        with full_precision(self._channels):  # autocast would multiply in half precision
             return torch.einsum("bk,bk...->b...", weights, self._channels)
 
     def at(self, level: NoiseLevel) -> Tensor:
@@ -291,15 +298,14 @@ class _SeparableCurve(SumCurve):
 
     def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         w, slope = (value[:, None] for value in gate(self._kind, level))
-        order = math.pi * torch.arange(
-            self._channels.shape[1], dtype=level.t.dtype, device=level.t.device
-        )
+        channels = torch.arange(self._channels.shape[1], dtype=level.t.dtype, device=level.t.device)
+        order = math.pi * channels
         angle = order * level.t[:, None]
         return w * angle.cos(), slope * angle.cos() - w * order * angle.sin()
 
 
 class Displaced(Curve):
-    """x + d(x, t) at fixed x.
+    """The curve x + d(x, t) at fixed x.
 
     Args:
         x: the data, ``(B, *event)``.
@@ -326,7 +332,7 @@ class Displaced(Curve):
 
 
 class ResidualTransform(Transform):
-    """F = x + d(x, t).
+    """The transformation F = x + d(x, t).
 
     Args:
         displacement: d.
@@ -352,8 +358,9 @@ class ResidualTransform(Transform):
 
 
 class NetworkTransform(ResidualTransform):
-    """The paper's form F = (1-t) x + t g(x, t) with g(x, t) = x + f(x, t), that is F = x + t f(x,
-    t).
+    """The paper's form F = (1-t) x + t g(x, t) with g(x, t) = x + f(x, t).
+
+    That is F = x + t f(x, t).
 
     Args:
         network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
@@ -365,8 +372,9 @@ class NetworkTransform(ResidualTransform):
 
 
 class GatedTransform(ResidualTransform):
-    """The log-SNR gated form F = x + sigma_t² f(x, t), whose bound stays finite near t = 0 whatever
-    f does (DiffEnc).
+    """The log-SNR gated form F = x + sigma_t² f(x, t) (DiffEnc).
+
+    Its bound stays finite near t = 0 for every f.
 
     Args:
         network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``.
@@ -377,11 +385,12 @@ class GatedTransform(ResidualTransform):
 
 
 class SeparableTransform(ResidualTransform):
-    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x), see
-    :class:`SeparableDisplacement`.
+    """The time-separable form F = x + w(t) sum_k cos(pi k t) c_k(x).
+
+    See :class:`SeparableDisplacement`.
 
     Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network
+        network: called as ``network(x, t)`` with t = 0; it returns c ``(B, K, *event)``: a network
             of this library with ``outputs=K``, or any other ``nn.Module``.
         gate: w(t): ``noise`` is sigma_t², as in :class:`GatedTransform`; ``time`` is t, as in the
             paper's form.
@@ -393,11 +402,10 @@ class SeparableTransform(ResidualTransform):
 
 
 class Encoder(Transform):
-    """F(x, t) = E(x), a learned encoder into a space of its own, the same at every t: latent
-    diffusion (LSGM, Vahdat et al. 2021).
+    """A learned encoder F(x, t) = E(x): latent diffusion (LSGM, Vahdat et al. 2021).
 
-    The latents z_t have the shape of E(x). It goes with :class:`ndm.NetworkDecoder` and
-    ``reverse="direct"``, whose predictor predicts E(x).
+    F does not depend on t, and the latents z_t have the shape of E(x). Combine it with
+    :class:`ndm.NetworkDecoder` and ``reverse="direct"``, whose predictor predicts E(x).
 
     Args:
         network: E, any ``nn.Module`` called as ``network(x)`` with ``(B, *event)``; it returns
@@ -414,7 +422,7 @@ class Encoder(Transform):
         self.network = network
 
     def encode(self, x: Tensor) -> Tensor:
-        """E(x), ``(B, *latent)``."""
+        """Return E(x), ``(B, *latent)``."""
         with full_precision(x):
             code = self.network(x)
         if not isinstance(code, Tensor) or code.shape[:1] != x.shape[:1]:

@@ -1,13 +1,11 @@
-r"""Figures: samples, and the learned transformation over time beside the noised latent and the
-prediction.
+r"""Figures of samples and of the learned transformation over time.
 
-For one example x each column is a time t; the rows show
+In a figure of the transformation each column is a time t. Its rows show, for one example x,
 
 .. math::
     F(x, t), \qquad z_t = \alpha_t F(x, t) + \sigma_t \epsilon, \qquad \hat x(z_t, t) .
 
-Needs matplotlib (extra ``eval``). Images keep their own pixels: they are enlarged by whole numbers
-and never smoothed.
+Needs matplotlib (extra ``eval``). Images are enlarged by an integer factor, without smoothing.
 """
 
 import tempfile
@@ -30,7 +28,7 @@ TIMES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty matplotlib figure, inches.
+    """Create an empty matplotlib figure; width and height are in inches.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -42,20 +40,20 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether an event of this shape can be drawn as an image; everything else is drawn as points
-    of its first dimensions.
-    """
+    """Whether events of this shape are drawn as images; others are drawn as points."""
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def to_pixels(x: Tensor) -> np.ndarray:
-    """Images ``(B, C, H, W)`` with values in [-1, 1] as uint8 ``(B, H, W, 3)``, values outside
-    clipped.
+    """Convert images ``(B, C, H, W)`` from [-1, 1], with clipping, to uint8 ``(B, H, W, 3)``.
+
+    Raises:
+        UserError: the shape is not that of gray or RGB images.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise UserError(
-            f"a batch of shape {tuple(x.shape)} cannot be drawn as images; images are (B, 1 or 3,"
-            " H, W)"
+            f"a batch of shape {tuple(x.shape)} cannot be drawn as images; give (B, 1, H, W) or"
+            " (B, 3, H, W)"
         )
     pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
@@ -64,13 +62,13 @@ def to_pixels(x: Tensor) -> np.ndarray:
 def image_grid(
     x: Tensor, columns: int | None = None, gap: int = 1, least_height: int = 48
 ) -> np.ndarray:
-    """A grid of images as one uint8 array ``(H, W, 3)``, each pixel enlarged to a whole square.
+    """Arrange images in a grid, one uint8 array ``(H, W, 3)`` with each pixel enlarged to a square.
 
     Args:
         x: images ``(B, C, H, W)`` in [-1, 1].
-        columns: images a row; about square by default.
+        columns: images per row; by default the grid is about square.
         gap: white pixels between images, before enlarging.
-        least_height: images are enlarged to at least this many pixels.
+        least_height: images are enlarged to at least this many pixels in height.
     """
     pixels = to_pixels(x)
     count, height, width, _ = pixels.shape
@@ -80,23 +78,23 @@ def image_grid(
         (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8
     )
     for index, image in enumerate(pixels):
-        top, left = (
-            (index // columns) * (height + gap) + gap,
-            (index % columns) * (width + gap) + gap,
-        )
+        row, column = divmod(index, columns)
+        top, left = row * (height + gap) + gap, column * (width + gap) + gap
         canvas[top : top + height, left : left + width] = image
     scale = max(1, -(-least_height // height))
     return canvas.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> None:
-    """Write samples as a PNG: a grid of images, a histogram (D = 1), or a scatter plot of the first
-    two dimensions.
+    """Write a figure of samples as PNG.
+
+    Images are shown in a grid, vectors in a histogram (D = 1) or a scatter plot of their first two
+    dimensions.
 
     Args:
         path: the file.
         x: samples ``(B, *event)``; images in [-1, 1].
-        reference: data to show beside samples of vectors.
+        reference: data to show next to samples of vectors.
     """
     if is_image(x.shape[1:]):
         require("PIL", "pillow", "data")
@@ -116,11 +114,14 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
 
 
 def write_images(folder: Path, pixels: np.ndarray) -> None:
-    """Write each of some images uint8 ``(N, 1 or 3, H, W)`` as a PNG file ``000000.png``, ... of a
-    new folder: all of them, or none.
+    """Write images to a new folder as PNG files ``000000.png``, ..., all of them or none.
+
+    Args:
+        folder: the folder.
+        pixels: uint8 ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
 
     Raises:
-        UserError: the folder cannot be made, or exists.
+        UserError: the folder exists or cannot be created.
     """
     require("PIL", "pillow", "data")
     from PIL import Image
@@ -128,33 +129,32 @@ def write_images(folder: Path, pixels: np.ndarray) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-            made = Path(name) / folder.name
-            made.mkdir()
+            temporary = Path(name) / folder.name
+            temporary.mkdir()
             for index, image in enumerate(pixels):
-                Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(
-                    made / f"{index:06d}.png"
-                )
-            made.rename(folder)
+                array = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+                Image.fromarray(array).save(temporary / f"{index:06d}.png")
+            temporary.rename(folder)
     except OSError as error:
         raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; choose a new folder in a place that"
-            " you can write to"
+            f"cannot write {folder}: {error.strerror or error}; choose a new folder where you can"
+            " write"
         ) from error
 
 
 def common_limit(batches: Sequence[Tensor], share: float = 0.995, margin: float = 1.08) -> float:
-    """Half the side of a square around 0 that holds this share of the points of every batch ``(B,
-    D)``, and a margin.
+    """Return half the side of a square around 0 for plots of several batches ``(B, D)``.
+
+    The square contains ``share`` of the points of every batch, and is then enlarged by ``margin``.
     """
-    return margin * max(
-        float(np.quantile(points.detach().abs().flatten(1)[:, :2].amax(1).cpu().numpy(), share))
-        for points in batches
-    )
+    radii = (points.detach().abs().flatten(1)[:, :2].amax(1) for points in batches)
+    return margin * max(float(np.quantile(radius.cpu().numpy(), share)) for radius in radii)
 
 
 def draw_points(axis: Any, points: Tensor, limit: float) -> None:
-    """Draw vectors ``(B, D)`` on a matplotlib axis from -limit to limit: a histogram for D = 1,
-    else the first two dimensions.
+    """Draw vectors ``(B, D)`` on a matplotlib axis from -limit to limit.
+
+    The plot is a histogram for D = 1, else a scatter plot of the first two dimensions.
     """
     values = points.detach().float().cpu().flatten(1).numpy()
     if values.shape[1] == 1:
@@ -168,19 +168,19 @@ def draw_points(axis: Any, points: Tensor, limit: float) -> None:
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
-    """Write a matplotlib figure atomically, in the format of the file's suffix."""
-    write_atomically(
-        path,
-        lambda temporary: figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png"),
-    )
+    """Write a matplotlib figure atomically, in the format of the suffix, PNG without one."""
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind))
 
 
 @torch.no_grad()
 def transform_over_time(
     model: DiffusionModel, x: Tensor, times: tuple[float, ...] = TIMES, seed: int = 0
 ) -> dict[str, Tensor]:
-    """F(x, t), z_t and x̂(z_t, t) at several times with one noise; each ``(len(times), B,
-    *event)``.
+    """Compute F(x, t), z_t and x̂(z_t, t) at several times with the same noise.
+
+    Returns:
+        ``transformed``, ``latent`` and ``prediction``, each ``(len(times), B, *event)``.
     """
     device = next((p.device for p in model.parameters()), x.device)
     x = x.to(device)
@@ -211,14 +211,14 @@ def transform_figure(
     seed: int = 0,
     show: Callable[[Tensor], Tensor] | None = None,
 ) -> "Figure":
-    """A figure of F(x, t), z_t and x̂ over time.
+    """Draw a figure of F(x, t), z_t and x̂(z_t, t) over time.
 
     Args:
         model: the model.
         x: examples ``(B, *event)``: two or three images, or many vectors.
-        times: the columns.
-        seed: seed of the noise, the same at every time.
-        show: what makes images of a batch of latents, where the latents are none themselves.
+        times: the times of the columns.
+        seed: seed of the noise, which is the same at every time.
+        show: maps a batch of the states to images; needed if the latents are not images.
     """
     states = transform_over_time(model, x, times, seed)
     if show is not None:
@@ -227,9 +227,8 @@ def transform_figure(
                 name: torch.stack([show(at) for at in values]) for name, values in states.items()
             }
     images = is_image(states["latent"].shape[2:])  # latents may have another shape than the data
-    figure = new_figure(
-        1.25 * len(times) + 0.6, 1.3 * 3 * x.shape[0] + 0.3 if images else 1.6 * 3 + 0.3
-    )
+    height = 1.3 * 3 * x.shape[0] if images else 1.6 * 3
+    figure = new_figure(1.25 * len(times) + 0.6, height + 0.3)
     draw_over_time(figure, states, times)
     return figure
 
@@ -241,31 +240,29 @@ def draw_over_time(
     label_size: int = 13,
     title_size: int = 11,
 ) -> None:
-    """Draw what :func:`transform_over_time` gives into a figure or a part of one: a column for each
-    time, three rows for each image.
+    """Draw the result of :func:`transform_over_time`, a column per time and three rows per image.
 
     Args:
         figure: a matplotlib figure or subfigure.
-        states: ``(len(times), B, *event)`` each; of vectors all are drawn in one panel.
-        times: the columns.
-        label_size: size of the words beside the rows, points.
-        title_size: size of the words above the columns, points.
+        states: each ``(len(times), B, *event)``; a batch of vectors is drawn in one panel.
+        times: the times of the columns.
+        label_size: font size of the row labels, points.
+        title_size: font size of the column titles, points.
     """
     first = next(iter(states.values()))
     images = is_image(states["latent"].shape[2:])
     groups = range(first.shape[1]) if images else range(1)
     axes = figure.subplots(3 * len(groups), len(times), squeeze=False)
-    limit = (
-        common_limit([values.flatten(0, 1) for values in states.values()]) if not images else 1.0
-    )
+    limit = 1.0
+    if not images:
+        limit = common_limit([values.flatten(0, 1) for values in states.values()])
     for group in groups:
         for row, (name, values) in enumerate(states.items()):
             for column, time in enumerate(times):
                 axis = axes[3 * group + row][column]
                 if images:
-                    axis.imshow(
-                        to_pixels(values[column, group : group + 1])[0], interpolation="nearest"
-                    )
+                    pixels = to_pixels(values[column, group : group + 1])[0]
+                    axis.imshow(pixels, interpolation="nearest")
                 else:
                     draw_points(axis, values[column], limit)
                     axis.set(xlabel="", ylabel="")

@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_one_clear_line(
     refused(
         capsys,
         ["compress", itself, "--model", str(model), "-o", itself],
-        "b.png is to be compressed itself",
+        "b.png is itself an input",
     )
     refused(
         capsys,

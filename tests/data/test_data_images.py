@@ -138,6 +138,33 @@ def test_own_splits_and_classes_are_found(tmp_path):
     assert ImageFolder(str(tmp_path), class_folders=False).describe().classes == ()
 
 
+def test_version_counts_the_files_that_are_ignored(tmp_path):
+    version = "image folder, 80/20 split, seed 0"
+    flat(tmp_path / "imgs")
+    assert ImageFolder(str(tmp_path / "imgs")).describe().version == (
+        f"{version}, 1 other file ignored"
+    )
+    (tmp_path / "imgs" / "README.txt").unlink()
+    (tmp_path / "imgs" / ".hidden").write_text("not counted")
+    assert ImageFolder(str(tmp_path / "imgs")).describe().version == version
+    for name in ("a.json", "sub/b.npy", "sub/c.txt"):
+        write(tmp_path / "imgs" / name, b"")
+    assert ImageFolder(str(tmp_path / "imgs"), size=4).describe().version == (
+        f"{version}, center square scaled to 4 x 4 (bicubic), 3 other files ignored"
+    )
+
+
+def test_images_outside_of_the_split_folders_are_counted_as_ignored(tmp_path):
+    flat(tmp_path / "train")
+    flat(tmp_path / "test", count=2)
+    flat(tmp_path / "val", count=4)
+    description = ImageFolder(str(tmp_path)).describe()
+    assert description.splits == {"train": 10, "test": 2}
+    assert description.version == (
+        "image folder, own train and test folders, 7 other files ignored"
+    )
+
+
 def test_drawn_split_is_stratified(tmp_path):
     source = ImageFolder(by_class(tmp_path, {"a": 10, "b": 20}), test_fraction=0.3)
     counts = [torch.bincount(source.split(split).labels).tolist() for split in ("train", "test")]

@@ -111,7 +111,7 @@ def test_images_of_a_folder_are_cut_and_scaled_as_those_of_the_training(tmp_path
     ("make", "file", "culprit"),
     [
         (table, "none.csv", "does not exist"),
-        (table, ".", "holds images of 256 values"),
+        (table, ".", "is a folder, for images with 256 values"),
         (lambda _: TwoMoons(), "wide.npy", "event_shape=\\(2,\\)"),
         (lambda _: Digits(), "wide.npy", "wide.npy"),
         (photos, "empty", "has no images"),

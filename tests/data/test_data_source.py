@@ -23,7 +23,7 @@ from ndm.data import (
     Pinwheel,
     Table,
     TwoMoons,
-    keep_batch,
+    identity_collate,
 )
 from ndm.data.arrays import discrete
 from ndm.data.splits import check_classes, split_by_class
@@ -95,8 +95,63 @@ def test_constructors_do_not_read():
 
 def test_loader_workers_give_the_batches_of_the_split():
     examples = Digits().split("test")
-    loader = DataLoader(examples, batch_size=100, collate_fn=keep_batch, num_workers=1)
+    loader = DataLoader(examples, batch_size=100, collate_fn=identity_collate, num_workers=1)
     assert torch.equal(torch.cat(list(loader)), examples.__getitems__(range(len(examples))))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        slice(2, 9, 3),
+        slice(None, None, -1),
+        [4, 0, -1],
+        (1, 1),
+        np.array([3, 2]),
+        torch.tensor([5, -2], dtype=torch.int32),
+        torch.arange(20) % 3 == 0,
+        [],
+        slice(5, 5),
+        torch.zeros(20, dtype=torch.bool),
+    ],
+    ids=str,
+)
+def test_several_examples_are_a_batch(index):
+    examples = Mixture(**SMALL).split("test")
+    everything = examples.__getitems__(range(20))
+    chosen = list(index) if isinstance(index, tuple) else index
+    if isinstance(index, slice):
+        chosen = list(range(20)[index])
+    elif isinstance(index, torch.Tensor) and index.dtype != torch.bool:
+        chosen = index.long()
+    batch = examples[index]
+    assert batch.dtype == torch.float32 and batch.shape[1:] == everything.shape[1:]
+    assert torch.equal(batch, everything[chosen])
+
+
+def test_one_example_has_the_shape_of_an_event():
+    examples = Digits().split("test")
+    batch = examples[:4]
+    assert batch.shape == (4, 1, 8, 8)
+    for index in (3, np.int64(3), torch.tensor(3), 3 - len(examples)):
+        assert torch.equal(examples[index], batch[3])
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (20, IndexError, "index 20 is out of range for 20 examples"),
+        (-21, IndexError, "index -21 is out of range for 20 examples"),
+        ([0, 31, 45], IndexError, "index 31 is out of range for 20 examples"),
+        (torch.ones(3, dtype=torch.bool), IndexError, "a bool index of length 3 for 20 examples"),
+        (1.5, TypeError, "dtype torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.long), TypeError, r"shape \(2, 2\)"),
+        (True, TypeError, "dtype torch.bool"),
+    ],
+)
+def test_bad_index_is_named_in_one_line(index, error, message):
+    with pytest.raises(error, match=message) as found:
+        Mixture(**SMALL).split("test")[index]
+    assert "\n" not in str(found.value)
 
 
 def test_digits_are_the_scikit_learn_images_each_once():

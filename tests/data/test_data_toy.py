@@ -23,7 +23,7 @@ N = 20_000
 
 
 def named(source):
-    return f"{type(source).__name__}-{len(source._words())}"
+    return f"{type(source).__name__}-{len(source._describe_arguments())}"
 
 
 def square_grid(reach: float, step: float) -> torch.Tensor:

@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_refused() -> None:
             lambda: CategoricalPredictor(network, 8, histogram=8)(torch.zeros(2, 1, 4, 4), level),
             r"\(2, 25, 4, 4\); set image_channels .*context",
         ),
-        (lambda: good(torch.zeros(2, 3), level), "looks at images"),
+        (lambda: good(torch.zeros(2, 3), level), "predicts images"),
         (
             lambda: CategoricalPredictor(Says(torch.ones(2), channels=3), 8, 1, 1)(
                 torch.zeros(2, 1, 4, 4), level

@@ -232,8 +232,8 @@ def test_the_detour_of_an_arc() -> None:
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ((-0.1, 0.04), "NDM's is lower, of these two runs"),
-        ((0.1, 0.04), "NDM's is higher, of these two runs"),
+        ((-0.1, 0.04), "NDM's is lower in these two runs"),
+        ((0.1, 0.04), "NDM's is higher in these two runs"),
         ((0.1, 0.06), "no significant difference"),
         ((math.nan, 0.1), "no significant difference"),
     ],
@@ -305,7 +305,7 @@ def test_bad_words_are_refused_in_one_line(
     refused(
         capsys,
         ["ot-1d", *out, "--", "--train.steps", "9"],
-        "-- --train.steps 9: ot-1d does not train by ndm train",
+        "-- --train.steps 9: ot-1d does not use ndm train",
     )
     refused(capsys, ["ot-2d", *out, "--jobs", "2"], "--jobs 2", "one model at a time")
     refused(

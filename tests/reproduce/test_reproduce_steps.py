@@ -16,7 +16,7 @@ from ndm.decoder import GaussianDecoder
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import Predictor
-from ndm.reproduce.steps_quality import counted
+from ndm.reproduce.steps_quality import count_evaluations
 from ndm.schedule import LinearLogSNRSchedule
 from ndm.transform import GatedTransform, Identity
 
@@ -129,7 +129,7 @@ def test_counting_evaluations_of_predictor_and_transformation(
         model = NDM(
             LinearLogSNRSchedule(-4.0, 3.0), transform, Predictor(MLP(2, 8, 1)), GaussianDecoder()
         )
-        with counted(model) as count:
+        with count_evaluations(model) as count:
             model.sample((6, 2), method, steps=5, seed=0)  # type: ignore[arg-type]
         assert count == {"predictor": 6 * 5 * cost, "transform": 6 * 5 * expected}
         model.predict(torch.zeros(3, 2), 0.5)
@@ -186,7 +186,7 @@ def test_runs_that_cannot_be_compared_are_refused(
     assert "there is no run" in refused(
         *command, str(tmp_path / "b"), "--runs", ddpm, str(tmp_path / "none")
     )
-    assert "leave it out beside --runs" in refused(
+    assert "--runs uses the data of the runs; leave it out" in refused(
         *command, str(tmp_path / "c"), "--runs", ddpm, ndm, "--data", str(tmp_path)
     )
     assert "nothing is trained" in refused(

@@ -1,1 +1,1 @@
-"""What people do with a likelihood."""
+"""Applications of the likelihood."""

@@ -1,3 +1,1 @@
-"""Time derivatives of networks by forward mode, the rules they need, and the state of torch.func;
-README.md says when each may go.
-"""
+"""Time derivatives of networks by forward mode, with the rules they need; see README.md."""

@@ -3,16 +3,16 @@ r"""Value and time derivative of a network in one pass, by forward-mode automati
 .. math::
     (x, t) \mapsto \bigl(f(x, t),\; \partial_t f(x, t)\bigr)
 
-One Jacobian-vector product with tangent 1 in t. Both results can be differentiated backward in the
-parameters, in x and in t.
+This is one Jacobian-vector product with tangent 1 in t. Both results can be differentiated backward
+in the parameters, in x and in t.
 
-PyTorch's fused layer, group and instance norms give a right derivative here but a silently WRONG
-gradient of that derivative: their saved mean and deviation count as constants
-(pytorch/pytorch#196700, #196699, also measured by ``tests/test_forward_mode.py``). So within
-:func:`time_derivative` these norms run as plain formulas, whichever module calls them, and so does ``glu``, which has no second
-derivative; attention takes its unfused path. Convolution, group norm and SiLU, of which U-Nets are
-made, have rules of their own in
-:mod:`ndm.autodiff.rules`, for speed; within another transform of torch.func they, too, run as plain formulas.
+PyTorch's fused layer and instance norms give a correct derivative but a silently WRONG gradient
+of that derivative, because their saved mean and deviation are treated as constants
+(pytorch/pytorch#196700, #196699; measured in ``tests/autodiff``). So within :func:`time_derivative`
+these norms run as plain formulas in every module. So does ``glu``, which has no second derivative;
+attention takes its unfused path. Convolution, group norm and SiLU, the main operations of U-Nets,
+have rules in :mod:`ndm.autodiff.rules` for speed; within another transform of torch.func they run
+as plain formulas too.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ndm.autodiff.functorch import NOTHING, ONE_JVP, RULES, nesting
+from ndm.autodiff.functorch import NOTHING, ONE_JVP, RULES, Nesting, nesting
 from ndm.autodiff.rules import Convolution, GroupNorm, SiLU, standardized
 from ndm.errors import ForwardModeError
 
@@ -37,79 +37,80 @@ Network = Callable[[Tensor, Tensor], Tensor]
 def time_derivative(
     network: Network, x: Tensor, t: Tensor, name: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`f(x, t)` and :math:`\partial_t f(x, t)` at fixed x, from one forward-mode
-    pass.
+    r"""Return :math:`f(x, t)` and :math:`\partial_t f(x, t)` at fixed x, in one forward-mode pass.
 
-    Both can be differentiated again, by autograd and within ``grad``, ``vjp``, ``jacrev``, ``jvp``,
-    ``jacfwd`` and ``vmap`` of torch.func, itself included (the second derivative in t), as far as
-    the network can. For networks in channels_last, such as
-    :class:`ndm.nn.UNet`, ``vmap`` straight over the inputs fails with or without this derivative, and so do gradients of several outputs at
-    once (``is_grads_batched``) of the derivative. Within ``torch.autograd.forward_ad.dual_level``
-    PyTorch has no second forward level: use ``torch.func.jvp`` there.
+    Both can be differentiated again if the network can: by autograd, and within ``grad``, ``vjp``,
+    ``jacrev``, ``jvp``, ``jacfwd`` and ``vmap`` of torch.func, including this function itself (the
+    second derivative in t). For networks in channels_last, such as :class:`ndm.nn.UNet`, ``vmap``
+    directly over the inputs fails with or without this derivative, and so do gradients of several
+    outputs together (``is_grads_batched``) of the derivative. Within
+    ``torch.autograd.forward_ad.dual_level`` PyTorch has no second forward level: use
+    ``torch.func.jvp`` there.
 
     Args:
         network: maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``; each example may depend on
             its own time only.
         x: ``(B, *event)``.
         t: ``(B,)``.
-        name: what to call the network in an error; its class by default.
+        name: name of the network in error messages; its class by default.
 
     Returns:
         Value and derivative, each ``(B, *event)``.
 
     Raises:
-        ForwardModeError: the network holds an operation that forward mode cannot pass, or cannot
-            within what is around this call; the message names the mend.
+        ForwardModeError: the network has an operation that forward mode cannot differentiate, at
+            all or within the transforms around this call; the message names the fix.
     """
-    t = t.contiguous()  # tangents are written in place, which an expanded tensor cannot take
-    if (
-        torch.compiler.is_compiling()
-    ):  # layers of ndm.nn are plain formulas then; other networks are not compiled
+
+    def at_time(time: Tensor) -> Tensor:
+        return network(x, time)
+
+    t = t.contiguous()  # tangents are written in place, which fails for an expanded tensor
+    one = torch.ones_like(t)
+    # Compiled layers of ndm.nn are plain formulas already; other networks are not compiled.
+    if torch.compiler.is_compiling():
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(lambda time: network(x, time), (t,), (torch.ones_like(t),))  # type: ignore[return-value]
-    within = nesting() or NOTHING
+            return torch.func.jvp(at_time, (t,), (one,))  # type: ignore[return-value]
+    around = nesting() or NOTHING
     try:
-        with _plainly():
-            value, derivative = torch.func.jvp(
-                lambda time: network(x, time), (t,), (torch.ones_like(t),)
-            )  # type: ignore[misc]
+        with _plain_formulas():
+            value, derivative = torch.func.jvp(at_time, (t,), (one,))  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        # An error of the network itself is raised here as it is. Fused norms and attention may fail
-        # in what is around this call.
+        # An error of the network itself is raised here, unchanged. Fused norms and attention may
+        # fail within the transforms around this call.
         with (
             torch.no_grad(),
             warnings.catch_warnings(action="ignore"),
-            contextlib.nullcontext() if within == NOTHING else _plainly(),
+            contextlib.nullcontext() if around == NOTHING else _plain_formulas(),
         ):
             network(x, t)
-        what, reason = (
-            f"the network {name or type(network).__name__} works but cannot be differentiated in t",
-            " ".join(str(error).split()),
-        )
-        if within != NOTHING:
-            around = (
-                "forward_ad.dual_level"
-                if not within.transforms
-                else f"torch.func ({within.innermost.lower()} is the innermost)"
-            )
-            raise ForwardModeError(
-                f"{what} within another transform, of {around} ({reason[:160]}); if it can be"
-                " without, take the outer derivative by torch.autograd.grad or torch.func.jvp, and"
-                " pass a batch instead of vmap"
-            ) from error
-        raise ForwardModeError(
-            f"{what} by forward-mode AD ({reason[:160]}); train in discrete time (steps=T), which"
-            " needs no time derivative, or replace the operation: F.scaled_dot_product_attention"
-            " for nn.MultiheadAttention and fused attention, group norm for batch norm, no"
-            " torch.utils.checkpoint inside, no leaving PyTorch"
-        ) from error
+        raise _explained(error, name or type(network).__name__, around) from error
     return value, derivative
 
 
+def _explained(error: Exception, name: str, around: Nesting) -> ForwardModeError:
+    what = f"the network {name} works but cannot be differentiated in t"
+    reason = " ".join(str(error).split())[:160]
+    if around == NOTHING:
+        return ForwardModeError(
+            f"{what} by forward-mode AD ({reason}); train in discrete time (steps=T), which"
+            " needs no time derivative, or replace the operation: F.scaled_dot_product_attention"
+            " for nn.MultiheadAttention and fused attention, group norm for batch norm, no"
+            " torch.utils.checkpoint, only PyTorch operations"
+        )
+    outer = "forward_ad.dual_level"
+    if around.transforms:
+        outer = f"torch.func ({around.innermost.lower()} is the innermost)"
+    return ForwardModeError(
+        f"{what} within another transform, of {outer} ({reason}); if you can, take the outer"
+        " derivative by torch.autograd.grad or torch.func.jvp, and pass a batch instead of vmap"
+    )
+
+
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def _plain_formulas() -> Iterator[None]:
     token = RULES.set(True)
     try:
         with _PlainFormulas(), sdpa_kernel(SDPBackend.MATH):
@@ -119,9 +120,7 @@ def _plainly() -> Iterator[None]:
 
 
 class _PlainFormulas(TorchFunctionMode):
-    """Replaces the operations of ``_PLAIN`` by others that can be differentiated any number of
-    times.
-    """
+    """Replaces the operations of ``_PLAIN`` by others that can be differentiated repeatedly."""
 
     def __torch_function__(
         self,
@@ -134,15 +133,13 @@ class _PlainFormulas(TorchFunctionMode):
 
 
 def _rules_apply() -> bool:
-    """Whether the rules of :mod:`ndm.autodiff.rules` may be used: they have one forward level in
-    them, and no batching rule.
-    """
+    """Whether the rules can be used, which have one forward level and no batching."""
     return nesting() == ONE_JVP
 
 
 def _standardize(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    centerd = x - x.mean(dims, keepdim=True)
-    return centerd * torch.rsqrt((centerd * centerd).mean(dims, keepdim=True) + eps)
+    centered = x - x.mean(dims, keepdim=True)
+    return centered * torch.rsqrt((centered * centered).mean(dims, keepdim=True) + eps)
 
 
 def _full(x: Tensor) -> Tensor:
@@ -183,20 +180,12 @@ def _group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    if (
-        _rules_apply()
-        and input.dtype in (torch.float32, torch.float64)
-        and input.device.type in ("cpu", "cuda")
-        and input.numel()
-    ):
+    dtypes, devices = (torch.float32, torch.float64), ("cpu", "cuda")
+    supported = input.dtype in dtypes and input.device.type in devices and input.numel()
+    if _rules_apply() and supported:
         return GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
-    return _affine(
-        standardized(_full(input), num_groups, eps),
-        weight,
-        bias,
-        [1, -1] + [1] * (input.dim() - 2),
-        input.dtype,
-    )
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    return _affine(standardized(_full(input), num_groups, eps), weight, bias, shape, input.dtype)
 
 
 def _instance_norm(

@@ -1,9 +1,7 @@
-"""Which transforms of torch.func, and how many levels of forward-mode differentiation, an operation
-runs within.
+"""Which transforms of torch.func and levels of forward mode are active.
 
-PyTorch says so through private names alone. This is the only place that uses them, and where a
-version of PyTorch lacks them the answer is None: whoever has a faster way for one case then takes
-the plain way, which is right in all.
+PyTorch shows this only through private names, which no other module uses. If a version of PyTorch
+lacks them, the answer is None, and callers then use plain formulas, which are always right.
 """
 
 from contextvars import ContextVar
@@ -13,35 +11,33 @@ import torch
 
 
 class Nesting(NamedTuple):
-    """What is active."""
+    """The active transforms and levels of forward mode."""
 
     transforms: int
-    """Transforms of torch.func: vmap, jvp, grad, vjp and what is made of them."""
+    """Number of torch.func transforms: vmap, jvp, grad, vjp and those built from them."""
     innermost: str
-    """The name of the innermost of them, ``Vmap``, ``Jvp``, ``Grad`` ..., or nothing."""
+    """Name of the innermost of them, ``Vmap``, ``Jvp``, ``Grad`` ..., or empty."""
     depth: int
-    """Levels of forward mode."""
+    """Number of levels of forward mode."""
 
 
 RULES = ContextVar("rules", default=False)
-"""Whether norms are computed by rules of our own, as
-:func:`ndm.autodiff.forward_mode.time_derivative` does.
+"""Whether norms use the rules of this package, as within
+:func:`ndm.autodiff.forward_mode.time_derivative`.
 """
 NOTHING = Nesting(0, "", 0)
 """Plain operations and their backward passes."""
 ONE_JVP = Nesting(1, "Jvp", 1)
-"""One ``torch.func.jvp`` and nothing around or within it."""
+"""One ``torch.func.jvp`` with nothing around or within it."""
 
 
 def nesting() -> Nesting | None:
-    """What is active here, or None where this PyTorch does not say."""
+    """Return what is active here, or None if this version of PyTorch does not show it."""
     try:
         innermost = torch._C._functorch.peek_interpreter_stack()
         depth = torch.autograd.forward_ad._current_level + 1
-        return (
-            Nesting(0, "", depth)
-            if innermost is None
-            else Nesting(innermost.level(), innermost.key().name, depth)
-        )
+        if innermost is None:
+            return Nesting(0, "", depth)
+        return Nesting(innermost.level(), innermost.key().name, depth)
     except (AttributeError, TypeError):
         return None

@@ -1,25 +1,25 @@
-r"""Convolution, group norm and SiLU with forward-mode derivatives of their own, for
-:mod:`ndm.autodiff.forward_mode`.
+r"""Convolution, group norm and SiLU with custom forward-mode derivatives.
+
+They serve :mod:`ndm.autodiff.forward_mode`:
 
 .. math::
     \text{convolution: } \dot y = w * \dot x, \qquad
     \text{norm: } \dot y = w J \dot x, \quad J = s\,(I - \tfrac1n 1 1^\top - \tfrac1n \hat x \hat x^\top), \quad s = 1/\text{deviation}, \qquad
     \text{SiLU: } \dot y = \mathrm{SiLU}'(x)\, \dot x .
 
-PyTorch's own rule for convolutions convolves with a zero kernel as well, forward and backward,
-which is a third of their time. Its rule for the fused norm has wrong gradients, and norm and SiLU
-as plain formulas are dozens of operations that read and write every activation. Here the tangents
-are one fused operation each, and their gradients are written out. The Jacobian J of the
-standardized :math:`\hat x` is symmetric, so PyTorch's backward pass of the norm gives its tangent
-as well. With m(.) the mean over a group and :math:`u = w g`,
+PyTorch's rule for convolutions also convolves with a kernel of zeros, forward and backward, which
+takes a third of their time. As plain formulas, norm and SiLU are dozens of operations that read and
+write every activation. Here each tangent is one fused operation, and its gradients are written out.
+The Jacobian J of the standardized :math:`\hat x` is symmetric, so PyTorch's backward pass of the
+norm also gives its tangent. With m(.) the mean over a group and :math:`u = w g`,
 
 .. math::
     \nabla_x \langle g, w J \dot x \rangle = -s\, \bigl( b\, J u + a\, J \dot x + m(u\, J \dot x)\, \hat x \bigr), \qquad
     a = m(\hat x u), \quad b = m(\hat x \dot x) .
 
-All rules can be differentiated further by autograd: with ``create_graph`` the backward passes go
-through the plain formulas. They hold one forward level and have no batching rule, so they are for
-one ``torch.func.jvp`` with no other transform of torch.func around or within it.
+All rules can be differentiated further by autograd: with ``create_graph`` the backward passes use
+the plain formulas. They support one forward level and no batching, so use them only within one
+``torch.func.jvp``, with no other transform of torch.func around or within it.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,19 +63,8 @@ class Convolution(Function):
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         wanted = [*ctx.needs_input_grad[:2], ctx.bias_shape is not None and ctx.needs_input_grad[2]]
-        found = _aten.convolution_backward(
-            gradient,
-            x,
-            weight,
-            ctx.bias_shape,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0],
-            groups,
-            wanted,
-        )
+        how = (stride, padding, dilation, False, [0], groups)
+        found = _aten.convolution_backward(gradient, x, weight, ctx.bias_shape, *how, wanted)
         return (*found, None, None, None, None)
 
     @staticmethod
@@ -84,25 +73,13 @@ class Convolution(Function):
     ) -> Tensor:
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
+        how = (stride, padding, dilation, False, [0], groups)
         terms = []
         if dx is not None:
-            terms.append(
-                torch.convolution(dx, weight, dbias, stride, padding, dilation, False, [0], groups)
-            )
+            terms.append(torch.convolution(dx, weight, dbias, *how))
         if dweight is not None:
-            terms.append(
-                torch.convolution(
-                    x,
-                    dweight,
-                    None if terms else dbias,
-                    stride,
-                    padding,
-                    dilation,
-                    False,
-                    [0],
-                    groups,
-                )
-            )
+            bias = None if terms else dbias
+            terms.append(torch.convolution(x, dweight, bias, *how))
         return sum(terms[1:], terms[0])
 
 
@@ -111,10 +88,14 @@ def through(
     inputs: Sequence[Tensor | None],
     gradient: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of a plain formula, of one output or several, in those of its inputs that want one,
-    such that they can be differentiated again.
+    """Return the gradients of a plain formula, such that they can be differentiated again.
+
+    Args:
+        formula: maps the inputs to one output or several.
+        inputs: inputs of the formula; those that do not require a gradient get None.
+        gradient: gradient of each output.
     """
-    # An input may depend on another one, and the way through it must not count.
+    # If one input depends on another, its gradient must not pass through that dependence.
     aliases = [None if value is None else value.view_as(value) for value in inputs]
     wanted = {
         index: value
@@ -122,28 +103,18 @@ def through(
         if value is not None and value.requires_grad
     }
     outputs = formula(*aliases)
-    pairs = (
-        [(outputs, gradient)]
-        if isinstance(outputs, Tensor)
-        else zip(outputs, gradient, strict=True)
-    )
-    outputs, gradients = zip(
-        *((output, by) for output, by in pairs if output.requires_grad), strict=True
-    )
-    found = dict(
-        zip(
-            wanted,
-            torch.autograd.grad(
-                outputs, list(wanted.values()), gradients, create_graph=True, allow_unused=True
-            ),
-            strict=True,
-        )
-    )
-    return [found.get(index) for index in range(len(inputs))]
+    single = isinstance(outputs, Tensor)
+    pairs = [(outputs, gradient)] if single else zip(outputs, gradient, strict=True)
+    needed = [(output, by) for output, by in pairs if output.requires_grad]
+    outputs, gradients = zip(*needed, strict=True)
+    values = list(wanted.values())
+    found = torch.autograd.grad(outputs, values, gradients, create_graph=True, allow_unused=True)
+    by_index = dict(zip(wanted, found, strict=True))
+    return [by_index.get(index) for index in range(len(inputs))]
 
 
 def _silu_slope(value: Tensor, x: Tensor) -> Tensor:
-    """SiLU'(x) times a value; the fused operation has no derivative of its own."""
+    """Return SiLU'(x) times a value; PyTorch's fused operation has no derivative."""
     if not torch.is_grad_enabled():
         return _aten.silu_backward(value, x)
     gate = torch.sigmoid(x)
@@ -186,28 +157,29 @@ class _SiLUTangent(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, dx = ctx.saved_tensors
         gate = torch.sigmoid(x)
-        curved = _aten.sigmoid_backward(gradient * dx, gate) * (
-            2 + torch.addcmul(x, x, gate, value=-2)
-        )
-        return curved, _silu_slope(gradient, x)
+        # SiLU''(x) = gate' (2 + x (1 - 2 gate))
+        bend = 2 + torch.addcmul(x, x, gate, value=-2)
+        return _aten.sigmoid_backward(gradient * dx, gate) * bend, _silu_slope(gradient, x)
 
 
 def standardized(x: Tensor, groups: int, eps: float) -> Tensor:
-    """Group norm without weights as a plain formula."""
+    """Return the group norm without weights, as a plain formula."""
     grouped = x.unflatten(1, (groups, -1))
     dims = list(range(2, grouped.dim()))
-    centerd = grouped - grouped.mean(dims, keepdim=True)
-    return (centerd * torch.rsqrt((centerd * centerd).mean(dims, keepdim=True) + eps)).flatten(1, 2)
+    centered = grouped - grouped.mean(dims, keepdim=True)
+    variance = (centered * centered).mean(dims, keepdim=True)
+    return (centered * torch.rsqrt(variance + eps)).flatten(1, 2)
 
 
 def per_channel(value: Tensor, x: Tensor) -> Tensor:
-    """``(C,)`` or ``(B, C)`` such that it broadcasts against ``x`` ``(B, C, ...)``."""
+    """Reshape ``(C,)`` or ``(B, C)`` to broadcast against ``x`` ``(B, C, ...)``."""
     return value.reshape(*([1] * (2 - value.dim())), *value.shape, *([1] * (x.dim() - 2)))
 
 
 def dense(value: Tensor, like: Tensor | None = None) -> Tensor:
-    """In a memory format that the fused norm takes: on the CPU that of ``like`` (its own by
-    default), elsewhere contiguous.
+    """Return ``value`` in a memory format that the fused norm accepts.
+
+    On the CPU that is the format of ``like`` (by default that of ``value``), elsewhere contiguous.
     """
     like = value if like is None else like
     last = (
@@ -219,7 +191,7 @@ def dense(value: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
-    """What PyTorch's fused norm wants to know beside its tensors: B, C, positions, groups."""
+    """Return the sizes that PyTorch's fused norm takes: B, C, positions, groups."""
     batch, channels = x.shape[:2]
     return batch, channels, x.numel() // max(1, batch * channels), groups
 
@@ -233,8 +205,9 @@ def jacobian(
     weight: Tensor | None,
     wanted: Sequence[bool],
 ) -> Any:
-    """J (w g), and those gradients of weight and bias that are wanted. Never these alone: PyTorch's
-    kernel for channels_last crashes.
+    """Return J (w g), and those gradients of weight and bias that are wanted.
+
+    J (w g) is always computed: PyTorch's channels_last kernel crashes without it.
     """
     x = dense(x)
     return _aten.native_group_norm_backward(
@@ -243,7 +216,7 @@ def jacobian(
 
 
 class GroupNorm(Function):
-    """``torch.native_group_norm``: the norm, the means and the inverse deviations ``(B, G)``."""
+    """``torch.native_group_norm``: the norm, and means and inverse deviations ``(B, G)``."""
 
     @staticmethod
     def forward(
@@ -275,11 +248,9 @@ class GroupNorm(Function):
                 return normal if bias is None else normal + per_channel(bias, x)
 
             return (*through(formula, (x, weight, bias), gradient), None, None)
-        return (
-            *jacobian(x, mean, rstd, ctx.groups, gradient, weight, ctx.needs_input_grad[1:3]),
-            None,
-            None,
-        )
+        wanted = ctx.needs_input_grad[1:3]
+        found = jacobian(x, mean, rstd, ctx.groups, gradient, weight, wanted)
+        return (*found, None, None)
 
     @staticmethod
     def jvp(
@@ -297,7 +268,7 @@ class GroupNorm(Function):
 
 
 class _GroupNormTangent(Function):
-    """w J dx."""
+    """The tangent w J dx."""
 
     @staticmethod
     def forward(
@@ -323,26 +294,21 @@ class _GroupNormTangent(Function):
         if torch.is_grad_enabled():
 
             def formula(x: Tensor, dx: Tensor, weight: Tensor | None) -> Tensor:
-                moved = torch.func.vjp(lambda x: standardized(x, ctx.groups, ctx.eps), x)[1](dx)[
-                    0
-                ]  # J is symmetric
+                pullback = torch.func.vjp(lambda x: standardized(x, ctx.groups, ctx.eps), x)[1]
+                moved = pullback(dx)[0]  # J is symmetric
                 return moved if weight is None else moved * per_channel(weight, x)
 
             return (*through(formula, (x, dx, weight), gradient), None, None, None, None)
-        return (
-            *_tangent_gradients(x, dx, weight, mean, rstd, ctx.groups, gradient),
-            None,
-            None,
-            None,
-            None,
-        )
+        found = _tangent_gradients(x, dx, weight, mean, rstd, ctx.groups, gradient)
+        return (*found, None, None, None, None)
 
 
 def _tangent_gradients(
     x: Tensor, dx: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of <g, w J dx> in x, dx and w: sums over each channel, then linear combinations of
-    g, dx and x̂ by channel.
+    """Return the gradients of <g, w J dx> in x, dx and w.
+
+    They are sums over each channel, and then linear combinations of g, dx and x̂ by channel.
     """
     batch, channels, size, _ = sizes(x, groups)
     dims = list(range(2, x.dim()))
@@ -351,32 +317,20 @@ def _tangent_gradients(
     def total(value: Tensor) -> Tensor:
         return value.sum(dims) if dims else value
 
-    def over_group(value: Tensor) -> Tensor:
-        """Mean over a group from sums over channels, ``(B, C)``, repeated for the channels of the
-        group.
-        """
-        return (value.reshape(batch, groups, -1).mean(2) / size).repeat_interleave(
-            channels // groups, 1
-        )
+    def repeat(value: Tensor) -> Tensor:
+        """Repeat ``(B, G)`` for the channels of each group."""
+        return value.repeat_interleave(channels // groups, 1)
 
-    s, mu = (
-        value.reshape(batch, groups).repeat_interleave(channels // groups, 1)
-        for value in (rstd, mean)
-    )
+    def over_group(value: Tensor) -> Tensor:
+        """Return the mean over a group from sums over channels ``(B, C)``, for each channel."""
+        return repeat(value.reshape(batch, groups, -1).mean(2) / size)
+
+    s, mu = (repeat(value.reshape(batch, groups)) for value in (rstd, mean))
     normal = torch.addcmul(per_channel(-s * mu, x), x, per_channel(s, x))
-    sum_g, sum_dx, g_dx, g_normal, dx_normal = (
-        total(g),
-        total(dx),
-        total(g * dx),
-        total(g * normal),
-        total(dx * normal),
-    )
-    mean_u, mean_dx, a, b = (
-        over_group(w * sum_g),
-        over_group(sum_dx),
-        over_group(w * g_normal),
-        over_group(dx_normal),
-    )
+    sum_g, sum_dx = total(g), total(dx)
+    g_dx, g_normal, dx_normal = total(g * dx), total(g * normal), total(dx * normal)
+    mean_u, mean_dx = over_group(w * sum_g), over_group(sum_dx)
+    a, b = over_group(w * g_normal), over_group(dx_normal)
     cross = s * (over_group(w * g_dx) - mean_u * mean_dx - a * b)
     dweight = None if weight is None else (s * (g_dx - mean_dx * sum_g - b * g_normal)).sum(0)
 
@@ -388,10 +342,7 @@ def _tangent_gradients(
     # J u = s (u - m(u) - a x̂) and J dx = s (dx - m(dx) - b x̂).
     to_dx = combine(s * w, None, -s * a, -s * mean_u)
     square = s * s
-    to_x = combine(
-        -square * b * w,
-        -square * a,
-        2 * square * a * b - s * cross,
-        square * (b * mean_u + a * mean_dx),
-    )
+    of_normal = 2 * square * a * b - s * cross
+    constant = square * (b * mean_u + a * mean_dx)
+    to_x = combine(-square * b * w, -square * a, of_normal, constant)
     return to_x, to_dx, dweight

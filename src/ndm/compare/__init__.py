@@ -1,3 +1,1 @@
-"""Several configurations trained and measured under one budget, so that a difference between them
-means something.
-"""
+"""Fair comparisons of several configurations, trained and measured under the same budget."""

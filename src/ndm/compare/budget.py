@@ -1,12 +1,12 @@
-r"""How many steps each row of a comparison takes, and how long one of them lasts.
+r"""Number of training steps of each row of a comparison, and the time of a step.
 
 .. math::
-    \text{steps} = \text{seconds} / \text{seconds of a step} \qquad (\text{budget } \texttt{seconds})
+    \text{steps} = \text{seconds} / \text{seconds per step} \qquad (\text{budget } \texttt{seconds})
 
-A step is timed where it is taken: in a run of the trainer, with its loading, logging, clipping and
-averaging, on the device and with the threads of the runs to come. All rows take turns, round after
-round, so that a slow spell of the machine hits each alike; the median over all steps counts. The
-times are written down, so that an interrupted comparison goes on with the same numbers of steps.
+Steps are timed in a run of the trainer, including loading, logging, clipping and averaging, on the
+same device and with as many threads as the later runs. The rows take turns over several rounds, so
+that a temporarily slow machine affects them equally. The time of a step is the median over all
+steps. It is saved, so that a resumed comparison uses the same numbers of steps.
 """
 
 import itertools
@@ -33,11 +33,11 @@ from ndm.train.run import Run
 
 PLAN = "plan.json"
 _ROUNDS, _STEPS, _WARM = 3, 8, 3
-_PERIOD = 10  # steps after which SOAP looks for a new basis
+_PERIOD = 10  # steps after which SOAP computes a new basis
 
 
 class _Clock(Callback):
-    """Times at which steps end."""
+    """Records the times at which steps end."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -47,26 +47,20 @@ class _Clock(Callback):
 
 
 def step_seconds(rows: list[Row], progress: bool = False) -> dict[str, float]:
-    """Seconds of a training step of each row, by its name: the median over several rounds in which
-    all rows take turns.
+    """Return the seconds per training step of each row, by name.
+
+    Each is the median over several rounds, in which the rows take turns.
     """
     quiet_lightning()
     parts = {row.name: build(row) for row in rows}
     times: dict[str, list[float]] = {name: [] for name in parts}
     state = torch.random.get_rng_state()
-    for _ in tqdm(
-        range(_ROUNDS),
-        desc="timing steps",
-        unit="round",
-        disable=not progress,
-        delay=1,
-        leave=False,
-    ):
+    options: dict[str, Any] = {"disable": not progress, "delay": 1, "leave": False}
+    for _ in tqdm(range(_ROUNDS), desc="timing steps", unit="round", **options):
         for name, one in parts.items():
             settings = one.settings
             uneven = settings.optimizer == "soap"
-            # A tiny learning rate: a run that would diverge is told so when it is trained, not
-            # here.
+            # A tiny learning rate, so that a run that diverges fails in training and not here.
             short = replace(
                 settings,
                 steps=_WARM + _PERIOD + 1 if uneven else _STEPS,
@@ -92,31 +86,31 @@ def read_plan(
     seconds: float | None = None,
     train_steps: int | None = None,
 ) -> dict[str, Any]:
-    """Steps and seconds of a step of every row: from the folder where they are known for all, else
-    measured and written there.
+    """Return the number of steps and the seconds per step of every row.
+
+    They are read from the folder if it has them for all rows, otherwise measured and written there.
 
     Raises:
-        UserError: the folder holds a comparison with another budget.
+        UserError: the folder contains a comparison with another budget.
     """
     shared = {"budget": budget, "seconds": seconds, "train_steps": train_steps}
     plan: dict[str, Any] = (
         read_json(out / PLAN) if (out / PLAN).exists() else {**shared, "rows": {}}
     )
     if {key: plan.get(key) for key in shared} != shared or not isinstance(plan.get("rows"), dict):
-        raise UserError(f"{out} holds a comparison with another budget; choose another --out")
-    known = plan["rows"]
-    if any(known.get(row.name, {}).get("parameters") != row.parameters for row in rows):
-        # All rows, also those that are known, so that times can be compared; a known row keeps its
-        # steps.
+        raise UserError(f"{out} contains a comparison with another budget; choose another --out")
+    planned = plan["rows"]
+    if any(planned.get(row.name, {}).get("parameters") != row.parameters for row in rows):
+        # Time all rows, so that the times are comparable. Rows that were planned before keep their
+        # number of steps.
         measured = step_seconds(rows, progress=True)
         for row in rows:
-            steps = known.get(row.name, {}).get("steps") or _steps(
-                row, measured[row.name], seconds, train_steps
-            )
-            known[row.name] = {
+            seconds_per_step = measured[row.name]
+            steps = planned.get(row.name, {}).get("steps")
+            planned[row.name] = {
                 "parameters": row.parameters,
-                "steps": steps,
-                "seconds_per_step": measured[row.name],
+                "steps": steps or _steps(row, seconds_per_step, seconds, train_steps),
+                "seconds_per_step": seconds_per_step,
             }
         plan["machine"] = describe_machine()
         write_json(out / PLAN, plan)

@@ -1,7 +1,7 @@
-r"""What a comparison consists of: rows, a width for the widened ones, a number of steps for each.
+r"""Rows of a comparison, and the sizes of their models.
 
-A comparison is a YAML file. A row lists what it overrides in the base, as the options of ``ndm
-train --config BASE`` would:
+A comparison is a YAML file. A row lists the values that it overrides in the base, with the names of
+the options of ``ndm train --config BASE``:
 
 .. code-block:: yaml
 
@@ -9,19 +9,20 @@ train --config BASE`` would:
     rows:
       VDM: {model.transform: ndm.Identity}
       NDM, separable: {model.transform: ndm.SeparableTransform, model.transform.network.outputs: 4}
-    widen: VDM                   # the row that gets one more, as large as the largest; by default the first whose F is the identity
-    width: model.predictor.network.channels   # the number that makes it larger; by default channels (U-Net) or hidden (MLP) of the predictor
+    widen: VDM                   # row to widen; default: the first with F = identity
+    width: model.predictor.network.channels   # default: channels (U-Net) or hidden (MLP)
 
 =================  ====================================================================
-budget             what all rows share
+budget             shared by all rows
 =================  ====================================================================
 ``steps``          optimizer steps
-``seconds``        training time: steps = seconds / (measured seconds of a step)
+``seconds``        training time: steps = seconds / (measured seconds per step)
 ``parameters``     optimizer steps and parameters: every row is widened to the largest
 =================  ====================================================================
 
-Rows share the data and the batch size, whatever the budget. :mod:`ndm.compare.budget` measures the
-seconds of a step.
+All rows also share the data and the batch size. The row ``widen`` is the baseline. If it is
+smaller than the largest row, a widened copy of it becomes the baseline. :mod:`ndm.compare.budget` measures the
+seconds per step.
 """
 
 import json
@@ -42,7 +43,7 @@ Budget = Literal["steps", "seconds", "parameters"]
 WIDENED = "{name}, widened"
 KEYS = ("base", "rows", "widen", "width")
 SHARED = ("data", "train.steps", "train.batch_size", "train.accumulate")
-"""What a row may not override: all rows share it, or the budget sets it."""
+"""Values that a row may not override: all rows share them, or the budget sets them."""
 _WIDEST = 4096
 
 
@@ -52,35 +53,33 @@ class Row:
 
     name: str
     config: RunConfig
-    """The configuration of its runs, but for the seed."""
+    """The configuration of its runs, except for the seed."""
     parameters: int = 0
     """Number of parameters of the model."""
     baseline: bool = False
-    """Whether this is the conventional diffusion model that the others are compared with, as large
-    as the largest.
-    """
+    """Whether this is the conventional diffusion model to compare with, as large as the largest."""
 
     @property
     def folder(self) -> str:
-        """The name as part of a path."""
+        """The name in paths."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "row"
 
 
 def read_rows(
     path: Path, overrides: Overrides = (), base: Path | None = None
 ) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a comparison file.
+    """Read the rows of a comparison file.
 
     Args:
-        path: the file.
-        overrides: overrides of every row, before its own.
-        base: a configuration that replaces the one named in the file.
+        path: path or name of the file.
+        overrides: overrides of every row; those of the row come later.
+        base: configuration to use instead of the base in the file.
 
     Returns:
-        The rows, and what else the file says (``widen``, ``width``).
+        The rows, and the other values of the file (``widen``, ``width``).
 
     Raises:
-        UserError: the file is missing, damaged or incomplete.
+        UserError: the file is missing, invalid or incomplete.
     """
     path = find_config(str(path))
     try:
@@ -95,12 +94,12 @@ def read_rows(
         or not isinstance(content.get("rows"), dict)
     ):
         raise UserError(
-            f"{path} is no comparison: it needs base (a configuration of ndm train) and rows (a"
-            " name and its overrides each)"
+            f"{path} is not a comparison: give base (a configuration of ndm train) and rows (for"
+            " each a name and its overrides)"
         )
     unknown = sorted(set(content) - set(KEYS))
     if unknown:
-        raise UserError(f"{path}: {unknown[0]!r} is not known; choose from {', '.join(KEYS)}")
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; choose from {', '.join(KEYS)}")
     base = base or path.parent / content["base"]
     if not base.is_file():
         raise UserError(
@@ -115,7 +114,7 @@ def read_rows(
 
 
 def _check_row(path: Path, name: object, row: object) -> dict[str, object]:
-    """The overrides of a row, checked."""
+    """Return the overrides of a row after checking them."""
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
         raise UserError(
             f"{path}: the row {name!r} is {describe_value(row)}; give overrides such as"
@@ -127,7 +126,7 @@ def _check_row(path: Path, name: object, row: object) -> dict[str, object]:
         ):
             raise UserError(
                 f"{path}: the row {name!r} sets {key!r}; a row sets keys that begin with model. or"
-                f" train., but not {', '.join(SHARED[1:])}, which all rows share: put those into"
+                f" train., but not {', '.join(SHARED[1:])}, which all rows share: set those in"
                 " the base"
             )
         try:
@@ -141,7 +140,7 @@ def _check_row(path: Path, name: object, row: object) -> dict[str, object]:
 
 
 def _configure(shared: RunConfig, name: str, overrides: Overrides) -> RunConfig:
-    """The configuration of a row.
+    """Return the configuration of a row.
 
     Raises:
         UserError: an override is wrong.
@@ -153,7 +152,7 @@ def _configure(shared: RunConfig, name: str, overrides: Overrides) -> RunConfig:
 
 
 def build(row: Row) -> RunParts:
-    """The model, the data and the settings of a row.
+    """Build the model, the data and the settings of a row.
 
     Raises:
         UserError: they cannot be built.
@@ -165,16 +164,17 @@ def build(row: Row) -> RunParts:
 
 
 def widened(row: Row, target: int, width: str | None = None) -> Row:
-    """The row with a wider predictor: the least even width whose number of parameters is at least
-    ``target``.
+    """Return the row with a wider predictor, of at least ``target`` parameters.
+
+    The width is the smallest even one that suffices.
 
     Args:
         row: the row.
-        target: the wanted number of parameters.
-        width: dotted key of the number to raise.
+        target: number of parameters to reach.
+        width: dotted key of the width; by default ``channels`` or ``hidden`` of the predictor.
 
     Raises:
-        UserError: the predictor has no known width.
+        UserError: there is no such width, or it cannot reach the target.
     """
     candidates = (
         [width] if width else ["model.predictor.network.channels", "model.predictor.network.hidden"]
@@ -185,8 +185,8 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
             break
     else:
         raise UserError(
-            f"the row {row.name!r} has no {' or '.join(candidates)} to widen; name the number in"
-            " the file of the comparison: width"
+            f"the row {row.name!r} has no {' or '.join(candidates)} to widen; set width to"
+            " the key of another integer in the comparison file"
         )
     for value in range(start + 2 - start % 2, _WIDEST, 2):
         wider = replace(row, config=_configure(row.config, row.name, {key: value}))
@@ -195,18 +195,18 @@ def widened(row: Row, target: int, width: str | None = None) -> Row:
             return wider
     raise UserError(
         f"the row {row.name!r} does not reach {target:,} parameters with {key} below {_WIDEST};"
-        " name another number to raise: width"
+        " set width to another key in the comparison file"
     )
 
 
 def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list[Row]:
-    """All rows with their sizes, the baseline among them: the plain diffusion, or one more row that
-    widens it to the largest.
+    """Return all rows with their sizes and the baseline.
 
-    With the budget ``parameters`` every row is widened to the largest.
+    The baseline is the plain diffusion, or a widened copy of it if it is not the largest. With the
+    budget ``parameters``, every row is widened to the largest.
 
     Raises:
-        UserError: the row to widen is not there, or two rows have one name.
+        UserError: the row to widen does not exist, or two rows have the same folder name.
     """
     check_choice("budget", budget, get_args(Budget))
     parts = [build(row) for row in rows]
@@ -229,14 +229,14 @@ def plan_rows(rows: list[Row], extra: Mapping[str, Any], budget: Budget) -> list
     if len({row.folder for row in planned}) < len(planned):
         raise UserError(
             f"two of the rows {', '.join(repr(row.name) for row in planned)} have names that differ"
-            " in case and punctuation alone; rename one (the row"
+            " only in case and punctuation; rename one (the row"
             f" {WIDENED.format(name=chosen.name)!r} is added by ndm compare)"
         )
     return planned
 
 
 def _plain(rows: list[Row], models: list[DiffusionModel], name: str | None) -> Row:
-    """The row to widen: of the given name, or the first whose F is the identity."""
+    """Return the row called ``name``; without a name, the first whose F is the identity."""
     for row, model in zip(rows, models, strict=True):
         if row.name == name if name is not None else isinstance(model.transform, Identity):
             return row
@@ -246,5 +246,5 @@ def _plain(rows: list[Row], models: list[DiffusionModel], name: str | None) -> R
         )
     raise UserError(
         "a fair comparison needs a plain diffusion as large as the largest model: add a row with"
-        " model.transform: ndm.Identity, or name the row to widen: widen"
+        " model.transform: ndm.Identity, or set widen to the row to widen"
     )

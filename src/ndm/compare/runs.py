@@ -1,4 +1,4 @@
-"""The runs of a comparison: train, measure, go on; several at once in processes of their own."""
+"""Runs of a comparison: train, measure and resume, optionally in parallel processes."""
 
 import contextlib
 import multiprocessing
@@ -16,33 +16,32 @@ from tqdm import tqdm
 from ndm.device import pick_device
 from ndm.errors import UserError
 from ndm.evaluation.evaluate import Evaluation
-from ndm.evaluation.measurement import Measurement
 from ndm.serialize import read_json, write_json
 from ndm.train.config import RunConfig
 from ndm.train.run import Run
 from ndm.train.training import train_run
 
 MEASURES = "measures.json"
-_CALIBRATION = 128  # examples that a reverse variance is fitted on
+_CALIBRATION = 128  # examples to fit a reverse variance on
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of every run."""
+    """Quantities to measure for every run."""
 
     horizons: tuple[int, ...]
-    """Numbers of steps T of bounds in discrete time, beside the continuous one."""
+    """Numbers of steps T of the discrete-time bounds, next to the continuous-time bound."""
     draws: int
-    """Times drawn for each example."""
+    """Times drawn per example."""
     split: str
     limit: int | None
     calibrate: bool
-    """The bounds in discrete time once more, with a reverse variance fitted on the train split."""
+    """Whether to repeat the discrete-time bounds with a reverse variance fitted on ``train``."""
     nll: bool
-    """The likelihood by the ODE, where the reverse process has one."""
+    """Whether to measure the likelihood under the ODE, if the reverse process has one."""
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields for JSON."""
         return {**vars(self), "horizons": list(self.horizons)}
 
 
@@ -54,9 +53,9 @@ class Job:
     config: RunConfig
     run: Run
     measures: Measures | None = None
-    """None: only train it."""
+    """None to train only."""
     quiet: bool = False
-    """Write to the run's log file instead of the terminal."""
+    """Print to the log file of the run instead of the terminal."""
 
     @property
     def seed(self) -> int:
@@ -64,10 +63,10 @@ class Job:
         return self.config.seed
 
     def check(self, data_sha256: str) -> None:
-        """Check that what the folder holds is a run of this configuration on these data.
+        """Check that the folder is empty or contains a run of this configuration on these data.
 
         Raises:
-            UserError: it is not.
+            UserError: it contains another run.
         """
         self.run.check(self.config)
         found = self._read().get("data_sha256", data_sha256)
@@ -78,16 +77,15 @@ class Job:
             )
 
     def result(self) -> dict[str, Any] | None:
-        """What was measured, if it was by the same settings; what training measured itself where no
-        more is wanted.
+        """Return the results, or None if they are missing or have other settings.
+
+        For a job that only trains, they are the metrics of the training run.
         """
         if self.measures is None:
             return self.run.metrics() if self.run.finished else None
         found = self._read()
-        fits = found.get("settings") == self.measures.record() and isinstance(
-            found.get("measures"), dict
-        )
-        return found if fits else None
+        same_settings = found.get("settings") == self.measures.record()
+        return found if same_settings and isinstance(found.get("measures"), dict) else None
 
     def _read(self) -> dict[str, Any]:
         path = self.run.folder / MEASURES
@@ -95,7 +93,7 @@ class Job:
 
 
 def run_all(jobs: list[Job], at_once: int) -> dict[str, str]:
-    """Run what is missing; reasons of failures by the name of the run."""
+    """Run all jobs without results; return the reasons of failures by the name of the run."""
     missing = [job for job in jobs if job.result() is None]
     failures: dict[str, str] = {}
     with tqdm(
@@ -122,13 +120,14 @@ def run_all(jobs: list[Job], at_once: int) -> dict[str, str]:
 
 
 def threads_for(at_once: int) -> int:
-    """CPU threads of each of several runs at once."""
+    """Return the number of CPU threads for each of several parallel runs."""
     return max(1, (os.cpu_count() or 1) // at_once)
 
 
 def _run_in_processes(jobs: list[Job], at_once: int, note: Any, bar: tqdm) -> None:
-    """Never hand a worker more than it works on, so that an interruption leaves nothing waiting in
-    its queue.
+    """Run jobs in parallel.
+
+    Jobs are submitted only to idle workers, so that an interruption leaves no job in a queue.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
@@ -147,12 +146,12 @@ def _run_in_processes(jobs: list[Job], at_once: int, note: Any, bar: tqdm) -> No
             note(running.pop(done), done.result())
     except BrokenProcessPool as error:
         raise UserError(
-            "a run was killed, perhaps for memory; try again with fewer --jobs, what is finished"
-            " stays"
+            "a run was killed, perhaps for lack of memory; rerun the command with fewer --jobs,"
+            " finished runs are not repeated"
         ) from error
     finally:
-        # interrupted; not by SIGTERM, which the trainer in a worker answers in its own time. Files
-        # are whole or not there.
+        # Interrupted. Kill, because the trainer in a worker handles SIGTERM only after a delay.
+        # Files are written atomically.
         if running:
             for process in list((pool._processes or {}).values()):
                 process.kill()
@@ -160,7 +159,7 @@ def _run_in_processes(jobs: list[Job], at_once: int, note: Any, bar: tqdm) -> No
 
 
 def _attempt(job: Job) -> str | None:
-    """Train and measure one run; what went wrong, or None."""
+    """Train and measure one run; return the reason if it fails, else None."""
     try:
         with _output(job):
             train_run(job.run, job.config)
@@ -170,7 +169,7 @@ def _attempt(job: Job) -> str | None:
         return " ".join(str(error).split())
     except torch.OutOfMemoryError as error:
         return (
-            f"out of memory ({' '.join(str(error).split())[:80]}); make the batch smaller, or raise"
+            f"out of memory ({' '.join(str(error).split())[:80]}); lower train.batch_size or raise"
             " train.accumulate in the base"
         )
     return None
@@ -182,8 +181,9 @@ def _output(job: Job) -> Iterator[None]:
         yield
         return
     job.run.folder.mkdir(parents=True, exist_ok=True)
+    log = job.run.folder / "log.txt"
     with (
-        (job.run.folder / "log.txt").open("a", encoding="utf-8") as file,
+        log.open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
@@ -191,7 +191,7 @@ def _output(job: Job) -> Iterator[None]:
 
 
 def _measure(job: Job, wanted: Measures) -> None:
-    """All bounds of a trained run, written into its folder."""
+    """Measure a trained run and write the results into its folder."""
     model, data = job.run.model(), job.run.data()
     model.to(pick_device())
     description = data.describe()
@@ -213,25 +213,24 @@ def _measure(job: Job, wanted: Measures) -> None:
             )
     if wanted.nll and model.reverse_process.serves_every_eta:
         found["NLL"] = evaluation.nll()
-    densities = description.num_values is None
-    shift = description.log_scale if densities else 0.0
-
-    def value(one: Measurement) -> float:
-        return one.nats + shift if densities else one.bpd
-
-    write_json(
-        job.run.folder / MEASURES,
-        {
-            "measures": {name: value(one) for name, one in found.items()},
-            "stderr_over_examples": {
-                name: one.stderr if densities else one.bpd_stderr for name, one in found.items()
-            },
-            "settings": wanted.record(),
-            "unit": "nats an example" if densities else "bits/dim",
-            "examples": found["continuous"].protocol.num_examples,
-            "data": description.name,
-            "data_sha256": description.sha256,
-            "parameters": found["continuous"].protocol.parameters,
-            "training_seconds": job.run.metrics().get("training_seconds"),
-        },
-    )
+    if description.num_values is None:
+        unit, shift = "nats per example", description.log_scale
+        values = {name: one.nats + shift for name, one in found.items()}
+        errors = {name: one.stderr for name, one in found.items()}
+    else:
+        unit = "bits/dim"
+        values = {name: one.bpd for name, one in found.items()}
+        errors = {name: one.bpd_stderr for name, one in found.items()}
+    protocol = found["continuous"].protocol
+    record = {
+        "measures": values,
+        "stderr_over_examples": errors,
+        "settings": wanted.record(),
+        "unit": unit,
+        "examples": protocol.num_examples,
+        "data": description.name,
+        "data_sha256": description.sha256,
+        "parameters": protocol.parameters,
+        "training_seconds": job.run.metrics().get("training_seconds"),
+    }
+    write_json(job.run.folder / MEASURES, record)

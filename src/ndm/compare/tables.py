@@ -4,10 +4,10 @@ r"""Tables and a plot of a comparison: means over seeds with standard errors.
     \bar m = \frac1S \sum_s m_s, \qquad \text{stderr}^2 = \frac{1}{S (S - 1)} \sum_s (m_s - \bar m)^2, \qquad
     \bar d = \frac1S \sum_s (m_s - m^{\text{baseline}}_s) .
 
-m_s is the mean over the same examples for every row and seed, so the error over seeds says how far
-another training would come out. Runs of one seed share the order of the data and the times, and as
-far as their networks draw no random numbers of their own (dropout) the noise; d is paired by seed,
-over the seeds that both have.
+m_s is the mean over the same examples for every row and seed, so the standard error over seeds
+measures how much another training run would differ. Runs with the same seed share the order of the
+data, the times and, unless a network draws random numbers (dropout), the noise. d is paired by
+seed, over the seeds that both rows have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,7 @@ MARKERS = "osD^vPX*<>hp"
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of values over seeds, its standard error (None for a single one), and the values
-    themselves.
-    """
+    """Return the mean over seeds, its standard error (None for one seed), and the values."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
     return {
         "mean": float(tensor.mean()),
@@ -38,16 +36,16 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
 def summarize(
     rows: Sequence[Mapping[str, Any]], baseline: str | None = None
 ) -> list[dict[str, Any]]:
-    """Statistics over seeds of each row.
+    """Compute statistics over seeds for each row.
 
     Args:
         rows: each with ``name``, ``parameters``, ``steps``, ``seconds_per_step`` and ``runs``,
             measures by seed: ``{seed: {measure: value}}``.
-        baseline: name of the row from which differences are taken.
+        baseline: name of the row to subtract in differences.
 
     Returns:
-        The rows with ``measures``: ``{measure: {mean, stderr, values}}``, and ``differences``
-            likewise.
+        The rows with ``measures``, ``{measure: {mean, stderr, values}}``, and ``differences`` in
+        the same form.
     """
     reference: Mapping[Any, Any] = next(
         (row["runs"] for row in rows if row["name"] == baseline), {}
@@ -68,7 +66,7 @@ def summarize(
 
 
 def cell(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
-    """A mean and its error for a table; a dash where there is none."""
+    """Return a mean and its error for a table; a dash for a missing value."""
     if entry is None:
         return "—"
     return plus_minus(entry["mean"], entry["stderr"], sign=sign)
@@ -77,8 +75,9 @@ def cell(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
 def markdown(
     summary: Sequence[Mapping[str, Any]], unit: str, baseline: str | None, protocol: Sequence[str]
 ) -> str:
-    """The table of a comparison as Markdown, the best of each column in bold, and its protocol
-    below.
+    """Return the table of a comparison as Markdown, followed by its protocol.
+
+    The best value of each column is bold.
     """
     names = list(dict.fromkeys(name for row in summary for name in row["measures"]))
     best = {
@@ -86,25 +85,18 @@ def markdown(
         for name in names
     }
     main = names[0] if names else ""
-    head = ["model", "parameters", "seeds", "steps", "ms a step", "minutes", *names]
+    head = ["model", "parameters", "seeds", "steps", "ms/step", "minutes", *names]
     if baseline:
-        head.append(f"{main}, less {baseline}")
+        head.append(f"{main}, difference to {baseline}")
     lines = [head, ["---"] * len(head)]
     for row in summary:
-        cells = [
-            row["name"],
-            f"{row['parameters']:,}",
-            str(len(row["runs"])),
-            f"{row['steps']:,}",
-            f"{1e3 * row['seconds_per_step']:.1f}",
-        ]
-        cells.append(f"{row['steps'] * row['seconds_per_step'] / 60:.1f}")
+        step = row["seconds_per_step"]
+        cells = [row["name"], f"{row['parameters']:,}", str(len(row["runs"])), f"{row['steps']:,}"]
+        cells += [f"{1e3 * step:.1f}", f"{row['steps'] * step / 60:.1f}"]
         for name in names:
             entry = row["measures"].get(name)
-            text = cell(entry)
-            cells.append(
-                f"**{text}**" if entry is not None and entry["mean"] == best[name] else text
-            )
+            bold = entry is not None and entry["mean"] == best[name]
+            cells.append(f"**{cell(entry)}**" if bold else cell(entry))
         if baseline:
             cells.append(cell(row["differences"].get(main), sign=True))
         lines.append(cells)
@@ -113,9 +105,7 @@ def markdown(
 
 
 def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
-    """The first measure against training time and against the number of parameters, with standard
-    errors; PNG or PDF.
-    """
+    """Plot the first measure against training time and number of parameters, as PNG or PDF."""
     shown = [row for row in summary if row["measures"]]
     if not shown:
         return
@@ -124,9 +114,8 @@ def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for index, row in enumerate(shown):
         entry = row["measures"][name]
-        for axis, at in zip(
-            axes, (row["steps"] * row["seconds_per_step"], row["parameters"]), strict=True
-        ):
+        sizes = (row["steps"] * row["seconds_per_step"], row["parameters"])
+        for axis, at in zip(axes, sizes, strict=True):
             axis.errorbar(
                 at,
                 entry["mean"],
@@ -143,7 +132,6 @@ def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
     axes[1].ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False
-    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     write_figure(path, figure)

@@ -1,11 +1,11 @@
-r"""Data held in memory as one array ``(N, *event)`` a split: integers on a grid, or standardized
-real values.
+r"""Data in memory, one array ``(N, *event)`` per split: integers on a grid, or standardized reals.
 
 .. math::
-    b_i = \operatorname{mean}_{\text{train}} v_i, \qquad a_i = \operatorname{std}_{\text{train}} v_i, \qquad x_i = (v_i - b_i)/a_i .
+    b_i = \operatorname{mean}_{\text{train}} v_i, \qquad
+    a_i = \operatorname{std}_{\text{train}} v_i, \qquad x_i = (v_i - b_i)/a_i .
 
-Only the train split enters b and a. A dimension that is constant over the train split has no
-density, so it is refused rather than given an arbitrary scale.
+Only the train split determines b and a. A dimension that is constant over the train split has no
+density, so it raises an error instead of getting an arbitrary scale.
 """
 
 import math
@@ -25,8 +25,8 @@ class ArraySplit(EventDataset):
     """A split in memory.
 
     Args:
-        values: ``(N, *event)``: integers 0 ... num_values-1 when ``num_values`` is given, otherwise
-            float32 examples as they are.
+        values: ``(N, *event)``: integers 0 ... num_values-1 if ``num_values`` is given, otherwise
+            float32 examples x.
         num_values: number of integer values, or None.
         labels: class index of each example, or None.
     """
@@ -45,7 +45,7 @@ class ArraySplit(EventDataset):
 
 
 def kind_of(event_shape: tuple[int, ...]) -> Literal["image", "vector"]:
-    """``image`` for (channels, height, width), otherwise ``vector``."""
+    """Return ``image`` for a shape (channels, height, width), otherwise ``vector``."""
     return "image" if len(event_shape) == 3 else "vector"
 
 
@@ -59,20 +59,20 @@ def discrete(
     classes: Sequence[str] = (),
     columns: Sequence[str] | None = None,
 ) -> Loaded:
-    """Describe and hold integer data.
+    """Describe integer data and store them in memory.
 
     Args:
-        name: of the data.
-        version: of the data.
+        name: name of the data.
+        version: version of the data.
         arrays: split -> integers 0 ... num_values-1, ``(N, *event)``.
         num_values: number of integer values.
-        low: value of level 0 in the source's own units.
+        low: value of level 0 in the source's units.
         labels: split -> class index of each example.
         classes: the declared classes.
         columns: names of the columns of a table.
 
     Returns:
-        Description and splits.
+        The description and the splits.
     """
     content = ContentHash()
     splits: dict[str, EventDataset] = {}
@@ -112,21 +112,21 @@ def continuous(
     high: float | None = None,
     dimension_names: Sequence[str] | None = None,
 ) -> Loaded:
-    """Describe and hold real data, standardized by the train split when asked.
+    """Describe real data and store them in memory, standardized on request.
 
     Args:
-        name: of the data.
-        version: of the data.
-        arrays: split -> finite values in the source's own units, ``(N, *event)``; with
-            ``standardize`` one must be ``train``.
-        standardize: whether to subtract the train mean and divide by the train standard deviation,
-            dimension by dimension.
+        name: name of the data.
+        version: version of the data.
+        arrays: split -> finite values in the source's units, ``(N, *event)``; ``standardize``
+            requires the split ``train``.
+        standardize: whether to subtract the train mean of each dimension and divide by its train
+            standard deviation.
         low: declared least value, for the description.
         high: declared greatest value, for the description.
         dimension_names: names of the columns of a table.
 
     Returns:
-        Description and splits.
+        The description and the splits.
 
     Raises:
         UserError: a dimension to be standardized is constant over the train split.
@@ -139,14 +139,10 @@ def continuous(
         constant = np.flatnonzero((train == train[0]).all(axis=0) | (scale == 0))
         if len(constant):
             index = int(constant[0])
-            label = (
-                repr(dimension_names[index])
-                if dimension_names
-                else str(tuple(int(i) for i in np.unravel_index(index, event)))
-            )
+            column = _column(np.unravel_index(index, event), event, dimension_names)
             value = float(train[0].reshape(-1)[index])
             raise UserError(
-                f"{name}: column {label} is {value:g} in all {len(train)} rows of the train split"
+                f"{name}: column {column} is {value:g} in all {len(train)} rows of the train split"
                 " and cannot be standardized (a constant has no density); leave it out with"
                 " columns=, or give standardize=False"
             )
@@ -183,7 +179,7 @@ def check_values(
     low: float | None = None,
     high: float | None = None,
 ) -> None:
-    """Check that all values are finite, and inside the declared range.
+    """Check that all values are finite and inside the declared range.
 
     Args:
         array: ``(N, *event)``.
@@ -193,33 +189,37 @@ def check_values(
         high: greatest allowed value, or None.
 
     Raises:
-        UserError: a value is not finite or out of range; the message names value, row (the first is
-            0) and column.
+        UserError: a value is not finite or out of range; the message contains the value, its row
+            (counted from 0) and its column.
     """
-    rules = (
-        [(~np.isfinite(array), "values must be finite; drop or fill the row")]
-        if array.dtype.kind == "f"
-        else []
-    )
+    rules = []
+    if array.dtype.kind == "f":
+        rules.append((~np.isfinite(array), "values must be finite; drop or fill the row"))
     if low is not None or high is not None:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
-        mend = (
-            f"allowed are {least:g} to {most:g}; mend the data, or declare their range with"
+        advice = (
+            f"allowed are {least:g} to {most:g}; fix the data, or declare their range with"
             " num_values=, low= and high="
         )
-        rules.append(((array < least) | (array > most), mend))
-    for wrong, mend in rules:
+        rules.append(((array < least) | (array > most), advice))
+    for wrong, advice in rules:
         if wrong.any():
-            at = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), array.shape))
-            column = (
-                repr(names[int(np.ravel_multi_index(at[1:], array.shape[1:]))])
-                if names
-                else f"{at[1] if len(at) == 2 else at[1:]}"
-            )
+            row, *position = np.unravel_index(int(wrong.argmax()), array.shape)
+            value = array[(row, *position)]
             raise UserError(
-                f"{where}: row {at[0]} (the first is 0), column {column} holds {array[at]:g};"
-                f" {mend}"
+                f"{where}: row {row} (the first is 0), column"
+                f" {_column(position, array.shape[1:], names)} holds {value:g}; {advice}"
             )
+
+
+def _column(
+    position: Sequence[np.integer], event: Sequence[int], names: Sequence[str] | None
+) -> str:
+    """Return the name of a dimension of the example, or its number or numbers, for messages."""
+    if names:
+        return repr(names[int(np.ravel_multi_index(tuple(position), tuple(event)))])
+    numbers = tuple(int(number) for number in position)
+    return str(numbers[0] if len(numbers) == 1 else numbers)
 
 
 def _event_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:

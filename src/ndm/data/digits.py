@@ -13,18 +13,17 @@ import numpy as np
 
 from ndm.data.arrays import discrete
 from ndm.data.source import DataSource, Loaded
-from ndm.data.splits import check_split_arguments, draw_split, split_words
+from ndm.data.splits import check_split_arguments, describe_split, draw_split
 from ndm.errors import UserError, describe_value, require
 
 
 class Digits(DataSource):
-    """Digits of scikit-learn, ``(1, 8, 8)``, 17 values, with a fixed split of equal fraction in
-    every class.
+    """Digits of scikit-learn, ``(1, 8, 8)``, 17 values, with a split stratified by class.
 
     Args:
-        seed: of the split.
-        test_fraction: part of each class in the test split.
-        classes: the digits to keep; all ten when not given.
+        seed: seed of the split.
+        test_fraction: fraction of each class in the test split.
+        classes: the digits to use; all ten by default.
     """
 
     def __init__(
@@ -47,13 +46,13 @@ class Digits(DataSource):
         from sklearn.datasets import load_digits
 
         images, digits = (np.asarray(values) for values in load_digits(return_X_y=True))
-        kept = list(range(10)) if self.classes is None else list(self.classes)
-        chosen = np.isin(digits, kept)
+        classes = list(range(10)) if self.classes is None else list(self.classes)
+        chosen = np.isin(digits, classes)
         images = images[chosen].astype(np.uint8).reshape(-1, 1, 8, 8)
-        labels = np.array([kept.index(digit) for digit in digits[chosen]])
-        names = [str(digit) for digit in kept]
+        labels = np.array([classes.index(digit) for digit in digits[chosen]])
+        names = [str(digit) for digit in classes]
         parts = draw_split(labels, names, "digits", self.test_fraction, self.seed)
-        version = f"scikit-learn 8x8, stratified {split_words(self.test_fraction, self.seed)}"
+        version = f"scikit-learn 8x8, stratified {describe_split(self.test_fraction, self.seed)}"
         if self.classes is not None:
             version += ", digits " + " ".join(names)
         arrays = {split: images[part] for split, part in parts.items()}

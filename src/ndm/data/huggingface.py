@@ -1,11 +1,11 @@
-r"""Data sets of the Hugging Face hub, or local folders in its formats (Parquet, CSV, image
-folders).
+r"""Data sets of the Hugging Face hub, or local folders in its formats (Parquet, CSV, images).
 
 .. math::
-    \text{images: } x = (2k + 1)/256 - 1, \qquad \text{columns of numbers: } x_i = (v_i - b_i)/a_i .
+    \text{images: } x = (2k + 1)/256 - 1, \qquad
+    \text{columns of numbers: } x_i = (v_i - b_i)/a_i .
 
-Needs the extra ``hub``. The checksum is of the images' own bytes or the columns' values, so it does
-not depend on a cache or on the version of any library. Images are decoded when needed.
+Requires the extra ``hub``. The checksum covers the encoded images or the values of the columns, so
+it does not depend on caches or library versions. Images are decoded when needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ndm.data.arrays import check_values, continuous
-from ndm.data.images import EncodedImages, check_image_arguments, encoded, size_words
+from ndm.data.images import EncodedImages, check_image_arguments, describe_size, encoded
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_classes
 from ndm.data.table import arrow_columns
@@ -23,11 +23,11 @@ from ndm.errors import UserError, describe_value, require
 
 
 class ColumnImages(EncodedImages):
-    """A split of images held in a column of a data set.
+    """A split of images in a column of a data set.
 
     Args:
         dataset: a ``datasets.Dataset`` with one column, of undecoded images.
-        name: of the data set and split, for messages.
+        name: name of the data set and split, for messages.
         channels: 1 for gray, 3 for color.
         size: side of the center square, or None.
         labels: class index of each example, or None.
@@ -54,21 +54,23 @@ class ColumnImages(EncodedImages):
 
 
 class HuggingFace(DataSource):
-    """A data set of the hub: an image column, ``(channels, height, width)``, 256 values, or columns
-    of numbers, ``(D,)``.
+    """A data set of the hub: a column of images or columns of numbers.
+
+    Images are ``(channels, height, width)`` with 256 values; n columns of numbers are ``(n,)``.
 
     Args:
-        name: of the data set on the hub (``owner/name``), or a local folder.
-        image_column: the column of images; None together with ``columns``.
-        columns: columns of numbers, taken as continuous and standardized by the train split.
-        config: configuration of the data set, when it has several.
+        name: name of the data set on the hub (``owner/name``), or a local folder.
+        image_column: the column of images; None with ``columns``.
+        columns: columns of numbers, treated as continuous and standardized by the train split.
+        config: configuration of the data set, if it has several.
         revision: commit, tag or branch on the hub; a commit pins the data.
-        splits: our name of each split -> its name in the data set.
+        splits: name of each split here -> its name in the data set; by default ``train`` and
+            ``test`` under the same names.
         channels: 1 for gray, 3 for color; images are converted.
-        size: cut every image to its center square and scale it to this side. When not given, all
-            images must have one size.
-        label_column: column of the classes, each of which must occur in every split; not checked
-            when not given.
+        size: crop every image to its center square and scale it to this side. By default images
+            keep their size, which must be the same for all.
+        label_column: column of the classes, each of which must occur in every split. By default
+            the data have no classes.
     """
 
     def __init__(
@@ -85,18 +87,16 @@ class HuggingFace(DataSource):
     ):
         check_image_arguments(channels, size)
         if (image_column is None) == (not columns) or isinstance(columns, str):
-            given = (
-                f"image_column={describe_value(image_column)} and columns={describe_value(columns)}"
-            )
             raise UserError(
-                f"{given}: give the name of one column of images, or a list of columns of numbers"
-                " and image_column=None"
+                f"image_column={describe_value(image_column)} and"
+                f" columns={describe_value(columns)}: give the name of one column of images, or a"
+                " list of columns of numbers and image_column=None"
             )
         if splits is not None and (not splits or "train" not in splits):
             example = {"train": "train", "test": "test"}
             raise UserError(
-                f"splits={describe_value(splits)}: give a mapping with 'train' in it, for example"
-                f" {example}"
+                f"splits={describe_value(splits)}: give a mapping that contains 'train', for"
+                f" example {example}"
             )
         self.name = name
         self.image_column = image_column
@@ -114,75 +114,62 @@ class HuggingFace(DataSource):
 
         tables = self._tables(datasets)
         name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
-        version = (
-            "" if self.config is None else f"config {self.config}, "
-        ) + f"revision {self.revision or 'not pinned'}"
+        version = "" if self.config is None else f"config {self.config}, "
+        version += f"revision {self.revision or 'not pinned'}"
         labels, classes = self._labels(tables, datasets) if self.label_column else ({}, [])
         if self.columns:
-            arrays = {}
-            for split, table in tables.items():
-                where = f"{self.name}: split {split!r}"
-                arrays[split], names = arrow_columns(
-                    table.select_columns(list(self.columns)).with_format("arrow")[:],
-                    self.columns,
-                    where,
-                )
-                check_values(arrays[split], where, names)
-            return continuous(
-                name,
-                f"{version}, columns {' '.join(self.columns)}",
-                arrays,
-                True,
-                dimension_names=list(self.columns),
-            )
+            arrays = self._numbers(tables, self.columns)
+            version += f", columns {' '.join(self.columns)}"
+            return continuous(name, version, arrays, True, dimension_names=list(self.columns))
         splits = {}
         for split, table in tables.items():
-            try:
-                images = table.select_columns([self.image_column]).cast_column(
-                    self.image_column, datasets.Image(decode=False)
-                )
-            except (
-                ValueError,
-                TypeError,
-                NotImplementedError,
-            ) as error:  # Arrow's errors are among these
-                kind = describe_value(table.features[self.image_column])
-                raise UserError(
-                    f"{self.name}: column {self.image_column!r} holds no images but {kind}; choose"
-                    " image_column="
-                ) from error
-            splits[split] = ColumnImages(
-                images, f"{self.name}: split {split!r}", self.channels, self.size, labels.get(split)
+            images = self._images(table, datasets)
+            where = f"{self.name}: split {split!r}"
+            splits[split] = ColumnImages(images, where, self.channels, self.size, labels.get(split))
+        return encoded(name, version + describe_size(self.size), splits, classes)
+
+    def _numbers(self, tables: Mapping[str, Any], columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the columns of numbers of each split, ``(N, D)``."""
+        arrays = {}
+        for split, table in tables.items():
+            where = f"{self.name}: split {split!r}"
+            chosen = table.select_columns(list(columns)).with_format("arrow")[:]
+            arrays[split], names = arrow_columns(chosen, columns, where)
+            check_values(arrays[split], where, names)
+        return arrays
+
+    def _images(self, table: Any, datasets: Any) -> Any:
+        """Return the column of undecoded images of one split."""
+        try:
+            return table.select_columns([self.image_column]).cast_column(
+                self.image_column, datasets.Image(decode=False)
             )
-        return encoded(name, version + size_words(self.size), splits, classes)
+        except (ValueError, TypeError, NotImplementedError) as error:  # includes Arrow's errors
+            kind = describe_value(table.features[self.image_column])
+            raise UserError(
+                f"{self.name}: column {self.image_column!r} holds {kind}, not images; choose"
+                " another with image_column="
+            ) from error
 
     def _tables(self, datasets: Any) -> dict[str, Any]:
-        """Our name of each split -> its ``datasets.Dataset``, which has all the columns wanted and
-        is not empty.
-        """
+        """Load each split as a ``datasets.Dataset``; check its columns and that it is not empty."""
         tables: dict[str, Any] = {}
         for split, theirs in (self.splits or {"train": "train", "test": "test"}).items():
             try:
                 tables[split] = datasets.load_dataset(
                     self.name, self.config, split=theirs, revision=self.revision
                 )
-            # the client raises errors of many libraries, all about the name, the network or the
-            # files
+            # The client raises errors of many libraries, all about names, network or files.
             except Exception as error:
                 text = " ".join(f"{type(error).__name__}: {error}".split())
-                mend = "check name, config, revision and splits, and the network"
                 raise UserError(
-                    f"split {theirs!r} of data set {self.name!r} cannot be loaded; {mend}"
-                    f" ({text[:300]})"
+                    f"split {theirs!r} of data set {self.name!r} cannot be loaded; check name,"
+                    f" config, revision and splits, and the network ({text[:300]})"
                 ) from error
-        wanted = [
-            column
-            for column in (self.image_column, *(self.columns or ()), self.label_column)
-            if column is not None
-        ]
+        needed = (self.image_column, *(self.columns or ()), self.label_column)
         for split, table in tables.items():
-            for column in wanted:
-                if column not in table.column_names:
+            for column in needed:
+                if column is not None and column not in table.column_names:
                     have = ", ".join(table.column_names)
                     raise UserError(
                         f"{self.name}: split {split!r} has no column {column!r}; its columns are:"
@@ -197,8 +184,9 @@ class HuggingFace(DataSource):
     def _labels(
         self, tables: Mapping[str, Any], datasets: Any
     ) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Split -> class index of each example, and the classes: those declared, or those that
-        occur when the column declares none.
+        """Return split -> class index of each example, and the classes.
+
+        The classes are those that the column declares, otherwise those that occur.
         """
         column = str(self.label_column)
         values = {
@@ -208,30 +196,24 @@ class HuggingFace(DataSource):
         feature = tables["train"].features[column]
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
-            allowed = dict(zip(range(len(classes)), range(len(classes)), strict=True))
+            index_of = {index: index for index in range(len(classes))}
         else:
             found = sorted(
                 {value for part in values.values() for value in part if value is not None}
             )
-            classes, allowed = (
-                [str(value) for value in found],
-                {value: index for index, value in enumerate(found)},
-            )
+            classes = [str(value) for value in found]
+            index_of = {value: index for index, value in enumerate(found)}
         for split, part in values.items():
-            wrong = [row for row, value in enumerate(part) if value not in allowed]
+            wrong = [row for row, value in enumerate(part) if value not in index_of]
             if wrong:
                 raise UserError(
                     f"{self.name}: split {split!r}, row {wrong[0]} (the first is 0), column"
-                    f" {column!r} holds {part[wrong[0]]!r}, which is none of the {len(classes)}"
-                    " classes; choose another split, or leave label_column out"
+                    f" {column!r} holds {part[wrong[0]]!r}, which is not one of the"
+                    f" {len(classes)} classes; choose another split, or leave label_column out"
                 )
         indices = {
-            split: np.array([allowed[value] for value in part]) for split, part in values.items()
+            split: np.array([index_of[value] for value in part]) for split, part in values.items()
         }
-        check_classes(
-            indices,
-            classes,
-            self.name,
-            "choose other splits with splits=, or leave label_column out",
-        )
+        advice = "choose other splits with splits=, or leave label_column out"
+        check_classes(indices, classes, self.name, advice)
         return indices, classes

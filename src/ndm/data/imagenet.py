@@ -1,24 +1,24 @@
-r"""ImageNet at 32 x 32 and 64 x 64 pixels, in its two releases, which cannot be compared with one
-another.
+r"""ImageNet at 32 x 32 and 64 x 64 pixels: two releases whose results are not comparable.
 
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-=============================  ==========================  ===========================================================================
-source                         train and test images       what it is
-=============================  ==========================  ===========================================================================
-:class:`ImageNetOord`          1,281,149 and 49,999        PNG files of van den Oord et al. (2016), ``train_32x32.tar`` and
-                                                           ``valid_32x32.tar``; no longer on
-                                                           image-net.org. VDM and most papers that
-                                                           report bits/dim use it
-:class:`ImageNetChrabaszcz`    1,281,167 and 50,000        arrays of Chrabaszcz et al. (2017), on image-net.org; scaled down by another
-                                                           filter, smoother, and so easier by more
-                                                           than a tenth of a bit/dim
-=============================  ==========================  ===========================================================================
+===========================  ======================  ============================================
+source                       train and test images   release
+===========================  ======================  ============================================
+:class:`ImageNetOord`        1,281,149 and 49,999    PNG files of van den Oord et al. (2016),
+                                                     ``train_32x32.tar`` and ``valid_32x32.tar``;
+                                                     no longer on image-net.org. VDM and most
+                                                     papers that report bits/dim use it
+:class:`ImageNetChrabaszcz`  1,281,167 and 50,000    arrays of Chrabaszcz et al. (2017), on
+                                                     image-net.org; scaled down by another,
+                                                     smoother filter, and easier by more than a
+                                                     tenth of a bit/dim
+===========================  ======================  ============================================
 
-The validation images of ImageNet are the test split, as in those papers. Nothing is loaded into
-memory: PNG files are read from the archive or the folder, arrays are mapped. At the start all bytes
-are read once, for the checksum.
+As in those papers, the validation images of ImageNet are the test split. Nothing is loaded into
+memory: PNG files are read from the archive or the folder, arrays are mapped. Loading reads all
+bytes once, for the checksum.
 """
 
 import os
@@ -31,7 +31,7 @@ import numpy as np
 
 from ndm.data.images import NUM_VALUES, EncodedImages, encoded
 from ndm.data.mapped import MappedSplit, StoredArray, find_array
-from ndm.data.release import check_content, check_sha256_argument, release_words
+from ndm.data.release import check_content, check_sha256_argument, describe_release
 from ndm.data.source import ContentHash, DataDescription, DataSource, Loaded
 from ndm.errors import UserError, describe_value, require
 
@@ -44,7 +44,7 @@ class TarImages(EncodedImages):
     """The PNG files of a tar archive, read in place.
 
     Args:
-        file: the archive, not compressed.
+        file: the uncompressed archive.
     """
 
     def __init__(self, file: Path):
@@ -56,19 +56,18 @@ class TarImages(EncodedImages):
                 for member in archive:
                     if member.isfile() and _is_png(Path(member.name).name):
                         members.append((os.fsencode(member.name), member.offset_data, member.size))
-                    archive.members.clear()  # type: ignore[attr-defined]  # a million of them would take a gigabyte
+                    # A million entries would take a gigabyte.
+                    archive.members.clear()  # type: ignore[attr-defined]
         except (tarfile.TarError, OSError, EOFError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{file} is truncated, damaged or no plain tar archive ({reason}); download it"
+                f"{file} is truncated, damaged or not a plain tar archive ({reason}); download it"
                 " again, or unpack it"
             ) from error
-        if not _is_ended(
-            file
-        ):  # tarfile takes an archive that is cut inside a header for a shorter one
+        # tarfile reads an archive that is cut inside a header as a shorter archive.
+        if not _is_complete(file):
             raise UserError(
-                f"{file} is truncated: it lacks the mark at the end of an archive; download it"
-                " again"
+                f"{file} is truncated: its end-of-archive marker is missing; download it again"
             )
         members.sort()
         self._names = np.array([name for name, _, _ in members], dtype=np.bytes_)
@@ -88,10 +87,10 @@ class TarImages(EncodedImages):
 
 
 class PngFolder(EncodedImages):
-    """The PNG files under a folder, in the order of their names.
+    """The PNG files under a folder, sorted by name.
 
     Args:
-        folder: the folder; a million names take less memory than a million paths.
+        folder: the folder.
     """
 
     def __init__(self, folder: Path):
@@ -103,6 +102,7 @@ class PngFolder(EncodedImages):
             for name in names
             if _is_png(name)
         ]
+        # A million names take less memory than a million paths.
         self._names = np.array(sorted(os.fsencode(name) for name in found), dtype=np.bytes_)
 
     def __len__(self) -> int:
@@ -116,16 +116,17 @@ class PngFolder(EncodedImages):
 
 
 class ImageNetOord(DataSource):
-    """ImageNet scaled down by van den Oord et al. (2016), ``(3, resolution, resolution)``, 256
-    values, decoded when needed.
+    """ImageNet scaled down by van den Oord et al. (2016).
+
+    Examples are ``(3, resolution, resolution)`` with 256 values, decoded when needed.
 
     Args:
         path: folder of ``train_32x32.tar`` and ``valid_32x32.tar`` (or 64), or of the folders that
             they unpack to.
         resolution: 32 or 64.
-        partial: take fewer images, under the name ``imagenet32-oord-partial``.
-        sha256: the checksum that a run recorded, to refuse other content; None records it alone. It
-            is the same for archives and folders.
+        partial: accept fewer images, under the name ``imagenet32-oord-partial``.
+        sha256: checksum recorded by a run, to reject any other content; None accepts all. It is the
+            same for archives and folders.
     """
 
     def __init__(
@@ -152,17 +153,14 @@ class ImageNetOord(DataSource):
             elif (folder / name).is_dir():
                 splits[split] = PngFolder(folder / name)
             else:
+                other = f"ndm.data.ImageNetChrabaszcz --data.resolution {self.resolution}"
                 raise UserError(
-                    f"{folder} has no {name}.tar and no folder {name}; expected are"
+                    f"{folder} has no {name}.tar and no folder {name}; give the folder of"
                     f" {' and '.join(names.values())} of van den Oord et al. 2016"
-                    + _other(
-                        folder,
-                        "train_data_batch_1*",
-                        f"ndm.data.ImageNetChrabaszcz --data.resolution {self.resolution}",
-                    )
+                    + _other_release(folder, "train_data_batch_1*", other)
                 )
         found = {split: len(images) for split, images in splits.items()}
-        name, words = release_words(
+        name, addition = describe_release(
             f"imagenet{self.resolution}-oord", found, OORD, self.partial, str(folder)
         )
         for split, images in splits.items():
@@ -171,30 +169,31 @@ class ImageNetOord(DataSource):
             (height, width), _ = images.inspect(0)
             if (height, width) != (self.resolution, self.resolution):
                 raise UserError(
-                    f"{images.where(0)} is {width} x {height}; resolution={self.resolution} needs"
-                    f" images of {side}"
+                    f"{images.where(0)} is {width} x {height}; resolution={self.resolution}"
+                    f" requires images of {side}"
                 )
-        loaded = encoded(name, f"PNG files of van den Oord et al. 2016{words}", splits)
+        loaded = encoded(name, f"PNG files of van den Oord et al. 2016{addition}", splits)
         return check_content(loaded, self.sha256, str(folder))
 
 
 class ImageNetChrabaszcz(DataSource):
-    """ImageNet scaled down by Chrabaszcz et al. (2017), ``(3, resolution, resolution)``, 256
-    values, mapped into memory.
+    """ImageNet scaled down by Chrabaszcz et al. (2017).
 
-    The files are those of the ``npz`` downloads, unpacked: ``train_data_batch_1.npz`` to
+    Examples are ``(3, resolution, resolution)`` with 256 values, mapped into memory.
+
+    The files are those of the unpacked ``npz`` downloads: ``train_data_batch_1.npz`` to
     ``..._10.npz`` and ``val_data.npz``, each with an array ``data`` ``(N, 3 resolution²)``, red,
-    then green, then blue. Labels are not read. The other downloads hold pickles, which can run
-    code, and are not read either.
+    then green, then blue. Labels are not read. The other downloads contain pickles, which can run
+    code; they are not read.
 
     Args:
-        path: folder of the files, in subfolders or not.
+        path: folder of the files, or of subfolders with them.
         resolution: 32 or 64.
-        partial: take fewer images, under the name ``imagenet32-chrabaszcz-partial``.
-        sha256: the checksum that a run recorded, to refuse other content; None records it alone. It
-            is the same however the arrays are packed.
-        cache: folder into which compressed arrays are expanded, once; ``expanded`` inside ``path``
-            when not given.
+        partial: accept fewer images, under the name ``imagenet32-chrabaszcz-partial``.
+        sha256: checksum recorded by a run, to reject any other content; None accepts all. It does
+            not depend on how the arrays are packed.
+        cache: folder for the expanded copies of compressed arrays, written once; by default
+            ``expanded`` inside ``path``.
     """
 
     def __init__(
@@ -220,14 +219,14 @@ class ImageNetChrabaszcz(DataSource):
             for split, files in self._files(folder).items()
         }
         found = {split: len(images) for split, images in splits.items()}
-        name, words = release_words(
+        name, addition = describe_release(
             f"imagenet{self.resolution}-chrabaszcz", found, CHRABASZCZ, self.partial, str(folder)
         )
         content = ContentHash()
         for split, images in splits.items():
             content.split(split)
             images.add_to(content, f"{name}, {split}")
-        version = f"arrays of Chrabaszcz et al. 2017{words}"
+        version = f"arrays of Chrabaszcz et al. 2017{addition}"
         description = DataDescription(
             name,
             version,
@@ -242,7 +241,7 @@ class ImageNetChrabaszcz(DataSource):
         return check_content(Loaded(description, dict(splits)), self.sha256, str(folder))
 
     def _files(self, folder: Path) -> dict[str, list[Path]]:
-        """The files of each split, in their order."""
+        """Return the files of each split, in order."""
         places = [folder, *sorted(place for place in folder.glob("*") if place.is_dir())]
         train = {
             int(match[1]): file
@@ -253,39 +252,34 @@ class ImageNetChrabaszcz(DataSource):
         test = [file for place in places for file in place.glob("val_data.npz")]
         if train and test and sorted(train) == list(range(1, len(train) + 1)):
             return {"train": [train[number] for number in sorted(train)], "test": test[:1]}
-        if not (train and test) and [
-            place
-            for place in places
-            for _ in (*place.glob("train_data_batch_1"), *place.glob("val_data"))
-        ]:
+        pickles = ("train_data_batch_1", "val_data")
+        if not (train and test) and any(
+            (place / name).exists() for place in places for name in pickles
+        ):
             raise UserError(
-                f"{folder} holds pickled batches, which can run code and are never opened; take the"
-                " npz download from image-net.org (Imagenet32_train_npz.zip), or convert each in a"
-                " place that you trust: numpy.savez('train_data_batch_1.npz', data=batch['data'])"
+                f"{folder} holds pickled batches, which can run code and are never opened; use the"
+                " npz download from image-net.org (Imagenet32_train_npz.zip), or convert each batch"
+                " where that is safe: numpy.savez('train_data_batch_1.npz', data=batch['data'])"
             )
-        have = (
-            ", ".join(
-                [*(train[number].name for number in sorted(train)), *(file.name for file in test)]
-            )
-            or "none of them"
-        )
+        have = ", ".join(file.name for file in [*(train[n] for n in sorted(train)), *test])
         raise UserError(
             f"{folder} needs train_data_batch_1.npz to train_data_batch_10.npz, without gaps, and"
-            f" val_data.npz; there is {have}"
-            + _other(
+            f" val_data.npz; it has {have or 'none of them'}"
+            + _other_release(
                 folder, "train_*x*", f"ndm.data.ImageNetOord --data.resolution {self.resolution}"
             )
         )
 
     def _arrays(self, folder: Path, files: list[Path]) -> list[StoredArray]:
         cache = Path(self.cache) if self.cache else folder / "expanded"
-        arrays, values = [find_array(file, "data", cache) for file in files], 3 * self.resolution**2
+        arrays = [find_array(file, "data", cache) for file in files]
+        values = 3 * self.resolution**2
         for file, array in zip(files, arrays, strict=True):
             if len(array.shape) != 2 or array.shape[1] != values or not array.shape[0]:
                 shape = " x ".join(str(size) for size in array.shape)
                 raise UserError(
-                    f"{file}: data is {shape}; resolution={self.resolution} needs N x {values} (3 x"
-                    " resolution²)"
+                    f"{file}: data is {shape}; resolution={self.resolution} requires N x {values}"
+                    " (3 x resolution²)"
                 )
         return arrays
 
@@ -303,18 +297,15 @@ def _is_png(name: str) -> bool:
     return name.lower().endswith(".png") and not name.startswith(".")
 
 
-def _is_ended(file: Path) -> bool:
-    """Whether a tar archive ends as it should, in at least 1,024 zeros."""
+def _is_complete(file: Path) -> bool:
+    """Return whether a tar archive ends in the required 1,024 zeros."""
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - 1024))
         return not any(stream.read())
 
 
-def _other(folder: Path, pattern: str, source: str) -> str:
-    """A hint, if the folder holds the other release."""
-    there = folder.is_dir() and (any(folder.glob(pattern)) or any(folder.glob(f"*/{pattern}")))
-    return (
-        f". These look like the other release, which is another data set: --data {source}"
-        if there
-        else ""
-    )
+def _other_release(folder: Path, pattern: str, source: str) -> str:
+    """Return a hint for the message if the folder seems to hold the other release."""
+    if not folder.is_dir() or not any((*folder.glob(pattern), *folder.glob(f"*/{pattern}"))):
+        return ""
+    return f". These look like the other release, which is another data set: --data {source}"

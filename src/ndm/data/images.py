@@ -1,13 +1,12 @@
-r"""Images that stay encoded until they are needed: the common part of image folders and image
-columns.
+r"""Images that stay encoded until needed: the common part of image folders and image columns.
 
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-When a source is read, the header of every image is checked and its bytes enter the checksum; pixels
-are decoded batch by batch. Images of more than 8 bits a value are refused, since decoding would
-drop bits without notice. Transparency is dropped; colors become gray, or gray becomes three equal
-channels, as ``channels`` says. Photographs are turned upright, as their EXIF data say.
+Reading a source checks the header of every image and adds its bytes to the checksum; pixels are
+decoded batch by batch. Images with more than 8 bits per value raise an error, because decoding
+would silently drop bits. Transparency is dropped. ``channels`` converts color to gray, or gray to
+three equal channels. Photographs are turned upright according to their EXIF data.
 """
 
 import hashlib
@@ -36,13 +35,14 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
 
 
 class EncodedImages(EventDataset):
-    """A split of encoded images; a kind of storage implements ``__len__``, :meth:`where` and
-    :meth:`read`.
+    """A split of encoded images.
+
+    Subclasses implement ``__len__``, :meth:`where` and :meth:`read` for one kind of storage.
 
     Args:
         channels: 1 for gray, 3 for color.
-        size: side of the center square that images are cut and scaled to, or None to leave them as
-            they are.
+        size: side of the center square to which images are cropped and scaled, or None to keep
+            their size.
         labels: class index of each example, or None.
     """
 
@@ -53,19 +53,18 @@ class EncodedImages(EventDataset):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """Name of an image, for messages."""
+        """Return the name of an image, for messages."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded bytes of an image; may raise OSError."""
+        """Return the encoded bytes of an image; may raise OSError."""
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return to_grid(
-            torch.from_numpy(np.stack([self.decode(int(index)) for index in indices])), NUM_VALUES
-        )
+        pixels = np.stack([self.decode(int(index)) for index in indices])
+        return to_grid(torch.from_numpy(pixels), NUM_VALUES)
 
     def decode(self, index: int) -> np.ndarray:
-        """The pixels of an image, uint8, ``(channels, height, width)``.
+        """Return the pixels of an image, uint8, ``(channels, height, width)``.
 
         Raises:
             UserError: the image is damaged.
@@ -79,58 +78,51 @@ class EncodedImages(EventDataset):
                     pixels = ImageOps.fit(pixels, (self.size, self.size), Image.Resampling.BICUBIC)
         except _DECODING_ERRORS as error:
             raise _unreadable(self.where(index), error) from error
-        return (
-            np.asarray(pixels)
-            .reshape(pixels.height, pixels.width, self.channels)
-            .transpose(2, 0, 1)
-        )
+        shape = (pixels.height, pixels.width, self.channels)
+        return np.asarray(pixels).reshape(shape).transpose(2, 0, 1)
 
     def inspect(self, index: int) -> tuple[tuple[int, int], bytes]:
         """Check an image without decoding its pixels.
 
         Returns:
-            Its (height, width) upright, and the SHA-256 of its bytes.
+            The (height, width) of the upright image, and the SHA-256 of its bytes.
 
         Raises:
-            UserError: the image cannot be read, or has more than 8 bits a value.
+            UserError: the image cannot be read, or has more than 8 bits per value.
         """
         from PIL import Image
 
+        kind = Image.Transpose
+        sideways = (kind.ROTATE_90, kind.ROTATE_270, kind.TRANSPOSE, kind.TRANSVERSE)
         try:
             data = self.read(index)
             with Image.open(io.BytesIO(data)) as image:
-                mode, (width, height), kind = image.mode, image.size, Image.Transpose
-                if _turn(image) in (
-                    kind.ROTATE_90,
-                    kind.ROTATE_270,
-                    kind.TRANSPOSE,
-                    kind.TRANSVERSE,
-                ):
+                mode, (width, height) = image.mode, image.size
+                if _turn(image) in sideways:
                     width, height = height, width
                 image.verify()
         except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
             raise _unreadable(self.where(index), error) from error
-        # Pillow opens a PNG of 16 bits with color as one of 8 bits, so the depth is read from the
-        # file itself.
+        # Pillow opens a color PNG of 16 bits as 8 bits, so read the depth from the file.
         deep_png = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
         if deep_png or mode.startswith("I") or mode == "F":
             raise UserError(
-                f"{self.where(index)} has more than 8 bits a value; convert it to 8 bits, or use"
+                f"{self.where(index)} has more than 8 bits per value; convert it to 8 bits, or use"
                 " Table with num_values=65536"
             )
         return (height, width), hashlib.sha256(data).digest()
 
 
 def upright(image: "Image.Image") -> "Image.Image":
-    """An image that was just opened, turned as its EXIF data say."""
+    """Turn an image that was just opened upright according to its EXIF data."""
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
 def _turn(image: "Image.Image") -> "Image.Transpose | None":
-    """How an image that was just opened is turned upright, by the EXIF data in front of its pixels;
-    None where they are not there, or damaged.
+    """Return the operation that turns an image that was just opened upright, or None.
 
+    It is read from the EXIF data in front of the pixels, and None if these are missing or damaged.
     Pillow turns TIFF images itself.
     """
     from PIL import ExifTags, Image
@@ -138,9 +130,8 @@ def _turn(image: "Image.Image") -> "Image.Transpose | None":
     if image.format == "TIFF":
         return None
     try:
-        orientation = Image.Image.getexif(image).get(
-            ExifTags.Base.Orientation
-        )  # that of PNG images decodes them
+        # Image.getexif, because the override for PNG decodes the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except _DECODING_ERRORS:
         return None
     kind = Image.Transpose
@@ -168,8 +159,8 @@ def check_image_arguments(channels: int, size: int | None) -> None:
         check_whole("size", size, 1)
 
 
-def size_words(size: int | None) -> str:
-    """How images were cut, for the version of a description."""
+def describe_size(size: int | None) -> str:
+    """Describe how images were cropped and scaled, for a description's version."""
     return "" if size is None else f", center square scaled to {size} x {size} (bicubic)"
 
 
@@ -179,23 +170,24 @@ def encoded(
     """Check and describe splits of encoded images.
 
     Args:
-        name: of the data.
-        version: of the data.
-        splits: split -> images, all with the same ``channels`` and ``size``, none empty.
+        name: name of the data.
+        version: version of the data.
+        splits: split -> images, all with the same ``channels`` and ``size``.
         classes: the declared classes.
 
     Returns:
-        Description and splits.
+        The description and the splits.
 
     Raises:
-        UserError: an image cannot be read, or sizes differ and no ``size`` is given.
+        UserError: there are no images, one cannot be read, or sizes differ and ``size`` is None.
     """
     require("PIL", "pillow", "data")
     content = ContentHash()
     first: tuple[str, tuple[int, int]] | None = None
     channels, size = next((images.channels, images.size) for images in splits.values())
+    sizes = {split: len(images) for split, images in splits.items()}
     with tqdm(
-        total=sum(map(len, splits.values())),
+        total=sum(sizes.values()),
         desc=f"checking {name}",
         unit="image",
         delay=2,
@@ -209,19 +201,11 @@ def encoded(
                 content.digest(digest)
                 first = first or (images.where(index), shape)
                 if size is None and shape != first[1]:
-                    a, b = (
-                        f"{where} is {s[1]} x {s[0]}"
-                        for where, s in (first, (images.where(index), shape))
-                    )
-                    raise UserError(
-                        f"images differ in size: {a}, {b} (width x height); give size= to cut and"
-                        " scale all to one square"
-                    )
+                    raise _different_sizes(*first, images.where(index), shape)
                 progress.update()
     if first is None:
         raise UserError(f"{name} has no images in its splits {', '.join(splits)}")
     event = (channels, *(first[1] if size is None else (size, size)))
-    sizes = {split: len(images) for split, images in splits.items()}
     description = DataDescription(
         name,
         version,
@@ -237,8 +221,16 @@ def encoded(
     return Loaded(description, dict(splits))
 
 
-def _unreadable(where: str, error: Exception) -> UserError:
+def _different_sizes(
+    first: str, shape: tuple[int, int], other: str, other_shape: tuple[int, int]
+) -> UserError:
+    (height, width), (other_height, other_width) = shape, other_shape
     return UserError(
-        f"{where} cannot be read as an image ({' '.join(str(error).split())[:120]}); replace or"
-        " remove it"
+        f"images differ in size: {first} is {width} x {height}, {other} is {other_width} x"
+        f" {other_height} (width x height); give size= to crop and scale all to one square"
     )
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:120]
+    return UserError(f"{where} cannot be read as an image ({reason}); replace or remove it")

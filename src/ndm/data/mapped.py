@@ -1,9 +1,10 @@
-r"""Integer arrays that stay in their files, mapped into memory: what is read is what a batch needs,
-and the operating system keeps it.
+r"""Integer arrays that stay in their files, mapped into memory.
 
-An ``.npz`` file is a zip archive of ``.npy`` files. An array that ``numpy.savez`` stored in it lies
-there as it is, and is mapped in place. One that ``numpy.savez_compressed`` packed is expanded once
-into an ``.npy`` file of its own. Arrays of Python objects are pickles, and refused.
+Only the rows of a batch are read, and the operating system caches them.
+
+An ``.npz`` file is a zip archive of ``.npy`` files. Arrays stored by ``numpy.savez`` are mapped in
+place. Arrays compressed by ``numpy.savez_compressed`` are first expanded, once, into separate
+``.npy`` files. Arrays of Python objects are pickles and raise an error.
 """
 
 import struct
@@ -24,33 +25,40 @@ from ndm.decoder import to_grid
 from ndm.errors import UserError
 from ndm.serialize import write_atomically
 
+_DAMAGE = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+)
 ROWS = 4096
-"""Rows that are read at once for the checksum."""
+"""Rows read at a time for the checksum."""
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where an array lies in a file: bytes 0 ... 255, C order."""
+    """The location of an array of bytes 0 ... 255 in a file, in C order."""
 
     file: Path
     offset: int
     shape: tuple[int, ...]
     crc: tuple[int, int] | None = None
-    """CRC-32 of what precedes the array in its member of an archive, and of the whole member, where
-    it is stored in one.
-    """
+    """For a member of an archive: CRC-32 of the bytes before the array, and of the whole member."""
 
     def map(self) -> np.ndarray:
-        """The array, read when it is looked at."""
+        """Map the array into memory; its rows are read on access."""
         return np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=self.shape)
 
 
 class MappedSplit(EventDataset):
-    """A split of integers 0 ... 255 in one or more stored arrays, one after the other.
+    """A split of integers 0 ... 255 in one or more stored arrays, concatenated.
 
     Args:
         parts: arrays ``(n, ...)``.
-        event: shape of an example, of as many values as a row.
+        event: shape of an example, with as many values as a row.
     """
 
     def __init__(self, parts: Sequence[StoredArray], event: tuple[int, ...]):
@@ -63,27 +71,29 @@ class MappedSplit(EventDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         chosen = np.asarray(indices, dtype=np.int64)
+        parts = np.searchsorted(self._ends, chosen, side="right")
         rows = np.empty((len(chosen), *self.event), dtype=np.uint8)
-        for row, index, part in zip(
-            rows, chosen, np.searchsorted(self._ends, chosen, side="right"), strict=True
-        ):
-            at = index - (self._ends[part - 1] if part else 0)
-            row[...] = self.maps[part][at].reshape(self.event)
+        for row, index, part in zip(rows, chosen, parts, strict=True):
+            start = self._ends[part - 1] if part else 0
+            row[...] = self.maps[part][index - start].reshape(self.event)
         return to_grid(torch.from_numpy(rows), 256)
 
     @property
     def maps(self) -> list[np.ndarray]:
-        """The parts, mapped in this process."""
+        """The parts as arrays, mapped in this process."""
         if self._maps is None:
             self._maps = [part.map() for part in self.parts]
         return self._maps
 
     def add_to(self, content: ContentHash, name: str) -> None:
-        """Add the whole split to a checksum, as an array ``(N, *event)``, and the same whatever the
-        parts.
+        """Add the split to a checksum as one array ``(N, *event)``, however it is divided in parts.
+
+        Args:
+            content: the checksum.
+            name: name of the split, for the progress bar.
 
         Raises:
-            UserError: an archive's own checksum does not fit.
+            UserError: the CRC-32 in an archive does not match its content.
         """
         content.begin_array("uint8", (len(self), *self.event))
         with tqdm(
@@ -104,27 +114,25 @@ class MappedSplit(EventDataset):
                     progress.update(len(rows))
                 if expected is not None and running != expected:
                     raise UserError(
-                        f"{part.file} is damaged: the archive's own CRC-32 does not fit its"
-                        " content; download it again"
+                        f"{part.file} is damaged: its CRC-32 does not match its content; download"
+                        " it again"
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_maps": None,
-        }  # a map that is pickled would take its content along
+        # A pickled map would contain the data.
+        return {**self.__dict__, "_maps": None}
 
 
 def find_array(file: Path, key: str, cache: Path) -> StoredArray:
-    """The array ``key`` of an ``.npz`` file, bytes.
+    """Locate the array ``key`` of an ``.npz`` file, and expand it if it is compressed.
 
     Args:
         file: the file.
         key: name of the array.
-        cache: folder for an array that has to be expanded.
+        cache: folder for expanded arrays.
 
     Raises:
-        UserError: the file is damaged, has no such array, or one that does not hold bytes.
+        UserError: the file is damaged, or has no such array of bytes.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -133,43 +141,40 @@ def find_array(file: Path, key: str, cache: Path) -> StoredArray:
                 raise UserError(f"{file} has no array {key!r}; it holds: {have or 'nothing'}")
             member = archive.getinfo(f"{key}.npy")
             if member.compress_type == zipfile.ZIP_STORED:
-                start = _start(file, member)
-                array = _stored(file, start, file.stat().st_size)
-                with file.open("rb") as stream:
-                    stream.seek(start)
-                    before = zlib.crc32(stream.read(array.offset - start))
-                return replace(array, crc=(before, member.CRC))
+                return _stored_member(file, member)
             expanded = cache / f"{file.stem}.{key}.npy"
-            if not (
-                expanded.is_file()
-                and expanded.stat().st_size == member.file_size
-                and _newer(expanded, file)
-            ):
+            if not _is_current(expanded, file, member.file_size):
                 write_atomically(expanded, lambda temporary: _expand(archive, member, temporary))
         return _stored(expanded, 0, expanded.stat().st_size)
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        EOFError,
-        ValueError,
-        NotImplementedError,
-    ) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except _DAMAGE as error:
         raise UserError(
-            f"{file} is truncated, damaged or no .npz file ({' '.join(str(error).split())});"
+            f"{file} is truncated, damaged or not an .npz file ({' '.join(str(error).split())});"
             " download it again"
         ) from error
 
 
-def _newer(expanded: Path, file: Path) -> bool:
-    return expanded.stat().st_mtime >= file.stat().st_mtime
+def _is_current(expanded: Path, file: Path, size: int) -> bool:
+    """Return whether an expanded array exists, is complete, and is no older than its archive."""
+    if not expanded.is_file():
+        return False
+    status = expanded.stat()
+    return status.st_size == size and status.st_mtime >= file.stat().st_mtime
+
+
+def _stored_member(file: Path, member: zipfile.ZipInfo) -> StoredArray:
+    """Locate the array of a member that is stored without compression."""
+    start = _start(file, member)
+    array = _stored(file, start, file.stat().st_size)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        before = zlib.crc32(stream.read(array.offset - start))
+    return replace(array, crc=(before, member.CRC))
 
 
 def _start(file: Path, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member begin: after its local header, whose length is in itself."""
+    """Return the offset of a member's bytes: the end of its local header, which has its length."""
     with file.open("rb") as stream:
         stream.seek(member.header_offset)
         name, extra = struct.unpack("<4s22x2H", stream.read(30))[1:]
@@ -177,20 +182,20 @@ def _start(file: Path, member: zipfile.ZipInfo) -> int:
 
 
 def _stored(file: Path, start: int, end: int) -> StoredArray:
-    """The array of an ``.npy`` file that begins at ``start``."""
+    """Locate the array of an ``.npy`` file that begins at ``start`` and ends before ``end``."""
     with file.open("rb") as stream:
         stream.seek(start)
         shape, fortran, dtype = _header(stream)
         offset = stream.tell()
     if dtype.hasobject:
         raise UserError(
-            f"{file} holds Python objects, which are pickles and never opened; store the array as"
-            " uint8"
+            f"{file} holds Python objects, which are pickles and are never opened; store the array"
+            " as uint8"
         )
     if dtype != np.uint8 or fortran:
         raise UserError(
-            f"{file} holds {dtype} values{' in Fortran order' if fortran else ''}; uint8 in C order"
-            " is needed"
+            f"{file} holds {dtype} values{' in Fortran order' if fortran else ''}; store them as"
+            " uint8 in C order"
         )
     if offset + int(np.prod(shape, dtype=np.int64)) > end:
         raise UserError(

@@ -4,8 +4,8 @@ r"""MNIST and its relatives from the original IDX files.
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
 An IDX file holds a magic number (2051 for images, 2049 for labels), the sizes as big-endian 32-bit
-integers, then one byte a value. Source of the format: yann.lecun.com/exdb/mnist. Fashion-MNIST,
-KMNIST and EMNIST (renamed) have the same files.
+integers, then one byte per value. Source of the format: yann.lecun.com/exdb/mnist. Fashion-MNIST,
+KMNIST and EMNIST (with its files renamed) use the same format.
 """
 
 import gzip
@@ -25,19 +25,18 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-"""Split -> names of the files of images and labels, each as it is or with ``.gz`` at the end."""
+"""Split -> names of the image and label files, to which ``.gz`` may be appended."""
 
 
 class MNIST(DataSource):
-    """Images of the original IDX files, ``(1, height, width)``, 256 values, with the split of the
-    files.
+    """Images of the original IDX files, ``(1, height, width)``, 256 values, split as in the files.
 
     Args:
         path: directory of the four files; its name becomes the name of the data.
-        classes: the labels to keep, each of which must occur in both splits. When not given, the
-            labels must be 0 ... 9, all present.
-        limit_train: use only the first so many train images (after the check of the classes); all
-            when not given.
+        classes: the labels to use, each of which must occur in both splits. By default the labels
+            must be 0 ... 9, all present.
+        limit_train: number of train images to use, from the first on; all by default. The classes
+            are checked before the others are dropped.
     """
 
     def __init__(
@@ -58,42 +57,23 @@ class MNIST(DataSource):
 
     def load(self) -> Loaded:
         folder = Path(self.path)
-        name, kept = (
-            folder.resolve().name,
-            list(range(10)) if self.classes is None else list(self.classes),
-        )
-        names, arrays, labels = [str(label) for label in kept], {}, {}
-        for split, (image_name, label_name) in FILES.items():
-            image_file, label_file = _find(folder, image_name), _find(folder, label_name)
-            images, values = _read_idx(image_file, 2051), _read_idx(label_file, 2049)
-            if len(images) != len(values):
-                raise UserError(
-                    f"{image_file} holds {len(images)} images but {label_file} holds {len(values)}"
-                    " labels; both must come from one release"
-                )
-            chosen = np.isin(values, kept)
-            if self.classes is None and not chosen.all():
-                row = int((~chosen).argmax())
-                raise UserError(
-                    f"{label_file}: label {row} is {values[row]}, allowed are 0 to 9; name the"
-                    " labels to keep with classes="
-                )
+        classes = list(range(10)) if self.classes is None else list(self.classes)
+        names, arrays, labels = [str(label) for label in classes], {}, {}
+        for split, files in FILES.items():
+            images, values = self._read(*(_find(folder, file) for file in files))
+            chosen = np.isin(values, classes)
             arrays[split] = images[chosen][:, None]
-            labels[split] = np.searchsorted(np.sort(kept), values[chosen])
-            labels[split] = np.argsort(kept)[labels[split]]
-        check_classes(
-            labels,
-            names,
-            str(folder),
-            "complete the files, or name the labels to keep with classes=",
-        )
+            labels[split] = np.searchsorted(np.sort(classes), values[chosen])
+            labels[split] = np.argsort(classes)[labels[split]]
+        advice = "complete the files, or choose the labels to use with classes="
+        check_classes(labels, names, str(folder), advice)
         if arrays["train"].shape[1:] != arrays["test"].shape[1:]:
             sizes = " and ".join(
                 f"{split} {array.shape[2]} x {array.shape[3]}" for split, array in arrays.items()
             )
             raise UserError(
-                f"{folder}: images differ in size: {sizes} (height x width); all files must come"
-                " from one release"
+                f"{folder}: images differ in size: {sizes} (height x width); use files of one"
+                " release"
             )
         version = "IDX files" + ("" if self.classes is None else ", labels " + " ".join(names))
         if self.limit_train is not None:
@@ -103,28 +83,48 @@ class MNIST(DataSource):
                     f"limit_train={self.limit_train}: {folder} has {have} train images; give at"
                     f" most {have}"
                 )
-            arrays["train"], labels["train"] = (
-                arrays["train"][: self.limit_train],
-                labels["train"][: self.limit_train],
-            )
+            arrays["train"] = arrays["train"][: self.limit_train]
+            labels["train"] = labels["train"][: self.limit_train]
             version += f", first {self.limit_train} of train"
+        name = folder.resolve().name
         return discrete(name, version, arrays, 256, labels=labels, classes=names)
+
+    def _read(self, image_file: Path, label_file: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Read the images and labels of a split, and check that they match.
+
+        Raises:
+            UserError: they differ in number, or a label is not in 0 ... 9 without ``classes``.
+        """
+        images, labels = _read_idx(image_file, 2051), _read_idx(label_file, 2049)
+        if len(images) != len(labels):
+            raise UserError(
+                f"{image_file} holds {len(images)} images but {label_file} holds {len(labels)}"
+                " labels; use files of one release"
+            )
+        outside = labels > 9
+        if self.classes is None and outside.any():
+            row = int(outside.argmax())
+            raise UserError(
+                f"{label_file}: label {row} is {labels[row]}, allowed are 0 to 9; choose the labels"
+                " to use with classes="
+            )
+        return images, labels
 
 
 def _find(folder: Path, name: str) -> Path:
-    """The file of this name, plain or gzipped."""
+    """Return the path of a file, plain or gzipped."""
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
             return candidate
     expected = ", ".join(file for files in FILES.values() for file in files)
     raise UserError(
-        f"{folder} has no {name} or {name}.gz; expected are the four files {expected}, each plain"
-        " or gzipped"
+        f"{folder} has no {name} or {name}.gz; give the folder of the four files {expected}, each"
+        " plain or gzipped"
     )
 
 
 def _read_idx(file: Path, magic: int) -> np.ndarray:
-    """The bytes of an IDX file in the shape that it declares."""
+    """Read the bytes of an IDX file in the shape that its header declares."""
     try:
         data = file.read_bytes()
         if file.suffix == ".gz":
@@ -144,14 +144,14 @@ def _read_idx(file: Path, magic: int) -> np.ndarray:
     if found != magic:
         word = "images" if magic == 2051 else "labels"
         raise UserError(
-            f"{file} begins with the magic number {found}, but IDX {word} begin with {magic}; is"
-            " the file misnamed?"
+            f"{file} begins with the magic number {found}, but IDX {word} begin with {magic}; check"
+            " the names of the files"
         )
     values = np.frombuffer(data, dtype=np.uint8, offset=4 * (1 + rank))
     if len(values) != int(np.prod(sizes, dtype=np.int64)):
         shape = " x ".join(str(size) for size in sizes)
         raise UserError(
-            f"{file} is truncated or damaged: its header declares {shape} bytes, {len(values)} are"
-            " there; download it again"
+            f"{file} is truncated or damaged: its header declares {shape} bytes, but"
+            f" {len(values)} follow; download it again"
         )
     return values.reshape(sizes)

@@ -1,8 +1,11 @@
-r"""Other data, as a model that is trained sees them: rows of a file, or images of a folder, in the
-order of the file or of the names.
+r"""New data for a trained model, preprocessed as its training data were.
 
 .. math::
-    x_i = (v_i - b_i)/a_i \text{ with the } b \text{ and } a \text{ of the data that it was trained on, or the center of the bin of the level } v_i - v_{\min} .
+    x_i = (v_i - b_i)/a_i \quad \text{or} \quad
+    x_i = (2(v_i - v_{\min}) + 1)/L - 1,
+
+with the b and a, or the least value and number of levels L, of the training data. The data are the
+rows of a file in order, or the images of a folder sorted by name.
 """
 
 from copy import copy
@@ -20,36 +23,35 @@ from ndm.data.table import Table
 from ndm.errors import UserError
 
 ALL = "all"
-"""The one split of other data."""
+"""Name of the only split of new data."""
 
 
 def read_like(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
-    """Read data that are like those of a source.
+    """Read new data in the same way as the training data of a model.
 
     Args:
-        source: the data that the model was trained on, where they are known; a
-            :class:`ndm.data.Table` says how to read a file, and the ``size`` of images that they
-            are to be cut and scaled. It need not be readable any more.
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or for images of 256 values a
-            folder. Columns are found by their names where the model was trained on columns with
-            names and the file is not one of NumPy's, which have none.
-        trained: what the model was trained on.
+        source: the source of the training data, if available. A :class:`ndm.data.Table` defines how
+            to read a file; the ``size`` of a source of images defines how to crop and scale them.
+            The training data themselves are not read.
+        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or a folder of images with 256
+            values. If the training data had named columns, the columns of CSV and Parquet files are
+            found by name; NumPy's files have no names.
+        trained: description of the training data.
 
     Returns:
-        Description and the one split ``"all"``.
+        The description, and the only split ``"all"``.
 
     Raises:
-        UserError: the file or folder is not there, cannot be read, or does not fit the model.
+        UserError: the file or folder is missing, cannot be read, or does not fit the model.
     """
-    loaded = (
-        _images(source, Path(path), trained)
-        if Path(path).is_dir()
-        else _rows(source, path, trained)
-    )
+    if Path(path).is_dir():
+        loaded = _images(source, Path(path), trained)
+    else:
+        loaded = _rows(source, path, trained)
     if loaded.description.event_shape != trained.event_shape:
-        have, want = loaded.description.event_shape, trained.event_shape
         raise UserError(
-            f"{path}: an example has the shape {have}, and the model was trained on {want}"
+            f"{path}: an example has the shape {loaded.description.event_shape}, but the model was"
+            f" trained on {trained.event_shape}; give data of that shape"
         )
     return loaded
 
@@ -61,15 +63,12 @@ def _images(source: DataSource | None, folder: Path, trained: DataDescription) -
         or trained.event_shape[0] not in (1, 3)
     ):
         raise UserError(
-            f"{folder} is a folder, which holds images of 256 values, and the model was trained on"
+            f"{folder} is a folder, for images with 256 values, but the model was trained on"
             f" {trained.name}; give a file of rows"
         )
     size = getattr(source, "size", None)
-    return encoded(
-        folder.resolve().name,
-        "image folder",
-        {ALL: FileImages(some_image_files(folder), trained.event_shape[0], size, None)},
-    )
+    images = FileImages(some_image_files(folder), trained.event_shape[0], size, None)
+    return encoded(folder.resolve().name, "image folder", {ALL: images})
 
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
@@ -79,9 +78,8 @@ def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loa
         low = None if trained.num_values is None else trained.low
         table = Table(path, num_values=trained.num_values, low=low, event_shape=trained.event_shape)
     if trained.columns:
-        table.columns = (
-            None if Path(path).suffix.lower() in (".npy", ".npz") else list(trained.columns)
-        )
+        has_names = Path(path).suffix.lower() not in (".npy", ".npz")
+        table.columns = list(trained.columns) if has_names else None
     array, _ = table.read(path)
     name, version = Path(path).stem, Path(path).name
     if trained.num_values is not None:
@@ -94,7 +92,5 @@ def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loa
         np.array(values).reshape(trained.event_shape) for values in (trained.offset, trained.scale)
     )
     values = torch.from_numpy(((array - offset) / scale).astype(np.float32))
-    return Loaded(
-        replace(plain.description, offset=trained.offset, scale=trained.scale),
-        {ALL: ArraySplit(values)},
-    )
+    description = replace(plain.description, offset=trained.offset, scale=trained.scale)
+    return Loaded(description, {ALL: ArraySplit(values)})

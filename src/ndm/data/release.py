@@ -1,11 +1,9 @@
-"""Published data sets by their releases: a subset is never reported as the data set, and a checksum
-can pin the content.
+"""Published data sets: subsets get another name, and a checksum can pin the content.
 
-A release has a name, and a known number of examples of each split. Where the files hold another
-number, the source refuses them unless it was told ``partial``, and then its name says so. Nobody
-publishes checksums of the content itself; the one that the library computes and records
-(:class:`ndm.data.DataDescription`) can be given back as ``sha256``, and other content is refused
-from then on.
+A release has a name and a known number of examples in each split. If the files hold another number,
+the source raises an error unless ``partial`` is set, and then its name ends in ``-partial``.
+Publishers give no checksums of the content. Pass the checksum that the library computes and records
+(:class:`ndm.data.DataDescription`) as ``sha256`` to reject any other content.
 """
 
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from ndm.errors import UserError, describe_value
 
 
 def check_sha256_argument(sha256: str | None) -> None:
-    """Check that a pinned checksum is one.
+    """Check that a pinned checksum has the form of one.
 
     Raises:
         UserError: it is neither None nor 64 hexadecimal digits.
@@ -26,28 +24,28 @@ def check_sha256_argument(sha256: str | None) -> None:
         and set(sha256.lower()) <= set("0123456789abcdef")
     ):
         raise UserError(
-            f"sha256={describe_value(sha256)}: give the 64 hexadecimal digits that data.json of a"
-            " run records, or null"
+            f"sha256={describe_value(sha256)}: give the 64 hexadecimal digits from the data.json"
+            " of a run, or null"
         )
 
 
-def release_words(
+def describe_release(
     name: str, found: Mapping[str, int], full: Mapping[str, int], partial: bool, where: str
 ) -> tuple[str, str]:
-    """The name under which these files may be reported, and what to add to their version.
+    """Return the name under which these files may be reported, and an addition to their version.
 
     Args:
-        name: of the release.
+        name: name of the release.
         found: split -> number of examples in the files.
-        full: split -> number of examples of the release.
-        partial: whether the user knows that this is a part.
+        full: split -> number of examples in the release.
+        partial: whether the user accepts a subset.
         where: the folder, for the message.
 
     Returns:
-        The name, with ``-partial`` at its end where it is one, and words for the version.
+        The name, with ``-partial`` appended for a subset, and the text to append to the version.
 
     Raises:
-        UserError: the numbers are not those of the release, and the user did not say ``partial``.
+        UserError: the numbers differ from those of the release, and ``partial`` is False.
     """
     if dict(found) == dict(full):
         return name, ""
@@ -55,21 +53,21 @@ def release_words(
     if not partial:
         raise UserError(
             f"{where} is not the whole of {name}: it holds {counts} examples; complete the files,"
-            f" or say partial: true to use them under the name {name}-partial"
+            f" or give partial: true to use them under the name {name}-partial"
         )
     return f"{name}-partial", f", partial: {counts}"
 
 
 def check_content(loaded: Loaded, sha256: str | None, where: str) -> Loaded:
-    """Check the content against the checksum that the configuration pins, and hand it back.
+    """Check the content against a pinned checksum, and return it.
 
     Raises:
-        UserError: it is other content.
+        UserError: the content has another checksum.
     """
     found = loaded.description.sha256
     if sha256 is not None and found != sha256.lower():
         raise UserError(
-            f"{where} holds other content than the configuration pins: sha256 {found} here,"
-            f" {sha256.lower()} there; restore the files, or leave sha256 out"
+            f"{where} has other content than the configuration pins: its sha256 is {found}, the"
+            f" pinned one {sha256.lower()}; restore the files, or leave sha256 out"
         )
     return loaded

@@ -1,17 +1,18 @@
-r"""Data sources: what a data set is, and how its values reach the model.
+r"""Data sources: read a data set, describe it, and map its values v to the model's inputs x.
 
 .. math::
     \text{discrete: } x = (2k + 1)/L - 1, \quad k = v - v_{\min} \in \{0, \dots, L - 1\}, \qquad
-    \text{continuous: } x = (v - b)/a \;\Rightarrow\; -\log p(v) = -\log p(x) + \textstyle\sum_i \log a_i .
+    \text{continuous: } x = (v - b)/a
+    \;\Rightarrow\; -\log p(v) = -\log p(x) + \textstyle\sum_i \log a_i .
 
-v is a value in the source's own units, x what the model sees. Integers lie on the centers of L
-equal bins of [-1, 1], the grid of
-:class:`ndm.decoder.DiscretizedGaussian`; a probability of integers needs no constant. Continuous values may be standardized, and then
-the sum of log a_i moves the negative log-likelihood, in nats, back to the units of v.
+v is in the source's units. Integers map to the centers of L equal bins of [-1, 1], the grid of
+:class:`ndm.decoder.DiscretizedGaussian`; their probability needs no correction. Continuous values
+may be standardized. The sum of log a_i then converts the negative log-likelihood, in nats, back to
+the units of v.
 
-A source only keeps its arguments when it is built; the first ``describe()`` or ``split()`` reads
-the data. Splits that a source makes itself are drawn class by class with a fixed seed, and the
-description carries a checksum, so two runs can be compared.
+The constructor of a source only stores its arguments. The first ``describe()`` or ``split()`` reads
+the data. Splits that a source draws are stratified by class with a fixed seed. The description
+contains a checksum, so that runs can be compared.
 """
 
 import hashlib
@@ -29,58 +30,59 @@ from torch.utils.data import Dataset
 from ndm.decoder import from_grid
 from ndm.errors import UserError, describe_value
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What a data set is, recorded with each run.
+    """The description of a data set, recorded with each run.
 
-    ``sha256`` is taken over the splits in the order of ``splits``: of each its name, then its
-    examples in order. Arrays in memory enter as dtype, shape and little-endian bytes in C order
-    (integers 0 ... num_values-1 as uint8, or int32 above 256 values; continuous values as float64
-    in the source's own units); images that stay encoded enter as the SHA-256 of each file's bytes.
+    ``sha256`` covers the splits in the order of ``splits``: the name of each, then its examples in
+    order. Arrays in memory enter as dtype, shape and little-endian bytes in C order (integers 0 ...
+    num_values-1 as uint8, or int32 above 256 values; continuous values as float64 in the source's
+    units). Encoded images enter as the SHA-256 of each file's bytes.
     """
 
     name: str
     """Short name of the data."""
     version: str
-    """Which release, and how it was split and prepared."""
+    """Release of the data, and how they were split and prepared."""
     kind: Literal["image", "vector"]
-    """``image`` when an example is (channels, height, width), otherwise ``vector``."""
+    """``image`` if an example is (channels, height, width), otherwise ``vector``."""
     event_shape: tuple[int, ...]
     """Shape of one example."""
     num_values: int | None
     """Number of integer values of discrete data; None for continuous data."""
     low: float | None
-    """Least value, in the source's own units; None when not declared."""
+    """Least value, in the source's units; None if not declared."""
     high: float | None
-    """Greatest value, in the source's own units; None when not declared."""
+    """Greatest value, in the source's units; None if not declared."""
     splits: dict[str, int]
-    """Number of examples of each split."""
+    """Number of examples in each split."""
     sha256: str
     """Checksum of the content, as defined above."""
     classes: tuple[str, ...] = ()
     """Declared classes of labeled data; each occurs in every split."""
     columns: tuple[str, ...] = ()
-    """Names of the columns of a table, where it has them."""
+    """Column names of a table that has them."""
     offset: tuple[float, ...] = field(default=(), repr=False)
-    """b of each dimension (of the flattened example), when standardized."""
+    """b of each dimension of the flattened example, if standardized."""
     scale: tuple[float, ...] = field(default=(), repr=False)
-    """a of each dimension (of the flattened example), when standardized."""
+    """a of each dimension of the flattened example, if standardized."""
 
     @property
     def log_scale(self) -> float:
-        """Sum of log a_i: nats per example to add to a negative log-likelihood of x to have that of
-        v.
-        """
+        """Sum of log a_i, in nats per example: -log p(v) = -log p(x) + log_scale."""
         return math.fsum(math.log(value) for value in self.scale)
 
     def about(self, split: str) -> dict[str, str]:
-        """What the protocol of a measurement on a split says of the data."""
+        """Return the entries that identify the data in the protocol of a measurement."""
         return {"data": self.name, "split": split, "data_sha256": self.sha256}
 
     def to_source_units(self, x: Tensor) -> Tensor:
-        """V of x ``(..., *event)``, in the shape and dtype of x: standardization undone, or low +
-        integer level of discrete data.
+        """Convert x ``(..., *event)`` to v, in the shape and dtype of x.
+
+        Discrete data become low + level; standardization is undone.
         """
         if self.num_values is not None:
             return (from_grid(x, self.num_values) + (self.low or 0.0)).to(x.dtype)
@@ -93,7 +95,7 @@ class DataDescription:
         return (x.double() * scale + offset).to(x.dtype)
 
     def to_dict(self) -> dict[str, object]:
-        """All fields as data that JSON can hold."""
+        """Return all fields in a form that JSON can store."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
@@ -101,10 +103,10 @@ class DataDescription:
 
     @classmethod
     def from_dict(cls, fields_of: object) -> "DataDescription":
-        """The description that :meth:`to_dict` wrote.
+        """Restore the description that :meth:`to_dict` returned.
 
         Raises:
-            UserError: it is not one.
+            UserError: ``fields_of`` is not such a description.
         """
         try:
             values: dict[str, Any] = dict(fields_of)  # type: ignore[call-overload]
@@ -115,16 +117,16 @@ class DataDescription:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise UserError(
-                "the model carries no description of its data; save it with info={'data':"
-                " description.to_dict()}"
+                "the model has no description of its data; save it with"
+                " info={'data': description.to_dict()}"
             ) from error
 
 
 class EventDataset(Dataset[Tensor], ABC):
-    """One split: examples by number, single ``(*event)`` or a batch ``(B, *event)``, float32.
+    """One split of a data set: examples ``(*event)`` or batches ``(B, *event)``, float32.
 
-    ``__getitems__`` answers a whole batch at once, so a ``DataLoader`` takes
-    ``collate_fn=keep_batch``.
+    ``__getitems__`` returns a stacked batch, so give a ``DataLoader``
+    ``collate_fn=identity_collate``.
     """
 
     labels: Tensor | None = None
@@ -134,66 +136,96 @@ class EventDataset(Dataset[Tensor], ABC):
     def __len__(self) -> int: ...
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EventDataset":
-        """Data never change: a copy of a training module shares them."""
+        """Return the data set: data never change, so copies of a training module share them."""
         return self
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """The examples ``indices``, ``(B, *event)``, float32."""
+        """Return the examples ``indices``, each in 0 ... len-1, as ``(B, *event)``, float32."""
 
-    def __getitem__(self, index: int) -> Tensor:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        return self.__getitems__([index % len(self)])[0]
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """Return the example of an int, ``(*event)``, or a batch of examples, ``(B, *event)``.
+
+        Args:
+            index: an int for one example; a slice, a sequence of ints or a 1-D integer tensor for a
+                batch. Negative numbers count from the end. A 1-D bool tensor with one entry per
+                example selects the examples where it is True.
+
+        Raises:
+            IndexError: a number is out of range, or a bool tensor has another length than the
+                split.
+            TypeError: the index is of another type, or has more than one dimension.
+        """
+        size = len(self)
+        if isinstance(index, slice):
+            return self._batch(range(size)[index])
+        numbers = torch.as_tensor(index)
+        if numbers.dtype == torch.bool and numbers.ndim == 1:
+            if len(numbers) != size:
+                raise IndexError(f"a bool index of length {len(numbers)} for {size} examples")
+            return self._batch(numbers.nonzero().flatten().tolist())
+        if numbers.ndim > 1 or (numbers.numel() and numbers.dtype not in _INTEGERS):
+            raise TypeError(
+                f"an index of shape {tuple(numbers.shape)} and dtype {numbers.dtype}: give an int,"
+                " a slice, a sequence of ints, or a 1-D integer or bool tensor"
+            )
+        numbers = numbers.long()
+        outside = numbers[(numbers < -size) | (numbers >= size)]
+        if outside.numel():
+            raise IndexError(f"index {int(outside[0])} is out of range for {size} examples")
+        batch = self._batch((numbers % size).reshape(-1).tolist())
+        return batch if numbers.ndim else batch[0]
+
+    def _batch(self, indices: Sequence[int]) -> Tensor:
+        """Return the examples ``indices``; an empty batch has the shape ``(0, *event)``."""
+        return self.__getitems__(indices) if len(indices) else self.__getitems__([0])[:0]
 
 
-def keep_batch(batch: Any) -> Any:
-    """The ``collate_fn`` for an :class:`EventDataset`, whose batches are stacked already."""
+def identity_collate(batch: Any) -> Any:
+    """Return the batch unchanged: the ``collate_fn`` for an :class:`EventDataset`."""
     return batch
 
 
 def spread(count: int, limit: int | None = None) -> list[int]:
-    """Numbers of all of ``count`` examples, or of ``limit`` of them evenly spread from the first
-    on.
-    """
+    """Return ``limit`` evenly spaced indices of ``count`` examples from 0 on; all by default."""
     most = count if limit is None else min(limit, count)
     return [index * count // most for index in range(most)]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source has after reading its data."""
+    """The description and the splits of a data set that has been read."""
 
     description: DataDescription
     splits: dict[str, EventDataset]
 
 
 class DataSource(ABC):
-    """A data set: where it comes from, its splits, value range and bit depth.
+    """A data set: its location, splits and values.
 
-    A kind of source implements :meth:`load`; everything else is the same for all. Sources can be
-    pickled; the data do not travel along but are read again where they are needed.
+    Subclasses implement :meth:`load`. Sources can be pickled: the copy holds only the arguments and
+    reads the data again when it needs them.
     """
 
     _loaded: Loaded | None = None
 
     @abstractmethod
     def load(self) -> Loaded:
-        """Read the data and check them; called once, by the first ``describe()`` or ``split()``.
+        """Read and check the data; called once, by the first ``describe()`` or ``split()``.
 
         Raises:
-            UserError: the data are missing, damaged or not what was declared.
+            UserError: the data are missing, damaged or not as declared.
         """
 
     def describe(self) -> DataDescription:
-        """What the data are; reads them when not yet read."""
+        """Return the description of the data; the first call reads them."""
         return self._content().description
 
     def split(self, name: str) -> EventDataset:
-        """The examples of one split.
+        """Return the examples of one split; the first call reads the data.
 
         Raises:
-            UserError: there is no split of this name.
+            UserError: the data have no split of this name.
         """
         content = self._content()
         if name not in content.splits:
@@ -205,8 +237,7 @@ class DataSource(ABC):
         return content.splits[name]
 
     def integers(self, x: Tensor) -> Tensor:
-        """Nearest integers 0 ... num_values-1 of values on (or near) the grid, int64, in the shape
-        of x.
+        """Return the levels 0 ... num_values-1 nearest to x, int64, in the shape of x.
 
         Raises:
             UserError: the data are continuous.
@@ -219,7 +250,7 @@ class DataSource(ABC):
         return from_grid(x, description.num_values)
 
     def to_source_units(self, x: Tensor) -> Tensor:
-        """V of x ``(..., *event)``: see :meth:`DataDescription.to_source_units`."""
+        """Convert x ``(..., *event)`` to v; see :meth:`DataDescription.to_source_units`."""
         return self.describe().to_source_units(x)
 
     def _content(self) -> Loaded:
@@ -232,27 +263,27 @@ class DataSource(ABC):
 
 
 class ContentHash:
-    """The checksum that :class:`DataDescription` defines."""
+    """The checksum defined by :class:`DataDescription`, computed step by step."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def split(self, name: str) -> None:
-        """Begin a split."""
+        """Start a split."""
         self._hash.update(f"split {name}\n".encode())
 
     def array(self, values: np.ndarray) -> None:
-        """Add the examples of a split held in one array ``(N, *event)``."""
+        """Add the examples of a split as one array ``(N, *event)``."""
         values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
         self.begin_array(values.dtype.name, values.shape)
         self.rows(values)
 
     def begin_array(self, dtype: str, shape: tuple[int, ...]) -> None:
-        """Begin such an array whose rows come piece by piece."""
+        """Start an array; :meth:`rows` adds its content."""
         self._hash.update(f"{dtype} {shape}\n".encode())
 
     def rows(self, values: np.ndarray) -> None:
-        """Add rows of that array, contiguous and little-endian."""
+        """Add rows of an array, contiguous and little-endian."""
         self._hash.update(values.data if values.size else b"")
 
     def digest(self, sha256: bytes) -> None:
@@ -260,5 +291,5 @@ class ContentHash:
         self._hash.update(sha256)
 
     def hexdigest(self) -> str:
-        """The checksum so far, 64 hexadecimal digits."""
+        """Return the checksum so far as 64 hexadecimal digits."""
         return self._hash.hexdigest()

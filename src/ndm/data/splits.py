@@ -1,4 +1,4 @@
-r"""Splits that a source draws itself, class by class, and the checks that all sources share.
+r"""Splits drawn class by class, and checks shared by all sources.
 
 .. math::
     n_{\text{test}, c} = \lfloor f \, n_c + 1/2 \rfloor \quad \text{for every class } c .
@@ -19,11 +19,11 @@ def split_by_class(
 
     Args:
         labels: class index of each example, ``(N,)``; all zero for data without classes.
-        test_fraction: part of each class that goes to the test split, rounded to whole examples.
-        seed: of the draw.
+        test_fraction: fraction of each class in the test split, rounded to whole examples.
+        seed: seed of the draw.
 
     Returns:
-        The indices of the train and of the test examples, each increasing.
+        The indices of the train and of the test examples, each in increasing order.
     """
     generator = np.random.default_rng(seed)
     test = np.zeros(len(labels), dtype=bool)
@@ -34,67 +34,64 @@ def split_by_class(
 
 
 def check_classes(
-    labels: Mapping[str, np.ndarray], classes: Sequence[str], name: str, mend: str
+    labels: Mapping[str, np.ndarray], classes: Sequence[str], name: str, advice: str
 ) -> None:
     """Check that every declared class occurs in every split.
 
     Args:
         labels: split -> index into ``classes`` of each example.
         classes: the declared classes.
-        name: of the data, for the message.
-        mend: how to mend a missing class, for the message.
+        name: name of the data, for the message.
+        advice: how to fix a missing class, for the message.
 
     Raises:
-        UserError: a class is missing; the message names split and class.
+        UserError: a class is missing; the message names the split and the class.
     """
     for split, values in labels.items():
-        missing = [
-            classes[int(index)]
-            for index in np.flatnonzero(np.bincount(values, minlength=len(classes)) == 0)
-        ]
+        counts = np.bincount(values, minlength=len(classes))
+        missing = [classes[int(index)] for index in np.flatnonzero(counts == 0)]
         if missing:
             word = "class" if len(missing) == 1 else "classes"
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise UserError(
                 f"{name}: split {split!r} has no example of {word} {shown} of the {len(classes)}"
-                f" declared; {mend}"
+                f" declared; {advice}"
             )
 
 
 def draw_split(
     labels: np.ndarray, classes: Sequence[str], name: str, test_fraction: float, seed: int
 ) -> dict[str, np.ndarray]:
-    """Draw train and test with :func:`split_by_class`, and check that neither is empty nor lacks a
-    class.
+    """Draw train and test with :func:`split_by_class`, and check that no split or class is empty.
 
     Args:
         labels: class index of each example, ``(N,)``; all zero for data without classes.
-        classes: the declared classes, or none.
-        name: of the data, for messages.
-        test_fraction: part of each class that goes to the test split.
-        seed: of the draw.
+        classes: the declared classes; may be empty.
+        name: name of the data, for messages.
+        test_fraction: fraction of each class in the test split.
+        seed: seed of the draw.
 
     Returns:
         Split -> indices of its examples.
 
     Raises:
-        UserError: a split is empty, or lacks a class.
+        UserError: a split is empty, or has no example of a class.
     """
     train, test = split_by_class(labels, test_fraction, seed)
     parts = {"train": train, "test": test}
-    mend = f"give more examples, or change test_fraction={test_fraction:g}"
+    advice = f"give more examples, or change test_fraction={test_fraction:g}"
     if classes:
-        check_classes({split: labels[part] for split, part in parts.items()}, classes, name, mend)
+        check_classes({split: labels[part] for split, part in parts.items()}, classes, name, advice)
     for split, part in parts.items():
         if not len(part):
             raise UserError(
-                f"{name}: the {split} split of {len(labels)} examples would be empty; {mend}"
+                f"{name}: the {split} split of {len(labels)} examples would be empty; {advice}"
             )
     return parts
 
 
 def check_split_arguments(test_fraction: float, seed: int) -> None:
-    """Check the two arguments of a split drawn by us.
+    """Check the arguments of a split that the source draws.
 
     Raises:
         UserError: ``test_fraction`` is not inside (0, 1), or ``seed`` is not a whole number of at
@@ -108,6 +105,6 @@ def check_split_arguments(test_fraction: float, seed: int) -> None:
     check_whole("seed", seed, 0)
 
 
-def split_words(test_fraction: float, seed: int) -> str:
-    """How a split was drawn, for the version of a description: ``80/20 split, seed 0``."""
+def describe_split(test_fraction: float, seed: int) -> str:
+    """Describe how a split was drawn, for a description's version: ``80/20 split, seed 0``."""
     return f"{100 * (1 - test_fraction):g}/{100 * test_fraction:g} split, seed {seed}"

@@ -1,13 +1,13 @@
 r"""Tables of numbers: NumPy arrays, CSV and Parquet.
 
 .. math::
-    \text{with num_values: } x = (2(v - v_{\min}) + 1)/L - 1, \qquad \text{otherwise: } x_i = (v_i - b_i)/a_i .
+    \text{with num_values: } x = (2(v - v_{\min}) + 1)/L - 1, \qquad
+    \text{otherwise: } x_i = (v_i - b_i)/a_i .
 
-A table is continuous unless ``num_values`` is given. Integers without ``num_values`` are refused
-when the file says that they are integers: a density can be made as large as one likes at whole
-numbers, so its likelihood would mean nothing. Store them as floating-point numbers to treat them as
-continuous all the same. A column of a CSV file that holds whole numbers alone is warned of. Files
-with pickles or objects inside are refused.
+A table is continuous unless ``num_values`` is given. Columns stored as integers then raise an
+error: a density can be arbitrarily large at whole numbers, so its likelihood would be meaningless.
+Store them as floating-point numbers to treat them as continuous anyway. A column of a CSV file that
+holds only whole numbers causes a warning. Files that contain pickles or objects raise an error.
 """
 
 import csv
@@ -22,36 +22,35 @@ import numpy as np
 
 from ndm.data.arrays import check_values, continuous, discrete
 from ndm.data.source import DataSource, Loaded
-from ndm.data.splits import check_split_arguments, draw_split, split_words
+from ndm.data.splits import check_split_arguments, describe_split, draw_split
 from ndm.errors import UserError, check_whole, describe_value, require
 
 if TYPE_CHECKING:
     import pyarrow
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
-"""Endings of the files that can be read."""
+"""Suffixes of the files that can be read."""
 
 
 class Table(DataSource):
-    """Rows of a file, ``(D,)``, or examples of an array of any rank ``(N, *event)``.
+    """Rows of a file, ``(D,)``, or examples of an array of any rank, ``(N, *event)``.
 
     Args:
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file. A CSV's first row is taken for
-            names if any of it is not a number.
-        columns: names (or numbers, from 0) of the columns to use, in this order; all when not
-            given.
-        test_path: file of the test split; when not given, a split is drawn.
-        test_fraction: part of the rows in the test split that is drawn.
-        seed: of that split.
+        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file. The first row of a CSV file
+            contains the column names if any of its cells is not a number.
+        columns: names (or numbers, from 0) of the columns to use, in this order; all by default.
+        test_path: file of the test split; by default a split is drawn.
+        test_fraction: fraction of the rows in the drawn test split.
+        seed: seed of the drawn split.
         num_values: number of integer values, for discrete data with values low ... low + num_values
             - 1.
-        low: least allowed value; 0 when not given for discrete data.
+        low: least allowed value; 0 by default for discrete data.
         high: greatest allowed value.
-        standardize: give each column of continuous data mean 0 and standard deviation 1 over the
-            train split. A column that is constant there is refused.
-        key: name of the array in a ``.npz`` file of several.
-        event_shape: shape of one example, when it differs from the file's: (1, 28, 28) for rows of
-            784 values.
+        standardize: whether to scale each column of continuous data to mean 0 and standard
+            deviation 1 over the train split. A column that is constant there raises an error.
+        key: name of the array in a ``.npz`` file with several.
+        event_shape: shape of one example if it differs from that in the file, for example (1, 28,
+            28) for rows of 784 values.
     """
 
     def __init__(
@@ -102,21 +101,18 @@ class Table(DataSource):
     def load(self) -> Loaded:
         array, names = self.read(self.path)
         if self.test_path is None:
-            parts = draw_split(
-                np.zeros(len(array), dtype=int), (), self.path, self.test_fraction, self.seed
-            )
+            labels = np.zeros(len(array), dtype=int)
+            parts = draw_split(labels, (), self.path, self.test_fraction, self.seed)
             arrays = {split: array[part] for split, part in parts.items()}
-            version = f"{Path(self.path).name}, {split_words(self.test_fraction, self.seed)}"
+            version = f"{Path(self.path).name}, {describe_split(self.test_fraction, self.seed)}"
         else:
             test, test_names = self.read(self.test_path)
             if test.shape[1:] != array.shape[1:] or test_names != names:
-                ours, theirs = (
-                    describe_value(own or shape)
-                    for own, shape in ((names, array.shape[1:]), (test_names, test.shape[1:]))
-                )
+                train_columns = describe_value(names or array.shape[1:])
+                test_columns = describe_value(test_names or test.shape[1:])
                 raise UserError(
-                    f"{self.test_path} has the columns {theirs} but {self.path} has {ours}; both"
-                    " must have the same"
+                    f"{self.test_path} has the columns {test_columns} but {self.path} has"
+                    f" {train_columns}; both must have the same"
                 )
             arrays = {"train": array, "test": test}
             version = f"{Path(self.path).name} and {Path(self.test_path).name}"
@@ -127,21 +123,17 @@ class Table(DataSource):
             version += ", standardized" if self.standardize else ""
             return continuous(name, version, arrays, self.standardize, self.low, self.high, names)
         least = self.low or 0
-        return discrete(
-            name,
-            version,
-            {split: part - least for split, part in arrays.items()},
-            self.num_values,
-            float(least),
-            columns=names,
-        )
+        levels = {split: part - least for split, part in arrays.items()}
+        return discrete(name, version, levels, self.num_values, float(least), columns=names)
 
     def read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
-        """The checked values of a file, ``(N, *event)``, in its own units, and the names of the
-        columns where it has them.
+        """Read and check the values of a file, in its units.
+
+        Returns:
+            The values, ``(N, *event)``, and the names of the columns if the file has them.
 
         Raises:
-            UserError: it is missing, damaged or not what was declared.
+            UserError: the file is missing, damaged or not as declared.
         """
         file = Path(path)
         if file.suffix.lower() not in SUFFIXES:
@@ -158,8 +150,8 @@ class Table(DataSource):
             array, names = self._read_numpy(file), None
         if not array.size:
             raise UserError(
-                f"{path} holds no values (shape {array.shape}); give a table with at least one row"
-                " and column"
+                f"{path} is empty (shape {array.shape}); give a table with at least one row and"
+                " column"
             )
         if self.num_values is None:
             check_values(array, path, names, self.low, self.high)
@@ -167,19 +159,16 @@ class Table(DataSource):
             least = self.low or 0
             check_values(array, path, names, least, least + self.num_values - 1)
             if array.dtype.kind == "f" and (array != np.round(array)).any():
-                at = tuple(
-                    int(i)
-                    for i in np.unravel_index(int((array != np.round(array)).argmax()), array.shape)
-                )
+                index = int((array != np.round(array)).argmax())
+                position = np.unravel_index(index, array.shape)
                 raise UserError(
-                    f"{path}: row {at[0]} (the first is 0) holds {array[at]:g}, and with"
-                    f" num_values={self.num_values} values must be whole numbers; leave out"
+                    f"{path}: row {position[0]} (the first is 0) holds {array[position]:g}, but"
+                    f" with num_values={self.num_values} values must be whole numbers; leave out"
                     " num_values= for continuous data"
                 )
         if self.event_shape is not None:
-            if math.prod(self.event_shape) != math.prod(array.shape[1:]):
-                have = math.prod(array.shape[1:])
-                shape = tuple(self.event_shape)
+            have, shape = math.prod(array.shape[1:]), tuple(self.event_shape)
+            if math.prod(shape) != have:
                 raise UserError(
                     f"event_shape={shape} is {math.prod(shape)} values, but an example of {path}"
                     f" has {have}; make them equal"
@@ -195,17 +184,16 @@ class Table(DataSource):
                     keys = list(data.files)
                     if self.key not in keys and (self.key is not None or len(keys) != 1):
                         raise UserError(
-                            f"key={self.key!r}: {file} holds the arrays {', '.join(keys)}; give one"
-                            " of them as key="
+                            f"key={self.key!r}: {file} holds the arrays {', '.join(keys)}; choose"
+                            " one of them with key="
                         )
                     data = data[self.key or keys[0]]
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, UserError):
                 raise
-            text = _one_line(error)
             raise UserError(
-                f"{file} cannot be read; it must hold plain numbers, no objects or pickles"
-                f" ({text}); write it again"
+                f"{file} cannot be read ({_one_line(error)}); write it again with plain numbers, no"
+                " objects or pickles"
             ) from error
         if data.dtype.kind not in "biuf" or data.ndim == 0:
             raise UserError(
@@ -221,10 +209,9 @@ class Table(DataSource):
         data = data.astype(np.float64) if data.dtype.kind == "f" else data.astype(np.int64)
         if self.columns is not None:
             if data.ndim != 2:
-                given = describe_value(self.columns)
                 raise UserError(
-                    f"columns={given}: {file} holds an array of shape {data.shape}, not rows and"
-                    " columns; leave columns= out"
+                    f"columns={describe_value(self.columns)}: {file} holds an array of shape"
+                    f" {data.shape}, not rows and columns; leave columns= out"
                 )
             data = data[:, _positions(self.columns, None, data.shape[1], str(file))]
         return data
@@ -235,9 +222,9 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
     whole = [names[i] if names else i for i in found.tolist()]
     if whole:
         warnings.warn(
-            f"{path}: of the columns {describe_value(whole)} all values are whole numbers, and a"
-            " density at whole numbers can be made as large as one likes; give num_values= if all"
-            " columns are of that kind, or leave them out with columns=",
+            f"{path}: in the columns {describe_value(whole)} all values are whole numbers, where a"
+            " density can be arbitrarily large; give num_values= if all columns are like this, or"
+            " leave these out with columns=",
             stacklevel=2,
         )
 
@@ -245,26 +232,24 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
 def arrow_columns(
     table: "pyarrow.Table", columns: Sequence[str | int] | None, where: str, integers: bool = False
 ) -> tuple[np.ndarray, list[str]]:
-    """Columns of an Arrow table as numbers; missing values become NaN.
+    """Convert columns of an Arrow table to numbers; missing values become NaN.
 
     Args:
         table: the table.
-        columns: names or numbers of the columns; all when None.
-        where: of the table, for messages.
-        integers: whether columns may be of integers or booleans.
+        columns: names or numbers of the columns; all if None.
+        where: name of the table, for messages.
+        integers: whether columns may hold integers or booleans.
 
     Returns:
-        Values ``(N, D)``, float64, and the names of the columns.
+        The values, ``(N, D)``, float64, and the names of the columns.
 
     Raises:
-        UserError: a column is not there, or does not hold such numbers.
+        UserError: a column is missing, or does not hold such numbers.
     """
     import pyarrow
 
-    names = [
-        table.column_names[index]
-        for index in _positions(columns, table.column_names, table.num_columns, where)
-    ]
+    positions = _positions(columns, table.column_names, table.num_columns, where)
+    names = [table.column_names[position] for position in positions]
     values = []
     for name in names:
         kind, types = table.schema.field(name).type, pyarrow.types
@@ -275,14 +260,14 @@ def arrow_columns(
             or types.is_decimal(kind)
         ):
             raise UserError(
-                f"{where}: column {name!r} holds {kind}, not numbers; name the columns to use with"
-                " columns="
+                f"{where}: column {name!r} holds {kind}, not numbers; choose the columns to use"
+                " with columns="
             )
         if not integers and (types.is_integer(kind) or types.is_boolean(kind)):
             raise UserError(
                 f"{where}: column {name!r} holds integers ({kind}), which have no density; leave it"
-                " out with columns=, store floating-point numbers to treat it as continuous, or"
-                " take a Table with num_values= of columns of that kind alone"
+                " out with columns=, store floating-point numbers to treat it as continuous, or use"
+                " a Table of only such columns with num_values="
             )
         values.append(table[name].cast(pyarrow.float64(), safe=False).to_numpy())
     return np.stack(values, axis=1) if values else np.empty((table.num_rows, 0)), names
@@ -314,38 +299,35 @@ def _read_csv(
         raise UserError(
             f"{file} cannot be read as CSV in UTF-8 ({_one_line(error)}); write it again"
         ) from error
-    names = (
-        [cell.strip() for cell in rows[0]]
-        if rows and not all(_is_number(cell) for cell in rows[0])
-        else None
-    )
-    rows = rows[1:] if names else rows
+    names = None
+    if rows and not all(_is_number(cell) for cell in rows[0]):
+        names, rows = [cell.strip() for cell in rows[0]], rows[1:]
     if not rows:
         raise UserError(f"{file} has no rows of numbers; give a table with at least two")
     width = len(names or rows[0])
     for index, row in enumerate(rows):
         if len(row) != width:
-            cells = f"{len(row)} cells instead of {width}"
             raise UserError(
-                f"{file}: row {index} (the first is 0) has {cells}; every row needs the same"
-                " columns, so mend or drop it"
+                f"{file}: row {index} (the first is 0) has {len(row)} cells instead of {width};"
+                " fix or drop it"
             )
     positions = _positions(columns, names, width, str(file))
-    kept = rows if columns is None else [[row[position] for position in positions] for row in rows]
+    if columns is not None:
+        rows = [[row[position] for position in positions] for row in rows]
     try:
-        array = np.array(kept, dtype=np.float64)
+        array = np.array(rows, dtype=np.float64)
     except ValueError as error:
-        at, place = next(
-            (i, j)
-            for i, cells in enumerate(kept)
-            for j, cell in enumerate(cells)
+        index, position, cell = next(
+            (index, position, cell)
+            for index, row in enumerate(rows)
+            for position, cell in zip(positions, row, strict=True)
             if not _is_number(cell)
         )
-        column = repr(names[positions[place]]) if names else positions[place]
+        column = repr(names[position]) if names else position
         raise UserError(
-            f"{file}: row {at} (the first is 0), column {column} holds"
-            f" {describe_value(kept[at][place])}, not a number; mend it, or name the columns to use"
-            " with columns="
+            f"{file}: row {index} (the first is 0), column {column} holds"
+            f" {describe_value(cell)}, not a number; fix it, or choose the columns to use with"
+            " columns="
         ) from error
     return array, [names[position] for position in positions] if names else None
 
@@ -353,16 +335,16 @@ def _read_csv(
 def _positions(
     columns: Sequence[str | int] | None, names: Sequence[str] | None, width: int, where: str
 ) -> list[int]:
-    """Numbers of the chosen columns."""
-    known = list(names or [])
+    """Return the numbers of the chosen columns."""
+    available = list(names or [])
     positions = []
     for column in range(width) if columns is None else columns:
         if isinstance(column, int) and 0 <= column < width:
             positions.append(column)
-        elif column in known:
-            positions.append(known.index(str(column)))
+        elif column in available:
+            positions.append(available.index(str(column)))
         else:
-            have = describe_value(known) if known else f"0 to {width - 1} (it has no names)"
+            have = describe_value(available) if available else f"0 to {width - 1} (it has no names)"
             raise UserError(f"{where} has no column {column!r}; its columns are: {have}")
     return positions
 

@@ -1,16 +1,16 @@
-r"""Small continuous problems whose density is known, so that a learned likelihood can be compared
-with the truth.
+r"""Toy data with a known density, to check learned likelihoods against the truth.
 
 .. math::
     \text{mixture: } p(x) = \textstyle\sum_k w_k N(x; \mu_k, s_k^2 I), \qquad
     \text{checkerboard: } p(x) = \frac{1}{8 c^2} \text{ on eight cells of side } c, \qquad
-    \text{moons: } p(x) = \frac{1}{2\pi} \sum_{j=1}^{2} \int_0^\pi N(x; m_j(\theta), s^2 I) \, d\theta .
+    \text{moons: } p(x) =
+    \frac{1}{2\pi} \sum_{j=1}^{2} \int_0^\pi N(x; m_j(\theta), s^2 I) \, d\theta .
 
-The pinwheel is a mixture of elongated Gaussians, turned by an angle that grows with the radius r;
-such a turn keeps areas, so p(x) is the mixture's density at the point turned back. (The pinwheel
-usually drawn turns by a function of the first coordinate instead of r, which looks much the same
-and has no closed density.) Entropies are exact for the checkerboard and otherwise integrals over a
-grid. Toy data are not standardized: x is in the source's own units.
+The pinwheel is a mixture of elongated Gaussians, rotated by an angle that grows with the radius r.
+This rotation preserves areas, so p(x) is the mixture's density at the point rotated back. (The
+usual pinwheel rotates by a function of the first coordinate instead of r; it looks much the same
+and has no closed-form density.) Entropies are exact for the checkerboard and otherwise integrals
+over a grid. Toy data are not standardized: x is in the source's units.
 """
 
 import math
@@ -25,13 +25,14 @@ from ndm.data.arrays import continuous
 from ndm.data.source import DataSource, Loaded
 from ndm.errors import UserError, check_whole, describe_value
 
-_GRID_POINTS, _ROWS_AT_ONCE = 2**24, 4096
+_GRID_POINTS = 2**24  # most points of a grid for the entropy
+_ROWS = 4096  # points evaluated at a time
 
 
 class ToySource(DataSource):
-    """A density that can be sampled and evaluated; its splits are samples drawn with a fixed seed.
+    """A density that can be sampled and evaluated; its splits are samples with a fixed seed.
 
-    The test split does not depend on ``train_size``, nor the train split on ``test_size``.
+    Neither split depends on the size of the other.
     """
 
     def __init__(self, train_size: int, test_size: int, seed: int):
@@ -46,31 +47,26 @@ class ToySource(DataSource):
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log p(x) in nats, ``(B,)``, for ``(B, D)``; computed in float64, returned in the dtype of
-        x.
+        """Return log p(x) in nats, ``(B,)``, for x ``(B, D)``.
+
+        It is computed in float64 and returned in the dtype of x.
         """
 
     @abstractmethod
     def entropy(self) -> float:
-        """-E log p(x), nats."""
+        """Return -E log p(x) in nats."""
 
     def load(self) -> Loaded:
         arrays = {}
-        for index, (split, size) in enumerate(
-            (("train", self.train_size), ("test", self.test_size))
-        ):
-            arrays[split] = self.sample(
-                size, torch.Generator().manual_seed(2 * self.seed + index)
-            ).numpy()
-        return continuous(
-            type(self).__name__.lower(),
-            f"{self._words()}; samples with seed {self.seed}",
-            arrays,
-            standardize=False,
-        )
+        sizes = {"train": self.train_size, "test": self.test_size}
+        for index, (split, size) in enumerate(sizes.items()):
+            generator = torch.Generator().manual_seed(2 * self.seed + index)
+            arrays[split] = self.sample(size, generator).numpy()
+        version = f"{self._describe_arguments()}; samples with seed {self.seed}"
+        return continuous(type(self).__name__.lower(), version, arrays, standardize=False)
 
-    def _words(self) -> str:
-        """The arguments of the density, for the version."""
+    def _describe_arguments(self) -> str:
+        """Describe the arguments of the density, for a description's version."""
         arguments = {
             key: value
             for key, value in self.__getstate__().items()
@@ -80,16 +76,15 @@ class ToySource(DataSource):
 
 
 class Mixture(ToySource):
-    """A mixture of round Gaussians in any dimension; two of them on a line unless told otherwise.
+    """A mixture of isotropic Gaussians in any dimension; by default two on a line.
 
     Args:
-        means: one list of D numbers for each component.
-        stds: standard deviation of the components: one number for all, or a list of one number
-            each.
-        weights: relative weights of the components; equal when not given.
+        means: one list of D numbers per component.
+        stds: standard deviation: one number for all components, or a list with one for each.
+        weights: relative weights of the components; equal by default.
         train_size: number of train examples.
         test_size: number of test examples.
-        seed: of the samples.
+        seed: seed of the samples.
     """
 
     def __init__(
@@ -111,7 +106,7 @@ class Mixture(ToySource):
         ):
             raise UserError(
                 f"means={describe_value(means)}: give one list of finite numbers for each"
-                " component, all of one length"
+                " component, all of the same length"
             )
         for name, values in (("stds", self._std_list()), ("weights", self._weight_list())):
             if len(values) != len(means) or not all(0 < value < math.inf for value in values):
@@ -123,7 +118,7 @@ class Mixture(ToySource):
 
     @classmethod
     def ring(cls, components: int = 8, radius: float = 1.0, std: float = 0.1) -> "Mixture":
-        """Equal Gaussians at equal angles on a circle in the plane."""
+        """Return a mixture of equal Gaussians at equal angles on a circle in the plane."""
         angles = [2 * math.pi * k / components for k in range(components)]
         return cls([[radius * math.cos(angle), radius * math.sin(angle)] for angle in angles], std)
 
@@ -137,37 +132,31 @@ class Mixture(ToySource):
         means, stds, weights = (value.to(x.device) for value in self._parameters())
         _check_dimension(x, means.shape[1])
         standardized = (x.double()[:, None] - means) / stds[:, None]
-        log_normal = -0.5 * (standardized**2).sum(-1) - means.shape[1] * torch.log(
-            stds * math.sqrt(2 * math.pi)
-        )
+        log_scale = means.shape[1] * torch.log(stds * math.sqrt(2 * math.pi))
+        log_normal = -0.5 * (standardized**2).sum(-1) - log_scale
         return torch.logsumexp(weights.log() + log_normal, dim=-1).to(x.dtype)
 
     def entropy(self) -> float:
-        """-E log p(x), nats, by quadrature, for one or two dimensions.
+        """Return -E log p(x) in nats by quadrature, in one or two dimensions.
 
         Raises:
-            UserError: the mixture has more than two dimensions, or is too fine for a grid; average
-                ``-log_prob(sample(n))`` instead.
+            UserError: the mixture has more than two dimensions, or is too fine for the grid;
+                average ``-log_prob(sample(n))`` instead.
         """
         means, stds, _ = self._parameters()
         reach = 10 * stds[:, None]
-        return _grid_entropy(
-            self.log_prob, (means - reach).amin(0), (means + reach).amax(0), float(stds.min()) / 5
-        )
+        low, high = (means - reach).amin(0), (means + reach).amax(0)
+        return _grid_entropy(self.log_prob, low, high, float(stds.min()) / 5)
 
     def _std_list(self) -> list[float]:
-        return (
-            [float(self.stds)] * len(self.means)
-            if isinstance(self.stds, (int, float))
-            else [float(std) for std in self.stds]
-        )
+        if isinstance(self.stds, (int, float)):
+            return [float(self.stds)] * len(self.means)
+        return [float(std) for std in self.stds]
 
     def _weight_list(self) -> list[float]:
-        return (
-            [1.0] * len(self.means)
-            if self.weights is None
-            else [float(weight) for weight in self.weights]
-        )
+        if self.weights is None:
+            return [1.0] * len(self.means)
+        return [float(weight) for weight in self.weights]
 
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         means, stds, weights = (
@@ -178,14 +167,13 @@ class Mixture(ToySource):
 
 
 class Checkerboard(ToySource):
-    """Uniform on eight of the sixteen cells of a 4 x 4 board centerd at 0, no two of them sharing
-    an edge.
+    """Uniform on eight alternating cells of a 4 x 4 board centered at 0.
 
     Args:
         cell: side of a cell; with 1/1.2 the entropy is log(8 / 1.44) = 1.715 nats.
         train_size: number of train examples.
         test_size: number of test examples.
-        seed: of the samples.
+        seed: seed of the samples.
     """
 
     def __init__(
@@ -199,13 +187,12 @@ class Checkerboard(ToySource):
         self.cell = _positive("cell", cell)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        kept = torch.empty(0, 2)
-        while (
-            len(kept) < n
-        ):  # by rejection in float32, so that rounding never carries a sample into an empty cell
+        accepted = torch.empty(0, 2)
+        # Rejection in float32, so that rounding never moves a sample into an empty cell.
+        while len(accepted) < n:
             x = (4 * torch.rand(2 * n + 16, 2, generator=generator) - 2) * self.cell
-            kept = torch.cat([kept, x[self._filled(x)]])
-        return kept[:n]
+            accepted = torch.cat([accepted, x[self._filled(x)]])
+        return accepted[:n]
 
     def log_prob(self, x: Tensor) -> Tensor:
         _check_dimension(x, 2)
@@ -220,18 +207,18 @@ class Checkerboard(ToySource):
 
 
 class TwoMoons(ToySource):
-    """Two interleaved half circles of radius 1, blurred: m_1 = (cos, sin), m_2 = (1 - cos, 1/2 -
-    sin), angles uniform on [0, pi].
+    """Two interleaved half circles of radius 1 with Gaussian noise.
 
-    The curves are those of scikit-learn's ``make_moons``, which spaces the angles evenly instead of
-    drawing them. ``log_prob`` is a Gauss-Legendre quadrature over the angle, good to about ten
-    digits for points within a few ``noise`` of the moons.
+    The curves are m_1 = (cos, sin) and m_2 = (1 - cos, 1/2 - sin), with angles uniform on [0, pi].
+    scikit-learn's ``make_moons`` uses the same curves, but spaces the angles evenly. ``log_prob``
+    is a Gauss-Legendre quadrature over the angle, accurate to about ten digits for points within a
+    few ``noise`` of the moons.
 
     Args:
-        noise: standard deviation of the blur, at least 0.005.
+        noise: standard deviation of the noise, at least 0.005.
         train_size: number of train examples.
         test_size: number of test examples.
-        seed: of the samples.
+        seed: seed of the samples.
     """
 
     def __init__(
@@ -249,28 +236,23 @@ class TwoMoons(ToySource):
 
     def log_prob(self, x: Tensor) -> Tensor:
         _check_dimension(x, 2)
-        panels = math.ceil(
-            math.pi / (2 * self.noise)
-        )  # 16 nodes on every panel of at most two standard deviations
+        # 16 nodes on every panel of at most two standard deviations.
+        panels = math.ceil(math.pi / (2 * self.noise))
         node, weight = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(16))
-        angle = (
-            (torch.arange(panels, dtype=torch.float64)[:, None] + (node + 1) / 2)
-            * (math.pi / panels)
-        ).flatten()
-        log_weight = (weight / 2 / panels).log().repeat(panels)
-        points, log_weight = (
-            torch.cat(self._moons(angle)).to(x.device),
-            torch.cat([log_weight, log_weight]).to(x.device) - math.log(2),
-        )
+        start = torch.arange(panels, dtype=torch.float64)[:, None]
+        angle = ((start + (node + 1) / 2) * (math.pi / panels)).flatten()
+        log_weight = (weight / 2 / panels).log().repeat(2 * panels).to(x.device) - math.log(2)
+        points = torch.cat(self._moons(angle)).to(x.device)
         parts = []
-        for rows in x.double().split(_ROWS_AT_ONCE):
+        for rows in x.double().split(_ROWS):
             square = ((rows[:, None] - points) ** 2).sum(-1)
             parts.append(torch.logsumexp(log_weight - square / (2 * self.noise**2), dim=-1))
         return (torch.cat(parts) - math.log(2 * math.pi * self.noise**2)).to(x.dtype)
 
     def entropy(self) -> float:
-        """-E log p(x), nats, by quadrature; takes a second for a noise of 0.1, and eight times as
-        long for half of it.
+        """Return -E log p(x) in nats by quadrature.
+
+        This takes a second for a noise of 0.1, and eight times as long for half the noise.
         """
         reach = 9 * self.noise
         low, high = torch.tensor([-1 - reach, -0.5 - reach]), torch.tensor([2 + reach, 1 + reach])
@@ -283,16 +265,16 @@ class TwoMoons(ToySource):
 
 
 class Pinwheel(ToySource):
-    """Arms of elongated Gaussians at radius 1, turned by ``rate`` * exp(radius).
+    """Arms of elongated Gaussians at radius 1, rotated by ``rate`` * exp(radius).
 
     Args:
         arms: number of arms.
         radial_std: standard deviation along an arm.
         tangential_std: standard deviation across an arm.
-        rate: strength of the turn; 0 leaves straight arms.
+        rate: strength of the rotation; 0 for straight arms.
         train_size: number of train examples.
         test_size: number of test examples.
-        seed: of the samples.
+        seed: seed of the samples.
     """
 
     def __init__(
@@ -308,30 +290,26 @@ class Pinwheel(ToySource):
         super().__init__(train_size, test_size, seed)
         check_whole("arms", arms, 1)
         self.arms, self.rate = arms, rate
-        self.radial_std, self.tangential_std = (
-            _positive("radial_std", radial_std),
-            _positive("tangential_std", tangential_std),
-        )
+        self.radial_std = _positive("radial_std", radial_std)
+        self.tangential_std = _positive("tangential_std", tangential_std)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         arm = torch.randint(self.arms, (n,), generator=generator)
-        straight = torch.randn(n, 2, dtype=torch.float64, generator=generator) * torch.tensor(
-            [self.radial_std, self.tangential_std]
-        )
+        noise = torch.randn(n, 2, dtype=torch.float64, generator=generator)
+        straight = noise * torch.tensor([self.radial_std, self.tangential_std])
         straight[:, 0] += 1
-        return _turn(
-            straight, arm * (2 * math.pi / self.arms) + self.rate * straight.norm(dim=-1).exp()
-        ).float()
+        angle = arm * (2 * math.pi / self.arms) + self.rate * straight.norm(dim=-1).exp()
+        return _rotate(straight, angle).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         _check_dimension(x, 2)
-        return self._log_prob_straight(
-            _turn(x.double(), -self.rate * x.double().norm(dim=-1).exp())
-        ).to(x.dtype)
+        straight = _rotate(x.double(), -self.rate * x.double().norm(dim=-1).exp())
+        return self._log_prob_straight(straight).to(x.dtype)
 
     def entropy(self) -> float:
-        """-E log p(x), nats, by quadrature over the straight arms: the turn keeps areas, and so the
-        entropy.
+        """Return -E log p(x) in nats by quadrature.
+
+        The grid covers the straight arms, because the rotation preserves areas and thus entropy.
         """
         stds = (self.radial_std, self.tangential_std)
         reach = torch.full((2,), 1 + 10 * max(stds))
@@ -340,18 +318,15 @@ class Pinwheel(ToySource):
     def _log_prob_straight(self, x: Tensor) -> Tensor:
         arms = []
         for arm in range(self.arms):
-            along, across = _turn(
-                x, torch.full_like(x[:, 0], -2 * math.pi * arm / self.arms)
-            ).unbind(-1)
-            arms.append(
-                -0.5 * (((along - 1) / self.radial_std) ** 2 + (across / self.tangential_std) ** 2)
-            )
-        return torch.logsumexp(torch.stack(arms), dim=0) - math.log(
-            self.arms * 2 * math.pi * self.radial_std * self.tangential_std
-        )
+            angle = torch.full_like(x[:, 0], -2 * math.pi * arm / self.arms)
+            along, across = _rotate(x, angle).unbind(-1)
+            square = ((along - 1) / self.radial_std) ** 2 + (across / self.tangential_std) ** 2
+            arms.append(-0.5 * square)
+        scale = self.arms * 2 * math.pi * self.radial_std * self.tangential_std
+        return torch.logsumexp(torch.stack(arms), dim=0) - math.log(scale)
 
 
-def _turn(x: Tensor, angle: Tensor) -> Tensor:
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     cos, sin = torch.cos(angle), torch.sin(angle)
     return torch.stack([cos * x[:, 0] - sin * x[:, 1], sin * x[:, 0] + cos * x[:, 1]], -1)
 
@@ -367,22 +342,21 @@ def _positive(name: str, value: float, least: float = 0.0) -> float:
 
 def _check_dimension(x: Tensor, dimension: int) -> None:
     if x.ndim != 2 or x.shape[1] != dimension:
-        raise UserError(
-            f"x has shape {tuple(x.shape)}; this density takes points of shape (B, {dimension})"
-        )
+        raise UserError(f"x has shape {tuple(x.shape)}; give points of shape (B, {dimension})")
 
 
 def _grid_entropy(
     log_prob: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, step: float
 ) -> float:
-    """-sum p log p on a regular grid over a box of one or two dimensions; for smooth p it converges
-    faster than any power of step.
+    """Return -sum p log p on a regular grid over a box of one or two dimensions.
+
+    For smooth p it converges faster than any power of ``step``.
     """
     counts = torch.ceil((high - low) / step).long() + 1
     if len(low) > 2 or math.prod(counts.tolist()) > _GRID_POINTS:
         raise UserError(
-            f"no grid of {_GRID_POINTS} points resolves this density in {len(low)} dimensions (one"
-            " or two are possible); average -log_prob(sample(n)) instead"
+            f"no grid of at most {_GRID_POINTS} points resolves this density in {len(low)}"
+            " dimensions (possible: 1 or 2); average -log_prob(sample(n)) instead"
         )
     axes = [
         float(a) + step * torch.arange(int(count), dtype=torch.float64)

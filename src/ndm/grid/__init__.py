@@ -1,3 +1,1 @@
-"""Data on a grid of values: soft rounding, a predictor with probabilities of every value, and its
-kernels.
-"""
+"""Soft rounding and a categorical predictor for data on a grid of values."""

@@ -1,5 +1,6 @@
-"""Networks for x̂(z, t), for f(x, t) and, without time, for encoders and decoders; any other
-``nn.Module`` called alike serves as well.
+"""Networks for x̂(z, t) and f(x, t), and, without time, for encoders and decoders.
+
+Any other ``nn.Module`` with the same call works as well.
 """
 
 from ndm.nn.adapter import FromDiffusers

@@ -9,8 +9,8 @@ class FromDiffusers(Part):
     """A model of the diffusers library, such as ``UNet2DModel``, as a network ``f(x, t)``.
 
     Args:
-        model: called as ``model(x, timestep)`` and returning an object with the tensor ``sample``.
-        time_scale: the model's clock at t = 1; diffusers' embeddings expect time steps up to 1,000.
+        model: called as ``model(x, timestep)``; returns an object with the tensor ``sample``.
+        time_scale: the time step at t = 1; the embeddings of diffusers expect steps up to 1,000.
     """
 
     def __init__(self, model: nn.Module, time_scale: float = 1000.0):
@@ -18,5 +18,5 @@ class FromDiffusers(Part):
         self.model, self.time_scale = model, time_scale
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
+        """Map ``(B, *event)`` and times ``(B,)`` to ``(B, *event)``."""
         return self.model(x, t * self.time_scale).sample

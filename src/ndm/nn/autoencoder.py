@@ -1,11 +1,11 @@
-r"""Networks between the data and a latent space of another shape, for :class:`ndm.Encoder` and
-:class:`ndm.NetworkDecoder`.
+r"""Networks between data and latents of another shape, without time.
 
 .. math::
     \text{Dense: } y = W_L\, \mathrm{SiLU}(\dots \mathrm{SiLU}(W_0 x)), \qquad
-    \text{convolutions: } h_{l+1} = \mathrm{SiLU}\, \mathrm{norm}(\mathrm{conv}(h_l)), \text{ halving or doubling height and width.}
+    \text{convolutions: } h_{l+1} = \mathrm{SiLU}\, \mathrm{norm}(\mathrm{conv}(h_l)) .
 
-They do not know the time.
+The convolutions halve or double height and width. The networks are made for :class:`ndm.Encoder`
+and :class:`ndm.NetworkDecoder`.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from ndm.parts import Part
 
 
 class Dense(Part):
-    """A perceptron from events of one shape to events of another.
+    """A multilayer perceptron from events of one shape to events of another.
 
     Args:
-        inputs: shape of an event that comes in.
-        outputs: shape of an event that goes out.
-        hidden: width.
-        layers: hidden layers; 0 is an affine map.
+        inputs: shape of an input event.
+        outputs: shape of an output event.
+        hidden: width of the hidden layers.
+        layers: number of hidden layers; 0 is an affine map.
     """
 
     def __init__(
@@ -40,12 +40,8 @@ class Dense(Part):
                 raise UserError(
                     f"{name}={list(shape)}: give the shape of an event, such as [1, 8, 8]"
                 )
-        self.inputs, self.outputs, self.hidden, self.layers = (
-            list(inputs),
-            list(outputs),
-            hidden,
-            layers,
-        )
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        self.hidden, self.layers = hidden, layers
         widths = [math.prod(self.inputs), *([hidden] * layers), math.prod(self.outputs)]
         parts: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -53,7 +49,7 @@ class Dense(Part):
         self.net = nn.Sequential(*parts[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, *inputs)`` to ``(B, *outputs)``."""
+        """Map ``(B, *inputs)`` to ``(B, *outputs)``."""
         if list(x.shape[1:]) != self.inputs:
             raise UserError(
                 f"Dense takes events of shape {tuple(self.inputs)}, got a batch of shape"
@@ -67,12 +63,9 @@ def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 def _check_sizes(image_channels: int, latent_channels: int, channels: int, halvings: int) -> None:
-    for name, value in (
-        ("image_channels", image_channels),
-        ("latent_channels", latent_channels),
-        ("channels", channels),
-    ):
-        check_whole(name, value, 1)
+    check_whole("image_channels", image_channels, 1)
+    check_whole("latent_channels", latent_channels, 1)
+    check_whole("channels", channels, 1)
     check_whole("halvings", halvings, 0)
 
 
@@ -83,7 +76,7 @@ class ConvEncoder(Part):
         image_channels: C.
         latent_channels: channels of the latents.
         channels: width of the first layer; it doubles with each halving.
-        halvings: n, how often height and width are halved; 2^n must divide both.
+        halvings: n, the number of times that height and width are halved; 2^n must divide both.
     """
 
     def __init__(
@@ -95,12 +88,8 @@ class ConvEncoder(Part):
     ):
         super().__init__()
         _check_sizes(image_channels, latent_channels, channels, halvings)
-        self.image_channels, self.latent_channels, self.channels, self.halvings = (
-            image_channels,
-            latent_channels,
-            channels,
-            halvings,
-        )
+        self.image_channels, self.latent_channels = image_channels, latent_channels
+        self.channels, self.halvings = channels, halvings
         parts = _layer(image_channels, channels)
         for index in range(halvings):
             parts += _layer(channels * 2**index, channels * 2 ** (index + 1), stride=2)
@@ -109,14 +98,10 @@ class ConvEncoder(Part):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, latent_channels, H/2^n, W/2^n)``."""
+        """Map ``(B, C, H, W)`` to ``(B, latent_channels, H/2^n, W/2^n)``."""
         block = 2**self.halvings
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.image_channels
-            or x.shape[2] % block
-            or x.shape[3] % block
-        ):
+        is_image = x.dim() == 4 and x.shape[1] == self.image_channels
+        if not is_image or x.shape[2] % block or x.shape[3] % block:
             raise UserError(
                 f"the encoder takes images (B, {self.image_channels}, H, W) whose sides are"
                 f" multiples of {block}, got a batch of shape {tuple(x.shape)}; set image_channels"
@@ -126,8 +111,9 @@ class ConvEncoder(Part):
 
 
 class ConvDecoder(Part):
-    """The way back: convolutions with nearest-neighbor doubling from ``(B, latent_channels, h, w)``
-    to ``(B, C, 2^n h, 2^n w)``.
+    """Convolutions and nearest-neighbor upsampling, the counterpart of :class:`ConvEncoder`.
+
+    They map ``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``.
 
     Args:
         image_channels: C.
@@ -145,22 +131,16 @@ class ConvDecoder(Part):
     ):
         super().__init__()
         _check_sizes(image_channels, latent_channels, channels, halvings)
-        self.image_channels, self.latent_channels, self.channels, self.halvings = (
-            image_channels,
-            latent_channels,
-            channels,
-            halvings,
-        )
+        self.image_channels, self.latent_channels = image_channels, latent_channels
+        self.channels, self.halvings = channels, halvings
         parts = _layer(latent_channels, channels * 2**halvings)
         for index in reversed(range(halvings)):
-            parts += [
-                nn.Upsample(scale_factor=2.0),
-                *_layer(channels * 2 ** (index + 1), channels * 2**index),
-            ]
+            parts.append(nn.Upsample(scale_factor=2.0))
+            parts += _layer(channels * 2 ** (index + 1), channels * 2**index)
         self.net = nn.Sequential(*parts, nn.Conv2d(channels, image_channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
-        """``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``."""
+        """Map ``(B, latent_channels, h, w)`` to ``(B, C, 2^n h, 2^n w)``."""
         if z.dim() != 4 or z.shape[1] != self.latent_channels:
             raise UserError(
                 f"the decoder takes latents (B, {self.latent_channels}, h, w), got a batch of shape"

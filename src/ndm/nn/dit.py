@@ -1,14 +1,14 @@
-r"""A transformer over patches of images, the DiT of Peebles & Xie (2023): matrix products
-throughout, which is what GPUs do best.
+r"""A transformer over image patches, the DiT of Peebles & Xie (2023).
 
 .. math::
     h_0 = W\,\mathrm{patches}(x) + \mathrm{pos}, \qquad
     h \mathrel{+}= g_1 \odot \mathrm{attention}\bigl(\mathrm{norm}(h)(1 + a_1) + b_1\bigr), \qquad
     h \mathrel{+}= g_2 \odot \mathrm{MLP}\bigl(\mathrm{norm}(h)(1 + a_2) + b_2\bigr),
 
-with a, b and g linear in an embedding of time, zero at first, so that every block starts as the
-identity. Positions are sines and cosines of row and column, so that one network takes images of any
-size whose sides the patch divides.
+a, b and g are linear in an embedding of time, with zero initial weights, so that every block starts
+as the identity. The positions are sines and cosines of row and column, so one network takes images
+of any size whose sides are multiples of the patch. Nearly all the work is in matrix products, which
+are fast on GPUs.
 """
 
 from collections.abc import Sequence
@@ -24,37 +24,39 @@ from ndm.parts import Part
 
 
 def positions(height: int, width: int, features: int, like: Tensor) -> Tensor:
-    """Sines and cosines of row and column, ``(height * width, features)``, in the dtype and on the
-    device of ``like``.
+    """Return sines and cosines of row and column, ``(height * width, features)``.
+
+    Args:
+        height: number of rows.
+        width: number of columns.
+        features: a multiple of 4.
+        like: gives dtype and device.
     """
     quarter = features // 4
     omega = 10_000.0 ** (-torch.arange(quarter, dtype=like.dtype, device=like.device) / quarter)
-    rows, columns = (
+    row, column = (
         torch.arange(size, dtype=like.dtype, device=like.device)[:, None] * omega
         for size in (height, width)
     )
-    of_rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, width, -1)
-    of_columns = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(height, -1, -1)
-    return torch.cat([of_rows, of_columns], 2).flatten(0, 1)
+    rows = torch.cat([row.sin(), row.cos()], 1)[:, None].expand(-1, width, -1)
+    columns = torch.cat([column.sin(), column.cos()], 1)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int, embedding: int, dropout: float):
         super().__init__()
         self.heads = heads
-        self.norm_1, self.norm_2 = (
-            LayerNorm(width, elementwise_affine=False),
-            LayerNorm(width, elementwise_affine=False),
-        )
+        self.norm_1 = LayerNorm(width, elementwise_affine=False)
+        self.norm_2 = LayerNorm(width, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.inner, self.outer = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.modulation = zeroed(nn.Linear(embedding, 6 * width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(time)[:, None].chunk(
-            6, dim=2
-        )
+        modulation = self.modulation(time)[:, None]
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=2)
         qkv = self.qkv(self.norm_1(h) * (1 + scale_1) + shift_1).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         h = h + gate_1 * self.out(attend(q, k, v).transpose(1, 2).flatten(2))
@@ -63,21 +65,21 @@ class _Block(nn.Module):
 
 
 class DiT(Part):
-    """A transformer f(x, t) over patches of images.
+    """A transformer f(x, t) over image patches.
 
     Args:
-        image_channels: channels C of the image, in and out.
-        patch: side of a patch, which must divide height and width.
-        width: numbers a patch; a multiple of 4 and of ``heads``.
+        image_channels: number of channels C of the image, in and out.
+        patch: side of a patch; it must divide height and width.
+        width: features per patch; a multiple of 4 and of ``heads``.
         depth: number of blocks.
-        heads: heads of the attention.
-        context: further channels that come in after those of the image, such as those of
+        heads: number of attention heads.
+        context: number of further input channels, after those of the image, such as those of
             :class:`ndm.CategoricalPredictor`.
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for
-            :class:`ndm.SeparableTransform`; None for one without that axis.
+            :class:`ndm.SeparableTransform`; None for one output without that axis.
     """
 
     def __init__(
@@ -96,37 +98,23 @@ class DiT(Part):
         super().__init__()
         check_outputs(outputs)
         check_whole("context", context, 0)
-        for name, value in (
-            ("image_channels", image_channels),
-            ("patch", patch),
-            ("width", width),
-            ("depth", depth),
-            ("heads", heads),
-        ):
-            check_whole(name, value, 1)
+        check_whole("image_channels", image_channels, 1)
+        check_whole("patch", patch, 1)
+        check_whole("width", width, 1)
+        check_whole("depth", depth, 1)
+        check_whole("heads", heads, 1)
         if width % 4 or width % heads:
             raise UserError(
-                f"width={width}, heads={heads}: give a width that is a multiple of 4 and of heads"
+                f"width={width}, heads={heads}: width must be a multiple of 4 and of heads"
             )
-        self.image_channels, self.patch, self.width, self.depth, self.heads, self.context = (
-            image_channels,
-            patch,
-            width,
-            depth,
-            heads,
-            context,
-        )
-        self.fourier, self.max_frequency, self.dropout, self.outputs = (
-            list(fourier),
-            max_frequency,
-            check_dropout(dropout),
-            outputs,
-        )
+        self.image_channels, self.context, self.outputs = image_channels, context, outputs
+        self.patch, self.width, self.depth, self.heads = patch, width, depth, heads
+        self.fourier, self.max_frequency = list(fourier), max_frequency
+        self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         self.time = TimeEmbedding(width, max_frequency=max_frequency)
-        self.first = nn.Linear(
-            (image_channels * self.features.multiple() + context) * patch**2, width
-        )
+        channels = image_channels * self.features.multiple() + context
+        self.first = nn.Linear(channels * patch**2, width)
         self.blocks = nn.ModuleList(_Block(width, heads, width, dropout) for _ in range(depth))
         self.norm = LayerNorm(width, elementwise_affine=False)
         self.modulation = zeroed(nn.Linear(width, 2 * width))
@@ -137,33 +125,15 @@ class DiT(Part):
         zeroed(self.last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``; with context, x is ``(B, C + context,
-        H, W)``.
-        """
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.image_channels + self.context
-            or x.shape[2] % self.patch
-            or x.shape[3] % self.patch
-        ):
-            wanted = (
-                self.image_channels
-                if not self.context
-                else f"{self.image_channels} + {self.context} of context"
-            )
-            raise UserError(
-                f"the transformer takes images (B, {wanted}, H, W) whose sides are multiples of"
-                f" {self.patch}, got a batch of shape {tuple(x.shape)}; set image_channels and"
-                " patch to fit the data"
-            )
-        image, rest = x[:, : self.image_channels], x[:, self.image_channels :]
-        inputs = (
-            torch.cat([self.features(image), rest], 1) if self.context else self.features(image)
-        )
+        """Map ``(B, C + context, H, W)`` and times ``(B,)`` to ``(B, C, H, W)``."""
+        self._check(x)
+        image, context = x[:, : self.image_channels], x[:, self.image_channels :]
+        inputs = self.features(image)
+        if self.context:
+            inputs = torch.cat([inputs, context], 1)
         rows, columns, side = x.shape[2] // self.patch, x.shape[3] // self.patch, self.patch
-        patches = inputs.unflatten(3, (columns, side)).unflatten(
-            2, (rows, side)
-        )  # (B, c, rows, side, columns, side)
+        # (B, channels, rows, side, columns, side)
+        patches = inputs.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         h = self.first(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         h = h + positions(rows, columns, self.width, h)
         time = self.time(t)
@@ -171,13 +141,21 @@ class DiT(Part):
             h = block(h, time)
         scale, shift = self.modulation(time)[:, None].chunk(2, dim=2)
         out = self.last(self.norm(h) * (1 + scale) + shift)
-        out = (
-            out.unflatten(2, (-1, side, side))
-            .unflatten(1, (rows, columns))
-            .permute(0, 3, 1, 4, 2, 5)
-            .flatten(4)
-            .flatten(2, 3)
-        )
-        return (
-            out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))
-        )
+        out = out.unflatten(2, (-1, side, side)).unflatten(1, (rows, columns))
+        out = out.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        if self.outputs is None:
+            return out
+        return out.unflatten(1, (self.outputs, self.image_channels))
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.image_channels + self.context
+        is_image = x.dim() == 4 and x.shape[1] == channels
+        if not is_image or x.shape[2] % self.patch or x.shape[3] % self.patch:
+            expected = str(self.image_channels)
+            if self.context:
+                expected += f" + {self.context} of context"
+            raise UserError(
+                f"the transformer takes images (B, {expected}, H, W) whose sides are multiples of"
+                f" {self.patch}, got a batch of shape {tuple(x.shape)}; set image_channels and"
+                " patch to fit the data"
+            )

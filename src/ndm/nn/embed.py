@@ -1,10 +1,11 @@
 r"""Embeddings of time and of values.
 
 .. math::
-    \text{time: } t \mapsto [\cos(\pi\omega_j t), \sin(\pi\omega_j t)]_j, \quad \omega_j \text{ geometric from 1 to } \omega_{\max}, \qquad
+    \text{time: } t \mapsto [\cos(\pi\omega_j t), \sin(\pi\omega_j t)]_j, \quad
+    \omega_j \text{ geometric from 1 to } \omega_{\max}, \qquad
     \text{values: } x \mapsto [x, \sin(2^n \pi x), \cos(2^n \pi x)]_n .
 
-The time derivative of a network grows with its fastest time frequency, so a transformation wants a
+The time derivative of a network grows with its fastest time frequency, so give a transformation a
 lower maximum than a predictor.
 """
 
@@ -22,7 +23,7 @@ class TimeEmbedding(nn.Module):
 
     Args:
         features: size of the embedding.
-        frequencies: number of sines and of cosines.
+        frequencies: number of frequencies; each has a sine and a cosine.
         max_frequency: fastest frequency, in half-turns per unit of time.
     """
 
@@ -48,19 +49,19 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, features)``."""
+        """Map ``(B,)`` to ``(B, features)``."""
         angle = t[:, None] * self.omega.to(t.dtype)
         return self.net(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
 class FourierFeatures(nn.Module):
-    """Append sin(2^n pi x) and cos(2^n pi x) of every channel: they let a network see the fine
-    digits of its input (VDM, appendix C).
+    """Appends sin(2^n pi x) and cos(2^n pi x) of every channel (VDM, appendix C).
+
+    They show a network the fine digits of its input.
 
     Args:
-        powers: the exponents n; for data with L values in [-1, 1], VDM takes those near log2(L) -
-            1. Where the predictor rounds (``num_values``), coarser ones, 1 to 4, help more: see the
-            results on MNIST.
+        powers: the exponents n. For data with L values in [-1, 1], VDM uses those near log2(L) - 1.
+            If the predictor rounds (``num_values``), 1 to 4 help more: see the results on MNIST.
     """
 
     def __init__(self, powers: Sequence[int] = ()):
@@ -68,11 +69,11 @@ class FourierFeatures(nn.Module):
         self.powers = list(powers)
 
     def multiple(self) -> int:
-        """By how much the number of channels grows."""
+        """Return the factor by which the number of channels grows."""
         return 1 + 2 * len(self.powers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, ...)`` to ``(B, C (1 + 2 len(powers)), ...)``."""
+        """Map ``(B, C, ...)`` to ``(B, C (1 + 2 len(powers)), ...)``."""
         parts = [x]
         for power in self.powers:
             angle = (2.0**power * math.pi) * x

@@ -1,13 +1,14 @@
-r"""Group norm, modulation and SiLU as one operation that keeps its input alone for the backward
-pass.
+r"""Group norm, modulation and SiLU as one operation that saves only its input for backward.
 
 .. math::
-    y = \mathrm{SiLU}\bigl(\mathrm{norm}(x)(1 + a) + b\bigr), \qquad \text{a and b by example and channel}
+    y = \mathrm{SiLU}\bigl(\mathrm{norm}(x)(1 + a) + b\bigr), \qquad
+    \text{a and b by example and channel}
 
-Autograd would keep the normalized and the modulated activations as well, half of what a U-Net holds
-in training. They are an affine map of x for each channel, one pass over x to get back. Activations
-in half precision are normalized in float32, of which nothing is kept: means over a group need its
-digits, and PyTorch's norm of half precision is several times slower than that of float32 on CPUs.
+Autograd would also save the normalized and the modulated activations, half of the memory of a U-Net
+in training. Both are affine maps of x for each channel, so one pass over x recomputes them.
+Activations in half precision are normalized in float32, but no float32 tensor is saved. Means over
+a group need the precision, and on CPUs PyTorch's norm is several times slower in half precision
+than in float32.
 """
 
 import functools
@@ -24,27 +25,29 @@ from ndm.nn.layers import HALF, normal, widened
 
 _aten = torch.ops.aten
 SMALLEST = 2**18
-"""Fewer numbers than these are not worth it: the operations' own overhead outweighs what is saved.
-"""
+"""Number of elements below which the overhead of the fused operation outweighs its savings."""
 
 
 def norm_silu(
     norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
-    """SiLU(norm(x) (1 + scale) + shift) for ``x`` ``(B, C, H, W)``, with ``scale`` and ``shift``
-    ``(B, C)``, both or neither; in the dtype of x.
+    """Return SiLU(norm(x) (1 + scale) + shift) in the dtype of x.
+
+    Args:
+        norm: a norm of :func:`ndm.nn.layers.make_norm`.
+        x: ``(B, C, H, W)``.
+        scale: ``(B, C)``; both scale and shift, or neither.
+        shift: ``(B, C)``.
     """
     if not isinstance(norm, nn.GroupNorm):
         return _silu(norm(x), x, scale, shift)
-    if _simple(x):
+    if _can_fuse(x):
         return _NormSiLU.apply(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
     return _formula(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps)
 
 
-def _simple(x: Tensor) -> bool:
-    """Whether it is large, and only a plain backward pass may follow: no compiler, transform of
-    torch.func or forward mode.
-    """
+def _can_fuse(x: Tensor) -> bool:
+    """Whether ``x`` is large, and not inside a compiler, torch.func or forward mode."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -68,11 +71,10 @@ def _formula(
 
 
 def _silu(inner: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """SiLU(inner (1 + scale) + shift) in the dtype of x."""
+    """Return SiLU(inner (1 + scale) + shift) in the dtype of x."""
     if scale is not None and shift is not None:
-        inner = torch.addcmul(
-            per_channel(widened(shift), x), inner, 1 + per_channel(widened(scale), x)
-        )
+        factor = 1 + per_channel(widened(scale), x)
+        inner = torch.addcmul(per_channel(widened(shift), x), inner, factor)
     return nnf.silu(inner).to(x.dtype)
 
 
@@ -100,7 +102,7 @@ class _NormSiLU(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled():  # this pass may be differentiated, too
             formula = functools.partial(_formula, groups=ctx.groups, eps=ctx.eps)
             return (*through(formula, (x, weight, bias, scale, shift), gradient), None, None)
         narrow = x.dtype
@@ -113,10 +115,10 @@ class _NormSiLU(Function):
         )
         slope = rstd_c * weight  # norm(x) = slope x + start
         start = bias - mean_c * slope
-        whole, add = (
-            (slope, start) if scale is None else (slope * (1 + scale), start * (1 + scale) + shift)
-        )
-        inner = torch.addcmul(per_channel(add, x), x, per_channel(whole, x))
+        factor, offset = slope, start
+        if scale is not None:
+            factor, offset = slope * (1 + scale), start * (1 + scale) + shift
+        inner = torch.addcmul(per_channel(offset, x), x, per_channel(factor, x))
         g = _aten.silu_backward(dense(gradient, x), inner)
         dscale = dshift = None
         if scale is not None:
@@ -124,5 +126,5 @@ class _NormSiLU(Function):
             dshift = g.sum(dims)
             dscale = slope * torch.mul(g, x, out=inner).sum(dims) + start * dshift
             g.mul_(per_channel(1 + scale, x))
-        found = jacobian(x, mean, rstd, ctx.groups, g, weight, ctx.needs_input_grad[1:3])
-        return (found[0].to(narrow), *found[1:], dscale, dshift, None, None)
+        dx, *dnorm = jacobian(x, mean, rstd, ctx.groups, g, weight, ctx.needs_input_grad[1:3])
+        return (dx.to(narrow), *dnorm, dscale, dshift, None, None)

@@ -1,7 +1,8 @@
 r"""Layers of the networks.
 
 .. math::
-    \text{attention: } x + W_o\, \mathrm{softmax}\bigl(q k^\top / \sqrt{d}\bigr) v, \qquad (q, k, v) = W\, \mathrm{norm}(x)
+    \text{attention: } x + W_o\, \mathrm{softmax}\bigl(q k^\top / \sqrt{d}\bigr) v, \qquad
+    (q, k, v) = W\, \mathrm{norm}(x)
 """
 
 from typing import Literal
@@ -17,33 +18,32 @@ Norm = Literal["group", "channel"]
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """Group norm of up to eight channels a group, or :class:`ChannelNorm`."""
+    """Build a group norm with up to eight channels per group, or a :class:`ChannelNorm`."""
     return group_norm(channels) if norm == "group" else ChannelNorm()
 
 
 def normalized(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm of :func:`make_norm` at ``x`` ``(B, C, ...)``; half precision comes out in float32."""
+    """Apply a norm of :func:`make_norm` to ``(B, C, ...)``; half precision returns float32."""
     if isinstance(norm, nn.GroupNorm):
         return normal(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return norm(x)
 
 
 def group_norm(channels: int, group_channels: int = 8) -> nn.GroupNorm:
-    """Group normalization of ``(B, C, ...)`` with at most ``group_channels`` channels a group, and
-    as many as divide C evenly.
+    """Build a group norm of C channels.
+
+    The size of a group is the largest divisor of C up to ``group_channels``.
     """
-    size = next(
-        size for size in range(min(group_channels, channels), 0, -1) if channels % size == 0
-    )
+    sizes = range(min(group_channels, channels), 0, -1)
+    size = next(size for size in sizes if channels % size == 0)
     return nn.GroupNorm(channels // size, channels)
 
 
 class ChannelNorm(nn.Module):
-    """x / rms(x) with the root mean square over the channels of each position of ``(B, C, ...)``,
-    of half precision in float32.
+    """x / rms(x), with the root mean square over the channels of each position of ``(B, C, ...)``.
 
-    It has no weights: a convolution or a modulation follows. Every position is by itself, so that a
-    compiler makes one pass of it.
+    It has no weights, because a convolution or a modulation follows. Positions are independent, so
+    a compiler needs only one pass.
     """
 
     def __init__(self, eps: float = 1e-5):
@@ -51,7 +51,7 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, ...)`` to the same shape; half precision comes out in float32."""
+        """Map ``(B, C, ...)`` to the same shape; half precision returns float32."""
         wide = widened(x)
         return wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
 
@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        head_channels: wanted channels of a head; must divide C, or C is one head.
+        head_channels: channels per head; if it does not divide C, there is one head.
+        norm: ``group`` or ``channel``, see :func:`make_norm`.
     """
 
     def __init__(self, channels: int, head_channels: int = 32, norm: Norm = "group"):
@@ -72,24 +73,23 @@ class Attention(nn.Module):
         zeroed(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
+        """Map ``(B, C, H, W)`` to the same shape."""
         channels, height, width = x.shape[1:]
-        # Positions before channels, as channels_last has them: no number is moved, and the
-        # convolutions are products of matrices.
+        # Positions before channels, as in channels_last: this copies nothing, and the convolutions
+        # are matrix products.
         tokens = normalized(self.norm, x).to(x.dtype).movedim(1, -1).flatten(1, 2)
-        qkv = nnf.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias).unflatten(
-            2, (3, self.heads, channels // self.heads)
-        )
+        qkv = nnf.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias)
+        qkv = qkv.unflatten(2, (3, self.heads, channels // self.heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = nnf.linear(
-            attend(q, k, v).transpose(1, 2).flatten(2), self.out.weight.flatten(1), self.out.bias
-        )
+        mixed = attend(q, k, v).transpose(1, 2).flatten(2)
+        mixed = nnf.linear(mixed, self.out.weight.flatten(1), self.out.bias)
         return x + mixed.unflatten(1, (height, width)).movedim(-1, 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; on CPUs in float32, where PyTorch's attention in half precision
-    is the slower one.
+    """Return softmax(q k^T / sqrt(d)) v.
+
+    On CPUs it is computed in float32, because PyTorch's attention is slower in half precision.
     """
     if q.device.type != "cpu":
         return nnf.scaled_dot_product_attention(q, k, v)
@@ -98,36 +98,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 HALF = (torch.bfloat16, torch.float16)
-"""Types of half precision."""
+"""Dtypes of half precision."""
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision in float32, anything else as it is."""
+    """Convert half precision to float32; return any other dtype unchanged."""
     return x.float() if x.dtype in HALF else x
 
 
 def normal(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group norm of ``(B, C, ...)``, of half precision in float32."""
+    """Return the group norm of ``(B, C, ...)``; half precision returns float32."""
     if torch.compiler.is_compiling():
         return channel_norm(widened(x), groups, widened(weight), widened(bias), eps)
     # PyTorch's kernel for channels_last has no forward derivative, and its backward pass crashes
-    # where x wants no gradient. Within torch.func no x says that it wants one.
-    if (
-        not RULES.get()
-        and not x.requires_grad
-        and (torch.is_grad_enabled() or nesting() != NOTHING)
-    ):
+    # if x requires no gradient. Inside torch.func requires_grad is always False.
+    differentiated = torch.is_grad_enabled() or nesting() != NOTHING
+    if not RULES.get() and not x.requires_grad and differentiated:
         x = x.contiguous()
     return nnf.group_norm(widened(x), groups, widened(weight), widened(bias), eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm of vectors, as a plain formula where it is compiled: PyTorch's fused one has no
-    right second-order derivatives.
+    """Layer norm of vectors, with correct second-order derivatives when compiled.
+
+    When compiled it is a plain formula, because those of PyTorch's fused norm are wrong.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., D)`` to the same shape."""
+        """Map ``(..., D)`` to the same shape."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
         wide = widened(x)
@@ -137,29 +135,27 @@ class LayerNorm(nn.LayerNorm):
 
 
 def channel_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group norm of ``(B, C, ...)`` as a plain formula, from the mean and variance of each channel.
+    """Return the group norm of ``(B, C, ...)`` from the mean and variance of each channel.
 
     The variance of a group is the mean of its channels' variances plus the variance of their means.
-    So every reduction runs over the positions of single channels, which a compiler keeps in
-    channels_last and fuses with what stands around it.
+    So every reduction runs over the positions of single channels. A compiler keeps it in
+    channels_last and fuses it with its neighbors.
     """
-    variance, mean = torch.var_mean(x.flatten(2), 2, correction=0)  # (B, C)
-    of_channels, mean_g = torch.var_mean(mean.unflatten(1, (groups, -1)), 2, correction=0)  # (B, G)
-    rstd = torch.rsqrt(variance.unflatten(1, (groups, -1)).mean(2) + of_channels + eps)
+    within, mean = torch.var_mean(x.flatten(2), 2, correction=0)  # (B, C)
+    between, group_mean = torch.var_mean(mean.unflatten(1, (groups, -1)), 2, correction=0)  # (B, G)
+    rstd = torch.rsqrt(within.unflatten(1, (groups, -1)).mean(2) + between + eps)
     repeats = x.shape[1] // groups
     slope = rstd.repeat_interleave(repeats, 1) * weight
-    start = bias - mean_g.repeat_interleave(repeats, 1) * slope
+    start = bias - group_mean.repeat_interleave(repeats, 1) * slope
     shape = (*slope.shape, *([1] * (x.dim() - 2)))
     return x * slope.reshape(shape) + start.reshape(shape)
 
 
 def doubled(x: Tensor, height: int, width: int) -> Tensor:
-    """Images ``(B, C, H, W)`` of twice the size by nearest neighbors, cut to ``height`` and
-    ``width``.
-    """
+    """Upsample images ``(B, C, H, W)`` by 2 (nearest neighbor), cut to ``height`` and ``width``."""
     if not torch.compiler.is_compiling():
         return nnf.interpolate(x, size=(height, width), mode="nearest")
-    # A compiler would take this operation, and its gradient, out of channels_last.
+    # A compiler would move interpolate and its gradient out of channels_last.
     last = x.movedim(1, -1)
     twice = last[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
     return twice[:, :height, :width].movedim(-1, 1)
@@ -183,7 +179,4 @@ def check_dropout(dropout: float) -> float:
 def check_outputs(outputs: int | None) -> None:
     """Raise :class:`UserError` unless ``outputs`` is None or at least 1."""
     if outputs is not None and outputs < 1:
-        raise UserError(
-            f"outputs={outputs}: give the number of outputs in the shape of x, at least 1, or leave"
-            " it out"
-        )
+        raise UserError(f"outputs={outputs}: give the number of outputs, at least 1, or None")

@@ -2,8 +2,8 @@ r"""A residual perceptron for vectors ``(B, D)``; events of other shapes are fla
 
 .. math::
     h_0 = W [x, \text{features}(x)], \qquad
-    h_{l+1} = h_l + W_2\, \mathrm{SiLU}\bigl(W_1\, [\mathrm{norm}(h_l)(1 + a(t)) + b(t)]\bigr), \qquad
-    f(x, t) = W_{\text{out}}\, \mathrm{norm}(h_L)
+    h_{l+1} = h_l + W_2\, \mathrm{SiLU}\bigl(W_1\, [\mathrm{norm}(h_l)(1 + a(t)) + b(t)]\bigr),
+    \qquad f(x, t) = W_{\text{out}}\, \mathrm{norm}(h_L)
 """
 
 from collections.abc import Sequence
@@ -27,23 +27,22 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.modulation(time).chunk(2, dim=1)
-        return h + self.outer(
-            self.dropout(nnf.silu(self.inner(self.norm(h) * (1 + scale) + shift)))
-        )
+        inner = nnf.silu(self.inner(self.norm(h) * (1 + scale) + shift))
+        return h + self.outer(self.dropout(inner))
 
 
 class MLP(Part):
     """A residual perceptron f(x, t) for vectors; events of other shapes are flattened.
 
     Args:
-        dims: number of dimensions D of a data point.
-        hidden: width.
+        dims: number of dimensions D of an event.
+        hidden: width of the hidden layers.
         blocks: number of residual blocks.
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, *event)``, for
-            :class:`ndm.SeparableTransform`; None for one without that axis.
+            :class:`ndm.SeparableTransform`; None for one output without that axis.
     """
 
     def __init__(
@@ -63,14 +62,9 @@ class MLP(Part):
                 f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and"
                 " blocks >= 0"
             )
-        self.dims, self.hidden, self.blocks, self.max_frequency, self.dropout = (
-            dims,
-            hidden,
-            blocks,
-            max_frequency,
-            check_dropout(dropout),
-        )
-        self.fourier, self.outputs = list(fourier), outputs
+        self.dims, self.hidden, self.blocks, self.outputs = dims, hidden, blocks, outputs
+        self.fourier, self.max_frequency = list(fourier), max_frequency
+        self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         self.time = TimeEmbedding(hidden, max_frequency=max_frequency)
         self.first = nn.Linear(dims * self.features.multiple(), hidden)
@@ -83,7 +77,7 @@ class MLP(Part):
         zeroed(self.last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(B, *event)`` with D numbers an event and ``(B,)`` to ``(B, *event)``."""
+        """Map ``(B, *event)``, with D numbers per event, and times ``(B,)`` to ``(B, *event)``."""
         flat = x.flatten(1)
         if flat.shape[1] != self.dims:
             raise UserError(
@@ -95,8 +89,6 @@ class MLP(Part):
         for block in self.layers:
             h = block(h, time)
         out = self.last(self.norm(h))
-        return (
-            out.reshape(x.shape)
-            if self.outputs is None
-            else out.reshape(x.shape[0], self.outputs, *x.shape[1:])
-        )
+        if self.outputs is None:
+            return out.reshape(x.shape)
+        return out.reshape(x.shape[0], self.outputs, *x.shape[1:])

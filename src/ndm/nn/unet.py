@@ -1,16 +1,17 @@
-r"""A U-Net for images ``(B, C, H, W)`` of any size: residual blocks modulated by time, optional
-attention and Fourier input features.
+r"""A U-Net for images ``(B, C, H, W)`` of any size, with residual blocks modulated by time.
 
 .. math::
-    \text{block: } h + \mathrm{conv}\,\mathrm{SiLU}\bigl(\mathrm{norm}(\mathrm{conv}\,\mathrm{SiLU}\,\mathrm{norm}(h))(1 + a(t)) + b(t)\bigr)
+    \text{block: } h + \mathrm{conv}\,\mathrm{SiLU}\bigl(
+        \mathrm{norm}(\mathrm{conv}\,\mathrm{SiLU}\,\mathrm{norm}(h))(1 + a(t)) + b(t)\bigr)
 
-Each stage halves height and width (rounding up) and may widen the channels; the way up meets the
-way down by concatenation. Convolutions run in channels_last, the faster format on CPUs and on GPUs
-with tensor cores.
+Each stage after the first halves height and width (rounding up) and may change the number of
+channels. The way up concatenates the activations of the way down. Attention and Fourier input
+features are optional. Convolutions run in channels_last, the faster format on CPUs and on GPUs with
+tensor cores.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -54,24 +55,23 @@ class UNet(Part):
     """A U-Net f(x, t) for images.
 
     Args:
-        image_channels: channels C of the image, in and out.
-        context: further channels that come in after those of the image, such as those of
-            :class:`ndm.CategoricalPredictor`; no Fourier features of them.
+        image_channels: number of channels C of the image, in and out.
         channels: width of the first stage.
-        multiples: width of each stage in multiples of ``channels``; its length is the number of
-            stages.
-        blocks: residual blocks a stage on the way down; one more on the way up.
-        attention: whether each stage has self-attention after its blocks, or one answer for all;
-            the middle has it if any has.
+        multiples: width of each stage in multiples of ``channels``, one for each stage.
+        blocks: residual blocks per stage on the way down; the way up has one more.
+        attention: whether the blocks of each stage have self-attention, or one value for all
+            stages; the middle has it if any stage has.
         fourier: exponents n of the extra inputs sin(2^n pi x) and cos(2^n pi x).
         max_frequency: fastest frequency of the time embedding, in half-turns per unit of time.
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for
-            :class:`ndm.SeparableTransform`; None for one without that axis.
-        attention_head_dim: channels of a head of the attention; where it does not divide the
-            channels of a stage, they are one head.
-        norm: ``group`` for group norm, ``channel`` for :class:`ndm.nn.ChannelNorm`, which takes
-            less time on GPUs.
+            :class:`ndm.SeparableTransform`; None for one output without that axis.
+        context: number of further input channels, after those of the image, such as those of
+            :class:`ndm.CategoricalPredictor`; they have no Fourier features.
+        norm: ``group`` for group norm, ``channel`` for :class:`ndm.nn.layers.ChannelNorm`, which is
+            faster on GPUs.
+        attention_head_dim: channels per attention head; a stage whose channels it does not divide
+            has one head.
     """
 
     def __init__(
@@ -93,91 +93,74 @@ class UNet(Part):
         check_outputs(outputs)
         check_choice("norm", norm, get_args(Norm))
         check_whole("attention_head_dim", attention_head_dim, 1)
-        self.norm, self.attention_head_dim = norm, attention_head_dim
-        self.outputs, stages = outputs, len(multiples)
-        self.attention = attention if isinstance(attention, bool) else list(attention)
+        stages = len(multiples)
         attend = [attention] * stages if isinstance(attention, bool) else list(attention)
-        if (
-            image_channels < 1
-            or context < 0
-            or channels < 1
-            or blocks < 1
-            or stages < 1
-            or min(multiples) < 1
-            or len(attend) != stages
-        ):
+        least = min(image_channels, channels, blocks, stages, *multiples)
+        if least < 1 or context < 0 or len(attend) != stages:
             raise UserError(
                 f"image_channels={image_channels}, context={context}, channels={channels},"
                 f" multiples={list(multiples)}, blocks={blocks}, attention={attention}: need"
                 " positive numbers (context may be 0), and as many attention flags as multiples"
             )
-        self.image_channels, self.context, self.channels = image_channels, context, channels
-        self.blocks, self.max_frequency = blocks, max_frequency
-        self.multiples, self.fourier, self.dropout = (
-            list(multiples),
-            list(fourier),
-            check_dropout(dropout),
-        )
+        self.image_channels, self.context, self.outputs = image_channels, context, outputs
+        self.channels, self.multiples, self.blocks = channels, list(multiples), blocks
+        self.attention = attention if isinstance(attention, bool) else attend
+        self.norm, self.attention_head_dim = norm, attention_head_dim
+        self.fourier, self.max_frequency = list(fourier), max_frequency
+        self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         embedding = 4 * channels
         block = functools.partial(
             _Block, embedding=embedding, dropout=dropout, norm=norm, head_dim=attention_head_dim
         )
         self.time = TimeEmbedding(embedding, max_frequency=max_frequency)
-        self.first = nn.Conv2d(
-            image_channels * self.features.multiple() + context, channels, 3, padding=1
-        )
+        inputs = image_channels * self.features.multiple() + context
+        self.first = nn.Conv2d(inputs, channels, 3, padding=1)
+        width = self._add_stages(block, attend)
+        self.last_norm = make_norm(norm, width)
+        self.last = nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1)
+        self.register_buffer("one", torch.ones(()), persistent=False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        width, skips = channels, [channels]
+    def _add_stages(self, block: Callable[[int, int, bool], _Block], attend: list[bool]) -> int:
+        """Build the way down, the middle and the way up, and return the final width."""
+        stages = [
+            (self.channels * multiple, flag)
+            for multiple, flag in zip(self.multiples, attend, strict=True)
+        ]
+        width, skips = self.channels, [self.channels]
         self.down = nn.ModuleList()
-        for stage, multiple in enumerate(multiples):
+        for stage, (stage_width, flag) in enumerate(stages):
             if stage:
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
-            for _ in range(blocks):
-                self.down.append(block(width, channels * multiple, attend[stage]))
-                width = channels * multiple
+            for _ in range(self.blocks):
+                self.down.append(block(width, stage_width, flag))
+                width = stage_width
                 skips.append(width)
         self.middle = nn.ModuleList([block(width, width, any(attend)), block(width, width, False)])
         self.up = nn.ModuleList()
-        for stage, multiple in reversed(list(enumerate(multiples))):
-            for _ in range(blocks + 1):
-                self.up.append(block(width + skips.pop(), channels * multiple, attend[stage]))
-                width = channels * multiple
+        for stage, (stage_width, flag) in reversed(list(enumerate(stages))):
+            for _ in range(self.blocks + 1):
+                self.up.append(block(width + skips.pop(), stage_width, flag))
+                width = stage_width
             if stage:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
-        self.last_norm, self.last = (
-            make_norm(norm, width),
-            nn.Conv2d(width, image_channels * (outputs or 1), 3, padding=1),
-        )
-        self.register_buffer("one", torch.ones(()), persistent=False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return width
 
     def zero_output(self) -> None:
         """Set the last layer to zero, so that the network starts at f = 0."""
         zeroed(self.last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(B, C, H, W)`` and ``(B,)`` to ``(B, C, H, W)``; with context, x is ``(B, C + context,
-        H, W)``.
-        """
-        if x.dim() != 4 or x.shape[1] != self.image_channels + self.context:
-            wanted = (
-                self.image_channels
-                if not self.context
-                else f"{self.image_channels} + {self.context} of context"
-            )
-            raise UserError(
-                f"the U-Net takes images (B, {wanted}, H, W), got a batch of shape"
-                f" {tuple(x.shape)}; set image_channels to fit the data, and context to 0, or to"
-                " image_channels * embedding + histogram in an ndm.CategoricalPredictor"
-            )
+        """Map ``(B, C + context, H, W)`` and times ``(B,)`` to ``(B, C, H, W)``."""
+        self._check(x)
         time = self.time(t)
-        inputs = (
-            torch.cat([self.features(x[:, : self.image_channels]), x[:, self.image_channels :]], 1)
-            if self.context
-            else self.features(x)
-        )
+        if self.context:
+            image, context = x[:, : self.image_channels], x[:, self.image_channels :]
+            inputs = torch.cat([self.features(image), context], 1)
+        else:
+            inputs = self.features(x)
         h = self.first(inputs.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for module in self.down:
@@ -188,13 +171,24 @@ class UNet(Part):
         for module in self.up:
             if isinstance(module, _Block):
                 if torch.compiler.is_compiling():
-                    h = (
-                        h * self.one
-                    )  # or its gradient would be a part of that of both, which every convolution would copy
+                    # Otherwise the gradient of h is a slice of that of the concatenation, which
+                    # every convolution would copy.
+                    h = h * self.one
                 h = module(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = module(doubled(h, *skips[-1].shape[-2:]))
         out = self.last(norm_silu(self.last_norm, h))
-        return (
-            out if self.outputs is None else out.unflatten(1, (self.outputs, self.image_channels))
-        )
+        if self.outputs is None:
+            return out
+        return out.unflatten(1, (self.outputs, self.image_channels))
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.image_channels + self.context:
+            expected = str(self.image_channels)
+            if self.context:
+                expected += f" + {self.context} of context"
+            raise UserError(
+                f"the U-Net takes images (B, {expected}, H, W), got a batch of shape"
+                f" {tuple(x.shape)}; set image_channels to fit the data, and context to 0, or to"
+                " image_channels * embedding + histogram in an ndm.CategoricalPredictor"
+            )

@@ -1,17 +1,19 @@
-r"""A small classifier of labeled images, whose last features serve where no standard network does.
+r"""A small classifier of labeled images as a feature network, where no standard network fits.
 
 .. math::
-    \text{features}_i = (h_i - m_i)/s_i, \qquad m, s \text{ mean and standard deviation of } h \text{ over the train split} ,
+    \text{features}_i = (h_i - m_i)/s_i, \qquad
+    m, s \text{ mean and standard deviation of } h \text{ over the train split} .
 
-h the d numbers from which a last layer tells the classes. Standardized, since what a classifier
-leaves of scale is accident, FID grows with its square and KID with its sixth power.
+h are the d inputs of the last layers. They are standardized because their scale is arbitrary, while
+FID grows with its square and KID with its sixth power.
 
-Inception knows photographs, and means nothing for digits of 8 x 8 pixels. A convolutional network
-trained on the labels of the train split knows what matters in such images. It is trained from its
-seed and carries a fingerprint; on one machine the same seed gives the same classifier.
+Inception is trained on photographs; its features mean little for digits of 8 x 8 pixels. A
+convolutional network trained on the labels of the train split has features for such images. It has
+a fingerprint, and on one machine the same seed gives the same classifier.
 
-It has seen the train images, so their features differ from those of fresh images: real test images
-do not reach a KID of zero against the train split. Measure them, too, for a reference.
+The classifier was trained on the train images, so their features differ from those of new images:
+real test images do not reach a KID of zero against the train split. Measure them, too, for
+reference.
 """
 
 import math
@@ -32,11 +34,11 @@ from ndm.random import part_seed
 from ndm.serialize import CONFIG_NAME, fingerprint, load_model, save_model
 
 _ORDER = 32  # stream of noise
-_WORDS = "classifier"  # where config.json keeps how it was trained
+_INFO = "classifier"  # key of the training information in config.json
 
 
 class Classifier(Part):
-    """Three convolutions, two of them halving the image, and two linear layers.
+    """Three convolutions, two of which halve the image, and two linear layers.
 
     Args:
         event_shape: (channels, height, width) of the images.
@@ -55,15 +57,10 @@ class Classifier(Part):
         dropout: float = 0.3,
     ):
         super().__init__()
-        self.event_shape, self.classes, self.width, self.dims, self.dropout = (
-            list(event_shape),
-            classes,
-            width,
-            dims,
-            dropout,
-        )
-        channels, height, width_of_image = event_shape
-        left = math.ceil(height / 4) * math.ceil(width_of_image / 4)
+        self.event_shape, self.classes = list(event_shape), classes
+        self.width, self.dims, self.dropout = width, dims, dropout
+        channels, rows, columns = event_shape
+        positions = math.ceil(rows / 4) * math.ceil(columns / 4)
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),
@@ -73,7 +70,7 @@ class Classifier(Part):
             nn.ReLU(),
             nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(2 * width * left, dims),
+            nn.Linear(2 * width * positions, dims),
         )
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(dims, classes))
         self.mean: Tensor
@@ -81,16 +78,17 @@ class Classifier(Part):
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("scale", torch.ones(dims))
         self.info: dict[str, Any] = {}
-        """How it was trained, and its accuracy."""
+        """Training information and accuracy."""
 
     def features(self, x: Tensor) -> Tensor:
-        """Features ``(B, d)`` of images ``(B, C, H, W)`` in [-1, 1]."""
+        """Return features ``(B, d)`` of images ``(B, C, H, W)`` in [-1, 1]."""
         return (self.body(x) - self.mean) / self.scale
 
     @torch.no_grad()
     def standardize(self, data: EventDataset, batch_size: int = 256) -> None:
-        """Let the features have mean 0 and standard deviation 1 over these images; a constant
-        feature stays 0.
+        """Scale the features to mean 0 and standard deviation 1 over these images.
+
+        A constant feature becomes 0.
         """
         hidden = torch.cat([self.body(x) for x in _batches(data, batch_size)]).double()
         spread = hidden.std(0, correction=0)
@@ -98,9 +96,9 @@ class Classifier(Part):
         self.scale.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, classes)``."""
-        found: Tensor = self.head(self.body(x))
-        return found
+        """Return logits ``(B, classes)``."""
+        logits: Tensor = self.head(self.body(x))
+        return logits
 
 
 def train_classifier(
@@ -111,35 +109,32 @@ def train_classifier(
     learning_rate: float = 2e-3,
     progress: bool = False,
 ) -> Classifier:
-    """Train a classifier on the labels of the train split, and measure it on the test split.
+    """Train a classifier on the labels of the train split.
 
     Args:
         data: labeled images.
-        seed: of the first weights and the order of the images.
-        steps: optimizer steps.
-        batch_size: images in a step.
-        learning_rate: peak rate of AdamW, which falls to zero by a cosine.
+        seed: seed of the initial weights and the order of the images.
+        steps: number of optimizer steps.
+        batch_size: images per step.
+        learning_rate: initial learning rate of AdamW; it falls to zero along a cosine.
         progress: show a progress bar.
 
     Returns:
-        The classifier in evaluation mode; its ``info`` says how it was trained and what it reaches.
+        The classifier in evaluation mode; its ``info`` has the training settings, and the accuracy
+        on each split.
 
     Raises:
-        UserError: the data are no images or have no labels.
+        UserError: the data are not images, or have no labels of at least two classes.
     """
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("steps", steps, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        check_whole(name, value, least)
+    check_whole("seed", seed, 0)
+    check_whole("steps", steps, 1)
+    check_whole("batch_size", batch_size, 1)
     description = data.describe()
     train = data.split("train")
     if description.kind != "image" or train.labels is None or len(description.classes) < 2:
         raise UserError(
-            f"{description.name} are not images with labels of two classes or more, so no"
-            " classifier can learn features of them; name a feature network of your own, as a"
-            " TorchScript file"
+            f"{description.name} are not images with labels of at least two classes, so no"
+            " classifier can be trained; give a feature network as a TorchScript file"
         )
     order = torch.Generator().manual_seed(part_seed(seed, _ORDER))
     with torch.random.fork_rng(devices=[]):
@@ -147,14 +142,8 @@ def train_classifier(
         model = Classifier(description.event_shape, len(description.classes))
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in tqdm(
-            range(steps),
-            desc="training the classifier",
-            unit="step",
-            disable=not progress,
-            delay=1,
-            leave=False,
-        ):
+        desc, hidden = "training the classifier", not progress
+        for _ in tqdm(range(steps), desc=desc, unit="step", disable=hidden, delay=1, leave=False):
             chosen = torch.randint(len(train), (batch_size,), generator=order)
             loss = cross_entropy(model(train.__getitems__(chosen.tolist())), train.labels[chosen])
             optimizer.zero_grad()
@@ -177,7 +166,7 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(model: Classifier, data: EventDataset, batch_size: int = 256) -> float:
-    """Part of the images that the classifier gets right."""
+    """Return the fraction of images that are classified correctly."""
     assert data.labels is not None
     guesses = torch.cat([model(x).argmax(1) for x in _batches(data, batch_size)])
     return float((guesses == data.labels).double().mean())
@@ -190,23 +179,26 @@ def _batches(data: EventDataset, size: int) -> Iterator[Tensor]:
 
 def save_classifier(folder: Path, classifier: Classifier) -> None:
     """Write ``config.json`` (with accuracy and fingerprint) and ``model.safetensors``."""
-    save_model(folder, classifier, {_WORDS: classifier.info})
+    save_model(folder, classifier, {_INFO: classifier.info})
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """Read what :func:`save_classifier` wrote, in evaluation mode.
+    """Load a classifier written by :func:`save_classifier`, in evaluation mode.
 
     Raises:
-        UserError: files are missing or damaged, or the weights are not those of the fingerprint.
+        UserError: files are missing or damaged, or the weights do not match the fingerprint.
     """
     model, config = load_model(folder)
-    info = config.get(_WORDS)
+    info = config.get(_INFO)
     if not isinstance(model, Classifier) or not isinstance(info, dict):
-        raise UserError(f"{folder} holds a {type(model).__name__}, not a classifier of ndm quality")
+        raise UserError(
+            f"{folder} has a {type(model).__name__}, not a classifier of ndm quality; give another"
+            " folder"
+        )
     model.info = info
     if fingerprint(model) != info.get("sha256"):
         raise UserError(
-            f"{folder}: the weights are not those of the fingerprint in config.json; train the"
+            f"{folder}: the weights do not match the fingerprint in config.json; train the"
             " classifier again"
         )
     return model.eval()
@@ -215,13 +207,21 @@ def load_classifier(folder: Path) -> Classifier:
 def find_classifier(
     folder: Path, data: DataSource, seed: int = 0, progress: bool = False, **options: Any
 ) -> Classifier:
-    """The classifier of a folder if it was trained on these data from this seed with these options;
-    else one trained now and written there.
+    """Load the classifier of a folder, or train one and save it there.
+
+    It is loaded if it was trained on the same data with the same seed and options.
+
+    Args:
+        folder: the folder of the classifier.
+        data: labeled images.
+        seed: see :func:`train_classifier`.
+        progress: show a progress bar.
+        options: further arguments of :func:`train_classifier`.
     """
-    wanted = {"data_sha256": data.describe().sha256, "seed": seed, **options}
+    settings = {"data_sha256": data.describe().sha256, "seed": seed, **options}
     if (folder / CONFIG_NAME).exists():
         stored = load_classifier(folder)
-        if all(stored.info.get(name) == value for name, value in wanted.items()):
+        if all(stored.info.get(name) == value for name, value in settings.items()):
             return stored
     classifier = train_classifier(data, seed, progress=progress, **options)
     save_classifier(folder, classifier)
@@ -238,8 +238,7 @@ class _Features(nn.Module):
 
 
 def classifier_features(classifier: Classifier) -> FeatureNetwork:
-    """The classifier as a feature network; its fingerprint is that of the weights as they are now."""
+    """Return a classifier as a feature network, with the fingerprint of its current weights."""
     name = f"classifier of {classifier.info.get('data', 'images')}"
-    return FeatureNetwork(
-        _Features(classifier.eval()), name, fingerprint(classifier), classifier.dims
-    )
+    module = _Features(classifier.eval())
+    return FeatureNetwork(module, name, fingerprint(classifier), classifier.dims)

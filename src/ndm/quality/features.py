@@ -1,12 +1,12 @@
-r"""A network that maps images to features, the numbers it expects, and its fingerprint.
+r"""Feature networks: a network from images to features, its input format and its fingerprint.
 
 .. math::
     x \in [-1, 1] \;\to\; x \;(\text{symmetric}), \quad (x + 1)/2 \;(\text{unit}), \quad
     \operatorname{round}(128 (x + 1) - \tfrac12) \;(\text{bytes}) .
 
-The models' grid of 256 values, x = (2k + 1)/256 - 1, gives back k as bytes. Sizes are changed by
-bilinear interpolation with antialiasing: the lack of the latter is a well-known way to get an FID
-that nobody can reproduce (Parmar et al. 2022).
+On the models' grid of 256 values, x = (2k + 1)/256 - 1, the byte is k. Images are resized by
+bilinear interpolation with antialiasing; without antialiasing FIDs are not reproducible (Parmar et
+al. 2022).
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Scale = Literal["bytes", "unit", "symmetric"]
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A feature network and what it expects.
+    """A feature network and its input format.
 
     Raises:
         UserError: an argument is out of range.
@@ -38,31 +38,28 @@ class FeatureNetwork:
     module: nn.Module = field(repr=False)
     """Maps images ``(B, C, H, W)`` to features ``(B, d)``."""
     name: str
-    """For people."""
+    """Name for tables and messages."""
     sha256: str
     """Fingerprint of weights and architecture, 64 hexadecimal digits."""
     dims: int
-    """d."""
+    """Number d of features."""
     scale: Scale = "symmetric"
-    """Values that it expects: ``bytes`` (uint8, 0 to 255), ``unit`` ([0, 1]) or ``symmetric`` ([-1,
-    1]).
-    """
+    """Input values: ``bytes`` (uint8, 0 to 255), ``unit`` ([0, 1]) or ``symmetric`` ([-1, 1])."""
     size: int | None = None
-    """Height and width that it expects; None leaves images as they are."""
+    """Input height and width; None does not resize images."""
     channels: int | None = None
-    """Channels that it expects: 3 repeats those of gray images; None leaves images as they are."""
+    """Input channels, to which gray images are repeated; None does not repeat."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_input(self.scale, self.size, self.channels)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` with values in [-1, 1], those outside clipped, as the network
-        expects them.
+        """Convert images ``(B, C, H, W)`` from [-1, 1], with clipping, to the input format.
 
         Raises:
-            UserError: they are no images, or have neither one channel nor as many as the network
-                expects.
+            UserError: x is not a batch of images, or has neither one channel nor as many as the
+                network expects.
         """
         return _prepare(x, self.scale, self.size, self.channels)
 
@@ -74,38 +71,35 @@ class FeatureNetwork:
         progress: bool = False,
         examples: Sequence[int] | None = None,
     ) -> Tensor:
-        """Features of images in [-1, 1], ``(N, C, H, W)`` or a split, of which a batch is in memory
-        at once, as ``(N, d)``, float64, on the CPU.
+        """Return the features of images, ``(N, d)``, float64 on the CPU.
 
         Args:
-            images: the images.
-            batch_size: how many at once.
+            images: images in [-1, 1], ``(N, C, H, W)``, or a split, which is read in batches.
+            batch_size: images per batch.
             progress: show a progress bar.
-            examples: numbers of those to take; None for all.
+            examples: the indices of the images to use; None for all.
 
         Raises:
             UserError: the images do not fit the network, or features are not finite.
         """
         check_whole("batch_size", batch_size, 1)
-        numbers = range(len(images)) if examples is None else examples
+        indices = range(len(images)) if examples is None else examples
         first = next(iter([*self.module.parameters(), *self.module.buffers()]), torch.empty(0))
         parts = []
-        starts = range(0, len(numbers), batch_size)
+        starts = range(0, len(indices), batch_size)
         for start in tqdm(
             starts, desc="features", unit="batch", disable=not progress, delay=1, leave=False
         ):
-            chosen = list(numbers[start : start + batch_size])
+            chosen = list(indices[start : start + batch_size])
             batch = images[chosen] if isinstance(images, Tensor) else images.__getitems__(chosen)
-            parts.append(
-                _features(self.module, self.prepare(batch).to(first.device), self.name)
-                .double()
-                .cpu()
-            )
+            part = _features(self.module, self.prepare(batch).to(first.device), self.name)
+            parts.append(part.double().cpu())
         features = torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=torch.float64)
         bad = int((~features.isfinite()).any(1).sum())
         if bad:
             raise UserError(
-                f"the features of {bad} of {len(features)} images are not finite; are the images?"
+                f"the features of {bad} of {len(features)} images are not finite; check that the"
+                " images are finite"
             )
         return features
 
@@ -118,41 +112,39 @@ def torchscript_features(
     channels: int | None = 3,
     device: torch.device | str = "cpu",
 ) -> FeatureNetwork:
-    """A feature network from a TorchScript file; by default with the input of the usual Inception
-    file.
+    """Load a feature network from a TorchScript file.
 
-    A network whose ``forward`` knows ``return_features`` is asked for features by it (the Inception
-    file of StyleGAN).
+    The defaults fit the usual Inception file. If ``forward`` has the argument ``return_features``
+    (the Inception file of StyleGAN), it is set to True.
 
     Args:
         path: the file.
-        event_shape: of the images, to try the network on.
-        scale: values that the network expects.
-        size: height and width that it expects, None if it takes every size (the usual Inception
-            file scales by itself).
-        channels: channels that it expects; None leaves images as they are.
-        device: where it runs.
+        event_shape: shape of the images, for a trial run.
+        scale: input values, see :class:`FeatureNetwork`.
+        size: input height and width; None if the network takes any size (the usual Inception file
+            resizes images).
+        channels: input channels; None does not repeat gray images.
+        device: the device to run on.
 
     Raises:
-        UserError: the file is missing or is no TorchScript, or the network does not map such images
+        UserError: the file is missing or not TorchScript, or the network does not map such images
             to features ``(B, d)``.
     """
     _check_input(scale, size, channels)
     file = Path(path)
     if not file.is_file():
         raise UserError(
-            f"there is no feature network {file}; name a TorchScript file, as torch.jit.save"
-            " writes it"
+            f"there is no feature network {file}; give a TorchScript file, written by"
+            " torch.jit.save"
         )
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # TorchScript is deprecated; the standard networks come in it all the same
+        # TorchScript is deprecated, but the standard networks are published in it.
+        with warnings.catch_warnings(action="ignore"):
             module = torch.jit.load(str(file), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"{file} is no TorchScript file ({' '.join(str(error).split())[:120]}); save the"
-            " network by torch.jit.save"
+            f"{file} is not a TorchScript file ({' '.join(str(error).split())[:120]}); save the"
+            " network with torch.jit.save"
         ) from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if any(argument.name == "return_features" for argument in module.forward.schema.arguments):
@@ -176,7 +168,7 @@ class _ReturnFeatures(nn.Module):
 
 
 def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
-    """What the network makes of prepared images, checked."""
+    """Return the features of prepared images, after checking their shape."""
     try:
         with warnings.catch_warnings(action="ignore"):
             features = module(x)
@@ -184,18 +176,14 @@ def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
         reason = " ".join(str(error).split())[-160:]
         raise UserError(
             f"the feature network {name} cannot take images of shape {tuple(x.shape[1:])},"
-            f" {str(x.dtype).removeprefix('torch.')} ({reason}); say what it expects: scale, size"
+            f" {str(x.dtype).removeprefix('torch.')} ({reason}); set its input format: scale, size"
             " and channels"
         ) from error
-    if (
-        not isinstance(features, Tensor)
-        or features.dim() < 2
-        or len(features) != len(x)
-        or features.flatten(1).shape[1] != features.shape[1]
-    ):
+    is_batch = isinstance(features, Tensor) and features.dim() >= 2 and len(features) == len(x)
+    if not is_batch or features.flatten(1).shape[1] != features.shape[1]:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UserError(
-            f"the feature network {name} maps images {tuple(x.shape)} to {shape}; it must give"
+            f"the feature network {name} maps images {tuple(x.shape)} to {shape}; it must return"
             " features (B, d)"
         )
     return features.flatten(1)
@@ -204,14 +192,14 @@ def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
 def _prepare(x: Tensor, scale: Scale, size: int | None, channels: int | None) -> Tensor:
     if x.dim() != 4:
         raise UserError(
-            f"features are taken of images (B, C, H, W), got a batch of shape {tuple(x.shape)}"
+            f"feature networks take images (B, C, H, W), got a batch of shape {tuple(x.shape)}"
         )
     x = x.float().clamp(-1, 1)
     if channels is not None and x.shape[1] != channels:
         if x.shape[1] != 1:
             raise UserError(
                 f"the images have {x.shape[1]} channels, the feature network expects {channels};"
-                " only gray ones can be repeated"
+                " only gray images can be repeated"
             )
         x = x.expand(-1, channels, -1, -1)
     if size is not None and x.shape[-2:] != (size, size):

@@ -1,9 +1,9 @@
-r"""FID and KID by torchmetrics; precision and recall by nearest neighbors. The formulas stand in
-:mod:`ndm.quality`.
+"""FID and KID by torchmetrics, precision and recall by nearest neighbors.
 
-KID is the mean over random subsets, drawn from both sets without replacement; its ``kid_std`` is
-the standard deviation over subsets, which overlap, so it is no standard error. Precision and recall
-depend on the number of images: both sets are cut to the size of the smaller one, at random.
+The formulas are in :mod:`ndm.quality`. KID is the mean over random subsets, drawn from both sets
+without replacement. Its ``kid_std`` is the standard deviation over subsets; they overlap, so it is
+not a standard error. Precision and recall depend on the number of images, so the larger set is
+reduced at random to the size of the smaller one.
 """
 
 import warnings
@@ -26,39 +26,39 @@ _PAIRS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Numbers for generated images against real ones, with what is needed to get them again."""
+    """Measures of generated images against real ones, and the settings to reproduce them."""
 
     fid: float
-    """Fréchet distance of the features, biased upward by small numbers of images."""
+    """Fréchet distance of the features, biased upward for small numbers of images."""
     kid: float
     """Squared maximum mean discrepancy of the features, unbiased (it may be negative)."""
     kid_std: float
     """Standard deviation of the KID over subsets."""
     precision: float
-    """Part of the generated images that lie among real ones."""
+    """Fraction of the generated images that lie among real ones."""
     recall: float
-    """Part of the real images that lie among generated ones."""
+    """Fraction of the real images that lie among generated ones."""
     real_images: int
-    """Real images, for FID and KID."""
+    """Number of real images for FID and KID."""
     generated_images: int
-    """Generated images, for FID and KID."""
+    """Number of generated images for FID and KID."""
     neighbors: int
     """k of precision and recall."""
     neighbor_images: int
-    """Images of each kind for precision and recall."""
+    """Number of images of each set for precision and recall."""
     kid_subsets: int
-    """Number of subsets."""
+    """Number of subsets for KID."""
     kid_subset_size: int
-    """Images of each kind in a subset."""
+    """Number of images of each set in a subset."""
     dims: int
     """Number d of features."""
     features: str = ""
-    """The feature network."""
+    """Name of the feature network."""
     features_sha256: str = ""
-    """Its fingerprint."""
+    """Fingerprint of the feature network."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
+        """Return all fields, JSON-ready."""
         return asdict(self)
 
 
@@ -74,29 +74,32 @@ def sample_quality(
     batch_size: int = 256,
     progress: bool = False,
 ) -> SampleQuality:
-    """FID, KID, precision and recall of generated images.
+    """Compute FID, KID, precision and recall of generated images.
 
     Args:
         real: real images in [-1, 1], ``(N, C, H, W)`` or a split.
         generated: generated images, likewise.
-        network: what makes the features.
+        network: the feature network.
         neighbors: k of precision and recall.
         kid_subsets: number of subsets for KID.
-        kid_subset_size: images of each kind in one, fewer if there are fewer.
-        seed: of the subsets, and of which images are left out where the sets differ in size.
-        batch_size: images at once.
+        kid_subset_size: images of each set in a subset, at most those of the smaller set.
+        seed: seed of the subsets, and of the images left out if the sets differ in size.
+        batch_size: images per batch.
         progress: show progress bars.
 
     Raises:
         UserError: there are too few images, or they do not fit the network.
     """
-    first, second = (network(images, batch_size, progress) for images in (real, generated))
-    options: dict[str, Any] = {
-        "neighbors": neighbors,
-        "kid_subsets": kid_subsets,
-        "kid_subset_size": kid_subset_size,
-    }
-    return compare_features(first, second, network, **options, seed=seed, progress=progress)
+    return compare_features(
+        network(real, batch_size, progress),
+        network(generated, batch_size, progress),
+        network,
+        neighbors=neighbors,
+        kid_subsets=kid_subsets,
+        kid_subset_size=kid_subset_size,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def compare_features(
@@ -110,11 +113,23 @@ def compare_features(
     seed: int = 0,
     progress: bool = False,
 ) -> SampleQuality:
-    """:func:`sample_quality` of features ``(N, d)`` that are there already; ``network`` is what
-    made them, for the record.
+    """Compute FID, KID, precision and recall from features.
+
+    Args:
+        real: features of real images, ``(N, d)``.
+        generated: features of generated images, ``(M, d)``.
+        network: the network that computed them, recorded in the result.
+        neighbors: see :func:`sample_quality`, as for the other arguments.
+        kid_subsets: number of subsets for KID.
+        kid_subset_size: images of each set in a subset.
+        seed: seed of the subsets and of the images left out.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: there are too few images.
     """
-    for name, value in (("neighbors", neighbors), ("kid_subsets", kid_subsets)):
-        check_whole(name, value, 1)
+    check_whole("neighbors", neighbors, 1)
+    check_whole("kid_subsets", kid_subsets, 1)
     check_whole("kid_subset_size", kid_subset_size, 2)
     check_whole("seed", seed, 0)
     least = min(len(real), len(generated))
@@ -152,14 +167,13 @@ def compare_features(
 def precision_recall(
     real: Tensor, generated: Tensor, neighbors: int = 3, progress: bool = False
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2), over all the
-    rows given.
+    """Compute improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2).
 
     Args:
         real: features ``(N, d)``.
         generated: features ``(M, d)``.
         neighbors: k, less than N and M.
-        progress: show a progress bar.
+        progress: show progress bars.
 
     Returns:
         Precision and recall, each in [0, 1].
@@ -170,8 +184,8 @@ def precision_recall(
     check_whole("neighbors", neighbors, 1)
     if min(len(real), len(generated)) <= neighbors:
         raise UserError(
-            f"neighbors={neighbors}: there are {len(real)} and {len(generated)} images; give fewer"
-            " neighbors"
+            f"neighbors={neighbors}: there are only {len(real)} and {len(generated)} images; give"
+            " fewer neighbors"
         )
     real_radius, generated_radius = (
         _radius(rows, neighbors, progress) for rows in (real, generated)
@@ -186,34 +200,24 @@ def precision_recall(
 
 
 def _radius(rows: Tensor, neighbors: int, progress: bool) -> Tensor:
-    """Distance of each row to its k-th nearest neighbor among the others: the nearest of all is the
-    row itself.
-    """
-    return torch.cat(
-        [
-            distances.kthvalue(neighbors + 1, dim=1).values
-            for distances in _distances(rows, rows, progress)
-        ]
-    )
+    """Return the distance of each row to its k-th nearest neighbor among the others."""
+    order = neighbors + 1  # the nearest row of all is the row itself
+    blocks = _distances(rows, rows, progress)
+    return torch.cat([distances.kthvalue(order, dim=1).values for distances in blocks])
 
 
 def _distances(a: Tensor, b: Tensor, progress: bool) -> Iterator[Tensor]:
-    """Distances of some rows of a to all of b, block after block."""
-    # Differences, not |a|² + |b|² - 2ab: the latter loses the distances of near neighbors to
-    # rounding.
+    """Yield the distances of blocks of rows of a to all rows of b."""
+    blocks = a.split(max(1, _PAIRS_AT_ONCE // len(b)))
+    # Not by |a|² + |b|² - 2ab, in which the distances of near neighbors are lost to rounding.
     for rows in tqdm(
-        a.split(max(1, _PAIRS_AT_ONCE // len(b))),
-        desc="neighbors",
-        unit="block",
-        disable=not progress,
-        delay=1,
-        leave=False,
+        blocks, desc="neighbors", unit="block", disable=not progress, delay=1, leave=False
     ):
         yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-class _AsIs(nn.Module):
-    """What torchmetrics takes for a feature network where features are there already."""
+class _Identity(nn.Module):
+    """A feature network for torchmetrics that returns precomputed features."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -227,7 +231,7 @@ def _fid(real: Tensor, generated: Tensor) -> float:
     require("torchmetrics", "torchmetrics", "eval")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_AsIs(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Identity(real.shape[1]))
     metric.update(real, real=True)
     metric.update(generated, real=False)
     return float(metric.compute())
@@ -239,10 +243,9 @@ def _kid(
     require("torchmetrics", "torchmetrics", "eval")
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    with warnings.catch_warnings(action="ignore"):  # it says that it keeps all features
-        metric = KernelInceptionDistance(
-            feature=_AsIs(real.shape[1]), subsets=subsets, subset_size=size
-        )
+    network = _Identity(real.shape[1])
+    with warnings.catch_warnings(action="ignore"):  # torchmetrics warns of its memory use
+        metric = KernelInceptionDistance(feature=network, subsets=subsets, subset_size=size)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     with torch.random.fork_rng(devices=[]):

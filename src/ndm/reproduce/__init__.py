@@ -1,8 +1,7 @@
-"""The experiments of the paper (NDM, section 4), each from one command: ``ndm reproduce NAME``.
+"""Experiments of the paper (NDM, section 4); ``ndm reproduce NAME`` runs one.
 
-An experiment is a function in a file of its own that trains what it needs, and fills a
-:class:`Report` with figures, numbers and text.
-:data:`EXPERIMENTS` lists them; a function is imported when it is run.
+Each experiment is a module whose ``run(report)`` trains models and fills a :class:`Report` with
+figures, numbers and text. :data:`EXPERIMENTS` lists them. A module is imported when it is run.
 """
 
 import importlib
@@ -17,28 +16,27 @@ from ndm.reproduce.report import ExperimentSettings, Report
 
 @dataclass(frozen=True)
 class Experiment:
-    """What ``ndm reproduce --list`` says of an experiment, and where its code is."""
+    """An experiment: its entry in ``ndm reproduce --list``, its options and its module."""
 
     name: str
     shows: str
-    """One line."""
+    """What it shows, in one line."""
     sizes: Mapping[str, str]
     """What each size takes, on which machine; the first is the default."""
     module: str
     """Module of ``ndm.reproduce`` that holds ``run(report)``."""
     needs_data: bool = False
-    """Whether the user has to say where the data are."""
+    """Whether ``--data`` is required."""
     takes_data: bool = False
-    """Whether the user may say where other data are than those that the experiment has by itself.
-    """
+    """Whether ``--data`` can replace the experiment's data."""
     takes_runs: bool = False
-    """Whether it can measure runs that the user names instead of training."""
+    """Whether it can measure the user's runs instead of training."""
     takes_features: bool = False
-    """Whether FID is measured by a feature network that the user names."""
+    """Whether FID is measured with a feature network from the user."""
     takes_overrides: bool = True
-    """Whether it trains as ``ndm train`` does, and the user can override the configuration."""
+    """Whether it trains as ``ndm train`` does, with a configuration that can be overridden."""
     takes_jobs: bool = True
-    """Whether it trains several models, which may be trained at once."""
+    """Whether it trains several models, which can run in parallel."""
 
     def check(self, settings: ExperimentSettings) -> None:
         """Check that the experiment takes these settings.
@@ -59,7 +57,7 @@ class Experiment:
             )
         if features is not None and not Path(features).is_file():
             raise UserError(
-                f"--features {features}: there is no such file; name a TorchScript file, as"
+                f"--features {features}: there is no such file; give a TorchScript file, as"
                 " torch.jit.save writes it"
             )
         if settings.jobs > 1 and not self.takes_jobs:
@@ -72,15 +70,15 @@ class Experiment:
     def _check_overrides(self, overrides: Sequence[str]) -> None:
         if overrides and not self.takes_overrides:
             raise UserError(
-                f"-- {shlex.join(overrides)}: {self.name} does not train by ndm train; leave out --"
+                f"-- {shlex.join(overrides)}: {self.name} does not use ndm train; leave out --"
                 " and what follows it"
             )
-        own = ["--config", "--out", "--seed"]
+        fixed = ["--config", "--out", "--seed"]
         if not (self.needs_data or self.takes_data):
-            own += ["--data", "--data.class_path"]
-        for word in overrides:
-            if word.split("=")[0] in own:
-                raise UserError(f"-- {word}: {self.name} sets that itself; leave it out")
+            fixed += ["--data", "--data.class_path"]
+        for option in overrides:
+            if option.split("=")[0] in fixed:
+                raise UserError(f"-- {option}: {self.name} sets that itself; leave it out")
 
     def _check_runs(self, settings: ExperimentSettings) -> None:
         if not settings.runs:
@@ -92,19 +90,19 @@ class Experiment:
             )
         if settings.data is not None:
             raise UserError(
-                f"--data {settings.data}: the runs name their data; leave it out beside --runs"
+                f"--data {settings.data}: --runs uses the data of the runs; leave it out"
             )
         if settings.overrides:
             raise UserError(
-                f"-- {shlex.join(settings.overrides)}: nothing is trained beside --runs; leave out"
+                f"-- {shlex.join(settings.overrides)}: nothing is trained with --runs; leave out"
                 " -- and what follows it"
             )
 
     def run(self, settings: ExperimentSettings) -> None:
-        """Carry it out.
+        """Run the experiment and write its report.
 
         Raises:
-            UserError: it does not take these settings, or the folder holds something else.
+            UserError: the experiment does not take these settings, or the folder holds another one.
         """
         require("matplotlib.figure", "matplotlib", "eval")
         self.check(settings)
@@ -113,7 +111,7 @@ class Experiment:
         report.finish()
 
 
-_SMOKE = "seconds: does everything work? The numbers mean nothing"
+_SMOKE = "seconds: only checks that everything runs; the numbers mean nothing"
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     one.name: one
@@ -121,22 +119,22 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "checkerboard",
             "the learned transformation of the 2-D checkerboard over time; density and samples"
-            " beside the data",
-            {"small": "7 minutes of one core", "smoke": _SMOKE},
+            " compared with the data",
+            {"small": "7 minutes on one core", "smoke": _SMOKE},
             "checkerboard",
         ),
         Experiment(
             "distribution-2d",
-            "DDPM beside NDM on smooth 2-D densities: z_t, predictions, ways back to the data,"
+            "DDPM and NDM on smooth 2-D densities: z_t, predictions, reverse trajectories,"
             " likelihood and bound",
-            {"small": "7 minutes of one core", "smoke": _SMOKE},
+            {"small": "7 minutes on one core", "smoke": _SMOKE},
             "distribution_2d",
         ),
         Experiment(
             "ot-1d",
-            "a reverse process that is an optimal transport: straight trajectories of a 1-D"
-            " mixture, a diffusion's beside them",
-            {"small": "a quarter of an hour of one core", "smoke": _SMOKE},
+            "an optimal transport as reverse process: straight trajectories for a 1-D mixture,"
+            " compared with those of a diffusion",
+            {"small": "15 minutes on one core", "smoke": _SMOKE},
             "transport",
             takes_overrides=False,
             takes_jobs=False,
@@ -144,20 +142,20 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "ot-2d",
             "the same in the plane: four Gaussians whose optimal map is known",
-            {"small": "12 minutes of one core", "smoke": _SMOKE},
+            {"small": "12 minutes on one core", "smoke": _SMOKE},
             "transport_plane",
             takes_overrides=False,
             takes_jobs=False,
         ),
         Experiment(
             "mnist",
-            "F(x, t), z_t and the prediction over time for DDPM and NDM side by side; bits/dim"
-            " beside the widened DDPM; samples",
+            "F(x, t), z_t and the prediction over time for DDPM and NDM; bits/dim of both and of"
+            " a widened DDPM; samples",
             {
-                "small": "70 minutes of one and a half cores, with --jobs 2",
-                "quick": "a quarter of an hour of two cores",
+                "small": "70 minutes on one and a half cores, with --jobs 2",
+                "quick": "15 minutes on two cores",
                 "paper": (
-                    "three trainings of two hours of one H200 each (an estimate, from 2,150 of"
+                    "three training runs of two hours each on one H200 (an estimate from 2,150 of"
                     " 20,000 steps)"
                 ),
                 "smoke": _SMOKE,
@@ -171,8 +169,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             " evaluations: DDPM and NDM, on digits or MNIST",
             {
                 "small": (
-                    "24 minutes of one core on digits; on MNIST an hour of a core, and two"
-                    " trainings of half an hour, which --runs spares"
+                    "24 minutes on one core for digits; for MNIST an hour on one core and two"
+                    " training runs of half an hour, which --runs avoids"
                 ),
                 "smoke": _SMOKE,
             },
@@ -191,25 +189,25 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                 takes_jobs=False,
             )
             for name, what, published, time in (
-                ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "26 to 177 hours of 8 H100"),
+                ("cifar10", "CIFAR-10", "; published 2.70 bits/dim", "26 to 177 hours on 8 H100"),
                 (
                     "imagenet32",
                     "ImageNet at 32 x 32",
                     "; published 3.55 bits/dim",
-                    "12 to 30 hours of 8 H100",
+                    "12 to 30 hours on 8 H100",
                 ),
                 (
                     "imagenet64",
                     "ImageNet at 64 x 64",
                     "; published 3.35 bits/dim",
-                    "85 to 158 hours of 8 H100",
+                    "85 to 158 hours on 8 H100",
                 ),
-                ("celebahq64", "CelebA-HQ at 64 x 64", "", "15 to 87 hours of 4 H100"),
+                ("celebahq64", "CelebA-HQ at 64 x 64", "", "15 to 87 hours on 4 H100"),
                 (
                     "celebahq256",
                     "CelebA-HQ at 256 x 256 in a latent space",
                     "",
-                    "3 to 10 hours of 4 H100",
+                    "3 to 10 hours on 4 H100",
                 ),
             )
         ),

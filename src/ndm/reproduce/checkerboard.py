@@ -1,5 +1,6 @@
-"""The learned transformation of the 2-D checkerboard over time; density and samples beside the data
-(NDM, figure 1).
+"""The 2-D checkerboard: F(x, t) over time, and density and samples compared with the data.
+
+NDM, figure 1.
 """
 
 from functools import partial
@@ -18,8 +19,8 @@ from ndm.reproduce.plane import (
     cell_centers,
     density,
     measure,
-    tell,
-    tell_movement,
+    report_measurements,
+    report_movement,
     train_both,
 )
 from ndm.reproduce.plane_figures import PREDICTION, TIMES, densities, over_time
@@ -28,38 +29,34 @@ from ndm.viz import transform_over_time
 
 BUDGET = Budget(overrides={"train.evaluation_limit": 1000})
 WITHIN = 0.15
-"""Nats by which the likelihood may miss the entropy."""
+"""Tolerance of the NLL around the entropy, nats."""
 
 
 def run(report: Report) -> None:
-    """Train NDM and the conventional model on the checkerboard, measure them, draw them."""
+    """Train NDM and the conventional model on the checkerboard, measure and plot them."""
     budget = SMOKE if report.smoke else BUDGET
     models, source = train_both(report, "checkerboard", budget)
     record = report.cache("numbers", lambda: measure(models, source, budget, report.seed))
-    report.say(
+    report.text(
         f"{LEARNED} is F(x, t) = x + σ_t² f(x, t) with a learned f; {PLAIN} is F(x, t) = x with the"
         " same predictor, trained for as many steps."
     )
-    tell(report, {"checkerboard": record})
+    report_measurements(report, {"checkerboard": record})
     states, colors = _states(models, source, budget, report.seed)
     report.figure(
         "transform",
         over_time(states, colors, TIMES),
-        "F(x, t) of the test data over time, z_t, and the prediction. Both models with the same"
-        " noise; color: the cell that x lies in.",
+        "F(x, t) of the test data over time, z_t, and the prediction. Both models use the same"
+        " noise; color: the cell of x.",
     )
-    tell_movement(
+    report_movement(
         report, {"checkerboard": models[LEARNED]}, {"checkerboard": source}, TIMES, budget.shown
     )
     limit, test = 2.2, source.split("test")
     drawn = test.__getitems__(range(min(len(test), budget.samples)))
+    true_density = source.log_prob(cell_centers(limit, budget.grid)).exp()
     columns: dict[str, tuple[Tensor, Tensor]] = {
-        "data": (
-            source.log_prob(cell_centers(limit, budget.grid))
-            .exp()
-            .reshape(budget.grid, budget.grid),
-            drawn,
-        )
+        "data": (true_density.reshape(budget.grid, budget.grid), drawn)
     }
     for name, model in models.items():
         found = report.cache(
@@ -69,17 +66,15 @@ def run(report: Report) -> None:
             tuple(drawn.shape), steps=budget.steps, seed=report.seed, progress=True
         ).cpu()
         cells = torch.tensor(found["cells"], dtype=torch.float64)
-        report.number(
-            f"mass_of_the_density_drawn_{name.lower()}",
-            float(cells.sum()) * (2 * limit / budget.grid) ** 2,
-        )
+        mass = float(cells.sum()) * (2 * limit / budget.grid) ** 2
+        report.add_number(f"mass_of_the_density_drawn_{name.lower()}", mass)
         outside = float(torch.isinf(source.log_prob(samples)).double().mean())
-        report.number(f"samples_outside_the_cells_{name.lower()}", outside)
+        report.add_number(f"samples_outside_the_cells_{name.lower()}", outside)
         columns[name] = (cells, samples)
     report.figure(
         "density",
         densities(columns, limit),
-        "Above, the density: of the data, and of each model by the ODE. Below, test data and"
+        "Top: the density of the data, and of each model by the ODE. Bottom: test data and"
         f" {budget.samples} ancestral samples ({budget.steps} steps) of each model.",
     )
     loss = record[LEARNED]["nll_above"][0]
@@ -89,7 +84,7 @@ def run(report: Report) -> None:
 def _states(
     models: dict[str, DiffusionModel], source: ToySource, budget: Budget, seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """F, z_t and x̂ of both models by the labels of their rows, and the cell of each point."""
+    """Return F, z_t and x̂ of both models by row label, and the cell of each point."""
     test = source.split("test")
     x = test.__getitems__(range(min(len(test), budget.shown)))
     learned, plain = (

@@ -1,5 +1,6 @@
-"""The conventional model beside the learned forward process on smooth 2-D densities: what z_t, x̂
-and the ways back to the data look like, and what likelihood and bound say (NDM, section 4).
+"""Conventional and learned forward process on smooth 2-D densities (NDM, section 4).
+
+Plots z_t, x̂ and reverse trajectories, and measures likelihood and bound.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from ndm.reproduce.plane import (
     Budget,
     detour,
     measure,
-    tell,
-    tell_movement,
+    report_measurements,
+    report_movement,
     train_both,
     trajectories,
 )
@@ -34,16 +35,14 @@ DATA: Mapping[str, Mapping[str, object]] = {
     "pinwheel": {"data": "ndm.data.Pinwheel"},
     "two moons": {"data": "ndm.data.TwoMoons"},
 }
-"""The densities, and what they override in the configuration; the smoke variant takes the first
-two.
-"""
+"""The densities and their configuration overrides; the smoke size uses the first two."""
 BUDGET = Budget(overrides={"train.evaluation_limit": 500}, draws=16, points=2000, samples=2500)
 WITHIN = 0.05
-"""Nats by which the likelihood of the smooth mixture may miss the entropy."""
+"""Tolerance of the smooth mixture's NLL around the entropy, nats."""
 
 
 def run(report: Report) -> None:
-    """Train both models on each density, measure them, draw them."""
+    """Train both models on each density, measure and plot them."""
     budget = SMOKE if report.smoke else BUDGET
     models: dict[str, dict[str, DiffusionModel]] = {}
     sources: dict[str, ToySource] = {}
@@ -54,21 +53,16 @@ def run(report: Report) -> None:
         records[data] = report.cache(
             key, partial(measure, models[data], sources[data], budget, report.seed)
         )
-    report.say(
+    report.text(
         f"{LEARNED} is F(x, t) = (1 − t) x + t g(x, t) with a learned g; {PLAIN} is F(x, t) = x"
         " with the same predictor, trained for as many steps."
     )
-    tell(report, records)
-    _forward(report, models, sources, budget)
-    tell_movement(
-        report,
-        {data: of_data[LEARNED] for data, of_data in models.items()},
-        sources,
-        TIMES,
-        budget.shown,
-    )
-    _reverse(report, models, budget)
-    _samples(report, models, sources, budget)
+    report_measurements(report, records)
+    _draw_forward(report, models, sources, budget)
+    learned = {data: of_data[LEARNED] for data, of_data in models.items()}
+    report_movement(report, learned, sources, TIMES, budget.shown)
+    _draw_reverse(report, models, budget)
+    _draw_samples(report, models, sources, budget)
     for model in (LEARNED, PLAIN):
         loss = records["mixture"][model]["nll_above"][0]
         report.expect(
@@ -78,13 +72,13 @@ def run(report: Report) -> None:
         )
 
 
-def _forward(
+def _draw_forward(
     report: Report,
     models: Mapping[str, Mapping[str, DiffusionModel]],
     sources: Mapping[str, ToySource],
     budget: Budget,
 ) -> None:
-    """Figures of z_t with F, and of the predictions."""
+    """Plot F with z_t, and the predictions."""
     latents: dict[str, Tensor] = {}
     predictions: dict[str, Tensor] = {}
     colors = []
@@ -100,7 +94,7 @@ def _forward(
         for name in (LEARNED, PLAIN):
             latents[f"{data}\n{name} $z_t$"] = states[name]["latent"].cpu()
             predictions[f"{data}\n{name} {PREDICTION}"] = states[name]["prediction"].cpu()
-    note = "Both models with the same noise; color: the angle of x to the first axis."
+    note = "Both models use the same noise; color: the angle of x to the first axis."
     report.figure(
         "forward",
         over_time(latents, torch.stack(colors).repeat_interleave(3, 0)),
@@ -113,10 +107,10 @@ def _forward(
     )
 
 
-def _reverse(
+def _draw_reverse(
     report: Report, models: Mapping[str, Mapping[str, DiffusionModel]], budget: Budget
 ) -> None:
-    """Figures of the paths from z_1 to z_0."""
+    """Plot the paths from z_1 to z_0, and tabulate their detours."""
     generator = torch.Generator().manual_seed(part_seed(report.seed, 0))
     z = torch.randn(budget.trajectories, 2, generator=generator)
     ode, ancestral, lengths = {}, {}, []
@@ -124,38 +118,38 @@ def _reverse(
         ode[data] = {
             name: trajectories(of_data[name], z, 2 * budget.steps) for name in (PLAIN, LEARNED)
         }
-        few = z[: len(z) // 5 or 1]  # random paths cross
+        few = z[: len(z) // 5 or 1]  # random paths cross: many would be illegible
         ancestral[data] = {
             name: trajectories(of_data[name], few, budget.steps, Ancestral(1.0), report.seed)
             for name in (PLAIN, LEARNED)
         }
         found = [detour(ode[data][name]) for name in (PLAIN, LEARNED)]
         lengths.append([data, *(f"{100 * one:.1f} %" for one in found)])
-        report.number(
+        report.add_number(
             f"detour_{data.replace(' ', '_')}", dict(zip((PLAIN, LEARNED), found, strict=True))
         )
     where = "from the same starts z_1, in the plane and over time"
     report.figure(
         "trajectories",
         paths(ode, "the ODE"),
-        f"Deterministic ways back to the data, by the ODE, {where}.",
+        f"Deterministic paths back to the data, by the ODE, {where}.",
     )
     report.figure(
         "ancestral",
         paths(ancestral, "ancestral steps"),
-        f"Random ways back, by {budget.steps} ancestral steps, {where}.",
+        f"Random paths back, by {budget.steps} ancestral steps, {where}.",
     )
-    report.say("How much longer the paths of the ODE are than the straight way from z_1 to z_0:")
+    report.text("Excess length of the ODE's paths over the straight line from z_1 to z_0:")
     report.table(["data", PLAIN, LEARNED], lengths)
 
 
-def _samples(
+def _draw_samples(
     report: Report,
     models: Mapping[str, Mapping[str, DiffusionModel]],
     sources: Mapping[str, ToySource],
     budget: Budget,
 ) -> None:
-    """A figure of samples beside the data."""
+    """Plot samples of each model next to the data."""
     rows: dict[str, dict[str, Tensor]] = {}
     for data, of_data in models.items():
         test = sources[data].split("test")

@@ -1,13 +1,15 @@
-r"""Likelihood on natural images: CIFAR-10, ImageNet at 32 x 32 and 64 x 64, CelebA-HQ at 64 x 64
-and, latent, at 256 x 256 (NDM, section 4.1).
+r"""Likelihood on natural images (NDM, section 4.1).
+
+CIFAR-10, ImageNet at 32 x 32 and 64 x 64, CelebA-HQ at 64 x 64 and, in a latent space, at
+256 x 256:
 
 .. math::
     F(x, t) = (1 - t)\, x + t\, g(x, t), \qquad \text{bits/dim} = \frac{\text{nats}}{D \ln 2}, \quad D = 3 \cdot \text{side}^2 .
 
-One table of facts drives all five. Each trains the configuration of its name, measures the NELBO in
-continuous time on the test split and the NLL by the ODE on part of it, and puts both beside the
-numbers that were published. ``smoke`` makes a handful of images in the real format of the data set
-and shrinks the model: it shows that everything works, and its numbers mean nothing.
+:data:`FACTS` describes the five experiments. Each trains the configuration of its name, measures
+the NELBO in continuous time on the test split and the NLL by the ODE on part of it, and compares
+both with published numbers. ``smoke`` writes a few synthetic images in the real format of the data
+set and shrinks the model. It only checks that everything runs; its numbers mean nothing.
 """
 
 import math
@@ -37,26 +39,22 @@ from ndm.viz import image_grid, new_figure, transform_figure
 
 @dataclass(frozen=True)
 class Published:
-    """A bound that a paper reports, known for certain."""
+    """A bound that a paper reports."""
 
     who: str
     bpd: float
     release: str = ""
-    """Of which release of the data, where there are several."""
+    """The release of the data, where there are several."""
 
 
-OORD_RELEASE, UNKNOWN_RELEASE = (
-    "release of van den Oord et al. 2016",
-    "the release is not known to us",
-)
-NDM_PAPER, VDM_PAPER, DIFFENC_PAPER = (
-    "NDM (Bartosh et al. 2024)",
-    "VDM (Kingma et al. 2021)",
-    "DiffEnc (Nielsen et al. 2024)",
-)
+OORD_RELEASE = "release of van den Oord et al. 2016"
+UNKNOWN_RELEASE = "unknown release"
+NDM_PAPER = "NDM (Bartosh et al. 2024)"
+VDM_PAPER = "VDM (Kingma et al. 2021)"
+DIFFENC_PAPER = "DiffEnc (Nielsen et al. 2024)"
 TOLERANCE = 0.05
-"""Bits/dim by which a reproduction may miss the published bound: more than seeds differ by, less
-than the published models do.
+"""Tolerance above the published bound, bits/dim: larger than differences between seeds, smaller
+than those between the published models.
 """
 SMOKE = {
     "model.predictor.network.channels": 8,
@@ -77,7 +75,7 @@ SMOKE = {
     "train.sample_images": 4,
     "train.sample_steps": 2,
 }
-"""Overrides for the variant of a few seconds, for all five."""
+"""Overrides for the smoke size of all five experiments."""
 SMALL_TRANSFORM = {"model.transform.network.blocks": 1, "model.transform.network.multiples": [1]}
 SMALL_STAGES = {
     "model.predictor.network.multiples": [1, 1],
@@ -87,23 +85,21 @@ SMALL_STAGES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is particular to one data set."""
+    """Description of one data set's experiment."""
 
     title: str
     synthesize: Callable[[Path, int], None]
-    """Writes a few images in the format of the data set into a folder."""
+    """Writes a few synthetic images in the format of the data set into a folder."""
     published: tuple[Published, ...] = ()
     draws: int = 8
-    """Times an image in the NELBO."""
+    """Times per image in the NELBO."""
     nll_images: int = 1000
-    """Images on which the NLL is measured: each takes hundreds of evaluations, and as many
-    gradients.
-    """
+    """Images for the NLL; each takes hundreds of evaluations and as many gradients."""
     sample_steps: int = 500
     quality_images: int = 50_000
-    """Samples for FID, as many as is customary."""
+    """Samples for FID; 50,000 is customary."""
     smoke: Mapping[str, object] = field(default_factory=lambda: dict(SMALL_TRANSFORM))
-    """Overrides for the variant of a few seconds."""
+    """Overrides for the smoke size."""
 
 
 FACTS: Mapping[str, Facts] = {
@@ -143,7 +139,7 @@ FACTS: Mapping[str, Facts] = {
 
 
 def run(report: Report) -> None:
-    """Train, measure, draw."""
+    """Train the model, measure it and plot the figures."""
     facts = FACTS[report.name]
     overrides = (
         (SMOKE, facts.smoke, report.synthetic_data(facts.synthesize)) if report.smoke else ()
@@ -158,44 +154,35 @@ def run(report: Report) -> None:
 
 
 def introduce(report: Report, facts: Facts, data: DataSource) -> None:
-    """Say what the data are."""
+    """Describe the data on the page."""
     description = data.describe()
     counts = ", ".join(f"{count:,} {split}" for split, count in description.splits.items())
-    report.say(
+    report.text(
         f"{facts.title}: `{description.name}`, {description.version}; {counts} images; sha256 of"
         f" the content `{description.sha256}`."
     )
     if report.smoke:
-        report.say("**A handful of made-up images and a tiny model: these numbers mean nothing.**")
+        report.text("**A few synthetic images and a tiny model: these numbers mean nothing.**")
 
 
 def likelihood(report: Report, facts: Facts, model: DiffusionModel, data: DataSource) -> None:
-    """NELBO and NLL beside the published numbers."""
+    """Measure NELBO and NLL, and tabulate them with the published numbers."""
     description, test = data.describe(), data.split("test")
+    if report.smoke:
+        bound_limit, draws, nll_limit, reverse_check = 4, 2, 2, 0
+        settings = OdeSettings(nodes=4, probes=1, rtol=1e-2, atol=1e-2)
+    else:
+        bound_limit, draws, nll_limit, reverse_check = None, facts.draws, facts.nll_images, 16
+        settings = OdeSettings()
 
     def evaluation(limit: int | None) -> Evaluation:
-        return Evaluation(
-            model,
-            test,
-            seed=report.seed,
-            limit=limit,
-            progress=True,
-            about=description.about("test"),
-        )
+        about = description.about("test")
+        return Evaluation(model, test, report.seed, limit, progress=True, about=about)
 
-    smoke, settings = (
-        report.smoke,
-        OdeSettings(nodes=4, probes=1, rtol=1e-2, atol=1e-2) if report.smoke else OdeSettings(),
-    )
-    nelbo = report.measure(
-        "nelbo",
-        lambda: evaluation(4 if smoke else None).nelbo(None, draws=2 if smoke else facts.draws),
-    )
+    nelbo = report.measure("nelbo", lambda: evaluation(bound_limit).nelbo(None, draws=draws))
     nll = report.measure(
         "nll",
-        lambda: evaluation(2 if smoke else facts.nll_images).nll(
-            settings=settings, reverse_check=0 if smoke else 16
-        ),
+        lambda: evaluation(nll_limit).nll(settings=settings, reverse_check=reverse_check),
     )
     rows = [
         [f"{one.who}, published", f"{one.bpd:.2f}", one.release or "the test split"]
@@ -211,11 +198,11 @@ def likelihood(report: Report, facts: Facts, model: DiffusionModel, data: DataSo
         )
     report.table(["model", "bits/dim", "measured on"], rows)
     if not facts.published:
-        report.say("No published number stands here: we know of none for certain on this split.")
+        report.text("No published number: we know of no reliable one on this split.")
     if any(one.release for one in facts.published):
-        report.say(
-            "Bits/dim on the two releases of small ImageNet cannot be compared: that of Chrabaszcz"
-            " et al. 2017 is smoother, and easier."
+        report.text(
+            "Bits/dim on the two releases of small ImageNet cannot be compared: the release of"
+            " Chrabaszcz et al. 2017 is smoother and easier."
         )
     for one in facts.published:
         if one.who == NDM_PAPER and not one.release and not description.name.endswith("-partial"):
@@ -229,13 +216,14 @@ def likelihood(report: Report, facts: Facts, model: DiffusionModel, data: DataSo
 def quality(
     report: Report, facts: Facts, model: DiffusionModel, data: DataSource, precision: Precision
 ) -> None:
-    """FID, KID, precision and recall of samples against the train split, if the user has a feature
-    network.
+    """Compare samples with the train split by FID, KID, precision and recall.
+
+    This takes the user's feature network.
     """
     if report.settings.features is None:
-        report.say(
-            "FID is not measured: it takes a feature network, `--features FILE`, the usual"
-            " Inception as TorchScript."
+        report.text(
+            "FID is not measured. It needs a feature network: `--features FILE`, the usual"
+            " Inception network as TorchScript."
         )
         return
     description, train, test = data.describe(), data.split("train"), data.split("test")
@@ -260,13 +248,9 @@ def quality(
             unit=f"{_CHUNK} images",
             disable=None,
         )
+        key = f"features-{network.sha256[:12]}"
         samples = torch.cat(
-            [
-                report.cache_tensor(
-                    f"features-{network.sha256[:12]}-{index:03d}", partial(chunk, index)
-                )
-                for index in chunks
-            ]
+            [report.cache_tensor(f"{key}-{index:03d}", partial(chunk, index)) for index in chunks]
         )
         real, held_out = (
             network(split, 64, True, spread(len(split), images)) for split in (train, test)
@@ -278,55 +262,47 @@ def quality(
         }
 
     found = report.cache(f"quality-{network.sha256[:12]}", measure)
-    report.number("quality", found)
-    one = found["samples"]
-    report.say(
-        f"{one['generated_images']:,} ancestral samples of {steps} steps against"
-        f" {one['real_images']:,} train images, by {one['features']} (sha256"
-        f" {one['features_sha256'][:12]}, d = {one['dims']}):"
+    report.add_number("quality", found)
+    record = found["samples"]
+    report.text(
+        f"{record['generated_images']:,} ancestral samples of {steps} steps against"
+        f" {record['real_images']:,} train images, by {record['features']} (sha256"
+        f" {record['features_sha256'][:12]}, d = {record['dims']}):"
     )
     report.quality_table(found, (3, 5, 3, 3))
 
 
-_QUALITY = 7  # stream of noise
-# samples whose features are kept together: hours of sampling go on where they were interrupted
+_QUALITY = 7  # random stream
+# samples whose features are cached in one file, so that an interrupted run loses few of them
 _CHUNK = 1000
 
 
 def pictures(report: Report, facts: Facts, model: DiffusionModel, data: DataSource) -> None:
-    """Samples beside test images, and F(x, t), z_t and x̂ over time."""
+    """Plot samples next to test images, and F(x, t), z_t and x̂ over time."""
     test, side = data.split("test"), 2 if report.smoke else 8
     steps, shape = 4 if report.smoke else facts.sample_steps, data.describe().event_shape
     samples = model.sample(
         (side * side, *shape), "ancestral", steps=steps, seed=report.seed, progress=True
     )
-    truth = test.__getitems__(
-        [number % len(test) for number in spread(max(len(test), side * side), side * side)]
-    )
+    numbers = spread(max(len(test), side * side), side * side)
+    truth = test.__getitems__([number % len(test) for number in numbers])
     figure = new_figure(8.4, 4.6)
-    for axis, (title, images) in zip(
-        figure.subplots(1, 2), (("samples", samples), ("test images", truth)), strict=True
-    ):
+    panels = (("samples", samples), ("test images", truth))
+    for axis, (title, images) in zip(figure.subplots(1, 2), panels, strict=True):
         axis.imshow(image_grid(images, side, gap=max(1, shape[-1] // 32)), interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     report.figure(
         "samples",
         figure,
-        f"Samples, ancestral, {steps} steps, seed {report.seed}, none left out; beside them test"
-        " images.",
+        f"Left: all ancestral samples of seed {report.seed}, {steps} steps. Right: test images.",
     )
     decoder = model.decoder
     note = ""
     show: Callable[[Tensor], Tensor] | None = None
     if isinstance(decoder, NetworkDecoder):
-        show, note = (
-            decoder.network,
-            (
-                " Latents are shown through the network of the decoder; F(x, t) = E(x) does not"
-                " depend on t."
-            ),
-        )
+        show = decoder.network
+        note = " Latents are shown decoded; F(x, t) = E(x) does not depend on t."
     chosen = test.__getitems__([0, len(test) // 2])
     with torch.no_grad():
         drawn = transform_figure(model, chosen, seed=report.seed, show=show)

@@ -1,15 +1,14 @@
-r"""Models of 2-D densities that are known: their bound and likelihood beside the truth.
+r"""Bound and likelihood of models of known 2-D densities, compared with the entropy.
 
-With the density p of the data known, what a model loses is a mean of differences on the same
-points, which vary much less than the points do:
+If the density p of the data is known, a model's loss is a mean of differences at the same points,
+which vary much less than their terms:
 
 .. math::
     KL(p \,\|\, p_\theta) = E_p[\log p(x) - \log p_\theta(x)] = \text{NLL} - H[p] , \qquad
     \text{NELBO} - H[p] = KL(p \,\|\, p_\theta) + \text{gap of the bound} .
 
-Two models are compared by the differences of single points, too, at the same times and with the
-same noise. All errors are over test points; what another seed of the training would give is not in
-them.
+Two models are also compared point by point, at the same times and with the same noise. All standard
+errors are over test points; they do not include the variation between training seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,38 +33,36 @@ from ndm.sample import GridSampler, Heun, Step
 from ndm.train.config import RunConfig
 
 PLAIN, LEARNED = "DDPM", "NDM"
-"""The names of the two models: F(x, t) = x, and F learned."""
+"""Names of the two models: F(x, t) = x, and a learned F."""
 CONVENTIONAL = {"model.transform": "ndm.Identity"}
-"""Overrides that make the conventional diffusion model of a configuration."""
+"""Overrides that turn a configuration into the conventional diffusion model."""
 _BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is trained, measured and drawn."""
+    """How much to train, measure and plot."""
 
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Overrides of every training run."""
     bound_points: int | None = None
-    """Test points of the bound; None for all."""
+    """Test points for the bound; None for all."""
     draws: int = 64
-    """Times for each of them."""
+    """Times per test point in the bound."""
     points: int = 4000
-    """Test points of the likelihood."""
+    """Test points for the likelihood."""
     nodes: int = 32
-    """Times at which the trace is taken on the way of each, see
-    :class:`ndm.likelihood.OdeSettings`.
-    """
+    """Times at which the trace is evaluated along each path, see :class:`ndm.ode.OdeSettings`."""
     shown: int = 2000
-    """Points of a figure."""
+    """Points in a figure."""
     samples: int = 8000
-    """Samples of a model."""
+    """Samples per model."""
     steps: int = 100
-    """Steps of a sampler."""
+    """Sampling steps."""
     grid: int = 80
-    """Points of a density along each axis."""
+    """Points per axis of a density."""
     trajectories: int = 60
-    """Points whose path is followed."""
+    """Number of trajectories."""
 
 
 SMOKE = Budget(
@@ -89,19 +86,19 @@ SMOKE = Budget(
     grid=10,
     trajectories=5,
 )
-"""What a check in seconds takes, together with :data:`SMALL_TRANSFORM` where F is learned."""
+"""Budget of the smoke size; a learned F also takes :data:`SMALL_TRANSFORM`."""
 SMALL_TRANSFORM = {"model.transform.network.hidden": 8, "model.transform.network.blocks": 1}
 
 
 def with_density(source: DataSource) -> ToySource:
-    """The source, if its density is known.
+    """Return the source if its density is known.
 
     Raises:
-        UserError: it is not.
+        UserError: the density is unknown.
     """
     if not isinstance(source, ToySource):
         raise UserError(
-            f"--data {type(source).__name__}: this experiment needs data whose density is known,"
+            f"--data {type(source).__name__}: this experiment needs data with a known density,"
             " such as ndm.data.TwoMoons"
         )
     return source
@@ -114,14 +111,14 @@ def both_configs(
     learned: Mapping[str, object] = MappingProxyType({}),
     prefix: str = "",
 ) -> dict[str, RunConfig]:
-    """The configurations of both models, by the names of their runs.
+    """Return the configurations of both models by run name.
 
     Args:
         report: the experiment.
-        config: the learned model's configuration, one that comes with the library.
-        overrides: overrides of both models, in turn.
+        config: the learned model's configuration, one that ships with the library.
+        overrides: overrides of both models, applied in order.
         learned: further overrides of the learned model.
-        prefix: put before the names of the runs.
+        prefix: prefix of the run names.
     """
     return {
         f"{prefix}{PLAIN.lower()}": report.config(config, *overrides, last=CONVENTIONAL),
@@ -136,40 +133,40 @@ def train_both(
     name: str = "",
     overrides: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[dict[str, DiffusionModel], ToySource]:
-    """Train the conventional model and the learned one on the same data, for as many steps, and
-    give them by name with the data.
+    """Train the conventional and the learned model on the same data, for the same number of steps.
 
     Args:
         report: the experiment.
-        config: the learned model's configuration, one that comes with the library.
-        budget: how long.
-        name: put before the names of the runs.
-        overrides: further overrides of both.
+        config: the learned model's configuration, one that ships with the library.
+        budget: how much to train.
+        name: prefix of the run names.
+        overrides: further overrides of both models.
+
+    Returns:
+        The models by name, and the data.
     """
     prefix = f"{name}-" if name else ""
-    learned_too = SMALL_TRANSFORM if report.smoke else {}
-    trained = report.train_all(
-        both_configs(
-            report, config, overrides, budget.overrides, learned=learned_too, prefix=prefix
-        )
+    small = SMALL_TRANSFORM if report.smoke else {}
+    configs = both_configs(
+        report, config, overrides, budget.overrides, learned=small, prefix=prefix
     )
-    (plain, _), (learned, source) = trained.values()
+    (plain, _), (learned, source) = report.train_all(configs).values()
     return {PLAIN: plain, LEARNED: learned}, with_density(source)
 
 
 def measure(
     models: Mapping[str, DiffusionModel], source: ToySource, budget: Budget, seed: int
 ) -> dict[str, Any]:
-    """Bound and likelihood of each model on the test split, above the entropy, and how the models
-    differ; JSON-ready.
+    """Measure bound and likelihood of each model on the test split, and their differences.
 
     Numbers are nats in the units of the source; pairs are a mean and its standard error.
 
     Returns:
-        ``entropy`` (exact), ``sampled_entropy`` (the mean of -log p over the points of the
-        likelihood); of each model by its name ``parameters``, ``nelbo``, ``nelbo_above``, ``nll``,
-        ``nll_above`` and the two ``measurements``; ``nelbo_difference`` and ``nll_difference``, of
-        the last model less the first.
+        A JSON-ready record: ``entropy`` (exact) and ``sampled_entropy`` (the mean of -log p over
+        the points of the likelihood); for each model, under its name, ``parameters``, ``nelbo``,
+        ``nll``, their excess over the entropy ``nelbo_above`` and ``nll_above``, and the two
+        ``measurements``; ``nelbo_difference`` and ``nll_difference``, the last model minus the
+        first.
     """
     description = source.describe()
     test = source.split("test")
@@ -209,21 +206,19 @@ def _mean(values: Tensor) -> list[float]:
 
 
 def pm(pair: Sequence[float], digits: int = 3) -> str:
-    """A mean and its standard error, for a table."""
+    """Format a mean and its standard error for a table."""
     return plus_minus(pair[0], pair[1], digits)
 
 
 def verdict(pair: Sequence[float]) -> str:
-    """Whether a difference, last less first, is more than two of its standard errors, in words."""
+    """Describe a difference, last minus first; it is significant beyond two standard errors."""
     if not abs(pair[0]) > 2 * pair[1]:
         return "no significant difference"
-    return f"{LEARNED}'s is {'lower' if pair[0] < 0 else 'higher'}, of these two runs"
+    return f"{LEARNED}'s is {'lower' if pair[0] < 0 else 'higher'} in these two runs"
 
 
-def tell(report: Report, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the numbers of :func:`measure`, by the name of the data, into the results and as tables
-    onto the page.
-    """
+def report_measurements(report: Report, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the records of :func:`measure`, by data name, to the results and the page."""
     rows, differences = [], []
     for data, record in records.items():
         key = data.replace(" ", "_")
@@ -235,53 +230,42 @@ def tell(report: Report, records: Mapping[str, Mapping[str, Any]]) -> None:
             ]
             rows.append([data, f"{record['entropy']:.4f}", name, f"{one['parameters']:,}", *cells])
             for kind, measurement in one["measurements"].items():
-                report.measured(f"{key}_{name.lower()}_{kind}", measurement)
-        differences.append(
-            [
-                data,
-                *(
-                    cell
-                    for kind in ("nelbo", "nll")
-                    for cell in (
-                        pm(record[f"{kind}_difference"], 4),
-                        verdict(record[f"{kind}_difference"]),
-                    )
-                ),
-            ]
-        )
-        report.number(
+                report.add_measurement(f"{key}_{name.lower()}_{kind}", measurement)
+        row = [data]
+        for kind in ("nelbo", "nll"):
+            difference = record[f"{kind}_difference"]
+            row += [pm(difference, 4), verdict(difference)]
+        differences.append(row)
+        report.add_number(
             key, {name: value for name, value in record.items() if name not in (PLAIN, LEARNED)}
         )
         for name in (PLAIN, LEARNED):
-            report.number(
+            report.add_number(
                 f"{key}_{name.lower()}",
                 {part: value for part, value in record[name].items() if part != "measurements"},
             )
-    report.say(
+    report.text(
         "Nats in the units of the data; ± is the standard error over test points. NLL is by the"
-        " ODE; what it lies above the entropy is KL(p ‖ p_θ)."
+        " ODE; its excess over the entropy is KL(p ‖ p_θ)."
     )
     head = ["data", "entropy H", "model", "parameters", "NELBO", "NELBO − H", "NLL", "NLL − H"]
     report.table(head, rows)
-    report.say(
-        f"{LEARNED} less {PLAIN}, point by point at the same times and noise. One training run"
-        " each: another seed of the training moves these numbers as well, and the errors do not"
-        " know of it."
+    report.text(
+        f"{LEARNED} minus {PLAIN}, point by point at the same times and noise. One training run"
+        " each: the errors do not include the variation between training seeds."
     )
     report.table(["data", "NELBO", "", "NLL", ""], differences)
 
 
 @torch.no_grad()
-def tell_movement(
+def report_movement(
     report: Report,
     models: Mapping[str, DiffusionModel],
     sources: Mapping[str, ToySource],
     times: Sequence[float],
     shown: int,
 ) -> None:
-    """Say how far F takes the test data from where they are: root mean squares over the points, for
-    each model by the name of its data.
-    """
+    """Tabulate the root mean square of F(x, t) - x on test points, for models by data name."""
     rows = []
     for data, model in models.items():
         test = sources[data].split("test")
@@ -289,43 +273,44 @@ def tell_movement(
         moves = [(model.transformed(x, time) - x).cpu() for time in times]
         rms = [float(move.square().sum(1).mean().sqrt()) for move in moves]
         spread = [float((move - move.mean(0)).square().sum(1).mean().sqrt()) for move in moves]
-        report.number(
+        report.add_number(
             f"movement_{data.replace(' ', '_')}",
             {"times": list(times), "rms": rms, "rms_without_mean": spread},
         )
         rows += [
             [data, "F(x, t) − x", *(f"{value:.3f}" for value in rms)],
-            [data, "less its mean", *(f"{value:.3f}" for value in spread)],
+            [data, "minus its mean", *(f"{value:.3f}" for value in spread)],
         ]
-    report.say(
-        "How far the learned F takes the data, root mean square over the test points, in the units"
-        " of the data:"
+    report.text(
+        "How far the learned F moves the data: root mean square over the test points, in the units"
+        " of the data."
     )
     report.table(["data", "", *(f"t = {time:g}" for time in times)], rows)
 
 
 @torch.no_grad()
 def density(model: DiffusionModel, limit: float, size: int, seed: int = 0) -> Tensor:
-    """The density of z_0/alpha_0 under the ODE at the centers of ``size`` x ``size`` cells of the
-    square from -limit to limit.
+    """Return the density of z_0/alpha_0 under the ODE on a grid over the square [-limit, limit]².
 
     Returns:
-        ``(size, size)``, float64, in the units in which the model sees the data; rows go along the
-        second coordinate, upward.
+        ``(size, size)``, float64, at the centers of the grid's cells, in the model's units of the
+        data; rows go along the second coordinate, upward.
     """
     points = cell_centers(limit, size).to(model.like)
     parts = []
     for part in tqdm(points.split(_BATCH), desc="density", unit="batch", delay=1, leave=False):
-        found = model.log_likelihood(
+        likelihood = model.log_likelihood(
             part, dequantization="none", settings=OdeSettings(nodes=32), seed=seed
         )
-        parts.append(found.log_p.exp())
+        parts.append(likelihood.log_p.exp())
     return torch.cat(parts).reshape(size, size)
 
 
 def cell_centers(limit: float, size: int) -> Tensor:
-    """Centers of ``size`` x ``size`` cells of the square from -limit to limit, ``(size², 2)``,
-    float64, the first coordinate fastest.
+    """Return the centers of ``size`` x ``size`` cells of the square [-limit, limit]².
+
+    Returns:
+        ``(size², 2)``, float64; the first coordinate varies fastest.
     """
     middles = (2 * (torch.arange(size, dtype=torch.float64) + 0.5) / size - 1) * limit
     return torch.cartesian_prod(middles, middles).flip(1)
@@ -335,8 +320,10 @@ def cell_centers(limit: float, size: int) -> Tensor:
 def trajectories(
     model: DiffusionModel, z: Tensor, steps: int, step: Step | None = None, seed: int = 0
 ) -> Tensor:
-    """Paths of the reverse process from ``z`` = z_1 ``(B, 2)``, ``(steps + 1, B, 2)`` from t = 1 to
-    0; by the ODE unless told otherwise.
+    """Return paths of the reverse process from ``z`` = z_1 ``(B, 2)``, by default of the ODE.
+
+    Returns:
+        ``(steps + 1, B, 2)``, from t = 1 to 0.
     """
     model.eval()
     sampler = GridSampler(step or Heun(0.0), steps)
@@ -350,8 +337,9 @@ def trajectories(
 
 
 def detour(path: Tensor) -> float:
-    """How much longer paths ``(T + 1, B, 2)`` are than the way from their starts to their ends:
-    mean length over mean distance, minus 1.
+    """Return the excess length of paths ``(T + 1, B, 2)``: mean length over mean distance, minus 1.
+
+    The distance is the straight line from start to end.
     """
     length = path.diff(dim=0).norm(dim=-1).sum(0)
     return float(length.mean() / (path[-1] - path[0]).norm(dim=-1).mean() - 1)

@@ -1,7 +1,6 @@
 """Figures of models of 2-D densities: points over time, densities, paths.
 
-The color of a point is that of where it comes from, on a scale whose lightness rises evenly, so
-that it survives a gray print.
+Colors show where points start, on a scale of even lightness that survives a grayscale print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +15,25 @@ from ndm.viz import common_limit, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = "viridis"
+COLORS = "viridis"
 TIMES = (0.0, 0.3, 0.45, 0.6, 0.8, 1.0)
 PREDICTION = r"$\hat{x}(z_t, t)$"
 
 
 def limit_of(batches: Sequence[Tensor], share: float = 0.995) -> float:
-    """:func:`ndm.viz.common_limit` of batches ``(..., 2)``, with a margin for these figures."""
+    """Return :func:`ndm.viz.common_limit` of batches ``(..., 2)``, with a margin of 10%."""
     return common_limit([batch.reshape(-1, 2) for batch in batches], share, 1.1)
 
 
 def over_time(
     rows: Mapping[str, Tensor], colors: Tensor, times: Sequence[float] = TIMES
 ) -> "Figure":
-    """A figure of point clouds: a row for each name, a column for each time; all on the same axes.
+    """Plot point clouds: one row per name, one column per time, all with the same limits.
 
     Args:
-        rows: ``(len(times), N, 2)`` by the words beside the row.
-        colors: one number for each point, ``(N,)`` for all rows or ``(len(rows), N)``.
-        times: of the columns.
+        rows: ``(len(times), N, 2)`` by row label.
+        colors: one number per point, ``(N,)`` for all rows or ``(len(rows), N)``.
+        times: times of the columns.
     """
     figure = new_figure(1.32 * len(times) + 0.7, 1.32 * len(rows) + 0.5)
     limit = limit_of(list(rows.values()))
@@ -54,16 +53,15 @@ def over_time(
 
 
 def scatter(axis: Any, points: Tensor, limit: float, colors: Tensor) -> None:
-    """Points ``(N, 2)`` on an axis from -limit to limit."""
-    order = torch.randperm(
-        len(points), generator=torch.Generator().manual_seed(0)
-    )  # no color always on top
+    """Plot points ``(N, 2)`` in the square [-limit, limit]²."""
+    # In random order, so that no color is always on top.
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     x = points[order].numpy()
     axis.scatter(
         x[:, 0],
         x[:, 1],
         c=colors[order].numpy(),
-        cmap=COLOURS,
+        cmap=COLORS,
         s=1.6,
         linewidths=0,
         alpha=0.8,
@@ -73,7 +71,7 @@ def scatter(axis: Any, points: Tensor, limit: float, colors: Tensor) -> None:
 
 
 def square(axis: Any, limit: float) -> None:
-    """A square axis around 0 with three whole numbers along it."""
+    """Make an axis square around 0, with ticks at three integers."""
     tick = max(1, int(limit))
     axis.set(
         xlim=(-limit, limit),
@@ -86,8 +84,9 @@ def square(axis: Any, limit: float) -> None:
 
 
 def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
-    """Samples ``(N, 2)`` as histograms: a row for each data set, a column for each model; a scale
-    of colors for each row.
+    """Plot histograms of samples ``(N, 2)``: one row per data set, one column per model.
+
+    Each row has its own color scale.
     """
     names = list(next(iter(rows.values())))
     figure = new_figure(2.3 * len(names) + 1.2, 2.3 * len(rows) + 0.5)
@@ -104,7 +103,7 @@ def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
                 extent=(-limit, limit, -limit, limit),
                 vmin=0,
                 vmax=most,
-                cmap=COLOURS,
+                cmap=COLORS,
             )
             square(axis, limit)
             if row == 0:
@@ -119,8 +118,9 @@ def sample_panels(rows: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
 
 
 def histogram(points: Tensor, limit: float) -> np.ndarray:
-    """Density of points ``(N, 2)`` by counts in equal cells of the square from -limit to limit; the
-    first coordinate along the rows.
+    """Return the density of points ``(N, 2)`` in equal cells of the square [-limit, limit]².
+
+    The first index is the first coordinate.
     """
     bins, x = max(10, min(64, round(len(points) ** 0.5 / 1.6))), points.numpy()
     counts, _, _ = np.histogram2d(
@@ -130,11 +130,11 @@ def histogram(points: Tensor, limit: float) -> np.ndarray:
 
 
 def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Figure":
-    """Densities above, samples below, a column for each name; one scale of colors for all.
+    """Plot densities in the top row and samples below, with one color scale.
 
     Args:
-        columns: density at the centers of cells ``(size, size)``, as
-            :func:`ndm.reproduce.plane.density` gives it, and samples ``(N, 2)``.
+        columns: by name, the density at the centers of cells ``(size, size)``, as returned by
+            :func:`ndm.reproduce.plane.density`, and samples ``(N, 2)``.
         limit: half the side of the square.
     """
     figure = new_figure(2.6 * len(columns) + 0.9, 5.4)
@@ -145,7 +145,7 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
         above, below = axes[0][column], axes[1][column]
         extent = (-limit, limit, -limit, limit)
         image = above.imshow(
-            cells.numpy(), origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLOURS
+            cells.numpy(), origin="lower", extent=extent, vmin=0, vmax=most, cmap=COLORS
         )
         below.imshow(
             histogram(points, limit).T,
@@ -153,7 +153,7 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
             extent=extent,
             vmin=0,
             vmax=most,
-            cmap=COLOURS,
+            cmap=COLORS,
         )
         above.set_title(name, fontsize=11)
         for axis in (above, below):
@@ -167,13 +167,11 @@ def densities(columns: Mapping[str, tuple[Tensor, Tensor]], limit: float) -> "Fi
 
 
 def paths(rows: Mapping[str, Mapping[str, Tensor]], moving: str = "the ODE") -> "Figure":
-    """Paths from t = 1 to 0: for each row and name one panel in the plane, and one of the first
-    coordinate over time.
+    """Plot paths from t = 1 to 0, in the plane and as first coordinate over time.
 
     Args:
-        rows: paths ``(T + 1, B, 2)`` on a uniform grid, by the words beside the row and the name of
-            the column.
-        moving: what moves the points.
+        rows: paths ``(T + 1, B, 2)`` on a uniform grid, by row label and model name.
+        moving: the sampler, for the legend.
     """
     names = list(next(iter(rows.values())))
     figure = new_figure(2.55 * 2 * len(names), 2.5 * len(rows) + 0.9)
@@ -206,12 +204,12 @@ def paths(rows: Mapping[str, Mapping[str, Tensor]], moving: str = "the ODE") -> 
 
 
 def draw_paths(plane: Any, time: Any, path: Tensor, limit: float) -> None:
-    """One set of paths ``(T + 1, B, 2)`` in the plane, and its first coordinate over time."""
+    """Plot paths ``(T + 1, B, 2)`` in the plane, and their first coordinate over time."""
     from matplotlib import colormaps
 
     z, grid = path.numpy(), np.linspace(1, 0, len(path))
     rank = np.argsort(np.argsort(z[0, :, 0])) / max(1, z.shape[1] - 1)
-    for index, hue in enumerate(colormaps[COLOURS](0.9 * rank)):
+    for index, hue in enumerate(colormaps[COLORS](0.9 * rank)):
         label = "path $z_t$; color: order of $z_{1,1}$" if index == z.shape[1] // 2 else None
         plane.plot(z[:, index, 0], z[:, index, 1], color=hue, linewidth=0.8, label=label)
         time.plot(grid, z[:, index, 0], color=hue, linewidth=0.8)

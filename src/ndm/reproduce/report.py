@@ -1,14 +1,14 @@
-"""What an experiment leaves behind: a folder of runs, figures, numbers and a page that shows them.
+"""The report of an experiment: a folder of runs, figures, numbers and a page that shows them.
 
 =====================  =====================================================================
-``runs/NAME/``         each training run, as ``ndm train`` leaves it
-``parts/``             what took long to compute; the same command again reads it
+``runs/NAME/``         one training run each, in the layout of ``ndm train``
+``parts/``             a cache of expensive results, reused when the command is rerun
 ``FIGURE.png, .pdf``   the figures
 ``results.json``       numbers with their protocols, the command, the seed and the machine
-``README.md``          a page with all of them
+``README.md``          the page
 =====================  =====================================================================
 
-``results.json`` is written last, so that it marks a finished experiment.
+``results.json`` is written last, so its presence marks a finished experiment.
 """
 
 import hashlib
@@ -45,49 +45,49 @@ if TYPE_CHECKING:
 RESULTS, PAGE, ABOUT = "results.json", "README.md", "experiment.json"
 FORMATS = (".png", ".pdf")
 QUALITY = {"FID": "fid", "KID": "kid", "precision": "precision", "recall": "recall"}
-"""Measures of sample quality: heading and field."""
+"""Measures of sample quality: table heading and record field."""
 
 
 def check_learned(config: RunConfig) -> RunConfig:
-    """The configuration of a model with a learned forward process, as it is.
+    """Return the configuration if its forward process is learned.
 
     Raises:
-        UserError: its transformation is the identity.
+        UserError: the transformation is the identity.
     """
     if str(config.get("model.transform.class_path")).endswith(".Identity"):
         raise UserError(
             "--model.transform ndm.Identity: the learned model would be the conventional one, which"
-            " is trained beside it; leave it out"
+            " is trained anyway; leave it out"
         )
     return config
 
 
 @dataclass(frozen=True)
 class ExperimentSettings:
-    """How an experiment is carried out.
+    """Settings of an experiment.
 
     Raises:
         UserError: a number is out of range, or a run to measure is not finished.
     """
 
     name: str
-    """The experiment."""
+    """Name of the experiment."""
     size: str
     """``smoke``, ``small``, ``paper`` or another of the experiment's sizes."""
     out: Path
-    """Folder for everything."""
+    """Output folder."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     data: str | None = None
-    """Folder of the user's data, for the experiments that take one."""
+    """Folder of the user's data, for experiments that take one."""
     features: str | None = None
-    """TorchScript file of the feature network for FID, for the experiments that take one."""
+    """TorchScript file of the feature network for FID, for experiments that take one."""
     runs: tuple[str, ...] = ()
-    """Folders of trained runs to measure, for the experiments that take them."""
+    """Folders of trained runs to measure, for experiments that take them."""
     jobs: int = 1
-    """Trainings at once."""
+    """Number of models to train in parallel."""
     overrides: tuple[str, ...] = ()
-    """Options for every training run, as of ``ndm train``."""
+    """Options of ``ndm train`` that apply to every training run."""
 
     def __post_init__(self) -> None:
         """Check the numbers and the runs."""
@@ -101,7 +101,7 @@ class ExperimentSettings:
 
     @property
     def command(self) -> str:
-        """The command that carries it out, but for the folder."""
+        """The command line, without the output folder."""
         words = ["ndm", "reproduce", self.name, "--size", self.size, "--seed", str(self.seed)]
         for option, value in (("--data", self.data), ("--features", self.features)):
             words += [option, value] if value is not None else []
@@ -111,23 +111,19 @@ class ExperimentSettings:
 
 
 class Report:
-    """The folder of one experiment while it is being filled.
+    """Writer of an experiment's folder.
 
     Args:
-        settings: how the experiment is carried out.
+        settings: the settings of the experiment.
 
     Raises:
-        UserError: the folder holds another experiment, or the same with another size, seed or
+        UserError: the folder holds another experiment, or the same one with another size, seed or
             models.
     """
 
     def __init__(self, settings: ExperimentSettings):
-        self.settings, self.name, self.out, self.seed = (
-            settings,
-            settings.name,
-            settings.out,
-            settings.seed,
-        )
+        self.settings, self.name = settings, settings.name
+        self.out, self.seed = settings.out, settings.seed
         self.runs = tuple(Run(Path(run)) for run in settings.runs)
         self.models = tuple(run.model() for run in self.runs)
         self._started = time.perf_counter()
@@ -137,7 +133,7 @@ class Report:
         self._measurements: dict[str, Any] = {}
         self._checks: list[dict[str, Any]] = []
         self._write_data: Callable[[Path, int], None] | None = None
-        self._trained: dict[str, str] = {}  # fingerprints of the models so far
+        self._fingerprints: dict[str, str] = {}  # of the models trained so far
         self._about: dict[str, Any] = {
             "experiment": self.name,
             "size": settings.size,
@@ -146,13 +142,13 @@ class Report:
         self._about |= {"data": settings.data, "overrides": list(settings.overrides)}
         if self.runs:
             self._about["runs measured"] = {
-                str(run.folder): fingerprint(one)
-                for run, one in zip(self.runs, self.models, strict=True)
+                str(run.folder): fingerprint(model)
+                for run, model in zip(self.runs, self.models, strict=True)
             }
         stored = read_json(self.out / ABOUT) if (self.out / ABOUT).exists() else self._about
         for key in self._about | stored:
             if stored.get(key) != self._about.get(key):
-                there, here = (one.get(key, "not given") for one in (stored, self._about))
+                there, here = (about.get(key, "not given") for about in (stored, self._about))
                 raise UserError(
                     f"{self.out} holds another experiment: {key} is {there!r} there and {here!r}"
                     " here; choose another --out"
@@ -162,24 +158,22 @@ class Report:
 
     @property
     def smoke(self) -> bool:
-        """Whether this is the variant of a few seconds."""
+        """Whether the size is ``smoke``, a check that takes seconds."""
         return self.settings.size == "smoke"
 
     @property
     def user_overrides(self) -> tuple[str, ...]:
-        """What the user overrides in every training run: the path of the data, and options of ``ndm
-        train``.
-        """
+        """The user's overrides for every training run: the data path and ``ndm train`` options."""
         data = self.settings.data
         return (*(("--data.path", data) if data is not None else ()), *self.settings.overrides)
 
     def config(self, name: str, *overrides: Overrides, last: Overrides = ()) -> RunConfig:
-        """The configuration of a training run.
+        """Return the configuration of a training run.
 
         Args:
-            name: a configuration that comes with the library, such as ``digits``.
-            overrides: the experiment's overrides, in turn, before those of the user.
-            last: overrides that make the model what the experiment calls it, after those of the
+            name: a configuration that ships with the library, such as ``digits``.
+            overrides: the experiment's overrides, applied in order before those of the user.
+            last: overrides that define the model in the experiment, applied after those of the
                 user.
         """
         config = RunConfig.read(find_config(name))
@@ -190,17 +184,18 @@ class Report:
     def train_all(
         self, configs: Mapping[str, RunConfig]
     ) -> dict[str, tuple[DiffusionModel, DataSource]]:
-        """Train several models as :meth:`train` does, as many at once as the user wants; each then
-        writes to the ``log.txt`` of its run.
+        """Train several models as :meth:`train` does, ``settings.jobs`` in parallel.
+
+        With more than one job, each run writes its output to the ``log.txt`` in its folder.
 
         Args:
-            configs: the configurations by the names of the runs.
+            configs: the configurations by run name.
 
         Returns:
-            Each model and its data, by the name of the run.
+            The model and its data by run name.
 
         Raises:
-            UserError: one of several at once failed; the others are finished.
+            UserError: a parallel run failed; the others are finished first.
         """
         self._claim()
         if self.settings.jobs > 1:
@@ -214,11 +209,11 @@ class Report:
         return {name: self.train(name, config) for name, config in configs.items()}
 
     def train(self, name: str, config: RunConfig) -> tuple[DiffusionModel, DataSource]:
-        """Train a model, or read the one that an earlier call trained.
+        """Train a model, or load it if an earlier call trained it.
 
         Args:
             name: folder of the run, under ``runs``.
-            config: its configuration; the seed is that of the experiment.
+            config: its configuration; the experiment sets the seed.
 
         Returns:
             The trained model in evaluation mode, and its data.
@@ -229,85 +224,88 @@ class Report:
         was_finished = run.finished
         metrics = train_run(run, config.override({"seed": self.seed}))
         if metrics is None or not (started_first() or was_finished):
-            sys.exit(0)  # one of several processes that trained together: the first goes on alone
+            sys.exit(0)  # distributed training is over: only the first process continues
         model = run.model()
-        self._trained[name] = fingerprint(model)
+        self._fingerprints[name] = fingerprint(model)
         return model, run.data()
 
     def synthetic_data(self, write: Callable[[Path, int], None]) -> dict[str, object]:
-        """Overrides for data that ``write(folder, seed)`` makes before the first training; none if
-        the user named data.
+        """Return overrides for synthetic data; none if the user named data.
+
+        ``write(folder, seed)`` writes the data before the first training run.
         """
-        if any(word.split("=")[0] == "--data.path" for word in self.user_overrides):
+        if any(option.split("=")[0] == "--data.path" for option in self.user_overrides):
             return {}
         self._write_data = write
         return {"data.path": str(self.out / "data")}
 
     def run(self, name: str) -> Run:
-        """A training run."""
+        """Return a training run by name."""
         return Run(self.out / "runs" / name)
 
     def cache(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Compute a JSON-ready result, or read it from the file where an earlier call stored it.
+        """Compute a JSON-ready result, or read it if an earlier call stored it.
 
-        A result of other models, from before one was trained again, is computed again.
+        A stored result is recomputed if it belongs to other models than those trained so far.
         """
-        path, made = self.out / "parts" / f"{key}.json", self._models()
-        kept = read_json(path) if path.exists() else {}
-        if kept.get("models") != made or not isinstance(kept.get("found"), dict):
+        path, models = self.out / "parts" / f"{key}.json", self._models_hash()
+        stored = read_json(path) if path.exists() else {}
+        if stored.get("models") != models or not isinstance(stored.get("found"), dict):
             self._claim()
-            write_json(path, {"models": made, "found": compute()})
-            kept = read_json(path)
-        found = kept["found"]
-        assert isinstance(found, dict)
-        return found
+            write_json(path, {"models": models, "found": compute()})
+            stored = read_json(path)
+        result = stored["found"]
+        assert isinstance(result, dict)
+        return result
 
     def cache_tensor(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute a tensor, or read it, as :meth:`cache` does; the file is a safetensors file."""
-        path, made = self.out / "parts" / f"{key}.safetensors", self._models()
+        """Compute a tensor, or read it, as :meth:`cache` does, but in a safetensors file."""
+        path, models = self.out / "parts" / f"{key}.safetensors", self._models_hash()
         if path.exists():
             with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("models") == made:
+                if (file.metadata() or {}).get("models") == models:
                     return file.get_tensor("found")
         self._claim()
-        found = compute().contiguous()
+        result = compute().contiguous()
         write_atomically(
-            path, lambda temporary: save_file({"found": found}, temporary, {"models": made})
+            path, lambda temporary: save_file({"found": result}, temporary, {"models": models})
         )
-        return found
+        return result
 
-    def _models(self) -> str:
-        """SHA-256 of the models that were trained so far."""
-        return hashlib.sha256(json.dumps(self._trained, sort_keys=True).encode()).hexdigest()
+    def _models_hash(self) -> str:
+        """Return the SHA-256 of the models trained so far."""
+        return hashlib.sha256(json.dumps(self._fingerprints, sort_keys=True).encode()).hexdigest()
 
     def _claim(self) -> None:
-        """Note in the folder which experiment it holds, once it holds something: a rejected
-        experiment leaves nothing behind.
+        """Record the experiment in its folder before the first output.
+
+        Not earlier, so that a rejected experiment leaves no files.
         """
         if not (self.out / ABOUT).exists():
             write_json(self.out / ABOUT, self._about)
         if self._write_data is not None and not (self.out / "data").exists():
             self._write_data(self.out / "data", self.seed)
 
-    def say(self, text: str) -> None:
+    def text(self, text: str) -> None:
         """Add Markdown to the page."""
         self._page.append(text.strip() + "\n")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Add a table to the page."""
         lines = [head, ["---"] * len(head), *rows]
-        self.say("".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines))
+        self.text("".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines))
 
     def quality_table(self, found: Mapping[str, Mapping[str, Any]], digits: Sequence[int]) -> None:
-        """Add a table of FID, KID, precision and recall, each with so many digits; records of
-        :class:`ndm.quality.SampleQuality` by name.
+        """Add a table of FID, KID, precision and recall.
+
+        Args:
+            found: records of :class:`ndm.quality.SampleQuality` by name.
+            digits: decimals of each measure.
         """
+        columns = list(zip(QUALITY.values(), digits, strict=True))
         rows = [
-            [
-                name,
-                *(f"{one[field]:.{n}f}" for field, n in zip(QUALITY.values(), digits, strict=True)),
-            ]
-            for name, one in found.items()
+            [name, *(f"{record[field]:.{decimals}f}" for field, decimals in columns)]
+            for name, record in found.items()
         ]
         self.table(["", *QUALITY], rows)
 
@@ -316,55 +314,47 @@ class Report:
         for suffix in FORMATS:
             write_figure(self.out / f"{name}{suffix}", figure)
         self._figures.append(name)
-        self.say(f"![{caption}]({name}.png)\n\n*{caption}* ([PDF]({name}.pdf))")
+        self.text(f"![{caption}]({name}.png)\n\n*{caption}* ([PDF]({name}.pdf))")
 
-    def number(self, key: str, value: object) -> None:
-        """Add a number, or several, JSON-ready, to the results."""
+    def add_number(self, key: str, value: object) -> None:
+        """Add a number, or a JSON-ready collection of numbers, to the results."""
         self._numbers[key] = value
 
-    def measured(self, key: str, measurement: Measurement | Mapping[str, Any]) -> None:
-        """Add a measurement with its protocol, or the record of one that was kept, to the results."""
+    def add_measurement(self, key: str, measurement: Measurement | Mapping[str, Any]) -> None:
+        """Add a measurement with its protocol, or its stored record, to the results."""
         self._measurements[key] = (
             measurement.to_dict() if isinstance(measurement, Measurement) else dict(measurement)
         )
 
     def measure(self, key: str, take: Callable[[], Measurement]) -> dict[str, Any]:
-        """Take a measurement, or read it if an earlier call took it; its record
-        (:meth:`ndm.evaluation.tables.Measurement.to_dict`) goes into the results.
+        """Take a measurement, or read it if an earlier call took it, and add it to the results.
+
+        Returns:
+            Its record, :meth:`ndm.evaluation.measurement.Measurement.to_dict`.
         """
         record = self.cache(key, lambda: take().to_dict())
-        self.measured(key, record)
+        self.add_measurement(key, record)
         return record
 
     def expect(self, text: str, value: float, most: float) -> None:
-        """State what the experiment should show: that ``value`` is at most ``most``. The page says
-        whether it is.
+        """Add the check that ``value`` is at most ``most``; the page shows whether it holds.
 
-        The smoke variant states nothing.
+        The smoke size adds no checks.
         """
         if not self.smoke:
-            self._checks.append(
-                {
-                    "text": text,
-                    "value": value,
-                    "most": most,
-                    "holds": math.isfinite(value) and value <= most,
-                }
-            )
+            holds = math.isfinite(value) and value <= most
+            self._checks.append({"text": text, "value": value, "most": most, "holds": holds})
 
     def finish(self) -> None:
-        """Write the page and the results, and say where they are."""
+        """Write the page and the results, and print where they are."""
         if self._checks:
-            self.say("What it should show:")
-            rows = [
-                [
-                    one["text"],
-                    f"{one['value']:.4g}",
-                    f"{one['most']:.4g}",
-                    "yes" if one["holds"] else "**no**",
-                ]
-                for one in self._checks
-            ]
+            self.text("Checks:")
+            rows = []
+            for check in self._checks:
+                verdict = "yes" if check["holds"] else "**no**"
+                rows.append(
+                    [check["text"], f"{check['value']:.4g}", f"{check['most']:.4g}", verdict]
+                )
             self.table(["", "value", "at most", "holds"], rows)
         results: Mapping[str, Any] = {
             "experiment": self.name,
@@ -388,12 +378,9 @@ class Report:
             self.out / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8")
         )
         write_json(self.out / RESULTS, results)
-        for one in self._checks:
-            print(
-                f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['text']}:"
-                f" {one['value']:.4g}, at most {one['most']:.4g}"
-            )
-        print(
-            f"wrote {self.out}/{PAGE}, {RESULTS},"
-            f" {', '.join(f'{name}.png' for name in self._figures)} (and PDF)"
-        )
+        for check in self._checks:
+            verdict = "holds" if check["holds"] else "DOES NOT HOLD"
+            value, most = check["value"], check["most"]
+            print(f"{verdict}: {check['text']}: {value:.4g}, at most {most:.4g}")
+        figures = ", ".join(f"{name}.png" for name in self._figures)
+        print(f"wrote {self.out}/{PAGE}, {RESULTS}, {figures} (and PDF)")

@@ -1,14 +1,13 @@
-r"""Few steps: the bound against the number of steps T, and sample quality against the number of
-evaluations (NDM, section 4).
+r"""Few steps: the bound against T, and sample quality against evaluations (NDM, section 4).
 
 .. math::
     \text{NELBO}_T \to \text{NELBO}_\infty \quad (T \to \infty), \qquad
     \text{evaluations of } \hat x = \text{steps} \times (1 \text{ for ancestral, DDIM; } 2 \text{ for Heun on the ODE}) .
 
-DDPM is F = x, with the same predictor unless the user names other runs; it is VDM with a fixed
-schedule as well. A tied NDM evaluates F besides: at s and t in each step of ancestral sampling and
-DDIM, once with its time derivative in each evaluation of the ODE. Evaluations are counted where
-they happen, in the networks.
+DDPM is F = x (equivalently, VDM with a fixed schedule), with the same predictor unless the user
+names other runs. A tied NDM also evaluates F: at s and t in each step of ancestral sampling and
+DDIM, and once with its time derivative in each evaluation of the ODE. Evaluations are counted by
+hooks on the networks.
 """
 
 import math
@@ -36,55 +35,51 @@ from ndm.viz import is_image
 
 
 def run(report: Report) -> None:
-    """Train DDPM and NDM, or take the user's; measure bounds and sample quality, draw them."""
+    """Train DDPM and NDM, or load the user's; measure and plot bounds and sample quality."""
     plan = Plan.of(report)
-    models, data = given(report) if report.runs else trained(report, plan)
+    models, data = load_runs(report) if report.runs else train_models(report, plan)
     sizes = ", ".join(
         f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items()
     )
     alike = to_config(models["DDPM"].predictor) == to_config(models["NDM"].predictor)
-    predictors = "the predictors are built alike" if alike else "the predictors differ"
-    report.say(
+    predictors = "the predictors are the same" if alike else "the predictors differ"
+    report.text(
         f"Data: {data.describe().name}, {data.describe().version}. Parameters: {sizes};"
         f" {predictors}."
     )
     bounds(report, plan, models, data)
     quality(report, plan, models, data)
     figure = sample_figure(pictures(report, plan, models, data))
-    report.figure(
-        "samples", figure, "Samples of one seed; above each grid, evaluations of the predictor"
-    )
+    report.figure("samples", figure, "Samples of one seed; titles are evaluations of the predictor")
 
 
-def trained(report: Report, plan: Plan) -> tuple[dict[str, DiffusionModel], DataSource]:
-    """DDPM and NDM trained here, and their data."""
-    found = report.train_all(both_configs(report, plan.config, plan.overrides))
-    return {name: found[name.lower()][0] for name in MODELS}, found["ndm"][1]
+def train_models(report: Report, plan: Plan) -> tuple[dict[str, DiffusionModel], DataSource]:
+    """Train DDPM and NDM, and return them with their data."""
+    trained = report.train_all(both_configs(report, plan.config, plan.overrides))
+    return {name: trained[name.lower()][0] for name in MODELS}, trained["ndm"][1]
 
 
-def given(report: Report) -> tuple[dict[str, DiffusionModel], DataSource]:
-    """DDPM and NDM of the runs that the user names, and their data.
+def load_runs(report: Report) -> tuple[dict[str, DiffusionModel], DataSource]:
+    """Load DDPM and NDM from the user's runs, and their data.
 
     Raises:
-        UserError: the first is no DDPM or the second is one, or the two were trained on different
-            data or on no images with labels.
+        UserError: the first is not a DDPM, the second is one, their data differ, or the data are
+            not images with labels.
     """
     models = dict(zip(MODELS, report.models, strict=True))
     data, where = report.runs[0].data(), f"--runs {' '.join(report.settings.runs)}"
-    what, other = (
-        data.describe().to_dict(),
-        DataDescription.from_dict(read_json(report.runs[1].data_path)).to_dict(),
-    )
+    first = data.describe().to_dict()
+    second = DataDescription.from_dict(read_json(report.runs[1].data_path)).to_dict()
     if [isinstance(model.transform, Identity) for model in models.values()] != [True, False]:
         raise UserError(
             f"{where}: give first a run that does not transform its data, with --model.transform"
             " ndm.Identity, then one that does"
         )
-    for key in what:
-        if what[key] != other.get(key):
+    for key in first:
+        if first[key] != second.get(key):
             raise UserError(
-                f"{where}: trained on different data: {key} is {what[key]!r} and"
-                f" {other.get(key)!r}; name two runs on the same"
+                f"{where}: trained on different data: {key} is {first[key]!r} and"
+                f" {second.get(key)!r}; give two runs on the same data"
             )
     if (
         not is_image(data.describe().event_shape)
@@ -92,8 +87,8 @@ def given(report: Report) -> tuple[dict[str, DiffusionModel], DataSource]:
         or len(data.describe().classes) < 2
     ):
         raise UserError(
-            f"{where}: {what['name']} are no images with labels, which the features for the quality"
-            " of samples are learned from"
+            f"{where}: {first['name']} does not consist of images with labels, which the features"
+            " for sample quality are learned from; give runs on such images"
         )
     return models, data
 
@@ -101,110 +96,98 @@ def given(report: Report) -> tuple[dict[str, DiffusionModel], DataSource]:
 def bounds(
     report: Report, plan: Plan, models: Mapping[str, DiffusionModel], data: DataSource
 ) -> None:
-    """NELBO against T, plain and with the fitted reverse variance, and the NLL; figure 1."""
-    kept: dict[str, dict[str, Any]] = {}
-    about = data.describe().about("test")
+    """Measure NELBO against T, with plain and fitted reverse variance, and NLL; figure 1."""
+    results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        evaluation = Evaluation(
-            model,
-            data.split("test"),
-            seed=report.seed,
-            limit=plan.limit,
-            progress=True,
-            about=about,
-        )
-        for horizon in plan.horizons:
-            for fit in (None, data.split("train")) if horizon in plan.fitted else (None,):
-                key = f"{name.lower()}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
-                kept[key] = report.cache(
-                    f"nelbo-{key}", partial(_kept, evaluation.nelbo, horizon, plan.draws, fit)
-                )
-        likelihood = Evaluation(
-            model,
-            data.split("test"),
-            seed=report.seed,
-            limit=plan.nll_limit,
-            progress=True,
-            about=about,
-        )
-        kept[f"{name.lower()}-nll"] = report.cache(
-            f"nll-{name.lower()}", partial(_kept, likelihood.nll, settings=plan.ode)
-        )
-    for key, one in kept.items():
-        report.measured(key, one["record"])
-    records = {key: one["record"] for key, one in kept.items()}
+        results |= _measure_bounds(report, plan, name.lower(), model, data)
+    records = {key: result["record"] for key, result in results.items()}
+    for key, record in records.items():
+        report.add_measurement(key, record)
+    examples = records[f"ddpm-{CONTINUOUS}"]["num_examples"]
+    nll_examples = records["ddpm-nll"]["num_examples"]
     report.figure(
         "nelbo",
         bound_figure(records, list(models), plan.horizons),
-        "NELBO of the T-step model, with the posterior's variance v and with one fitted on the"
-        f" train split; bars: standard error over {records['ddpm-' + CONTINUOUS]['num_examples']}"
-        f" examples. Dotted: NLL in continuous time, of {records['ddpm-nll']['num_examples']} of"
-        " them",
+        "NELBO of the T-step model, with the posterior's variance v and with a variance fitted on"
+        f" the train split; bars: standard error over {examples} examples. Dotted: NLL in"
+        f" continuous time on {nll_examples} of them",
     )
     dims = math.prod(data.describe().event_shape)
-    less = {
-        horizon: _difference(kept, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons
+    differences = {
+        horizon: _difference(results, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons
     }
-    rows = [_bound_row(records, horizon, less[horizon]) for horizon in plan.horizons]
-    rows.append(
-        [
-            "NLL, ODE",
-            *_pair(records["ddpm-nll"], None),
-            *_pair(records["ndm-nll"], None),
-            plus_minus(*_difference(kept, "nll", dims)),
-        ]
+    rows = [_bound_row(records, horizon, differences[horizon]) for horizon in plan.horizons]
+    nlls = [*_pair(records["ddpm-nll"], None), *_pair(records["ndm-nll"], None)]
+    rows.append(["NLL, ODE", *nlls, plus_minus(*_difference(results, "nll", dims))])
+    report.text(
+        f"Bits/dim on {examples} test examples (NLL: {nll_examples}, one sample of z_0), ± over"
+        " examples; differences are paired."
     )
-    report.say(
-        f"Bits/dim on {records['ddpm-' + CONTINUOUS]['num_examples']} test examples (NLL:"
-        f" {records['ddpm-nll']['num_examples']}, one sample of z_0), ± over examples; the last"
-        " column pairs them."
-    )
-    report.table(["T", "DDPM", "fitted", "NDM", "fitted", "NDM less DDPM"], rows)
-    report.number(
+    report.table(["T", "DDPM", "fitted", "NDM", "fitted", "NDM minus DDPM"], rows)
+    report.add_number(
         "ndm_less_ddpm_bpd",
-        {str(h or CONTINUOUS): {"difference": d, "stderr": e} for h, (d, e) in less.items()},
+        {str(h or CONTINUOUS): {"difference": d, "stderr": e} for h, (d, e) in differences.items()},
     )
     if not report.smoke:
         report.expect(
-            "largest NELBO of NDM less that of DDPM over T >= 10, bits/dim",
-            max(less[h][0] for h in (10, 50, 100, 1000, None)),
+            "largest NELBO of NDM minus that of DDPM over T >= 10, bits/dim",
+            max(differences[h][0] for h in (10, 50, 100, 1000, None)),
             0.0,
         )
-        gain = records["ndm-10-fitted"]["bpd"] - records["ndm-10"]["bpd"]
-        report.expect("what a fitted variance adds to NDM's NELBO at T = 10, bits/dim", gain, 0.0)
+        change = records["ndm-10-fitted"]["bpd"] - records["ndm-10"]["bpd"]
+        report.expect("change of NDM's NELBO at T = 10 by a fitted variance, bits/dim", change, 0.0)
         report.expect(
-            "NDM's NELBO at T = 1000 less continuous time, bits/dim",
+            "NDM's NELBO at T = 1000 minus continuous time, bits/dim",
             records["ndm-1000"]["bpd"] - records[f"ndm-{CONTINUOUS}"]["bpd"],
             0.02,
         )
 
 
-def _kept(measure: Callable[..., Measurement], *arguments: Any, **options: Any) -> dict[str, Any]:
-    measurement = measure(*arguments, **options)
+def _measure_bounds(
+    report: Report, plan: Plan, name: str, model: DiffusionModel, data: DataSource
+) -> dict[str, dict[str, Any]]:
+    """Measure a model's NELBO for each horizon and its NLL; records and values by key."""
+    results: dict[str, dict[str, Any]] = {}
+    train, test, about = data.split("train"), data.split("test"), data.describe().about("test")
+    bound = Evaluation(model, test, report.seed, plan.limit, progress=True, about=about)
+    for horizon in plan.horizons:
+        for fit in (None, train) if horizon in plan.fitted else (None,):
+            key = f"{name}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
+            compute = partial(_measure, bound.nelbo, horizon, plan.draws, fit)
+            results[key] = report.cache(f"nelbo-{key}", compute)
+    likelihood = Evaluation(model, test, report.seed, plan.nll_limit, progress=True, about=about)
+    compute = partial(_measure, likelihood.nll, settings=plan.ode)
+    results[f"{name}-nll"] = report.cache(f"nll-{name}", compute)
+    return results
+
+
+def _measure(take: Callable[..., Measurement], *arguments: Any, **options: Any) -> dict[str, Any]:
+    measurement = take(*arguments, **options)
     return {"record": measurement.to_dict(), "values": measurement.values.tolist()}
 
 
-def _difference(kept: Mapping[str, dict[str, Any]], key: str, dims: int) -> tuple[float, float]:
-    """NDM less DDPM over the same examples and its standard error, bits/dim."""
-    first, second = (
-        torch.tensor(kept[f"{name.lower()}-{key}"]["values"], dtype=torch.float64)
-        for name in ("NDM", "DDPM")
+def _difference(results: Mapping[str, dict[str, Any]], key: str, dims: int) -> tuple[float, float]:
+    """Return NDM minus DDPM over the same examples, and its standard error, bits/dim."""
+    ndm, ddpm = (
+        torch.tensor(results[f"{name}-{key}"]["values"], dtype=torch.float64)
+        for name in ("ndm", "ddpm")
     )
-    return float(bits_per_dim((first - second).mean(), dims)), float(
-        bits_per_dim(standard_error(first - second), dims)
-    )
+    mean, error = (ndm - ddpm).mean(), standard_error(ndm - ddpm)
+    return float(bits_per_dim(mean, dims)), float(bits_per_dim(error, dims))
 
 
 def _bound_row(
-    records: Mapping[str, dict[str, Any]], horizon: int | None, less: tuple[float, float]
+    records: Mapping[str, dict[str, Any]], horizon: int | None, difference: tuple[float, float]
 ) -> list[str]:
     row = [str(horizon or "continuous time")]
     for name in ("ddpm", "ndm"):
-        row += _pair(
-            records[f"{name}-{horizon or CONTINUOUS}"], records.get(f"{name}-{horizon}-fitted")
-        )
-    return [*row, plus_minus(*less)]
+        plain = records[f"{name}-{horizon or CONTINUOUS}"]
+        row += _pair(plain, records.get(f"{name}-{horizon}-fitted"))
+    return [*row, plus_minus(*difference)]
 
 
 def _pair(plain: Mapping[str, Any], fitted: Mapping[str, Any] | None) -> list[str]:
-    return [plus_minus(one["bpd"], one["bpd_stderr"]) if one else "" for one in (plain, fitted)]
+    return [
+        plus_minus(record["bpd"], record["bpd_stderr"]) if record else ""
+        for record in (plain, fitted)
+    ]

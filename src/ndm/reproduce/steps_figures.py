@@ -1,4 +1,4 @@
-"""Figures of the experiment ``steps``; colors differ in lightness, lines and marks in form."""
+"""Figures of the experiment ``steps``, legible in grayscale."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,36 +11,37 @@ from ndm.viz import image_grid, is_image, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS: Mapping[str, str] = {"DDPM": "#1b2a5c", "NDM": "#e0822f"}
+COLORS: Mapping[str, str] = {"DDPM": "#1b2a5c", "NDM": "#e0822f"}
 WAYS: Mapping[str, tuple[str, str]] = {
     "ancestral": ("o", "-"),
     "DDIM": ("s", "--"),
     "ODE, Heun": ("^", "-."),
 }
-"""Mark and line of each sampler."""
+"""Marker and line style of each sampler."""
 CONTINUOUS = "continuous"
-_LINEAR = 0.02  # KID within it is drawn on a linear scale
+_LINEAR = 0.02  # the KID axis is linear within ± this value
 
 
 def bound_figure(
     records: Mapping[str, Mapping[str, Any]], models: Sequence[str], horizons: Sequence[int | None]
 ) -> "Figure":
-    """NELBO against T on a logarithmic axis, continuous time at its end, and the NLL as lines: all
-    T, and those from 10 on.
+    """Plot the NELBO against T, with continuous time at the end of the axis, and the NLL as lines.
+
+    The left panel shows all T, the right one T >= 10.
     """
     figure = new_figure(9.6, 4.2)
     many = [horizon for horizon in horizons if horizon is None or horizon >= 10]
     for axis, chosen in zip(figure.subplots(1, 2), (horizons, many), strict=True):
-        _bounds(axis, records, models, chosen)
+        _draw_bounds(axis, records, models, chosen)
     figure.axes[0].set_yscale("log")
     _plain_ticks(figure.axes[0])
     figure.axes[0].set_title("all numbers of steps", fontsize=10)
-    figure.axes[1].set_title("from 10 steps on", fontsize=10)
+    figure.axes[1].set_title("10 steps or more", fontsize=10)
     figure.axes[0].legend(fontsize=8)
     return figure
 
 
-def _bounds(
+def _draw_bounds(
     axis: Any,
     records: Mapping[str, Mapping[str, Any]],
     models: Sequence[str],
@@ -50,7 +51,7 @@ def _bounds(
     end = 4 * max(finite, default=1)
     where = [horizon or end for horizon in horizons]
     for name in models:
-        key, color = name.lower(), COLOURS[name]
+        key, color = name.lower(), COLORS[name]
         plain = [records[f"{key}-{horizon or CONTINUOUS}"] for horizon in horizons]
         fits = {
             horizon: records[f"{key}-{horizon}-fitted"]
@@ -62,10 +63,8 @@ def _bounds(
             f"{name}, fitted variance": ([*fits], [*fits.values()], "s", "--"),
         }
         for label, (x, points, mark, line) in lines.items():
-            values, errors = (
-                [one["bpd"] for one in points],
-                [one["bpd_stderr"] or 0.0 for one in points],
-            )
+            values = [point["bpd"] for point in points]
+            errors = [point["bpd_stderr"] or 0.0 for point in points]
             axis.errorbar(
                 x,
                 values,
@@ -94,12 +93,13 @@ def _bounds(
 def quality_figure(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None
 ) -> "Figure":
-    """FID and KID, precision and recall against evaluations of the predictor; a mark for the mean,
-    bars for least and greatest.
+    """Plot FID, KID, precision and recall against evaluations of the predictor.
+
+    Markers are means over the sets of samples, bars their range.
 
     Args:
         curves: points of each sampler.
-        reference: the same of as many real images, for lines; None for no lines.
+        reference: measures of as many real images, drawn as lines; None draws none.
     """
     figure = new_figure(9.6, 7.2)
     panels = (
@@ -123,7 +123,7 @@ def quality_figure(
                 x,
                 means,
                 bars,
-                color=COLOURS[model],
+                color=COLORS[model],
                 marker=mark,
                 linestyle=line,
                 markersize=5,
@@ -140,13 +140,13 @@ def quality_figure(
                 label="real test images",
             )
         budgets = sorted({point["evaluations"] for points in curves.values() for point in points})
-        axis.set(xscale="log", xlabel="evaluations of the predictor an image", ylabel=label)
+        axis.set(xscale="log", xlabel="evaluations of the predictor per image", ylabel=label)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         axis.minorticks_off()
         if scale == "log":
             axis.set_yscale("log")
             _plain_ticks(axis)
-        elif scale == "symlog":  # it is unbiased, and so may be negative
+        elif scale == "symlog":  # KID is unbiased, so it can be negative
             axis.set_yscale("symlog", linthresh=_LINEAR)
             axis.yaxis.set_major_formatter("{x:g}")
             axis.axhspan(-_LINEAR, _LINEAR, color="0.93", zorder=0, label="linear scale")
@@ -158,11 +158,11 @@ def quality_figure(
 
 
 def sample_figure(pictures: Mapping[str, Mapping[int, Tensor]]) -> "Figure":
-    """A grid of samples for each sampler (rows) and number of evaluations (columns)."""
+    """Plot a grid of samples for each sampler (rows) and number of evaluations (columns)."""
     budgets = sorted({budget for row in pictures.values() for budget in row})
     first = next(iter(next(iter(pictures.values())).values()))
     if not is_image(first.shape[1:]):
-        raise ValueError(f"samples of shape {tuple(first.shape[1:])} are no images")
+        raise ValueError(f"samples of shape {tuple(first.shape[1:])} are not images")
     figure = new_figure(
         2.6 * len(budgets) + 0.8, (2.6 / 8 * (len(first) // 8) + 0.22) * len(pictures) + 0.3
     )
@@ -184,7 +184,7 @@ def sample_figure(pictures: Mapping[str, Mapping[int, Tensor]]) -> "Figure":
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Ticks of a logarithmic vertical axis as plain numbers."""
+    """Label the ticks of a logarithmic vertical axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))

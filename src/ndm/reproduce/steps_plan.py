@@ -1,4 +1,4 @@
-"""How large the experiment on few steps is: models, bounds, samples."""
+"""Sizes of the experiment ``steps``: models, bounds, samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,16 +13,17 @@ MODELS = (PLAIN, LEARNED)
 
 @dataclass(frozen=True)
 class Plan:
-    """How large the experiment is."""
+    """The size of the experiment."""
 
     config: str = "digits"
     overrides: Mapping[str, object] = field(default_factory=dict)
     horizons: tuple[int | None, ...] = (1, 2, 4, 10, 50, 100, 1000, None)
     fitted: tuple[int, ...] = (1, 2, 4, 10, 50, 100, 1000)
-    """Horizons whose reverse variance is fitted as well, on 512 train examples at each of up to 64
-    times.
+    """Horizons also measured with a fitted reverse variance: on 512 train examples at each of up to
+    64 times.
     """
     draws: int = 16
+    """Times per example in the NELBO."""
     limit: int | None = None
     """Test examples for the NELBO."""
     nll_limit: int | None = None
@@ -30,18 +31,18 @@ class Plan:
     ode: OdeSettings = OdeSettings()  # noqa: RUF009 - frozen
     evaluations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 100)
     sets: int = 2
-    """Independent sets of samples, for an error bar."""
+    """Independent sets of samples, for error bars."""
     images: int = 1000
-    """Samples in a set."""
+    """Samples per set."""
     real: int | None = None
-    """Train images that samples are compared with."""
+    """Train images to compare samples with; None for all."""
     classifier_steps: int = 1000
     pictures: tuple[int, ...] = (4, 10, 100)
     rows: int = 3
 
     @classmethod
     def of(cls, report: Report) -> "Plan":
-        """The plan of a size and of the data."""
+        """Return the plan for a report's size and data."""
         digits = report.settings.data is None and not report.runs
         plan: dict[str, Any] = {} if digits else {"config": "mnist-small"}
         if report.smoke:
@@ -49,8 +50,6 @@ class Plan:
                 "model.predictor.network.channels": 8,
                 "train.steps": 4,
                 "train.batch_size": 16,
-            }
-            overrides |= {
                 "train.evaluation_limit": 8,
                 "train.evaluation_draws": 1,
                 "train.sample_steps": 4,
@@ -74,10 +73,10 @@ class Plan:
         if digits:
             return cls()
         # Three quarters of the configuration's steps.
-        of_data = {"train.steps": 3000, "train.ema": 0.998, "train.evaluation_limit": 500}
+        longer = {"train.steps": 3000, "train.ema": 0.998, "train.evaluation_limit": 500}
         return cls(
             **plan,
-            overrides=of_data,
+            overrides=longer,
             fitted=(1, 2, 4, 10),
             draws=8,
             limit=500,

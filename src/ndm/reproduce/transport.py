@@ -1,14 +1,14 @@
-"""Dynamic optimal transport in one dimension, with a diffusion beside it (NDM, the section on dynamic
-optimal transport).
+"""Dynamic optimal transport in one dimension, compared with a diffusion.
 
-The models are trained here; :mod:`ndm.reproduce.transport_measures` measures them by quadrature, so
-that only the randomness of training is left.
+NDM, the section on dynamic optimal transport. This module trains the models.
+:mod:`ndm.reproduce.transport_measures` measures them by quadrature, so training is the only source
+of randomness in the numbers.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,7 @@ from ndm.predictor import Predictor
 from ndm.random import part_seed
 from ndm.reproduce.report import Report
 from ndm.reproduce.transport_figures import NAMES, draw_map, draw_trajectories
-from ndm.reproduce.transport_measures import (
-    DATA,
-    FEW_STEPS,
-    measure,
-)
+from ndm.reproduce.transport_measures import DATA, FEW_STEPS, measure
 from ndm.schedule import LinearBetaSchedule, LinearLogSNRSchedule
 from ndm.transform import Identity, SeparableTransform
 from ndm.variants.interpolation import InterpolationScale, InterpolationTransform
@@ -36,15 +32,14 @@ from ndm.variants.monotone import MonotoneMap
 from ndm.variants.nfdm import SeparableScale
 from ndm.variants.transport import TransportNDM
 
-if TYPE_CHECKING:
-    pass
-
 SEEDS, STEPS, BATCH, RATE, AVERAGE = 3, 3000, 1024, 4e-3, 0.998
 
 
 def make(kind: str) -> DiffusionModel:
-    """A new model: a diffusion, or one that generates by transport, whose F, F and noise, or
-    neither but T is a network.
+    """Return a new model of a kind of :data:`NAMES`.
+
+    ``ddpm`` is a diffusion; the others generate by transport. ``ndm`` and ``exact`` learn F,
+    ``nfdm`` learns F and the noise, and ``lines`` learns only T.
     """
     if kind == "ddpm":
         return NDM(
@@ -53,7 +48,7 @@ def make(kind: str) -> DiffusionModel:
             Predictor(MLP(1, hidden=64, blocks=2)),
             GaussianDecoder(),
         )
-    if kind == "lines":  # little noise, and hardly any on the way
+    if kind == "lines":  # almost no noise at any time
         return TransportNDM(
             LinearLogSNRSchedule(-11.2, -11.19),
             InterpolationTransform(),
@@ -72,20 +67,21 @@ def make(kind: str) -> DiffusionModel:
     )
 
 
-def trained(report: Report, kind: str, seed: int) -> DiffusionModel:
-    """A model, trained on fresh samples of the data; as :func:`kept` gives it."""
+def train(report: Report, kind: str, seed: int) -> DiffusionModel:
+    """Train a model on fresh samples of the data, or load it (:func:`load_or_train`)."""
     steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
     label = f"{NAMES[kind]}, {seed + 1} of {seeds(report)}"
-    return kept(
+    return load_or_train(
         report, f"{kind}-{seed}", seed, lambda: fit(make(kind), kind, DATA, steps, batch, label)
     )
 
 
-def kept(
+def load_or_train(
     report: Report, name: str, seed: int, train: Callable[[], DiffusionModel]
 ) -> DiffusionModel:
-    """The model of a run in evaluation mode, float64: trained, or read where an earlier call wrote
-    it.
+    """Load the model of a run, or train and save it if an earlier call did not.
+
+    The model is in evaluation mode and float64.
     """
     folder = report.run(name).folder
     if not (folder / "config.json").exists():
@@ -95,13 +91,14 @@ def kept(
 
 
 def seeds(report: Report) -> int:
-    """How many times each model is trained."""
+    """Return the number of training runs per model."""
     return 1 if report.smoke else SEEDS
 
 
 def loss(model: DiffusionModel, kind: str, x: Tensor) -> Tensor:
-    """The bound; for the map that is to show what the bound costs, -log p(z_0 = x) by the change of
-    variables. ``(B,)``, nats.
+    """Return the loss ``(B,)`` in nats: the bound, or for ``exact`` -log p(z_0 = x).
+
+    The latter follows from the change of variables by T, without a forward process.
     """
     if kind == "exact":
         assert isinstance(model, TransportNDM)
@@ -118,19 +115,22 @@ def fit(
     label: str,
     map_rate: float = 4 * RATE,
 ) -> DiffusionModel:
-    """Minimize the loss on fresh samples by AdamW, T and eta at a rate of their own; the moving
-    average of the weights.
+    """Minimize the loss on fresh samples with AdamW; T and eta have the learning rate ``map_rate``.
+
+    Returns:
+        The model with the moving average of the weights.
     """
-    own = [
+    scalars = [
         p
         for name, p in model.named_parameters()
         if name.startswith(("transport.", "log_eta")) and isinstance(model, TransportNDM)
     ]
-    networks = [p for p in model.parameters() if not any(p is other for other in own)]
+    networks = [p for p in model.parameters() if not any(p is other for other in scalars)]
+    # The few scalars of T and eta train faster at a higher rate.
     groups: list[dict[str, Any]] = [
         {"params": networks, "lr": RATE},
-        {"params": own, "lr": map_rate},
-    ]  # a handful of scalars are faster
+        {"params": scalars, "lr": map_rate},
+    ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.OneCycleLR(
@@ -148,68 +148,60 @@ def fit(
     return average.module
 
 
-# The experiment
-
-
 def run(report: Report) -> None:
-    """Train, measure, draw."""
+    """Train the models, measure them and plot the figures."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, name in NAMES.items():
         for seed in range(seeds(report)):
-            print(f"{report.name}: {name}, training {seed + 1} of {seeds(report)}", flush=True)
-            model = trained(report, kind, seed)
+            print(f"{report.name}: {name}, training run {seed + 1} of {seeds(report)}", flush=True)
+            model = train(report, kind, seed)
             found.setdefault(kind, []).append(
                 report.cache(f"{kind}-{seed}", partial(measure, model, kind, report.smoke, seed))
             )
-    models = {kind: trained(report, kind, 0) for kind in NAMES}
-    report.number("entropy", DATA.entropy())
-    report.number("models", found)
-    report.say(
+    models = {kind: train(report, kind, 0) for kind in NAMES}
+    report.add_number("entropy", DATA.entropy())
+    report.add_number("models", found)
+    report.text(
         "Data: two Gaussians on the line, at ±1.5 with standard deviation 0.5 and weights 0.4 and"
-        f" 0.6; entropy {DATA.entropy():.4f} nats. {seeds(report)} trainings of each model on fresh"
-        f" samples, {STEPS} steps of {BATCH}. Everything below is measured by quadrature over the"
-        " data, the prior, times and noise, so ± is the standard error over trainings alone."
-        " NDM-OT learns F, NFDM-OT the noise of the forward process as well; both generate by"
-        " displacement interpolation alone. The last row is the same map without a forward"
-        " process, trained on log p(T⁻¹(x)): what it does better is what training by the bound"
-        " costs."
+        f" 0.6; entropy {DATA.entropy():.4f} nats. {seeds(report)} training runs of each model on"
+        f" fresh samples, {STEPS} steps of {BATCH}. All numbers are computed by quadrature over the"
+        " data, the prior, times and noise, so ± is the standard error over training runs only."
+        " NDM-OT learns F; NFDM-OT also learns the noise of the forward process. Both generate by"
+        " displacement interpolation. The last row is the same map without a forward process,"
+        " trained on log p(T⁻¹(x)); its advantage is the cost of training by the bound."
     )
     report.figure(
         "trajectories",
         draw_trajectories(models),
         "Trajectories of the generative ODE from the same points of the prior (t = 1) to the data"
-        " (t = 0), the densities at both ends beside them: of the model filled, of the data and the"
+        " (t = 0), with the densities at both ends: the model's filled, those of the data and the"
         " prior dashed. Paths that end in the left component are dashed.",
     )
     report.figure(
         "map",
         draw_map(models, found),
-        "Left: the learned map beside the optimal one. Right: W2 to the data against steps.",
+        "Left: the learned and the optimal map. Right: W2 to the data against steps.",
     )
     tables(report, found)
     expectations(report, found)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error over trainings; no error for a single one."""
-    return float(np.mean(values)), (
-        float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    )
+    """Return mean and standard error over training runs; nan is the error of a single run."""
+    count = len(values)
+    error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
+    return float(np.mean(values)), error
 
 
 def tables(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
-    """The numbers, mean ± standard error over trainings."""
+    """Add tables of the numbers, mean ± standard error over training runs."""
 
     def cell(values: list[float]) -> str:
-        mean, error = mean_and_error(values) if values else (math.nan, math.nan)
+        if not values:
+            return "—"
+        mean, error = mean_and_error(values)
         digits = ".4f" if abs(mean) >= 1e-3 else ".1e"
-        return (
-            f"{mean:{digits}} ± {error:{digits}}"
-            if math.isfinite(error)
-            else f"{mean:{digits}}"
-            if values
-            else "—"
-        )
+        return f"{mean:{digits}}" + (f" ± {error:{digits}}" if math.isfinite(error) else "")
 
     columns = {
         "NELBO, nats": "nelbo",
@@ -223,10 +215,11 @@ def tables(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
         for kind, runs in found.items()
     ]
     report.table(["model", *columns], rows)
-    report.say(
-        "NLL is that of the ODE's own samples, without the decoder's noise; W2 that of the ODE,"
-        " solved finely for the diffusion. On a line every flow keeps the order of its points, so"
-        " the diffusion's map is optimal for what it makes, too; its paths are not straight."
+    report.text(
+        "NLL is that of the ODE's samples, without the decoder's noise. W2 is that of the ODE,"
+        " solved with many steps for the diffusion. On a line every flow preserves the order of"
+        " its points, so the diffusion's map is also optimal for the distribution it generates;"
+        " its paths are not straight."
     )
     rows = [
         [
@@ -240,28 +233,21 @@ def tables(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def expectations(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
-    """What the experiment should show."""
+    """Add the checks."""
     diffusion = {
         method: np.mean([one["w2_steps"][method][0] for one in found["ddpm"]])
         for method in found["ddpm"][0]["w2_steps"]
     }
     for kind in ("ddpm", "ndm", "nfdm", "lines"):
         least = min(one["nelbo"] for one in found[kind])
-        report.expect(
-            f"{NAMES[kind]}: entropy of the data less the NELBO, nats", DATA.entropy() - least, 0.0
-        )
+        text = f"{NAMES[kind]}: entropy of the data minus the NELBO, nats"
+        report.expect(text, DATA.entropy() - least, 0.0)
     for kind in ("ndm", "nfdm", "lines"):
         runs, name = found[kind], NAMES[kind]
-        report.expect(
-            f"{name}: cost off the optimal one, relative",
-            abs(mean_and_error([one["cost"] for one in runs])[0] - 1),
-            0.02,
-        )
+        excess = mean_and_error([one["cost"] for one in runs])[0] - 1
+        report.expect(f"{name}: relative error of the cost", abs(excess), 0.02)
         report.expect(f"{name}: bend of its trajectories", max(one["bend"] for one in runs), 0.01)
         for method, other in diffusion.items():
             ratio = np.mean([one["w2_steps"]["Euler"][0] for one in runs]) / other
-            report.expect(
-                f"{name}: W2 of one step over that of one step of DDPM by {method}",
-                float(ratio),
-                0.1,
-            )
+            text = f"{name}: W2 of one step over that of one step of DDPM by {method}"
+            report.expect(text, float(ratio), 0.1)

@@ -31,7 +31,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def draw_trajectories(models: dict[str, DiffusionModel]) -> "Figure":
-    """DDPM and transport side by side."""
+    """Plot trajectories of DDPM and transport side by side, with the densities at their ends."""
     figure = new_figure(9.6, 3.6)
     axes = figure.subplots(1, 6, sharey=True, width_ratios=[0.5, 2.6, 0.5, 0.5, 2.6, 0.5])
     x = np.linspace(-3.6, 3.6, 600)
@@ -66,7 +66,7 @@ def draw_trajectories(models: dict[str, DiffusionModel]) -> "Figure":
 
 
 def draw_map(models: dict[str, DiffusionModel], found: dict[str, list[dict[str, Any]]]) -> "Figure":
-    """T and the optimal map; W2 against steps."""
+    """Plot T and the optimal map, and W2 against steps."""
     figure = new_figure(8.8, 3.7)
     left, right = figure.subplots(1, 2)
     z, best = prior_grid(2000)
@@ -75,25 +75,16 @@ def draw_map(models: dict[str, DiffusionModel], found: dict[str, list[dict[str, 
     )
     for kind in ("ndm", "nfdm", "lines", "exact"):
         look = {key: value for key, value in LOOKS[kind].items() if key != "marker"}
-        left.plot(
-            z[:, 0],
-            trajectories(models[kind], z, 1)[0][:, 0],
-            linewidth=1.3,
-            label=NAMES[kind],
-            **look,
-        )
+        x = trajectories(models[kind], z, 1)[0]
+        left.plot(z[:, 0], x[:, 0], linewidth=1.3, label=NAMES[kind], **look)
     left.set(xlabel="z₁ (prior)", ylabel="x (data)", title="the map")
     left.legend(frameon=False, fontsize="small", loc="lower right")
     for kind, runs in found.items():
         for method in runs[0]["w2_steps"]:
             values = np.array([one["w2_steps"][method] for one in runs])
-            look = {
-                **LOOKS[kind],
-                **({"linestyle": ":", "marker": "D"} if method == "DDIM" else {}),
-            }
-            right.plot(
-                FEW_STEPS, values.mean(0), label=f"{NAMES[kind]}, {method}", markersize=4, **look
-            )
+            look = LOOKS[kind] | ({"linestyle": ":", "marker": "D"} if method == "DDIM" else {})
+            label = f"{NAMES[kind]}, {method}"
+            right.plot(FEW_STEPS, values.mean(0), label=label, markersize=4, **look)
     right.set(
         xscale="log",
         yscale="log",

@@ -1,22 +1,21 @@
-r"""Dynamic optimal transport in the plane, a diffusion beside it; :mod:`ndm.reproduce.transport` is
-the same on the line.
+r"""Dynamic optimal transport in the plane, compared with a diffusion.
 
-The data are four Gaussians at the corners of a rotated rectangle, independent along its two axes.
-Then the optimal map from the prior, which looks alike from all sides, is that of each axis by
-itself. With the rotation R, the quantile functions Q_a along the axes and the prior's distribution
-function Phi,
+:mod:`ndm.reproduce.transport` is the same on the line. The data are four Gaussians at the corners
+of a rotated rectangle, independent along its two axes. Since the prior is isotropic, the optimal
+map acts on each axis separately. With the rotation R, the quantile functions Q_a along the axes and
+the prior's distribution function Phi,
 
 .. math::
     T^*(z) = R\, \bigl(Q_1(\Phi(u_1)),\, Q_2(\Phi(u_2))\bigr), \qquad u = R^\top z .
 
-What a model makes of z_1 is g(z_1). Two numbers enclose its Wasserstein distance to the data: the
-distance of the maps, and that along the axes alone,
+Let g be a model's map. Its Wasserstein distance to the data lies between the distance of the
+marginals along the axes and the distance of the maps,
 
 .. math::
     \sum_a W_2^2\bigl(u_a^{g}, u_a^{\text{data}}\bigr) \le W_2^2 \le E\, \|g(z_1) - T^*(z_1)\|^2 .
 
-In the plane, unlike on the line, the flow of a diffusion need not lead along the optimal map,
-whatever its steps.
+In the plane, unlike on the line, the flow of a diffusion need not follow the optimal map, even with
+many steps.
 """
 
 import math
@@ -36,7 +35,7 @@ from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.random import part_seed
 from ndm.reproduce.report import Report
-from ndm.reproduce.transport import fit, kept
+from ndm.reproduce.transport import fit, load_or_train
 from ndm.reproduce.transport_figures import LOOKS, NAMES
 from ndm.reproduce.transport_measures import (
     STD,
@@ -67,7 +66,7 @@ STEPS, BATCH, MAP_RATE, POINTS, FINE_STEPS, NODES = 6000, 512, 0.05, 4096, 64, 2
 
 
 def corners() -> Mixture:
-    """The data."""
+    """Return the data."""
     (first, shares), (second, others) = AXES
     means = [
         (ROTATION @ torch.tensor([x, y], dtype=torch.float64)).tolist()
@@ -81,7 +80,7 @@ DATA = corners()
 
 
 def make(kind: str) -> DiffusionModel:
-    """A new model: a diffusion, or one that generates by transport."""
+    """Return a new model: a diffusion for ``ddpm``, else one that generates by transport."""
     if kind == "ddpm":
         return NDM(
             LinearBetaSchedule(),
@@ -98,46 +97,42 @@ def make(kind: str) -> DiffusionModel:
     )
 
 
-def trained(report: Report, kind: str) -> DiffusionModel:
-    """A model, trained on fresh samples of the data; as :func:`ndm.reproduce.transport.kept` gives
-    it.
-    """
+def train(report: Report, kind: str) -> DiffusionModel:
+    """Train a model on fresh samples of the data, or load it if an earlier call trained it."""
     steps, batch = (20, 64) if report.smoke else (STEPS, BATCH)
-    return kept(
+    return load_or_train(
         report, kind, 0, lambda: fit(make(kind), kind, DATA, steps, batch, NAMES[kind], MAP_RATE)
     )
 
 
 def optimal(z: Tensor) -> Tensor:
-    """T*(z), ``(B, 2)``."""
+    """Return the images ``(B, 2)`` of points under the optimal map T*."""
     along = z @ ROTATION
     ends = [quantiles(torch.special.ndtr(along[:, axis]), *AXES[axis]) for axis in (0, 1)]
     return torch.stack(ends, 1) @ ROTATION.T
 
 
 def prior_points(count: int, seed: int = 0) -> Tensor:
-    """Points of the prior, evener than random ones: a scrambled Sobol sequence, ``(count, 2)``,
-    float64.
-    """
-    unit = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(
-        count, dtype=torch.float64
-    )
+    """Return low-discrepancy points of the prior, ``(count, 2)``, float64: scrambled Sobol."""
+    sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
+    unit = sobol.draw(count, dtype=torch.float64)
     return torch.special.ndtri(unit.clamp(1e-9, 1 - 1e-9))
 
 
 @torch.no_grad()
 def flow(model: DiffusionModel, z: Tensor, steps: int) -> Tensor:
-    """Where the generative ODE takes points of the prior, ``(B, 2)``: a transport in one step."""
-    return (
-        few_steps(model, z, 1)["Euler"]
-        if isinstance(model, TransportNDM)
-        else trajectories(model, z, steps)[0]
-    )
+    """Map points of the prior by the generative ODE, ``(B, 2)``; a transport takes one step."""
+    if isinstance(model, TransportNDM):
+        return few_steps(model, z, 1)["Euler"]
+    return trajectories(model, z, steps)[0]
 
 
 def distances(image: Tensor, best: Tensor) -> dict[str, float]:
-    """Bounds on W2 between the images of points of the prior and the data, from below and above;
-    ``best`` is where T* takes the points.
+    """Return a lower and an upper bound on W2 between a model's distribution and the data.
+
+    Args:
+        image: images of points of the prior under the model's map.
+        best: images of the same points under the optimal map.
     """
     ours, others = (points @ ROTATION for points in (image, best))
     along = (ours.sort(0).values - others.sort(0).values).square().sum(1).mean().sqrt()
@@ -148,62 +143,59 @@ def distances(image: Tensor, best: Tensor) -> dict[str, float]:
 
 
 def measure(model: DiffusionModel, kind: str, fine: int, smoke: bool, seed: int) -> dict[str, Any]:
-    """Everything that is known of one trained model, JSON-ready."""
+    """Measure one trained model; JSON-ready."""
     z = prior_points(256 if smoke else POINTS)
     best = optimal(z)
-    with torch.no_grad():
-        image, path, steps = (
-            flow(model, z, fine),
-            trajectories(model, z[:512], fine),
-            few_steps(model, z, 1),
-        )
+    image, path, one_step = (
+        flow(model, z, fine),
+        trajectories(model, z[:512], fine),
+        few_steps(model, z, 1),
+    )
     x = DATA.sample(len(z), torch.Generator().manual_seed(part_seed(seed, 1))).double()
     found: dict[str, Any] = {"points": len(z)}
     if kind != "exact":
         generator = torch.Generator().manual_seed(part_seed(seed, 2))
-        nelbo = integrated_bound(
-            model,
-            x,
-            lambda: torch.randn(x.shape, dtype=x.dtype, generator=generator),
-            16 if smoke else NODES,
-        )["nelbo"]
+
+        def noise() -> Tensor:
+            return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+        nelbo = integrated_bound(model, x, noise, 16 if smoke else NODES)["nelbo"]
         found["nelbo_over_log_p"] = mean_and_error(nelbo + DATA.log_prob(x))
     if isinstance(model, TransportNDM):
-        found["nll_over_log_p"] = mean_and_error(
-            DATA.log_prob(x) - model.log_likelihood(x, dequantization="none").log_p
-        )
+        log_p = model.log_likelihood(x, dequantization="none").log_p
+        found["nll_over_log_p"] = mean_and_error(DATA.log_prob(x) - log_p)
     found["cost"] = float((image - z).square().sum(1).mean() / (best - z).square().sum(1).mean())
     found["bend"] = bend(path)
     return {
         **found,
         **distances(image, best),
-        "one_step": {name: distances(ends, best) for name, ends in steps.items()},
+        "one_step": {name: distances(ends, best) for name, ends in one_step.items()},
     }
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error over examples."""
+    """Return the mean and its standard error over examples."""
     return float(values.mean()), standard_error(values)
 
 
 def run(report: Report) -> None:
-    """Train, measure, draw."""
+    """Train the models, measure them and plot the figures."""
     models, found = dict[str, DiffusionModel](), dict[str, dict[str, Any]]()
     fine = 8 if report.smoke else FINE_STEPS
     for kind in KINDS:
         print(f"{report.name}: {NAMES[kind]}", flush=True)
-        models[kind] = trained(report, kind)
+        models[kind] = train(report, kind)
         found[kind] = report.cache(
             kind, partial(measure, models[kind], kind, fine, report.smoke, report.seed)
         )
-    report.number("entropy", DATA.entropy())
-    report.number("models", found)
-    report.say(
+    report.add_number("entropy", DATA.entropy())
+    report.add_number("models", found)
+    report.text(
         f"Data: four Gaussians with standard deviation {STD} at the corners of a rectangle of 3 by"
-        f" 2.5, turned by 30 degrees; entropy {DATA.entropy():.4f} nats. One training of each model"
-        f" on fresh samples, {STEPS:,} steps of {BATCH}. {NAMES['lines']} generates by displacement"
-        " interpolation alone, by the gradient of a convex function. The last model is the same"
-        " map trained on its exact likelihood, a yardstick without a forward process."
+        f" 2.5, rotated by 30 degrees; entropy {DATA.entropy():.4f} nats. One training run of each"
+        f" model on fresh samples, {STEPS:,} steps of {BATCH}. {NAMES['lines']} generates by"
+        " displacement interpolation along the gradient of a convex function. The last model is"
+        " the same map trained on its exact likelihood, a reference without a forward process."
     )
     report.figure(
         "trajectories",
@@ -214,74 +206,47 @@ def run(report: Report) -> None:
     report.figure(
         "map",
         draw_map(models, fine),
-        "Where circles and rays of the prior are taken by the optimal map, by the learned one and"
-        " by the flow of the diffusion",
+        "Images of circles and rays of the prior under the optimal map, the learned map and the"
+        " flow of the diffusion",
     )
     table(report, found)
     diffusion, lines = found["ddpm"]["one_step"], found["lines"]
-    report.expect("cost off the optimal one, relative", abs(lines["cost"] - 1), 0.02)
+    report.expect("relative error of the cost", abs(lines["cost"] - 1), 0.02)
     report.expect("bend of the trajectories", lines["bend"], 0.01)
     for name, least in diffusion.items():
         ratio = lines["one_step"]["Euler"]["w2_most"] / least["w2_least"]
-        report.expect(
-            f"W2 of one step, at most, over that of one step of DDPM by {name}, at least",
-            ratio,
-            0.1,
-        )
+        text = f"upper bound on W2 of one step over the lower bound for DDPM by {name}"
+        report.expect(text, ratio, 0.1)
 
 
 def table(report: Report, found: dict[str, dict[str, Any]]) -> None:
-    """The numbers, of the whole ODE and of one step."""
+    """Add a table of the numbers, for the whole ODE and for one step."""
     rows = []
     for kind, one in found.items():
         excess = [
             plus_minus(one[key][0], one[key][1], 4) if key in one else "—"
             for key in ("nelbo_over_log_p", "nll_over_log_p")
         ]
-        rows.append(
-            [
-                f"{NAMES[kind]}, ODE",
-                *excess,
-                f"{one['cost']:.4f}",
-                f"{one['bend']:.1e}",
-                f"{one['w2_least']:.4f}",
-                f"{one['w2_most']:.4f}",
-            ]
-        )
+        geometry = [f"{one['cost']:.4f}", f"{one['bend']:.1e}"]
+        rows.append([f"{NAMES[kind]}, ODE", *excess, *geometry, *_w2_cells(one)])
         for name, step in one["one_step"].items():
-            rows.append(
-                [
-                    f"{NAMES[kind]}, one step of {name}",
-                    "",
-                    "",
-                    "",
-                    "",
-                    f"{step['w2_least']:.4f}",
-                    f"{step['w2_most']:.4f}",
-                ]
-            )
-    report.table(
-        [
-            "model",
-            "NELBO, nats over the data's -log p",
-            "NLL, likewise",
-            "cost over optimal",
-            "bend",
-            "W2 at least",
-            "W2 at most",
-        ],
-        rows,
+            rows.append([f"{NAMES[kind]}, one step of {name}", "", "", "", "", *_w2_cells(step)])
+    head = ["model", "NELBO minus -log p of the data, nats", "NLL, likewise", "cost over optimal"]
+    report.table([*head, "bend", "W2 at least", "W2 at most"], rows)
+    report.text(
+        f"{found['ddpm']['points']:,} points of the prior (Sobol) and as many fresh examples, with"
+        f" fresh noise at each of {NODES} times; ± over examples. W2 lies between the distance"
+        " along the two axes and that of the maps. NLL is that of the ODE's samples, without the"
+        " decoder's noise."
     )
-    any_ = found["ddpm"]
-    report.say(
-        f"{any_['points']:,} points of the prior (Sobol) and as many fresh examples, fresh noise at"
-        f" each of {NODES} times; ± over examples. W2 lies between the distance along the two axes"
-        " and that of the maps; NLL is of the ODE's own samples, without the decoder's noise."
-    )
+
+
+def _w2_cells(record: dict[str, Any]) -> list[str]:
+    return [f"{record['w2_least']:.4f}", f"{record['w2_most']:.4f}"]
 
 
 def draw_trajectories(models: dict[str, DiffusionModel], steps: int) -> "Figure":
-    """DDPM and transport side by side."""
+    """Plot trajectories of DDPM and transport side by side."""
     figure = new_figure(8.4, 4.2)
     z = prior_points(160, seed=1)
     grid = torch.linspace(-3.6, 3.6, 160, dtype=torch.float64)
@@ -291,20 +256,10 @@ def draw_trajectories(models: dict[str, DiffusionModel], steps: int) -> "Figure"
         axis.contour(grid, grid, density, levels=6, colors="#9a9a9a", linewidths=0.6)
         with torch.no_grad():
             path = trajectories(models[kind], z, steps).numpy()
-        axis.plot(
-            path[..., 0],
-            path[..., 1],
-            color="#c9a06b" if kind == "ddpm" else "#7fa37f",
-            linewidth=0.7,
-        )
-        axis.scatter(
-            *path[-1].T,
-            s=9,
-            facecolors="none",
-            edgecolors="#444444",
-            linewidths=0.6,
-            label="prior, z₁",
-        )
+        color = "#c9a06b" if kind == "ddpm" else "#7fa37f"
+        axis.plot(path[..., 0], path[..., 1], color=color, linewidth=0.7)
+        hollow = {"facecolors": "none", "edgecolors": "#444444", "linewidths": 0.6}
+        axis.scatter(*path[-1].T, s=9, label="prior, z₁", **hollow)
         axis.scatter(*path[0].T, s=7, color=LOOKS[kind]["color"], label="data, x", zorder=3)
         axis.set(
             title=NAMES[kind],
@@ -320,9 +275,7 @@ def draw_trajectories(models: dict[str, DiffusionModel], steps: int) -> "Figure"
 
 
 def draw_map(models: dict[str, DiffusionModel], steps: int) -> "Figure":
-    """Circles and rays of the prior under the optimal map, the learned one and the diffusion's
-    flow.
-    """
+    """Plot circles and rays of the prior under the optimal, the learned and the diffusion's map."""
     figure = new_figure(11.4, 4.0)
     turn = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)
     circles = [radius * torch.stack([turn.cos(), turn.sin()], 1) for radius in (0.5, 1.0, 1.5, 2.0)]

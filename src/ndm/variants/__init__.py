@@ -1,6 +1,4 @@
-"""Members of the family beyond NDM: Neural Flow Diffusion Models and reverse processes that are
-optimal transports.
-"""
+"""Variants beyond NDM: Neural Flow Diffusion Models and optimal-transport reverse processes."""
 
 from ndm.variants.interpolation import InterpolationScale, InterpolationTransform
 from ndm.variants.monotone import ConvexMap, MonotoneMap, TransportMap

@@ -1,14 +1,14 @@
-r"""Monotone maps T from the prior to the data, gradients of strictly convex functions, and the
-straight lines that lead along them.
+r"""Monotone maps T from the prior to the data, and the straight lines along which they move it.
+
+T is the gradient of a strictly convex function:
 
 .. math::
     z(r) = (1 - r)\, T(\zeta) + r\, \zeta, \qquad J = (1 - r)\, \nabla T(\zeta) + r I, \qquad
     \log p_r(z) = \log N(\zeta; 0, I) - \log\det J, \qquad \nabla_z \log p_r = J^{-1}\, \nabla_\zeta \bigl[\log N(\zeta; 0, I) - \log\det J\bigr] .
 
-J is symmetric and positive definite, so no two lines meet before r = 0, and the line through a
-point is found by Newton's method. Such a T is the optimal map between the prior and what it makes
-of it (Brenier 1991; McCann 1997). :mod:`ndm.variants.transport` is the model that generates along
-these lines.
+J is symmetric and positive definite, so no two lines meet before r = 0, and Newton's method finds
+the line through a point. Such a T is the optimal map from the prior to its image (Brenier 1991;
+McCann 1997). The model that generates along these lines is in :mod:`ndm.variants.transport`.
 """
 
 import math
@@ -28,39 +28,41 @@ _NEWTON_STEPS = 200
 
 @dataclass(frozen=True)
 class Interpolant:
-    """Where latents z lie on the straight lines, and the density there."""
+    """The lines through latents z, and the density of z."""
 
     origin: Tensor
-    """ζ, the end of the line in the prior, r = 1; ``(B, D)``."""
+    """ζ, the end of the line in the prior, at r = 1; ``(B, D)``."""
     target: Tensor
-    """T(ζ), its other end, r = 0; ``(B, D)``."""
+    """T(ζ), the other end, at r = 0; ``(B, D)``."""
     log_p: Tensor
-    """Log-density of z, nats, ``(B,)``."""
+    """Log-density of z in nats, ``(B,)``."""
     score: Tensor
     """Gradient of the log-density in z, ``(B, D)``."""
 
     @property
     def velocity(self) -> Tensor:
-        """dz/dr = ζ - T(ζ), the same along the whole line; ``(B, D)``."""
+        """dz/dr = ζ - T(ζ), constant along the line; ``(B, D)``."""
         return self.origin - self.target
 
 
 class TransportMap(Part, ABC):
-    """T, the gradient of a strictly convex function, from the prior at r = 1 to r = 0."""
+    """A map T from the prior at r = 1 to r = 0, the gradient of a strictly convex function."""
 
     @abstractmethod
     def with_jacobian(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
-        """T(ζ) ``(B, D)`` and its Jacobian ``(B, D, D)``, symmetric and positive definite, for ζ
-        ``(B, D)``.
+        """Return T(ζ) ``(B, D)`` and its Jacobian ``(B, D, D)`` for ζ ``(B, D)``.
+
+        The Jacobian is symmetric and positive definite.
         """
 
     def forward(self, zeta: Tensor) -> Tensor:
-        """T(ζ), ``(B, D)``."""
+        """Return T(ζ), ``(B, D)``."""
         return self.with_jacobian(zeta)[0]
 
     def interpolate(self, zeta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """z(r) = (1 - r) T(ζ) + r ζ ``(B, D)`` and its Jacobian ``(B, D, D)``, for ``r`` ``(B,)``
-        in [0, 1].
+        """Return z(r) = (1 - r) T(ζ) + r ζ ``(B, D)`` and its Jacobian ``(B, D, D)``.
+
+        ``r`` is ``(B,)``, in [0, 1].
         """
         value, jacobian = self.with_jacobian(zeta)
         unit = torch.eye(zeta.shape[1], dtype=zeta.dtype, device=zeta.device)
@@ -69,11 +71,11 @@ class TransportMap(Part, ABC):
 
     @torch.no_grad()
     def origin(self, z: Tensor, r: Tensor) -> Tensor:
-        """The ζ whose line passes through z at r, ``(B, D)``: Newton's method, each step halved
-        until the residual shrinks.
+        """Return the ζ whose line passes through z at r, ``(B, D)``.
 
-        The map is the gradient of a strictly convex function, so its Jacobian is nowhere singular
-        and the residual always shrinks.
+        This is Newton's method with each step halved until the residual shrinks. The map is the
+        gradient of a strictly convex function, so the Jacobian is never singular and the residual
+        always shrinks.
 
         Raises:
             ArithmeticError: it does not converge.
@@ -82,42 +84,39 @@ class TransportMap(Part, ABC):
         value, jacobian = self.interpolate(zeta, r)
         residual = z - value
         step, length = torch.linalg.solve(jacobian, residual), torch.ones_like(z[:, :1])
-        # What rounding leaves: a residual, or a step, of a few units in the last place.
+        # Rounding leaves a residual, or a step, of a few units in the last place.
         near = 8 * torch.finfo(z.dtype).eps * (1 + z.norm(dim=1, keepdim=True))
         for _ in range(_NEWTON_STEPS):
-            open_ = (residual.norm(dim=1, keepdim=True) > near) & (
-                (length * step).norm(dim=1, keepdim=True) > near
-            )
-            if not bool(open_.any()):
+            distance = residual.norm(dim=1, keepdim=True)
+            moving = (length * step).norm(dim=1, keepdim=True) > near
+            unsolved = (distance > near) & moving
+            if not bool(unsolved.any()):
                 return zeta
             candidate = zeta + length * step
             value, jacobian = self.interpolate(candidate, r)
-            shrunk = z - value
-            better = open_ & (shrunk.norm(dim=1, keepdim=True) < residual.norm(dim=1, keepdim=True))
-            zeta, residual = (
-                torch.where(better, candidate, zeta),
-                torch.where(better, shrunk, residual),
-            )
-            step = torch.where(better, torch.linalg.solve(jacobian, shrunk), step)
-            length = torch.where(
-                better, torch.ones_like(length), torch.where(open_, length / 2, length)
-            )
+            new_residual = z - value
+            better = unsolved & (new_residual.norm(dim=1, keepdim=True) < distance)
+            zeta = torch.where(better, candidate, zeta)
+            residual = torch.where(better, new_residual, residual)
+            step = torch.where(better, torch.linalg.solve(jacobian, new_residual), step)
+            shorter = torch.where(unsolved, length / 2, length)
+            length = torch.where(better, torch.ones_like(length), shorter)
         raise ArithmeticError(
-            f"the transport map could not be inverted at {int(open_.sum())} point(s): it is too"
+            f"the transport map could not be inverted at {int(unsolved.sum())} point(s): it is too"
             " steep, or z is too far away"
         )
 
     def origin_with_gradient(self, z: Tensor, r: Tensor) -> Tensor:
-        """:meth:`origin`, differentiable, once, in z, r and the parameters."""
+        """Return :meth:`origin`, differentiable once in z, r and the parameters."""
         start = self.origin(z, r)
         value, jacobian = self.interpolate(start, r)
-        # One more step of Newton's, whose gradient is that of the inverse function: dζ = J^-1 (dz -
-        # dz(r)|ζ).
+        # One more Newton step has the gradient of the inverse function: dζ = J^-1 (dz - dz(r)|ζ).
         return start + torch.linalg.solve(jacobian.detach(), z - value)
 
     def interpolant(self, z: Tensor, r: Tensor) -> Interpolant:
-        """Both ends of the lines through z ``(B, D)`` at ``r`` ``(B,)``, and the density there;
-        differentiable, once, in z, r and the parameters.
+        """Return the ends of the lines through z ``(B, D)`` at ``r`` ``(B,)``, and z's density.
+
+        The result is differentiable once in z, r and the parameters.
         """
         learning = torch.is_grad_enabled()
         with torch.enable_grad(), full_precision(z):
@@ -136,14 +135,14 @@ class TransportMap(Part, ABC):
 
 
 class MonotoneMap(TransportMap):
-    r"""A strictly increasing map of the line, T(ζ) = b + w ζ + sum_j a_j tanh(k_j (ζ - c_j)) with
-    w, a_j, k_j > 0.
+    r"""A strictly increasing map of the line.
 
-    Such sums are dense in the increasing functions. It starts near ``scale`` times ζ.
+    T(ζ) = b + w ζ + sum_j a_j tanh(k_j (ζ - c_j)) with w, a_j, k_j > 0. Such sums are dense in the
+    increasing functions. It starts near ``scale`` times ζ.
 
     Args:
-        units: number of tanh's.
-        scale: standard deviation of the data, about.
+        units: number of tanh terms.
+        scale: approximate standard deviation of the data.
     """
 
     def __init__(self, units: int = 24, scale: float = 1.0):
@@ -151,10 +150,8 @@ class MonotoneMap(TransportMap):
         check_whole("units", units, 1)
         _check_scale(scale)
         self.units, self.scale = units, scale
-        self.shift, self.log_slope = (
-            nn.Parameter(torch.zeros(())),
-            nn.Parameter(torch.tensor(math.log(0.2 * scale))),
-        )
+        self.shift = nn.Parameter(torch.zeros(()))
+        self.log_slope = nn.Parameter(torch.tensor(math.log(0.2 * scale)))
         self.log_height = nn.Parameter(torch.full((units,), math.log(2 * scale / units)))
         self.log_steepness = nn.Parameter(torch.full((units,), math.log(3.0)))
         self.center = nn.Parameter(torch.linspace(-2.5, 2.5, units))
@@ -162,21 +159,19 @@ class MonotoneMap(TransportMap):
     def with_jacobian(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
         if zeta.shape[1] != 1:
             raise UserError(
-                f"a MonotoneMap is for events of one number, got {zeta.shape[1]}: take a ConvexMap"
+                f"a MonotoneMap is for events of one number, got {zeta.shape[1]}: use a ConvexMap"
             )
-        slope, height, steepness = (
-            self.log_slope.exp(),
-            self.log_height.exp(),
-            self.log_steepness.exp(),
-        )
+        slope, height = self.log_slope.exp(), self.log_height.exp()
+        steepness = self.log_steepness.exp()
         bent = torch.tanh(steepness * (zeta - self.center))
         value = self.shift + slope * zeta + (height * bent).sum(1, keepdim=True)
         return value, (slope + (height * steepness * (1 - bent**2)).sum(1, keepdim=True))[..., None]
 
 
 class ConvexMap(TransportMap):
-    r"""The gradient of a convex function of D numbers, a quadratic and logarithms of sums of
-    exponentials:
+    r"""The gradient of a convex function of D numbers.
+
+    The function is a quadratic plus logarithms of sums of exponentials:
 
     .. math::
         T = \nabla \phi, \qquad
@@ -185,15 +180,14 @@ class ConvexMap(TransportMap):
         \nabla T = w I + \sum_h a_h k_h \mathrm{Cov}_{\pi_h}(d_h),
 
     with w, a_h, k_h > 0 and weights :math:`\pi_h = \mathrm{softmax}_j`. Such functions are dense in
-    the convex ones already with a single h. Two directions alone are a tanh along their difference,
-    so the maps of :class:`MonotoneMap` are among them. It starts near ``scale`` times ζ, off it at
-    random.
+    the convex ones even with a single h. Two directions give a tanh along their difference, so
+    :class:`MonotoneMap` is a special case. It starts near ``scale`` times ζ, with a random offset.
 
     Args:
         dims: D.
         units: number of sums h.
-        terms: directions j of each.
-        scale: standard deviation of the data, about.
+        terms: number of directions j in each sum.
+        scale: approximate standard deviation of the data.
     """
 
     def __init__(self, dims: int = 2, units: int = 24, terms: int = 4, scale: float = 1.0):
@@ -203,17 +197,14 @@ class ConvexMap(TransportMap):
         check_whole("terms", terms, 2)
         _check_scale(scale)
         self.dims, self.units, self.terms, self.scale = dims, units, terms, scale
-        self.shift, self.log_slope = (
-            nn.Parameter(torch.zeros(dims)),
-            nn.Parameter(torch.tensor(math.log(0.2 * scale))),
-        )
+        self.shift = nn.Parameter(torch.zeros(dims))
+        self.log_slope = nn.Parameter(torch.tensor(math.log(0.2 * scale)))
         self.log_height = nn.Parameter(torch.full((units,), math.log(2 * scale / units)))
         self.log_steepness = nn.Parameter(torch.full((units,), math.log(2.0)))
         direction, center = torch.randn(terms, units, dims), 1.5 * torch.randn(units, dims)
         self.direction = nn.Parameter(direction - direction.mean(0))
-        self.offset = nn.Parameter(
-            -2.0 * (self.direction.detach() * center).sum(-1)
-        )  # all terms of a sum alike at its center
+        # At its center, all terms of a sum are equal.
+        self.offset = nn.Parameter(-2.0 * (self.direction.detach() * center).sum(-1))
 
     def with_jacobian(self, zeta: Tensor) -> tuple[Tensor, Tensor]:
         batch, dims = zeta.shape
@@ -221,34 +212,25 @@ class ConvexMap(TransportMap):
             raise UserError(
                 f"this ConvexMap is for events of {self.dims} numbers, got {dims}: set its dims"
             )
-        with full_precision(zeta):  # products of matrices would run in half precision
-            slope, height, steepness = (
-                self.log_slope.exp(),
-                self.log_height.exp(),
-                self.log_steepness.exp(),
-            )
-            logits = zeta @ (steepness[:, None] * self.direction).reshape(
-                -1, dims
-            ).T + self.offset.reshape(-1)
-            weights = torch.softmax(
-                logits.reshape(batch, self.terms, self.units), dim=1
-            )  # terms before units: over a short last axis it is slow
-            value = (
-                self.shift
-                + slope * zeta
-                + weights.flatten(1) @ (height[:, None] * self.direction).reshape(-1, dims)
-            )
-            # Covariances as the mean of squares less the square of means: what rounding leaves of
-            # them is lost beside w I.
+        with full_precision(zeta):  # autocast would multiply in half precision
+            slope, height = self.log_slope.exp(), self.log_height.exp()
+            steepness = self.log_steepness.exp()
+            slanted = (steepness[:, None] * self.direction).reshape(-1, dims)
+            logits = zeta @ slanted.T + self.offset.reshape(-1)
+            # Terms come before units, since a softmax over a short last axis is slow.
+            weights = torch.softmax(logits.reshape(batch, self.terms, self.units), dim=1)
+            flat = weights.flatten(1)
+            raised = (height[:, None] * self.direction).reshape(-1, dims)
+            value = self.shift + slope * zeta + flat @ raised
+            # The covariance is the mean of squares minus the square of means; the rounding error is
+            # negligible next to w I.
             bend = (height * steepness)[:, None]
-            squares = (
-                bend[..., None] * self.direction[..., None] * self.direction[..., None, :]
-            ).reshape(-1, dims * dims)
+            weighted = bend[..., None] * self.direction[..., None]
+            squares = (weighted * self.direction[..., None, :]).reshape(-1, dims * dims)
             means = torch.einsum("bjh,jhd->bhd", weights, self.direction)
-            bent = (weights.flatten(1) @ squares).reshape(batch, dims, dims) - (
-                bend * means
-            ).mT @ means
-            return value, bent + slope * torch.eye(dims, dtype=zeta.dtype, device=zeta.device)
+            covariance = (flat @ squares).reshape(batch, dims, dims) - (bend * means).mT @ means
+            unit = torch.eye(dims, dtype=zeta.dtype, device=zeta.device)
+            return value, covariance + slope * unit
 
 
 def _check_scale(scale: float) -> None:

@@ -1,19 +1,18 @@
-r"""Neural Flow Diffusion Models, the Gaussian ones: the noise of the forward process is learned,
-too. Continuous time.
+r"""Gaussian Neural Flow Diffusion Models: the noise of the forward process is learned.
 
 .. math::
     q(z_t|x) = N(\mu, \mathrm{diag}\, s^2), \qquad \mu = \alpha_t F(x, t), \qquad s = \sigma_t\, e^{h(x, t)}, \qquad h(x, 0) = 0 ,
 
-with one h for each dimension. S = exp(h) = 1 is a Neural Diffusion Model. For the scalar diffusion
-coefficient of the schedule,
-:math:`g^2 = \eta^2 \sigma^2 \gamma'`, these marginals belong to the reverse-time SDE dz = f dt + g dw with
+with one h for each dimension. With S = exp(h) = 1 this is a Neural Diffusion Model. For the scalar
+diffusion coefficient of the schedule, :math:`g^2 = \eta^2 \sigma^2 \gamma'`, these marginals belong
+to the reverse-time SDE dz = f dt + g dw with
 
 .. math::
     f(z, t, x) = \dot\mu + \Bigl(\frac{\dot s}{s} + \frac{g^2}{2 s^2}\Bigr)(z - \mu)
     = f_{\mathrm{NDM}}(z, t, x) + \bigl(\dot h + \tfrac12 \eta^2 \gamma'\, (e^{-2h} - 1)\bigr)(z - \mu) ,
 
-and the generative process puts :math:`\hat x(z, t)` in the place of x, in F and in h. Two SDEs with
-the same g differ by their drifts:
+and the generative process replaces x by :math:`\hat x(z, t)` in F and in h. Two SDEs with the same
+g differ only in their drifts:
 
 .. math::
     L_{\text{diffusion}} = E_t \frac{1}{2 g^2} \|f(z, t, x) - f(z, t, \hat x)\|^2
@@ -21,19 +20,18 @@ the same g differ by their drifts:
     - \tfrac12 (1 + \eta^2 e^{-2\hat h})\, \Delta F
     + e^{\gamma/2} e^{h} \epsilon \Bigl[ \frac{\Delta\dot h}{\gamma'} + \tfrac12 \eta^2 e^{-2\hat h}\, \mathrm{expm1}(-2\Delta h) \Bigr] \Bigr\|^2 ,
 
-where the hat means x̂ for x, Δ the value at x less that at x̂, and z = mu + s eps. Everything large
-has been taken out of the differences by hand: :math:`z - \hat\mu = s\epsilon + \alpha\Delta F` and
+where the hat means x̂ for x, Δ is the value at x minus that at x̂, and z = mu + s eps. All large
+terms have been canceled by hand: :math:`z - \hat\mu = s\epsilon + \alpha\Delta F` and
 :math:`\alpha' - \alpha\sigma'/\sigma = -\tfrac12\alpha\gamma'`. At h = 0 this is the formula of
 :mod:`ndm.elbo`. The prior term is :math:`KL(N(\mu_1, \mathrm{diag}\, s_1^2) \| N(0, I))`, and the
 reconstruction term is that of NDM.
 
-With F affine in x and h free of x, the exact E[x|z_t] makes the generative marginals those of the
-forward process. Where h depends on x the tied reverse is a restriction, as it is where F is not
-affine.
+If F is affine in x and h does not depend on x, the exact E[x|z_t] gives the generative process the
+marginals of the forward process. Otherwise the tied reverse process is a restriction.
 
-Source: Neural Flow Diffusion Models (Bartosh, Vetrov, Naesseth 2024), sections 3 and 4; there g is
-learned as well, here it is eta sigma sqrt(gamma') of the schedule. It has no posteriors
-q(z_s|z_t,x) and so no discrete time.
+Source: Neural Flow Diffusion Models (Bartosh, Vetrov, Naesseth 2024), sections 3 and 4. There g is
+learned too; here it is eta sigma sqrt(gamma') of the schedule. The model has no posteriors
+q(z_s|z_t,x), so it runs in continuous time only.
 """
 
 from abc import ABC, abstractmethod
@@ -59,27 +57,28 @@ from ndm.transform import Curve, Displacement, NetworkDisplacement, SeparableDis
 
 
 class NoiseScale(Part, ABC):
-    """S(x, t), by which the noise sigma_t eps is multiplied. S(x, 0) must be 1: the decoder counts
-    on sigma_0.
+    """A factor S(x, t) of the noise sigma_t eps.
+
+    S(x, 0) must be 1, since the decoder uses sigma_0.
     """
 
     @abstractmethod
     def curve(self, transform: Transform, x: Tensor) -> "ScaledCurve":
-        """t -> F(x, t) and t -> S(x, t) for ``x`` ``(B, *event)``."""
+        """Return t -> F(x, t) and t -> S(x, t) for ``x`` ``(B, *event)``."""
 
 
 class DiagonalScale(NoiseScale, ABC):
-    """S(x, t) = exp(h(x, t)) for each dimension by itself, with h(x, 0) = 0."""
+    """A factor S(x, t) = exp(h(x, t)) for each dimension, with h(x, 0) = 0."""
 
     one_at_end: bool = False
-    """Whether S(x, 1) is 1, too."""
+    """Whether S(x, 1) is 1 too."""
 
     @abstractmethod
     def log_scale(self, x: Tensor) -> Curve:
-        """t -> h(x, t) for ``x`` ``(B, *event)``."""
+        """Return t -> h(x, t) for ``x`` ``(B, *event)``."""
 
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """h(x, t) for ``x`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
+        """Return h(x, t) for ``x`` ``(B, *event)`` at times ``(B,)``; ``(B, *event)``."""
         return self.log_scale(x).at(level)
 
     def curve(self, transform: Transform, x: Tensor) -> "DiagonalCurve":
@@ -87,7 +86,7 @@ class DiagonalScale(NoiseScale, ABC):
 
 
 class _LearnedScale(DiagonalScale):
-    """h = d with a displacement d, so that training starts at S = 1."""
+    """h is a displacement, so training starts at S = 1."""
 
     def __init__(self, displacement: Displacement):
         super().__init__()
@@ -109,13 +108,13 @@ class _LearnedScale(DiagonalScale):
 
 
 class NetworkScale(_LearnedScale):
-    """h = w(t) f(x, t) with a network f; see :class:`ndm.transform.NetworkDisplacement`.
+    """The scale h = w(t) f(x, t) with a network f; see :class:`ndm.transform.NetworkDisplacement`.
 
     Args:
         network: f, any ``nn.Module`` called as ``network(x, t)`` with ``(B, *event)`` and ``(B,)``,
             differentiable in t by forward mode.
-        gate: w(t): ``time`` is t, and only the prior term holds S(x, 1) near 1; ``bridge`` is t (1
-            - t), the paper's, where S(x, 1) = 1.
+        gate: w(t): ``time`` is t, where only the prior term keeps S(x, 1) near 1; ``bridge`` is
+            t (1 - t), as in the paper, where S(x, 1) = 1.
     """
 
     def __init__(self, network: nn.Module, gate: Literal["time", "bridge"] = "time"):
@@ -124,11 +123,12 @@ class NetworkScale(_LearnedScale):
 
 
 class SeparableScale(_LearnedScale):
-    """The time-separable form h = w(t) sum_k cos(pi k t) c_k(x); see
-    :class:`ndm.transform.SeparableDisplacement`.
+    """The time-separable scale h = w(t) sum_k cos(pi k t) c_k(x).
+
+    See :class:`ndm.transform.SeparableDisplacement`.
 
     Args:
-        network: called as ``network(x, t)`` with t = 0, it returns c ``(B, K, *event)``: a network
+        network: called as ``network(x, t)`` with t = 0; it returns c ``(B, K, *event)``: a network
             of this library with ``outputs=K``, or any other ``nn.Module``.
         gate: w(t): ``time`` is t, ``bridge`` is t (1 - t).
     """
@@ -140,18 +140,18 @@ class SeparableScale(_LearnedScale):
 
 @dataclass(frozen=True)
 class ScaledNoise:
-    """What becomes of noise eps at fixed x; each ``(B, *event)``."""
+    """Noise eps transformed by S at fixed x; each ``(B, *event)``."""
 
     noise: Tensor
     """S eps"""
     rate: Tensor
     """S' eps, the derivative in t."""
     whitened: Tensor
-    """S^-T eps, so that the gradient of log q(z_t|x) in z is -S^-T eps / sigma."""
+    """S^-T eps; the gradient of log q(z_t|x) in z is -S^-T eps / sigma."""
 
 
 class ScaledCurve(Curve, ABC):
-    """t -> F(x, t) and t -> S(x, t) at fixed x.
+    """The curves t -> F(x, t) and t -> S(x, t) at fixed x.
 
     Args:
         transformed: t -> F(x, t).
@@ -172,21 +172,22 @@ class ScaledCurve(Curve, ABC):
 
     @abstractmethod
     def scaled(self, noise: Tensor, level: NoiseLevel) -> ScaledNoise:
-        """What S(x, t) makes of noise ``(B, *event)``."""
+        """Return noise ``(B, *event)`` transformed by S(x, t)."""
 
     @abstractmethod
     def marginal(self, plain: Gaussian, level: NoiseLevel) -> Gaussian:
-        """q(z_t|x), given what it would be for S = 1."""
+        """Return q(z_t|x), from the q(z_t|x) that S = 1 would give."""
 
     @abstractmethod
     def extra_drift(self, away: Tensor, level: NoiseLevel, rate: Tensor) -> Tensor:
-        """(S' S^-1 + rate ((S S^T)^-1 - 1)) (z - mu), which the drift given x has more than for S =
-        1; ``away`` is z - mu, ``(B, *event)``.
+        """Return the part of the drift that S adds, (S' S^-1 + rate ((S S^T)^-1 - 1)) (z - mu).
+
+        ``away`` is z - mu, ``(B, *event)``.
         """
 
 
 class DiagonalCurve(ScaledCurve):
-    """t -> F(x, t) and t -> h(x, t) at fixed x.
+    """The curves t -> F(x, t) and t -> h(x, t) at fixed x.
 
     Args:
         transformed: t -> F(x, t).
@@ -211,7 +212,7 @@ class DiagonalCurve(ScaledCurve):
 
 
 class ScaledProcess(NoisingProcess):
-    """q(z_t|x) = N(alpha_t F(x, t), sigma_t² S S^T), S = S(x, t), in continuous time.
+    """The forward process q(z_t|x) = N(alpha_t F(x, t), sigma_t² S S^T), in continuous time.
 
     Args:
         schedule: noise levels over time.
@@ -224,23 +225,24 @@ class ScaledProcess(NoisingProcess):
         self.scale = scale
 
     def curve(self, x: Tensor) -> ScaledCurve:
-        """t -> F(x, t) and t -> S(x, t)."""
+        """Return t -> F(x, t) and t -> S(x, t) at ``x`` ``(B, *event)``."""
         return self.scale.curve(self.transform, x)
 
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        found = self.curve(x) if curve is None else curve
-        assert isinstance(found, ScaledCurve), "a curve of this process"
-        return found.marginal(gaussian(found.at(level), level), level)
+        curve = self.curve(x) if curve is None else curve
+        assert isinstance(curve, ScaledCurve), "a curve of this process"
+        return curve.marginal(gaussian(curve.at(level), level), level)
 
     def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """Conditional reverse-time drift f(z, t, x) for diffusion coefficient g = eta sigma
-        sqrt(gamma'); ``(B, *event)``.
+        """Return the conditional reverse-time drift f(z, t, x), ``(B, *event)``.
+
+        The diffusion coefficient is g = eta sigma sqrt(gamma').
         """
         return self.drift_along(z, self.curve(x), level, eta)
 
     @staticmethod
     def drift_along(z: Tensor, curve: ScaledCurve, level: NoiseLevel, eta: float = 1.0) -> Tensor:
-        """The drift given t -> F(x, t) and t -> S(x, t)."""
+        """Return the drift from t -> F(x, t) and t -> S(x, t)."""
         value, derivative = curve.with_derivative(level)
         plain = drift_of(z, (value, derivative), level, eta)
         rate = 0.5 * eta**2 * expand(level.dgamma, z) if eta else torch.zeros_like(z)
@@ -249,7 +251,7 @@ class ScaledProcess(NoisingProcess):
 
 @dataclass(frozen=True)
 class ScaledReverse(Reverse):
-    """The tied reverse process: x̂ goes through F and through h."""
+    """The tied reverse process, with x̂ in F and in h."""
 
     process: ScaledProcess
     """The forward process, with a diagonal scale."""
@@ -273,23 +275,20 @@ class ScaledReverse(Reverse):
         eta: float | Tensor,
         coin: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """The norm's argument in the diffusion term of this module, ``(B, *event)``."""
+        """Return the argument of the norm in the diffusion term above, ``(B, *event)``."""
         at = level.expand(noise)
         value, derivative = curve.with_derivative(level)
         log_scale, rate = _diagonal(curve).log_scale.with_derivative(level)
         spread = log_scale.exp() * noise  # (z - mu)/sigma
-        guess = _diagonal(
-            self.process.curve(self.predictor(at.alpha * value + at.sigma * spread, level))
-        )
+        z = at.alpha * value + at.sigma * spread
+        guess = _diagonal(self.process.curve(self.predictor(z, level)))
         guess_value, guess_derivative = guess.with_derivative(level)
         guess_log_scale, guess_rate = guess.log_scale.with_derivative(level)
         difference, tightness = value - guess_value, eta**2 * torch.exp(-2 * guess_log_scale)
-        of_mean = (
-            derivative - guess_derivative - guess_rate * difference
-        ) * at.inverse_dgamma - 0.5 * (1 + tightness) * difference
-        of_scale = (rate - guess_rate) * at.inverse_dgamma + 0.5 * tightness * torch.expm1(
-            -2 * (log_scale - guess_log_scale)
-        )
+        slope = (derivative - guess_derivative - guess_rate * difference) * at.inverse_dgamma
+        of_mean = slope - 0.5 * (1 + tightness) * difference
+        narrower = torch.expm1(-2 * (log_scale - guess_log_scale))
+        of_scale = (rate - guess_rate) * at.inverse_dgamma + 0.5 * tightness * narrower
         return of_mean + at.sigma / at.alpha * spread * of_scale, None
 
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
@@ -311,13 +310,14 @@ def _diagonal(curve: Curve) -> DiagonalCurve:
 
 
 class NFDM(DiffusionModel):
-    """A Neural Flow Diffusion Model with Gaussian marginals (Bartosh, Vetrov, Naesseth, NeurIPS
-    2024), in continuous time. Any event shape.
+    """A Neural Flow Diffusion Model with Gaussian marginals, for events of any shape.
+
+    It runs in continuous time only. Source: Bartosh, Vetrov, Naesseth, NeurIPS 2024.
 
     Args:
         schedule: noise levels over time.
         transform: F(x, t); latents must have the shape of the data.
-        scale: h(x, t), log of the standard deviation over sigma_t.
+        scale: h(x, t), the logarithm of the standard deviation over sigma_t.
         predictor: x̂(z, t).
         decoder: p(x|z_0).
         time_sampler: how times are drawn in training; low-discrepancy by default.
@@ -325,8 +325,8 @@ class NFDM(DiffusionModel):
             sqrt(gamma').
 
     Raises:
-        UserError: parts do not fit one another, or the schedule keeps no signal at t = 1, so that g
-            is infinite there, while S(x, 1) depends on x.
+        UserError: parts do not fit together, or S(x, 1) depends on x while the schedule keeps no
+            signal at t = 1, so that g is infinite there.
     """
 
     process: ScaledProcess
@@ -346,12 +346,11 @@ class NFDM(DiffusionModel):
         check_part("transform", transform, Transform, "ndm.NetworkTransform(network)")
         if not transform.keeps_shape:
             raise UserError(
-                "F is an encoder into a space of its own, whose noise NFDM cannot scale by x; take"
+                "F is an encoder into another space, whose noise NFDM cannot scale by x; use"
                 " ndm.NDM"
             )
-        super().__init__(
-            ScaledProcess(schedule, transform, scale), decoder, time_sampler, None, eta
-        )
+        process = ScaledProcess(schedule, transform, scale)
+        super().__init__(process, decoder, time_sampler, None, eta)
         self.predictor = predictor
         predictor.check(self.process, decoder, "tied")
         with torch.no_grad():
@@ -365,7 +364,7 @@ class NFDM(DiffusionModel):
 
     @property
     def scale(self) -> NoiseScale:
-        """The scale, h."""
+        """The noise scale, h."""
         return self.process.scale
 
     @property

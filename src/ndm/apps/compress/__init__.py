@@ -1,3 +1,5 @@
-"""Lossless compression: :mod:`.chain` is the model in whole numbers, :mod:`.coder` bits-back
-coding, :mod:`.archive` the file format.
+"""Lossless compression.
+
+:mod:`.chain` is the model in integers, :mod:`.coder` the bits-back coder, :mod:`.archive` the file
+format.
 """

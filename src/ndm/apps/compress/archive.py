@@ -1,5 +1,6 @@
-"""The file of ``ndm compress``, described in docs/format.md: read with every size checked before it
-is believed.
+"""The file format of ``ndm compress``, described in docs/format.md.
+
+Every size is checked before it is used.
 
 =========  ===================================================================================
 bytes      content
@@ -10,7 +11,7 @@ bytes      content
 ...        header: JSON in UTF-8, compressed by zlib
 12 T + 24  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
 1 each     checksum of each image
-8 each     exceptions: call and place of a rounding, 4 bytes each
+8 each     exceptions: call and position of a rounding, 4 bytes each
 4 each     words of the stack
 32         SHA-256 of everything before it
 =========  ===================================================================================
@@ -39,10 +40,10 @@ _LARGEST_HEADER = 2**26
 
 @dataclass(frozen=True)
 class Archive:
-    """What an archive holds."""
+    """The content of an archive."""
 
     fingerprint: str
-    """Which model decodes it: SHA-256 of its description and weights."""
+    """SHA-256 of the description and the weights of the model."""
     event_shape: tuple[int, ...]
     """Shape of an image."""
     num_values: int
@@ -50,11 +51,11 @@ class Archive:
     low: int
     """Least value of a pixel."""
     plan: Plan
-    """The numbers on which encoder and decoder agree."""
+    """The settings shared by encoder and decoder."""
     items: tuple[Item, ...]
     """Files and arrays, without their values."""
     checksums: np.ndarray
-    """Of each image, ``(N,)``, uint8."""
+    """Checksum of each image, ``(N,)``, uint8."""
     coded: Coded
     """The bits."""
 
@@ -65,19 +66,17 @@ class Archive:
 
 
 def image_checksums(index: np.ndarray) -> np.ndarray:
-    """Checksums of images given by values ``(N, D)``: the first byte of the SHA-256 of the values
-    as 2-byte numbers; uint8.
+    """Return the checksum of each image, uint8, for levels ``(N, D)``.
 
-    A byte each names the image that went wrong; that all are right is what the decoder's end on the
-    initial bits shows.
+    It is the first byte of the SHA-256 of the levels as 2-byte numbers. It only identifies a wrong
+    image: the decoder verifies the whole by ending on the initial bits.
     """
-    return np.array(
-        [hashlib.sha256(row.tobytes()).digest()[0] for row in index.astype("<u2")], dtype=np.uint8
-    )
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in index.astype("<u2")]
+    return np.array([digest[0] for digest in digests], dtype=np.uint8)
 
 
 def pack(archive: Archive) -> bytes:
-    """The bytes of an archive."""
+    """Return the bytes of an archive."""
     header = {
         "model": archive.fingerprint,
         "event_shape": list(archive.event_shape),
@@ -104,10 +103,10 @@ def pack(archive: Archive) -> bytes:
 
 
 def read_archive(path: Path) -> Archive:
-    """Read an archive; no memory beyond a few times the size of the file is used.
+    """Read an archive, using at most a few times the memory of its size.
 
     Raises:
-        UserError: it is missing, no archive, damaged, or from a later version.
+        UserError: the file is missing, damaged, not an archive, or from a later version.
     """
     try:
         data = path.read_bytes()
@@ -117,11 +116,12 @@ def read_archive(path: Path) -> Archive:
         return unpack(data)
     except _LaterVersionError as error:
         raise UserError(
-            f"{path} has version {error}, this version of ndm reads version {VERSION}; update ndm"
+            f"{path} has version {error}, but this version of ndm reads version {VERSION}; update"
+            " ndm"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise UserError(
-            f"{path} is truncated, damaged, or no archive of ndm compress"
+            f"{path} is truncated, damaged, or not an archive of ndm compress"
             f" ({' '.join(str(error).split())[:80]})"
         ) from error
 
@@ -131,19 +131,19 @@ class _LaterVersionError(Exception):
 
 
 def unpack(data: bytes) -> Archive:
-    """The archive of some bytes.
+    """Restore the archive that :func:`pack` returned.
 
     Raises:
-        ValueError: they are none; KeyError, TypeError likewise.
+        ValueError: the bytes are not an archive; KeyError, TypeError likewise.
     """
     if len(data) < _START.size + 32 or not data.startswith(MAGIC):
-        raise ValueError("it does not begin as one")
+        raise ValueError("it does not start with the magic bytes")
     _, version, header_size, steps, images, exceptions, words = _START.unpack_from(data)
     if version > VERSION:
         raise _LaterVersionError(version)
     sizes = (header_size, 12 * steps + 24, images, 8 * exceptions, 4 * words)
     if _START.size + sum(sizes) + 32 != len(data):
-        raise ValueError("its size is not what it says")
+        raise ValueError("its size does not match its header")
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         raise ValueError("its checksum is wrong")
     edges = np.cumsum([_START.size, *sizes]).tolist()
@@ -156,7 +156,7 @@ def unpack(data: bytes) -> Archive:
     if len({item.name for item in items}) != len(items):
         raise ValueError("a name occurs twice")
     if not isinstance(header["model"], str) or len(header["model"]) != 64:
-        raise ValueError("it names no model")
+        raise ValueError("its model fingerprint is missing")
     coded = Coded(
         words=np.frombuffer(bits, dtype="<u4").astype(np.uint32),
         initial=_whole(header["initial"], 0, 2**32),
@@ -175,7 +175,7 @@ def unpack(data: bytes) -> Archive:
 
 
 def _inflate(data: bytes) -> bytes:
-    """The header, unless it is one that grows without end."""
+    """Decompress the header up to a maximum size."""
     stream = zlib.decompressobj()
     text = stream.decompress(data, _LARGEST_HEADER)
     if not stream.eof:

@@ -1,11 +1,11 @@
-r"""Which number of steps, and how many images side by side: by the size that the archive will have.
+r"""Choice of the number of steps and of the batch size that minimize the size of the archive.
 
 .. math::
     \text{bits}(T, B) = N \cdot \text{NELBO}_T + B\, D\, (T + 1) \log_2 (\sqrt{2 \pi e} / w)
 
-The bound falls with T, to that of continuous time; the initial bits grow with T and B, and the time
-with T and 1/B. The bound is measured on a few of the images with the reverse variance that suits
-them, which the archive then carries.
+The bound decreases with T to that of continuous time. The initial bits grow with T and B, the time
+with T and 1/B. The bound is estimated on a few of the images with the reverse variance that
+minimizes it; the archive stores this variance.
 """
 
 import math
@@ -26,14 +26,14 @@ from ndm.random import ExampleGenerators
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128)
 WIDTH = 0.5
-_SLACK = 0.01  # of the size, for the sake of fewer steps
-_SHARE = 0.02  # of the size, which the initial bits may take for the sake of a larger batch
+_SLACK = 0.01  # fraction of the size to trade for fewer steps
+_SHARE = 0.02  # fraction of the size that the initial bits may take for a larger batch
 _EXAMPLES, _BINS, _ROWS = 64, 32, 64
-_NUMBERS = 2**25  # probabilities of a batch, all values of all its pixels, in double precision
+_NUMBERS = 2**25  # most probabilities per batch: all levels of all its pixels, as doubles
 
 
 class Rows(EventDataset):
-    """Images given by their values ``(N, D)``."""
+    """Images in memory, as levels ``(N, D)``."""
 
     def __init__(self, index: np.ndarray, values: Tensor, event_shape: Sequence[int]):
         self.index, self.values, self.event_shape = index, values, tuple(event_shape)
@@ -42,27 +42,26 @@ class Rows(EventDataset):
         return len(self.index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return (
-            self.values[torch.from_numpy(self.index[list(indices)])]
-            .reshape(-1, *self.event_shape)
-            .float()
-        )
+        values = self.values[torch.from_numpy(self.index[list(indices)])]
+        return values.reshape(-1, *self.event_shape).float()
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an archive with T steps would take."""
+    """The predicted size of an archive with T steps."""
 
     steps: int
+    """T."""
     batch: int
+    """B, number of images coded in parallel."""
     rate: float
     """Bound of the model for this T, bits/dim."""
     initial: float
     """Initial bits."""
     bits: float
-    """All of it."""
+    """Size in bits, including the initial bits."""
     variance_ratio: Tensor
-    """The reverse variance of each step."""
+    """r of each of n equal parts of [0, 1]."""
 
 
 def choose_plan(
@@ -74,17 +73,23 @@ def choose_plan(
     width: float = WIDTH,
     tell: Callable[[Forecast], None] | None = None,
 ) -> tuple[Plan, Forecast]:
-    """The plan for some images.
+    """Choose the plan for some images.
 
     Args:
         model: the model.
-        index: their values, ``(N, D)``.
-        event_shape: shape of one.
+        index: levels of the images, ``(N, D)``.
+        event_shape: shape of an image.
         steps: T; by default the fewest steps whose archive is within 1% of the smallest.
-        batch: images side by side; by default as many as keep the initial bits within 2% of the
-            archive, at least one.
-        width: of the cells, in standard deviations.
-        tell: called with each forecast.
+        batch: number of images coded in parallel; by default the most whose initial bits stay
+            within 2% of the archive, at least one.
+        width: width of the cells, in standard deviations.
+        tell: function to call with each forecast.
+
+    Returns:
+        The plan, and its forecast.
+
+    Raises:
+        UserError: the model cannot code these images.
     """
     assert isinstance(model.decoder, DiscretizedGaussian)
     rows, forecasts = Rows(index, model.decoder.values, event_shape), []
@@ -98,7 +103,7 @@ def choose_plan(
         if tell is not None:
             tell(forecasts[-1])
         if len(forecasts) > 1 and forecasts[-1].bits > 1.5 * min(one.bits for one in forecasts):
-            break  # more steps only add initial bits from here on
+            break  # from here on, more steps only add initial bits
     least = min(one.bits for one in forecasts)
     chosen = next(one for one in forecasts if one.bits <= (1 + _SLACK) * least)
     return make_plan(model, chosen.steps, chosen.batch, chosen.variance_ratio, width), chosen
@@ -117,31 +122,23 @@ def _forecast(
         bounds = []
         for start in range(0, len(numbers), _ROWS):
             part = numbers[start : start + _ROWS]
-            x = rows.__getitems__(part).to(model.like)
-            bounds.append(
-                model.bound(
-                    x,
-                    steps=steps,
-                    draws=draws,
-                    generator=ExampleGenerators(1, part),
-                    variance_ratio=variance_ratio,
-                ).total.cpu()
+            bound = model.bound(
+                rows.__getitems__(part).to(model.like),
+                steps=steps,
+                draws=draws,
+                generator=ExampleGenerators(1, part),
+                variance_ratio=variance_ratio,
             )
+            bounds.append(bound.total.cpu())
     rate = float(torch.cat(bounds).mean()) / math.log(2) / dims
     if not math.isfinite(rate):
         raise UserError("the model's bound on these data is not finite; it cannot code them")
     each = dims * (steps + 1) * math.log2(math.sqrt(2 * math.pi * math.e) / width)
     if batch is None:
         most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
-        batch = max(
-            [
-                size
-                for size in (1, 2, 4, 8, 16, 32, 64)
-                if size <= most and size * each <= _SHARE * count * dims * rate
-            ],
-            default=1,
-        )
+        share = _SHARE * count * dims * rate
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most and size * each <= share]
+        batch = max(sizes, default=1)
     initial = min(batch, count) * each
-    return Forecast(
-        steps, batch, rate, initial, count * dims * rate + initial, variance_ratio.values
-    )
+    bits = count * dims * rate + initial
+    return Forecast(steps, batch, rate, initial, bits, variance_ratio.values)

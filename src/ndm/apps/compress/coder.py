@@ -1,25 +1,29 @@
-r"""Bits-back coding with asymmetric numeral systems (Townsend et al. 2019) over the latents of the
-T-step model.
+r"""Bits-back coding with asymmetric numeral systems over the latents of the T-step model.
 
-A stack of bits. To encode a batch of images x,
+The method is that of Townsend et al. (2019). The coder is a stack of bits. To encode a batch of
+images x,
 
 .. math::
-    \text{pop } z_1 \sim q(z_1|x), \quad \text{pop } z_{i-1} \sim q(z_{i-1}|z_i, x) \text{ for } i = T \dots 1, \quad
-    \text{push } x \text{ by } p(x|z_0), \quad \text{push } z_{i-1} \text{ by } p(z_{i-1}|z_i) \text{ for } i = 1 \dots T, \quad
-    \text{push } z_1 \text{ by } p(z_1) .
+    &\text{pop } z_1 \sim q(z_1|x), \\
+    &\text{pop } z_{i-1} \sim q(z_{i-1}|z_i, x) \text{ for } i = T \dots 1, \\
+    &\text{push } x \text{ by } p(x|z_0), \\
+    &\text{push } z_{i-1} \text{ by } p(z_{i-1}|z_i) \text{ for } i = 1 \dots T, \\
+    &\text{push } z_1 \text{ by } p(z_1) .
 
-Every pop gives back bits that the pushes have spent, so a batch costs its discrete-time NELBO on
-average. The decoder does the same backward. The first batch pops bits that nobody has pushed: the
-initial bits, paid once and counted. They are the beginning of a fixed pseudo-random stream, so the
-decoder ends with them and checks that it does.
+Every pop recovers bits that pushes have spent, so a batch costs its discrete-time NELBO on average.
+The decoder does the same backward. The first batch pops bits that no push has written: the initial
+bits, paid once per archive and included in its size. They are the beginning of a fixed
+pseudo-random stream, so the decoder checks that it ends with them.
 
-The coder is constriction's, whose distributions have a finite reach and give every symbol in it a
-probability of at least 2^-24. Both matter:
+The coder is that of constriction. Its distributions have a finite reach and give every symbol
+within it a probability of at least 2^-24:
 
-- q reaches 7 standard deviations about its own mean. With a wide reach its smallest probabilities would add up, and one latent in thousands
-  would be popped anywhere in it, which spoils the predictions after it.
-- p reaches 64 standard deviations of q about its own mean, and the mean of q is moved to where p reaches all of it. Both sides know both
-  means when they need them. So any image can be coded, at whatever cost.
+- q reaches 7 standard deviations around its mean. With a wider reach its smallest probabilities
+  would add up, and one latent in thousands would be popped from anywhere in it, which spoils the
+  predictions that follow.
+- p reaches 64 standard deviations of q around its mean, and the mean of q is moved until p covers
+  the reach of q. Encoder and decoder have both means when they need them. So any image can be
+  coded, although perhaps at a high cost.
 """
 
 import contextlib
@@ -37,19 +41,21 @@ from ndm.errors import require
 
 NEAR, FAR = 7.0, 64.0
 """Reach of q and of p, in standard deviations of q."""
-_SPARE = 8  # words below the lowest that was touched, kept so that the coder's state is never short
+_SPARE = 8  # words stored below the lowest that was read, so that the coder's state is never short
 
 
 @dataclass
 class Clock:
-    """Seconds by what they were spent on."""
+    """Seconds spent in the networks and in the coder."""
 
     network: float = 0.0
+    """Seconds in the networks."""
     coder: float = 0.0
+    """Seconds in the coder."""
 
     @contextlib.contextmanager
     def on(self, what: str) -> Iterator[None]:
-        """Count the seconds spent inside."""
+        """Add the seconds spent in the block to ``network`` or ``coder``."""
         started = time.perf_counter()
         yield
         setattr(self, what, getattr(self, what) + time.perf_counter() - started)
@@ -57,26 +63,27 @@ class Clock:
 
 @dataclass(frozen=True)
 class Coded:
-    """What an encoder hands to a decoder besides the plan."""
+    """The output of the encoder, for the decoder."""
 
     words: np.ndarray
     """The stack, uint32."""
     initial: int
-    """How many words of it are initial bits."""
+    """Number of words of the stack that are initial bits."""
     exceptions: np.ndarray
-    """Places where rounding was written down, ``(n, 2)``, int64."""
+    """Recorded roundings (:class:`ndm.apps.compress.chain.Rounding`), ``(n, 2)``, int64."""
     clock: Clock = field(default_factory=Clock, compare=False)
+    """Time spent by the encoder; the decoder adds its own."""
 
 
 class OutOfBits(Exception):
-    """The initial bits were used up."""
+    """The initial bits are used up."""
 
 
 class Stack:
-    """constriction's ANS coder with latents and values as symbols.
+    """constriction's ANS coder with latents and levels as symbols.
 
     Args:
-        words: the bits that it starts with, uint32.
+        words: the bits on the stack at the start, uint32.
         width: w, width of a cell in standard deviations of q.
     """
 
@@ -94,17 +101,17 @@ class Stack:
         self.lowest = len(words)
 
     def pop(self, mean: np.ndarray, std: float, reach: int) -> np.ndarray:
-        """Whole numbers, float64, by Gaussians in cells; all ``(n,)``."""
+        """Pop integers, float64, with Gaussian distributions in cells; all ``(n,)``."""
         center = _center(mean)
         symbols = self._coder.decode(self._families[reach], mean - center, np.full(len(mean), std))
         self._note()
         return symbols + center
 
     def push(self, values: np.ndarray, mean: np.ndarray, std: float, reach: int) -> None:
-        """The inverse of :meth:`pop`.
+        """Push integers, the inverse of :meth:`pop`.
 
         Raises:
-            ValueError: a value is out of reach; only a damaged archive leads there.
+            ValueError: a value is out of reach, which only happens with a damaged archive.
         """
         center = _center(mean)
         if not (np.abs(values - center) <= reach).all():
@@ -115,22 +122,22 @@ class Stack:
         )
 
     def within_reach(self, target: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """Means of q, moved to where p about ``mean`` reaches all that q reaches."""
+        """Return the means of q, moved until p around ``mean`` covers the reach of q."""
         most = self.far - self.near - 1
         return mean + np.clip(target - mean, -most, most)
 
     def pop_values(self, probabilities: np.ndarray) -> np.ndarray:
-        """Levels by their probabilities ``(n, L)``; ``(n,)``."""
+        """Pop levels, ``(n,)``, with probabilities ``(n, L)``."""
         values = self._coder.decode(self._categorical, probabilities)
         self._note()
         return values
 
     def push_values(self, values: np.ndarray, probabilities: np.ndarray) -> None:
-        """The inverse of :meth:`pop_values`."""
+        """Push levels, the inverse of :meth:`pop_values`."""
         self._coder.encode_reverse(values.astype(np.int32), self._categorical, probabilities)
 
     def words(self) -> np.ndarray:
-        """The bits on the stack, uint32."""
+        """Return the bits on the stack, uint32."""
         return self._coder.get_compressed()
 
     def __len__(self) -> int:
@@ -143,10 +150,10 @@ class Stack:
 
 
 def _center(mean: np.ndarray) -> np.ndarray:
-    """The nearest cell.
+    """Return the nearest cell.
 
     Raises:
-        ValueError: there is none; a damaged archive may lead there.
+        ValueError: the mean is not finite or too large, which a damaged archive may cause.
     """
     if not (np.abs(mean) < 2.0**50).all():
         raise ValueError("a latent is out of range")
@@ -154,12 +161,12 @@ def _center(mean: np.ndarray) -> np.ndarray:
 
 
 def initial_words(count: int) -> np.ndarray:
-    """The last of these is the first of a fixed stream, and so on down: a shorter beginning is the
-    top of a longer one; uint32.
+    """Return the first ``count`` words of a fixed stream in reverse order, uint32.
+
+    The stack of a small count is thus the top of the stack of a larger count.
     """
-    stream = np.frombuffer(
-        hashlib.shake_256(b"ndm initial bits").digest(4 * count), dtype="<u4"
-    ).astype(np.uint32)
+    data = hashlib.shake_256(b"ndm initial bits").digest(4 * count)
+    stream = np.frombuffer(data, dtype="<u4").astype(np.uint32)
     stream[:1] |= 1  # the word on top must not be zero
     return stream[::-1].copy()
 
@@ -169,36 +176,26 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
 
     Args:
         chain: model and plan.
-        index: values 0 ... L-1 of N images, ``(N, D)``.
-        progress: show a progress bar with the running rate.
+        index: levels 0 ... L-1 of N images, ``(N, D)``.
+        progress: whether to show a progress bar with the current rate.
 
     Raises:
         UserError: the model's output is not finite.
     """
     plan = chain.plan
-    room = (
-        64 + plan.batch * chain.dims * (plan.steps + 1) // 4
-    )  # words; a cell of half a deviation takes three bits
+    # In words: a cell of half a standard deviation takes three bits.
+    room = 64 + plan.batch * chain.dims * (plan.steps + 1) // 4
     while True:
         stack, rounding, clock = Stack(initial_words(room), plan.width), Rounding(), Clock()
         try:
-            with tqdm(
-                total=len(index),
-                desc="compressing",
-                unit="image",
-                disable=not progress,
-                delay=1,
-                leave=False,
-            ) as bar:
+            with _progress_bar("compressing", len(index), progress) as bar:
                 for number in batch_numbers(len(index), plan.batch):
                     part = batch(number, len(index), plan.batch)
-                    _encode_batch(
-                        chain, stack, index[part].reshape(-1), rounding, number * chain.calls, clock
-                    )
+                    levels, call = index[part].reshape(-1), number * chain.calls
+                    _encode_batch(chain, stack, levels, rounding, call, clock)
                     bar.update(part.stop - part.start)
-                    bar.set_postfix_str(
-                        f"{32 * (len(stack) - room) / (part.stop * chain.dims):.3f} bits/dim"
-                    )
+                    rate = 32 * (len(stack) - room) / (part.stop * chain.dims)
+                    bar.set_postfix_str(f"{rate:.3f} bits/dim")
             break
         except OutOfBits:
             room *= 2
@@ -208,54 +205,56 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
 
 
 def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np.ndarray:
-    """Decode what :func:`encode` made.
+    """Decode the output of :func:`encode`.
 
-    Memory grows with what the bits really decode to, not with the count that an archive claims.
+    Memory grows with the number of images decoded so far, not with the declared ``count``.
+
+    Args:
+        chain: model and plan.
+        coded: output of the encoder.
+        count: number of images.
+        progress: whether to show a progress bar.
 
     Returns:
         Levels ``(N, D)``, uint16.
 
     Raises:
-        ValueError: the words do not decode to where an encoder started; the archive is damaged, or
-            the model or machine differs.
+        ValueError: the decoder does not end where the encoder started: the archive is damaged, or
+            the model or the machine differs.
     """
     stack, rounding = Stack(coded.words, chain.plan.width), Rounding(coded.exceptions)
     values: list[np.ndarray] = []
     try:
-        bar = tqdm(
-            total=count,
-            desc="decompressing",
-            unit="image",
-            disable=not progress,
-            delay=1,
-            leave=False,
-        )
-        with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may lead anywhere
+        bar = _progress_bar("decompressing", count, progress)
+        with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may overflow
             for number in reversed(batch_numbers(count, chain.plan.batch)):
                 part = batch(number, count, chain.plan.batch)
-                images = part.stop - part.start
-                found = _decode_batch(
-                    chain, stack, images * chain.dims, rounding, number * chain.calls, coded.clock
-                )
-                values.append(found.reshape(images, chain.dims).astype(np.uint16))
+                images, call = part.stop - part.start, number * chain.calls
+                size = images * chain.dims
+                levels = _decode_batch(chain, stack, size, rounding, call, coded.clock)
+                values.append(levels.reshape(images, chain.dims).astype(np.uint16))
                 bar.update(images)
     except OutOfBits as error:
         raise ValueError("it holds too few bits") from error
-    if len(stack) != coded.initial or not np.array_equal(
-        stack.words(), initial_words(coded.initial)
-    ):
+    initial = initial_words(coded.initial)
+    if len(stack) != coded.initial or not np.array_equal(stack.words(), initial):
         raise ValueError("its bits do not end where the encoder began")
     return np.concatenate(values[::-1])
 
 
+def _progress_bar(title: str, count: int, show: bool) -> tqdm:
+    return tqdm(total=count, desc=title, unit="image", disable=not show, delay=1, leave=False)
+
+
 def batch_numbers(count: int, size: int) -> range:
-    """Numbers of the batches of ``count`` images."""
+    """Return the numbers of the batches of ``count`` images."""
     return range(-(-count // size))
 
 
 def batch(number: int, count: int, size: int) -> slice:
-    """Images of a batch; the incomplete one is the first, which pops the fewest of the initial
-    bits.
+    """Return the images of a batch.
+
+    The first batch is the incomplete one, because it then pops the fewest initial bits.
     """
     stop = count - (len(batch_numbers(count, size)) - 1 - number) * size
     return slice(max(0, stop - size), stop)
@@ -269,9 +268,8 @@ def _encode_batch(
         transformed = chain.transformed(index)
         start = chain.first(transformed)
     with clock.on("coder"):
-        latents = [
-            stack.pop(stack.within_reach(rounding(start, call) / FINE, zero), unit, stack.near)
-        ]
+        mean = stack.within_reach(rounding(start, call) / FINE, zero)
+        latents = [stack.pop(mean, unit, stack.near)]
     means = []
     for step in range(plan.steps, 0, -1):
         with clock.on("network"):
@@ -314,7 +312,6 @@ def _decode_batch(
             stack.push(value, stack.within_reach(target, mean), unit, stack.near)
     with clock.on("network"):
         start = chain.first(transformed)
-    stack.push(
-        latents.pop(), stack.within_reach(rounding(start, call) / FINE, zero), unit, stack.near
-    )
+    mean = stack.within_reach(rounding(start, call) / FINE, zero)
+    stack.push(latents.pop(), mean, unit, stack.near)
     return index

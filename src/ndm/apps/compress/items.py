@@ -1,5 +1,6 @@
-"""Files to values and back: images, folders of images, ``.npy`` and ``.npz`` arrays."""
+"""Conversion of images, folders of images, ``.npy`` and ``.npz`` arrays to levels and back."""
 
+import itertools
 import tempfile
 import zipfile
 import zlib
@@ -22,16 +23,16 @@ _LONGEST_NAME = 1000
 
 @dataclass(frozen=True)
 class Item:
-    """A file, or an array of an ``.npz`` file."""
+    """A file, or an array in an ``.npz`` file."""
 
     name: str
-    """Where it goes below the output folder, with ``/`` between folders."""
+    """Path below the output folder, with ``/`` between folders."""
     kind: str
     """``image``, ``npy`` or ``npz``."""
     count: int
-    """How many images it holds."""
+    """Number of images."""
     dtype: str = "uint8"
-    """Type of the array."""
+    """dtype of the array."""
     shape: tuple[int, ...] = ()
     """Shape of the array."""
     key: str = ""
@@ -43,11 +44,11 @@ class Item:
 
     @property
     def place(self) -> str:
-        """The file that it goes to."""
+        """Path of the output file below the output folder."""
         return self.name if self.kind != "npz" else self.name.removesuffix(f"/{self.key}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The description, JSON-ready."""
+        """Return the description in a form that JSON can store."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -56,31 +57,26 @@ class Item:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Item":
-        """The description that :meth:`to_dict` wrote, checked.
+        """Restore and check the description that :meth:`to_dict` returned.
 
         Raises:
-            ValueError: it is not one; TypeError likewise.
+            ValueError: ``values`` is not such a description; TypeError likewise.
         """
-        known: dict[str, Any] = {
+        fields: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v
             for name, v in values.items()
             if name != "values"
         }
-        item = cls(**known)
+        item = cls(**fields)
         strings = (item.name, item.kind, item.dtype, item.key, item.mode)
-        if (
-            not all(isinstance(text, str) for text in strings)
-            or item.kind not in KINDS
-            or item.dtype not in _DTYPES
-        ):
+        are_strings = all(isinstance(text, str) for text in strings)
+        if not are_strings or item.kind not in KINDS or item.dtype not in _DTYPES:
             raise ValueError("an item is damaged")
-        numbers = (item.count, *item.shape)
-        if (
-            not all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in numbers
-            )
-            or not item.count
-        ):
+        are_sizes = all(
+            isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**40
+            for size in (item.count, *item.shape)
+        )
+        if not are_sizes or not item.count:
             raise ValueError("a size is out of range")
         if item.kind == "npz" and not (item.key and item.name.endswith(f"/{item.key}")):
             raise ValueError("an array has no name")
@@ -88,25 +84,18 @@ class Item:
         return item
 
     def check_name(self) -> None:
-        """Check that the name stays inside of the output folder, on every system.
+        """Check that the name stays inside the output folder, on every operating system.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not, is too long, or contains characters that are not allowed.
         """
         parts, windows = self.place.split("/"), PureWindowsPath(self.place)
-        inside = (
-            not any(part in ("", ".", "..") for part in parts)
-            and not windows.drive
-            and not windows.root
-        )
-        if (
-            not inside
-            or "\\" in self.place
-            or len(self.name) > _LONGEST_NAME
-            or any(ord(letter) < 32 for letter in self.name)
-        ):
+        is_outside = any(part in ("", ".", "..") for part in parts) or windows.drive or windows.root
+        is_strange = "\\" in self.place or any(ord(letter) < 32 for letter in self.name)
+        if is_outside or is_strange or len(self.name) > _LONGEST_NAME:
             raise ValueError(
-                "a name leads outside of the folder, or holds characters that no file should"
+                "a name points outside the folder, is too long or has characters that are not"
+                " allowed"
             )
 
 
@@ -117,9 +106,9 @@ def read_items(
 
     Args:
         paths: images, folders of images, ``.npy``, ``.npz``.
-        event_shape: shape of one image as the model sees it.
+        event_shape: shape of one image in the model.
         num_values: number of values of a pixel.
-        low: the least of them.
+        low: least value of a pixel.
 
     Raises:
         UserError: a file is missing, cannot be read, or does not fit the model.
@@ -139,9 +128,8 @@ def read_items(
                     f" ({', '.join((*SUFFIXES, '.npy', '.npz'))})"
                 )
             for file in found:
-                items += _read_file(
-                    file, file.relative_to(path).as_posix(), event_shape, num_values, low
-                )
+                name = file.relative_to(path).as_posix()
+                items += _read_file(file, name, event_shape, num_values, low)
         else:
             items += _read_file(path, path.name, event_shape, num_values, low)
     for item in items:
@@ -149,17 +137,13 @@ def read_items(
             item.check_name()
         except ValueError as error:
             raise UserError(f"{describe_value(item.name)}: {error}; rename it") from error
-    names = [item.name for item in items]
-    twice = (
-        sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else []
-    )
-    if twice:
-        raise UserError(
-            f"{twice[0]} would be written twice; give files of different names, or a folder that"
-            " holds them"
-        )
+    names = sorted(item.name for item in items)
+    for name, following in itertools.pairwise(names):
+        if name == following:
+            raise UserError(
+                f"{name} would be written twice; give files with different names, or a folder that"
+                " contains them"
+            )
     return items
 
 
@@ -175,7 +159,8 @@ def _read_file(
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 if not file.files or {"file", "allow_pickle"} & set(file.files):
                     raise UserError(
-                        f"{path} holds no arrays, or one with a name that NumPy cannot write"
+                        f"{path} holds no arrays, or one with a name that NumPy cannot write (file,"
+                        " allow_pickle); rename it"
                     )
                 return [
                     _array_item(
@@ -185,7 +170,7 @@ def _read_file(
                 ]
         return [_image_item(path, name, event_shape, num_values)]
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"{path} does not exist; check the path") from error
     except UserError:
         raise
     except (
@@ -200,14 +185,15 @@ def _read_file(
         zlib.error,
     ) as error:
         raise UserError(
-            f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]})"
+            f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]});"
+            " replace or remove it"
         ) from error
 
 
 def _image_item(path: Path, name: str, event_shape: tuple[int, ...], num_values: int) -> Item:
     if num_values != 256:
         raise UserError(
-            f"{path}: image files have 256 values but the model {num_values} values; give whole"
+            f"{path}: image files have 256 values per pixel but the model {num_values}; give whole"
             " numbers in a .npy file"
         )
     with Image.open(path) as image:
@@ -215,24 +201,20 @@ def _image_item(path: Path, name: str, event_shape: tuple[int, ...], num_values:
             raise UserError(f"{path} has several frames; only single images can be compressed")
         if image.mode not in ("L", "RGB"):
             raise UserError(
-                f"{path} has mode {image.mode}; only gray (L) and RGB images of 8 bits keep their"
-                " pixels here, convert it first"
+                f"{path} has mode {image.mode}; only gray (L) and RGB images of 8 bits can be"
+                " restored exactly, so convert it first"
             )
-        pixels, mode = (
-            np.asarray(upright(image)),
-            image.mode,
-        )  # upright: what is restored has no EXIF data
+        # Turned upright, because the restored image has no EXIF data.
+        pixels, mode = np.asarray(upright(image)), image.mode
     events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
     if events.shape != event_shape:
         raise UserError(
-            f"{path} is an image of shape {events.shape} (channels, height, width), the model takes"
-            f" {event_shape}"
+            f"{path} is an image of shape {events.shape} (channels, height, width), but the model"
+            f" requires {event_shape}"
         )
-    place = PurePosixPath(name)
-    kept = (
-        name if place.suffix.lower() == ".png" else f"{name}.png"
-    )  # a photo.jpg comes back as photo.jpg.png
-    return Item(kept, "image", 1, mode=mode, values=events.reshape(1, -1).astype(np.int64))
+    # The file photo.jpg is restored as photo.jpg.png.
+    output = name if PurePosixPath(name).suffix.lower() == ".png" else f"{name}.png"
+    return Item(output, "image", 1, mode=mode, values=events.reshape(1, -1).astype(np.int64))
 
 
 def _array_item(
@@ -251,38 +233,28 @@ def _array_item(
             f" {low + num_values - 1}"
         )
     plain = event_shape[1:] if len(event_shape) == 3 and event_shape[0] == 1 else event_shape
-    fits = (
-        any(array.shape == shape or array.shape[1:] == shape for shape in {event_shape, plain})
-        and array.size
-    )
-    if not fits:
+    fits = any(shape in (array.shape, array.shape[1:]) for shape in (event_shape, plain))
+    if not fits or not array.size:
         raise UserError(
-            f"{path}: the array has shape {array.shape}; the model takes (N,"
+            f"{path}: the array has shape {array.shape}; the model requires (N,"
             f" {', '.join(map(str, event_shape))})"
         )
     rows = array.reshape(-1, int(np.prod(event_shape)))
     outside = rows[(rows < low) | (rows > low + num_values - 1)]
     if outside.size:
         raise UserError(
-            f"{path}: the value {describe_value(outside.flat[0].item())} lies outside of the"
-            f" model's {low} to {low + num_values - 1}"
+            f"{path}: the value {describe_value(outside.flat[0].item())} is not among the model's"
+            f" {low} to {low + num_values - 1}"
         )
-    return Item(
-        name,
-        kind,
-        len(rows),
-        array.dtype.name,
-        array.shape,
-        key,
-        values=rows.astype(np.int64) - low,
-    )
+    levels = rows.astype(np.int64) - low
+    return Item(name, kind, len(rows), array.dtype.name, array.shape, key, values=levels)
 
 
 def check_places(items: Sequence[Item], folder: Path) -> list[str]:
-    """The files that items go to, below a folder.
+    """Return the output files of items, below a folder, and check that none exists.
 
     Raises:
-        UserError: one is there already.
+        UserError: one exists already.
     """
     places = list(dict.fromkeys(item.place for item in items))
     for place in places:
@@ -294,17 +266,20 @@ def check_places(items: Sequence[Item], folder: Path) -> list[str]:
 def write_items(
     items: Sequence[Item], index: np.ndarray, event_shape: tuple[int, ...], low: int, folder: Path
 ) -> list[Path]:
-    """Write files into a folder: all of them, or none.
+    """Write all files into a folder, or none if one of them fails.
 
     Args:
         items: descriptions in the order of the images.
-        index: values of all images, ``(N, D)``.
+        index: levels of all images, ``(N, D)``.
         event_shape: shape of one image.
-        low: the least value of a pixel.
-        folder: where to, made if need be.
+        low: least value of a pixel.
+        folder: the output folder, created if missing.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        UserError: a file is there already, or cannot be written.
+        UserError: a file exists already, or cannot be written.
         ValueError: the descriptions do not fit the images.
     """
     places = check_places(items, folder)
@@ -335,7 +310,7 @@ def write_items(
 
 
 def _move(source: Path, target: Path, places: Sequence[str]) -> None:
-    """Rename files from one folder into another; if one cannot be, take back those that were."""
+    """Move files from one folder to another; if one fails, delete those already moved."""
     moved: list[Path] = []
     try:
         for place in places:
@@ -358,6 +333,5 @@ def _write_image(path: Path, rows: np.ndarray, event_shape: tuple[int, ...], mod
     channels = {"L": 1, "RGB": 3}.get(mode)
     if pixels.ndim != 3 or pixels.shape[0] != channels:
         raise ValueError("an image does not have the shape of its mode")
-    Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0)).save(
-        path, format="PNG", optimize=True
-    )
+    image = Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0))
+    image.save(path, format="PNG", optimize=True)
