@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-fast lint format clean
 help:
-	@echo "make demo    set up; train, evaluate and sample a digits model in runs/digits (minutes)"
-	@echo "make test    set up and run all tests (minutes)"
-	@echo "make lint    check style and types"
-	@echo "make format  format the code"
-	@echo "make clean   remove the virtual environment and caches, but not runs"
+	@echo "make demo       set up; train, evaluate and sample a digits model in runs/digits (minutes)"
+	@echo "make test       set up and run all tests (minutes)"
+	@echo "make test-fast  set up and run the fast tests of the core (under a minute)"
+	@echo "make lint       check style and types"
+	@echo "make format     format the code"
+	@echo "make clean      remove the virtual environment and caches, but not runs"
 
 # Install torch first: the pin selects its CPU build, which later packages must not replace.
 $(READY): pyproject.toml constraints.txt
@@ -22,13 +23,17 @@ $(READY): pyproject.toml constraints.txt
 # By default waiting threads spin, and starve one another on a busy machine.
 demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY)
-	$(BIN)/ndm train --config configs/digits.yaml --out runs/digits
+	$(BIN)/ndm train --config digits --out runs/digits
 	$(BIN)/ndm evaluate runs/digits --split test --json runs/digits/evaluation.json
 	$(BIN)/ndm sample runs/digits --n 64 --method ancestral --steps 250 --seed 1 --out runs/digits/samples-ancestral.png
 
 # One thread per process: on two cores, two processes of two threads each are ten times slower.
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q
+
+FAST := tests/test_*.py tests/variants tests/grid tests/autodiff tests/data
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q -m "not slow" $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

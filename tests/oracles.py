@@ -19,6 +19,7 @@ any formula of the bound.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,7 +49,7 @@ MEAN = torch.tensor([0.4, -0.9], dtype=F64)
 
 
 class Constant(nn.Module):
-    """A network that returns one output whatever comes in, and keeps the times it saw."""
+    """A network that returns a fixed output and records its times."""
 
     def __init__(self, output: object):
         super().__init__()
@@ -87,11 +88,9 @@ class LinearTransform(Transform):
     def __init__(self, tilt: Tensor = TILT, offset: Tensor = OFFSET, start: Tensor | None = None):
         super().__init__()
         start = torch.eye(len(tilt), dtype=F64) if start is None else start
-        self.start, self.tilt, self.offset = (
-            nn.Parameter(start.clone()),
-            nn.Parameter(tilt.clone()),
-            nn.Parameter(offset.clone()),
-        )
+        self.start = nn.Parameter(start.clone())
+        self.tilt = nn.Parameter(tilt.clone())
+        self.offset = nn.Parameter(offset.clone())
         self.data_at_zero = bool((start == torch.eye(len(start), dtype=start.dtype)).all())
 
     def matrix(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ class LinearTransform(Transform):
         )
 
     def rate(self, level: NoiseLevel) -> Tensor:
-        """How fast A(t) and b(t) move along M and c."""
+        """Speed of A(t) along M and of b(t) along c."""
         return torch.ones_like(level.t)
 
 
@@ -119,8 +118,9 @@ def constant(start: Tensor) -> LinearTransform:
 
 
 class MixtureProblem(DataPredictor):
-    """A Gaussian mixture, a schedule and a linear transformation; as a module it is the exact
-    predictor E[x|z_t].
+    """A Gaussian mixture, a schedule and a linear transformation.
+
+    As a module it is the exact predictor E[x|z_t].
     """
 
     def __init__(
@@ -153,11 +153,9 @@ class MixtureProblem(DataPredictor):
 
     def covariance(self) -> Tensor:
         """cov x, ``(D, D)``."""
-        centerd = self.means - self.mean()
-        return (
-            self.weights[:, None, None]
-            * (self.covariances + centerd[:, :, None] * centerd[:, None, :])
-        ).sum(0)
+        centered = self.means - self.mean()
+        second = self.covariances + centered[:, :, None] * centered[:, None, :]
+        return (self.weights[:, None, None] * second).sum(0)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Exact samples of x, ``(count, D)``."""
@@ -176,12 +174,7 @@ class MixtureProblem(DataPredictor):
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         if len(level.t) > 1 and bool((level.t == level.t[0]).all()):  # one time for all: solve once
-            level = NoiseLevel(
-                **{
-                    name: getattr(level, name)[:1]
-                    for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")
-                }
-            )
+            level = level.rows(slice(1))
         mean, covariance = self.latent(level)
         matrix, _ = self.linear.matrix(level.t)
         cross = level.alpha[:, None, None, None] * (self.covariances @ matrix[:, None].mT)
@@ -189,9 +182,8 @@ class MixtureProblem(DataPredictor):
         precision = torch.linalg.inv(covariance)
         conditional = self.means + (cross @ precision @ away[..., None])[..., 0]
         distance = (away[..., None, :] @ precision @ away[..., None])[..., 0, 0]
-        responsibility = torch.softmax(
-            self.weights.log() - 0.5 * (distance + torch.logdet(covariance)), dim=1
-        )
+        logits = self.weights.log() - 0.5 * (distance + torch.logdet(covariance))
+        responsibility = torch.softmax(logits, dim=1)
         return (responsibility[..., None] * conditional).sum(1)
 
 
@@ -205,13 +197,9 @@ class GaussianProblem(MixtureProblem):
         mean: Tensor = MEAN,
         covariance: Tensor = COVARIANCE,
     ):
-        super().__init__(
-            schedule,
-            transform or LinearTransform(),
-            torch.ones(1, dtype=F64),
-            mean[None],
-            covariance[None],
-        )
+        transform = transform or LinearTransform()
+        weights = torch.ones(1, dtype=F64)
+        super().__init__(schedule, transform, weights, mean[None], covariance[None])
 
     def entropy(self) -> Tensor:
         """E[-log p(x)], nats."""
@@ -224,9 +212,8 @@ class GaussianProblem(MixtureProblem):
 
     def prior_gap(self) -> Tensor:
         """KL(q(z_1) || N(0, I))."""
-        return gaussian_kl(
-            *self.marginal(1.0), torch.zeros(self.dims, dtype=F64), torch.eye(self.dims, dtype=F64)
-        )
+        zero, eye = torch.zeros(self.dims, dtype=F64), torch.eye(self.dims, dtype=F64)
+        return gaussian_kl(*self.marginal(1.0), zero, eye)
 
     def decoder_gap(self) -> Tensor:
         """E KL(q(x|z_0) || N(z_0/alpha_0, exp(gamma_0) I)): both Gaussian, and the mean of q(x|z_0)
@@ -245,9 +232,9 @@ class GaussianProblem(MixtureProblem):
         return gaussian_kl(zero, posterior, zero, width) + 0.5 * torch.trace(second) / width[0, 0]
 
     def path_gap(self, eta: float, panels: int = 4000) -> Tensor:
-        r"""KL(q(z_{<1}|z_1) || p(z_{<1}|z_1)) less KL(q(x|path) || q(x|z_0)): what a Markov reverse
-        process cannot know.
+        r"""KL(q(z_{<1}|z_1) || p(z_{<1}|z_1)) minus KL(q(x|path) || q(x|z_0)).
 
+        This is the price of a Markov reverse process.
         With the precision of x given z_t, :math:`P = S^{-1} + e^{-\gamma} A^\top A`, the diffusion
         term of the exact predictor is
         :math:`\tfrac12 \log(\det P_0 / \det P_1)` plus
@@ -265,26 +252,19 @@ class GaussianProblem(MixtureProblem):
         precision = torch.linalg.inv(self.covariances) + snr * matrix.mT @ matrix
         mixed = slope_of_a.T @ matrix
         inner = (1 - eta**2) ** 2 / (4 * eta**2) * dgamma * matrix.mT @ matrix
-        inner = (
-            inner
-            + (eta**2 - 1) / (2 * eta**2) * (mixed + mixed.mT)
-            + slope_of_a.T @ slope_of_a / (eta**2 * dgamma)
-        )
+        inner += (eta**2 - 1) / (2 * eta**2) * (mixed + mixed.mT)
+        inner += slope_of_a.T @ slope_of_a / (eta**2 * dgamma)
         trace = (torch.linalg.inv(precision) @ (snr * inner)).diagonal(dim1=-2, dim2=-1).sum(-1)
         return 0.5 * trace.mean().detach()
 
     def cubature(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Data, noise and times whose plain average integrates every quadratic in (x, noise)
-        exactly.
+        """Data, noise and times whose average integrates quadratics in (x, noise) exactly.
 
         Returns:
             x and noise ``(P len(times), D)``, times repeated to match, and the mean over the P
             points: ``(N,)`` to ``(len(times),)``.
         """
-        size = 2 * self.dims
-        points = math.sqrt(size) * torch.cat(
-            [torch.eye(size, dtype=F64), -torch.eye(size, dtype=F64)]
-        )
+        points = cubature_points(2 * self.dims)
         x = self.means[0] + points[:, : self.dims] @ torch.linalg.cholesky(self.covariances[0]).T
         noise, count = points[:, self.dims :], len(times)
         return (
@@ -307,9 +287,20 @@ def diffusion(
 ) -> Tensor:
     """The diffusion term of the bound with the tied reverse at u and noise, ``(B,)``."""
     reverse = ReverseProcess(process, predictor)  # type: ignore[arg-type]
-    return diffusion_integrand(
-        reverse, process.transform.curve(x), Draw(u, noise), steps, eta, **options
-    ).bound
+    curve, draw = process.transform.curve(x), Draw(u, noise)
+    return diffusion_integrand(reverse, curve, draw, steps, eta, **options).bound
+
+
+def cubature_points(size: int) -> Tensor:
+    """Points ``(2 size, size)`` whose average integrates quadratics of N(0, I) exactly."""
+    eye = torch.eye(size, dtype=F64)
+    return math.sqrt(size) * torch.cat([eye, -eye])
+
+
+def gauss_times(panels: int) -> Tensor:
+    """Two-point Gauss-Legendre nodes ``(2 panels,)`` of [0, 1], of equal weights."""
+    middle = torch.arange(panels, dtype=F64)[:, None] + 0.5
+    return (middle + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)).flatten() / panels
 
 
 def gaussian_kl(
@@ -317,14 +308,12 @@ def gaussian_kl(
 ) -> Tensor:
     """KL between two Gaussians, by torch.distributions."""
     first = torch.distributions.MultivariateNormal(mean, covariance)
-    return torch.distributions.kl_divergence(
-        first, torch.distributions.MultivariateNormal(other_mean, other_covariance)
-    )
+    second = torch.distributions.MultivariateNormal(other_mean, other_covariance)
+    return torch.distributions.kl_divergence(first, second)
 
 
 def joint_bound(problem: GaussianProblem, steps: int, eta: float) -> Tensor:
-    r"""E[NELBO] of the T-step model as E_q[log q(z|x) - log p(z) - log p(x|z_0)], from dense joint
-    Gaussians.
+    """E[NELBO] of the T-step model, E_q[log q(z|x) - log p(z) - log p(x|z_0)], by dense Gaussians.
 
     q is the chain x, z_1, z_{1-1/T}, ... , z_0 with DDPM's textbook posterior; p runs the same
     steps with E[x|z] in place of x.
@@ -334,21 +323,15 @@ def joint_bound(problem: GaussianProblem, steps: int, eta: float) -> Tensor:
     matrix, offset = problem.linear.matrix(level.t)
     alpha, sigma = level.alpha.tolist(), level.sigma.tolist()
     size = n * (steps + 2)  # x, then z_1 ... z_0
-    mean, factor = (
-        torch.zeros(size, dtype=F64),
-        torch.zeros(size, size, dtype=F64),
-    )  # everything as mean + factor @ white noise
+    # Everything is mean + factor @ white noise.
+    mean, factor = torch.zeros(size, dtype=F64), torch.zeros(size, size, dtype=F64)
     mean[:n], factor[:n, :n] = problem.means[0], torch.linalg.cholesky(problem.covariances[0])
     row = n
     mean[row : row + n] = alpha[-1] * (matrix[-1] @ mean[:n] + offset[-1])
     factor[row : row + n] = alpha[-1] * matrix[-1] @ factor[:n]
     factor[row : row + n, row : row + n] = sigma[-1] * eye
-    log_ratio = (
-        torch.zeros((), dtype=F64)
-        - n * math.log(sigma[-1])
-        + _half_square(mean[row : row + n], factor[row : row + n])
-        - 0.5 * n
-    )
+    log_ratio = _half_square(mean[row : row + n], factor[row : row + n])
+    log_ratio = log_ratio - n * math.log(sigma[-1]) - 0.5 * n
     for i in range(steps, 0, -1):
         ratio = (alpha[i] * sigma[i - 1] / (alpha[i - 1] * sigma[i])) ** 2  # exp(gamma_s - gamma_t)
         variance = eta**2 * sigma[i - 1] ** 2 * (1 - ratio)
@@ -356,27 +339,21 @@ def joint_bound(problem: GaussianProblem, steps: int, eta: float) -> Tensor:
         of_x = alpha[i - 1] * matrix[i - 1] - k * alpha[i] * matrix[i]
         bias = alpha[i - 1] * offset[i - 1] - k * alpha[i] * offset[i]
         z_mean, z_factor = mean[row : row + n], factor[row : row + n]
-        true_mean, true_factor = (
-            of_x @ mean[:n] + k * z_mean + bias,
-            of_x @ factor[:n] + k * z_factor,
-        )
+        true_mean = of_x @ mean[:n] + k * z_mean + bias
+        true_factor = of_x @ factor[:n] + k * z_factor
         latent_mean, latent_covariance = problem.marginal(i / steps)
         gain = alpha[i] * problem.covariances[0] @ matrix[i].T @ torch.linalg.inv(latent_covariance)
         guess_mean, guess_factor = problem.means[0] + gain @ (z_mean - latent_mean), gain @ z_factor
-        model_mean, model_factor = (
-            of_x @ guess_mean + k * z_mean + bias,
-            of_x @ guess_factor + k * z_factor,
-        )
-        log_ratio = (
-            log_ratio + _half_square(true_mean - model_mean, true_factor - model_factor) / variance
-        )
+        model_mean = of_x @ guess_mean + k * z_mean + bias
+        model_factor = of_x @ guess_factor + k * z_factor
+        gap = _half_square(true_mean - model_mean, true_factor - model_factor)
+        log_ratio = log_ratio + gap / variance
         row += n
         mean[row : row + n], factor[row : row + n] = true_mean, true_factor
         factor[row : row + n, row : row + n] = math.sqrt(variance) * eye
     width = (sigma[0] / alpha[0]) ** 2
-    miss = _half_square(
-        mean[:n] - mean[row : row + n] / alpha[0], factor[:n] - factor[row : row + n] / alpha[0]
-    )
+    z_mean, z_factor = mean[row : row + n], factor[row : row + n]
+    miss = _half_square(mean[:n] - z_mean / alpha[0], factor[:n] - z_factor / alpha[0])
     return log_ratio + miss / width + 0.5 * n * math.log(2 * math.pi * width)
 
 
@@ -384,22 +361,26 @@ def _half_square(mean: Tensor, factor: Tensor) -> Tensor:
     return 0.5 * ((mean**2).sum() + (factor**2).sum())
 
 
+def repeated(level: NoiseLevel, count: int) -> NoiseLevel:
+    """The level ``(1,)`` of one time for ``count`` examples."""
+    values = {field.name: getattr(level, field.name).expand(count) for field in fields(level)}
+    return NoiseLevel(**values)
+
+
 def affine_map(
     step: Step, problem: GaussianProblem, t: NoiseLevel, s: NoiseLevel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step of a sampler as z_s = a + B z_t + C noise, read off by feeding it unit vectors: a
-    ``(D,)``, B and C ``(D, D)``.
+    """Read a sampler's step off as z_s = a + B z_t + C noise by feeding it unit vectors.
+
+    Returns:
+        a ``(D,)``, B and C ``(D, D)``.
     """
     n = problem.dims
     unit, zero = torch.eye(n, dtype=F64), torch.zeros(n, n, dtype=F64)
     z, noise = torch.cat([zero[:1], unit, zero]), torch.cat([zero[:1], zero, unit])
-    grow = {
-        name: getattr(t, name).expand(2 * n + 1)
-        for name in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma")
-    }
-    shrink = {name: getattr(s, name).expand(2 * n + 1) for name in grow}
+    t, s = repeated(t, 2 * n + 1), repeated(s, 2 * n + 1)
     with torch.no_grad():
-        out = step(problem.reverse, z, NoiseLevel(**grow), NoiseLevel(**shrink), noise)
+        out = step(problem.reverse, z, t, s, noise)
     return out[0], (out[1 : n + 1] - out[0]).T, (out[n + 1 :] - out[0]).T
 
 
@@ -415,30 +396,27 @@ def mixture_nodes(
 
 @torch.no_grad()
 def expected_bound(model: DiffusionModel, x: Tensor, share: Tensor) -> float:
-    """The bound in continuous time in its mean over data ``(N, 1)`` with weights ``(N,)``, over
-    times (Gauss-Legendre) and over noise (Gauss-Hermite), nats.
+    """The mean continuous-time bound over data ``(N, 1)`` with weights ``(N,)``, in nats.
+
+    Integrates over times by Gauss-Legendre and over noise by Gauss-Hermite quadrature.
     """
     node, weight = np.polynomial.hermite_e.hermegauss(20)
     noise = torch.from_numpy(node).repeat(len(x))[:, None]
-    share = share.repeat_interleave(len(node)) * torch.from_numpy(weight / weight.sum()).repeat(
-        len(x)
-    )
+    weights = torch.from_numpy(weight / weight.sum()).repeat(len(x))
+    share = share.repeat_interleave(len(node)) * weights
     x = x.repeat_interleave(len(node), 0)
     curve, total = model.process.curve(x), torch.zeros_like(x[:, 0])
     for place, span in zip(*np.polynomial.legendre.leggauss(64), strict=True):
         draw = Draw(torch.full_like(x[:, 0], (place + 1) / 2), noise)
-        total += (
-            span
-            / 2
-            * diffusion_integrand(model.reverse_process, curve, draw, None, model.bound_eta).bound
-        )
+        integrand = diffusion_integrand(model.reverse_process, curve, draw, None, model.bound_eta)
+        total += span / 2 * integrand.bound
     total += prior_term(model.process, x, curve)
     total += reconstruction_term(model.process, model.decoder, x, noise, curve)
     return float(share @ total)
 
 
 class Points(EventDataset):
-    """Given examples as a data set."""
+    """A data set of the given examples."""
 
     def __init__(self, x: Tensor):
         self.x = x
@@ -451,7 +429,7 @@ class Points(EventDataset):
 
 
 def sliced_w2(a: Tensor, b: Tensor, directions: int = 32) -> float:
-    """Wasserstein-2 distance of two sample sets of one size, averaged over fixed 1-D projections."""
+    """Wasserstein-2 distance of two equally large sets, averaged over fixed 1-D projections."""
     angle = torch.linspace(0, math.pi, directions + 1, dtype=a.dtype)[:-1]
     project = torch.stack([angle.cos(), angle.sin()])
     gap = (a @ project).sort(0).values - (b @ project).sort(0).values
@@ -476,7 +454,7 @@ def randomized(module: Module, scale: float = 0.3, seed: int = 0) -> Module:
 
 
 class OwnNetwork(nn.Module):
-    """A network that is not of the library, for data ``(B, 2)``."""
+    """A custom network for data ``(B, 2)``."""
 
     def __init__(self) -> None:
         super().__init__()

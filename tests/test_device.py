@@ -1,6 +1,4 @@
-"""Half precision is for networks alone: under autocast the bound of the same prediction is the
-bound in float32.
-"""
+"""Autocast affects only networks: for the same prediction the bound equals the float32 bound."""
 
 import pytest
 import torch
@@ -22,9 +20,7 @@ NUM_VALUES, SHAPE = 256, (4, 1, 8, 8)
 
 
 class Exact(nn.Module):
-    """A network whose output half precision holds exactly: a product of matrices in autocast, with
-    nothing to round.
-    """
+    """A network whose output is exact in half precision: a matrix product with nothing to round."""
 
     def __init__(self, outputs: int | None = None) -> None:
         super().__init__()
@@ -39,9 +35,7 @@ class Exact(nn.Module):
 
 
 def transformations() -> dict[str, Transform]:
-    """All kinds of F; those with a U-Net or an MLP have random weights, so that F is far from the
-    identity.
-    """
+    """All kinds of F by name."""
     unet, several = UNet(1, 8, (1, 2)), UNet(1, 8, (1, 2), outputs=3)
     return {
         "identity": ndm.Identity(),
@@ -60,23 +54,15 @@ def transformations() -> dict[str, Transform]:
     ("reverse", "steps"),
     [("tied", None), ("tied", 1000), ("diffenc", None), ("direct", None), ("direct-score", 1000)],
 )
-def test_the_bound_under_autocast_is_that_of_float32(
+def test_the_bound_under_autocast_equals_the_float32_bound(
     name: str, reverse: ReverseKind, steps: int | None
 ) -> None:
     torch.manual_seed(0)
-    predictor, decoder = (
-        ndm.Predictor(Exact(2 if reverse == "direct-score" else None)),
-        ndm.DiscretizedGaussian(NUM_VALUES),
-    )
-    transform = randomized(transformations()[name]).float()
-    model = ndm.NDM(
-        ndm.LinearLogSNRSchedule(-13.0, 5.0),
-        transform,
-        predictor,
-        decoder,
-        steps=steps,
-        reverse=reverse,
-    )
+    schedule = ndm.LinearLogSNRSchedule(-13.0, 5.0)
+    predictor = ndm.Predictor(Exact(2 if reverse == "direct-score" else None))
+    decoder = ndm.DiscretizedGaussian(NUM_VALUES)
+    transform = randomized(transformations()[name]).float()  # far from the identity
+    model = ndm.NDM(schedule, transform, predictor, decoder, steps=steps, reverse=reverse)
     x = decoder.values[torch.randint(NUM_VALUES, SHAPE)].float()
 
     def terms_and_gradients(half: bool) -> dict[str, Tensor]:
@@ -95,30 +81,22 @@ def test_the_bound_under_autocast_is_that_of_float32(
     expected, found = terms_and_gradients(False), terms_and_gradients(True)
     assert all(value.dtype == torch.float32 for value in found.values())
     for key, value in expected.items():
+        atol = 1e-5 * float(value.detach().abs().max())
         torch.testing.assert_close(
-            found[key],
-            value,
-            rtol=1e-5,
-            atol=1e-5 * float(value.detach().abs().max()),
-            msg=lambda text, key=key: f"{key}: {text}",
+            found[key], value, rtol=1e-5, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("scale", [None, InterpolationScale], ids=["plain", "stretched"])
-def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(
+def test_the_transport_bound_under_autocast_equals_the_float32_bound(
     dims: int, scale: type[InterpolationScale] | None
 ) -> None:
     torch.manual_seed(0)
+    schedule, transform = ndm.LinearLogSNRSchedule(-6.0, -5.0), InterpolationTransform()
     transport = MonotoneMap() if dims == 1 else ConvexMap(dims)
-    decoder = ndm.GaussianDecoder()
-    model = TransportNDM(
-        ndm.LinearLogSNRSchedule(-6.0, -5.0),
-        InterpolationTransform(),
-        transport,
-        decoder,
-        None if scale is None else scale(),
-    )
+    noise_scale = None if scale is None else scale()
+    model = TransportNDM(schedule, transform, transport, ndm.GaussianDecoder(), noise_scale)
     x = torch.randn(8, dims)
 
     def bound() -> Tensor:
@@ -132,15 +110,11 @@ def test_the_bound_of_a_transport_under_autocast_is_that_of_float32(
 
 @pytest.mark.parametrize("method", ["ancestral", "ddim", "sde", "ode"])
 @pytest.mark.parametrize("name", ["identity", "network", "separable", "blur"])
-def test_samples_under_autocast_are_those_of_float32(name: str, method: Method) -> None:
+def test_samples_under_autocast_equal_float32_samples(name: str, method: Method) -> None:
     torch.manual_seed(0)
     transform = randomized(transformations()[name]).float()
-    model = ndm.NDM(
-        ndm.LinearLogSNRSchedule(-13.0, 5.0),
-        transform,
-        ndm.Predictor(Exact()),
-        ndm.DiscretizedGaussian(NUM_VALUES),
-    )
+    schedule, decoder = ndm.LinearLogSNRSchedule(-13.0, 5.0), ndm.DiscretizedGaussian(NUM_VALUES)
+    model = ndm.NDM(schedule, transform, ndm.Predictor(Exact()), decoder)
 
     def samples(precision: Precision) -> Tensor:
         with autocast(torch.device("cpu"), precision):
@@ -153,15 +127,11 @@ def test_samples_under_autocast_are_those_of_float32(name: str, method: Method) 
         torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-4)
 
 
-def test_samples_in_half_precision_have_a_network_in_half_precision() -> None:
-    """Told by the rounding of a network's weights, and refused for a precision there is none of."""
+def test_mixed_precision_runs_the_network_in_half_precision() -> None:
+    """The network's rounding shows in the samples; an unknown precision is rejected."""
     torch.manual_seed(0)
-    model = ndm.NDM(
-        ndm.LinearLogSNRSchedule(-13.0, 5.0),
-        ndm.Identity(),
-        ndm.Predictor(UNet(1, 8, (1, 2))),
-        ndm.GaussianDecoder(),
-    )
+    schedule, predictor = ndm.LinearLogSNRSchedule(-13.0, 5.0), ndm.Predictor(UNet(1, 8, (1, 2)))
+    model = ndm.NDM(schedule, ndm.Identity(), predictor, ndm.GaussianDecoder())
     with torch.no_grad():
         for value in model.predictor.parameters():
             value.normal_(0, 0.1)

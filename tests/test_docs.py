@@ -1,4 +1,4 @@
-"""The pages are true: links lead somewhere, commands parse, the map names what exists."""
+"""The pages are correct: links resolve, commands parse, the names in the map exist."""
 
 import importlib
 import re
@@ -40,7 +40,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_to_files_and_headings(page: Path) -> None:
+def test_links_resolve_to_files_and_headings(page: Path) -> None:
     text = prose(page)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     for link in links:
@@ -54,22 +54,20 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every command ``ndm ...`` of the pages, with the page."""
+    """Every command ``ndm ...`` on the pages, with its page."""
     for page in PAGES:
-        for block in re.findall(
-            r"```console\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
-        ):
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.removeprefix("$ ").split("   #")[0].strip()
                 command = re.sub(r"^PYTHONPATH=\S+ ", "", command)
-                if command.startswith("ndm ") and not any(
-                    one in command for one in TESTED_ELSEWHERE
-                ):
+                elsewhere = any(part in command for part in TESTED_ELSEWHERE)
+                if command.startswith("ndm ") and not elsewhere:
                     yield name(page), command
 
 
 class Parsed(Exception):
-    """The command was parsed, and is not run."""
+    """Raised after a command is parsed, in place of running it."""
 
 
 @pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
@@ -87,7 +85,7 @@ def test_commands_parse(page: str, command: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("page", ["docs/map.md"])
-def test_the_map_names_what_exists(page: str) -> None:
+def test_every_name_in_the_map_exists(page: str) -> None:
     rows = re.findall(r"^\|.*\|.*\|(.*)\|$", prose(ROOT / page), flags=re.MULTILINE)
     names = [one for row in rows for one in re.findall(r"`([a-z_.]+(?:\.\w+)+)`", row)]
     assert len(names) > 40

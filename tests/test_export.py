@@ -1,6 +1,4 @@
-"""A direct model sampled through diffusers, on a Gaussian problem whose exact target and marginals
-are known.
-"""
+"""A direct model sampled by diffusers, on a Gaussian problem with exact target and marginals."""
 
 import pytest
 import torch
@@ -37,13 +35,8 @@ class GatedLinear(LinearTransform):
 
 
 def exact_model(problem: GaussianProblem) -> NDM:
-    return NDM(
-        problem.process.schedule,
-        problem.linear,
-        ExactTarget(problem, 1.0),
-        GaussianDecoder(),
-        reverse="direct",
-    )  # type: ignore[arg-type]
+    schedule, target = problem.process.schedule, ExactTarget(problem, 1.0)
+    return NDM(schedule, problem.linear, target, GaussianDecoder(), reverse="direct")  # type: ignore[arg-type]
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,17 +51,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 100),
     ],
 )
-def test_diffusers_draws_the_data_of_a_transformed_process(
+def test_diffusers_samples_the_data_of_a_transformed_process(
     name: str, options: dict[str, str], steps: int
 ) -> None:
-    """F turns and shears in time, so the plain diffusion with E[x|z] in place of the target would
-    not end in the data.
-    """
+    """F rotates and shears in time, so plain diffusion with E[x|z] as target misses the data."""
     schedule = LinearLogSNRSchedule(-7.0, 9.0)
     problem = GaussianProblem(schedule, GatedLinear(schedule))
-    network, scheduler = to_diffusers(
-        exact_model(problem), getattr(diffusers, name), 1000, **options
-    )
+    model, kind = exact_model(problem), getattr(diffusers, name)
+    network, scheduler = to_diffusers(model, kind, 1000, **options)
     assert scheduler.config.prediction_type == "sample"
 
     def draw(predict: object) -> Tensor:
@@ -77,25 +67,22 @@ def test_diffusers_draws_the_data_of_a_transformed_process(
         z = torch.randn(20_000, 2, dtype=F64, generator=generator)
         with torch.no_grad():
             for timestep in scheduler.timesteps:
-                z = scheduler.step(
-                    predict(z, timestep), timestep, z, generator=generator
-                ).prev_sample  # type: ignore[operator]
+                output = predict(z, timestep)  # type: ignore[operator]
+                z = scheduler.step(output, timestep, z, generator=generator).prev_sample
         return z
 
     mean, covariance = moments(draw(lambda z, t: network(z, t).sample))
     spread = problem.covariance().diagonal().sqrt()
+    scale = torch.outer(spread, spread)
     assert bool(((mean - problem.mean()).abs() < 0.04 * spread).all())
-    assert bool(
-        ((covariance - problem.covariance()).abs() < 0.06 * torch.outer(spread, spread)).all()
-    )
+    assert bool(((covariance - problem.covariance()).abs() < 0.06 * scale).all())
 
     def data_prediction(z: Tensor, timestep: Tensor) -> Tensor:
         return problem(z, problem.process.level(timestep / 999, z))
 
     _, wrong = moments(draw(data_prediction))
-    assert bool(((wrong - problem.covariance()).abs() > 0.1 * torch.outer(spread, spread)).any()), (
-        "the test must tell y from x"
-    )
+    error = (wrong - problem.covariance()).abs()
+    assert bool((error > 0.1 * scale).any()), "the test must distinguish y from x"
 
 
 def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
@@ -104,19 +91,17 @@ def test_a_step_of_ddpm_is_our_ancestral_step() -> None:
     network, scheduler = to_diffusers(model, diffusers.DDPMScheduler, 100)
     z = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     for index in (99, 60, 5, 1):
-        found = scheduler.step(
-            network(z, index).sample, index, z, generator=torch.Generator().manual_seed(1)
-        ).prev_sample
+        output, generator = network(z, index).sample, torch.Generator().manual_seed(1)
+        found = scheduler.step(output, index, z, generator=generator).prev_sample
         noise = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
         t, s = (model.process.level(i / 99, z) for i in (index, index - 1))
         expected = Ancestral(1.0)(model.reverse_process, z, t, s, noise)
-        torch.testing.assert_close(
-            found, expected, rtol=2e-4, atol=2e-4
-        )  # diffusers keeps its schedule in single precision
+        # diffusers stores its schedule in float32.
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
-def test_the_last_step_is_the_decoders_and_draws_are_of_the_evaluated_model() -> None:
-    model = make("direct", predictor=Predictor(MLP(2, 8, 1, dropout=0.5))).train()
+def test_the_last_step_is_the_decoder_mean_and_dropout_is_off() -> None:
+    model = small_model("direct", predictor=Predictor(MLP(2, 8, 1, dropout=0.5))).train()
     network, _ = to_diffusers(model, diffusers.DDPMScheduler, 50)
     z = torch.randn(5, 2)
     level = model.process.level(0.0, z)
@@ -125,7 +110,7 @@ def test_the_last_step_is_the_decoders_and_draws_are_of_the_evaluated_model() ->
     assert first.equal(second) and not first.requires_grad
 
 
-def make(reverse: ReverseKind, **options: object) -> NDM:
+def small_model(reverse: ReverseKind, **options: object) -> NDM:
     parts = {
         "schedule": LinearLogSNRSchedule(),
         "transform": GatedTransform(MLP(2, 8, 1)),
@@ -135,15 +120,15 @@ def make(reverse: ReverseKind, **options: object) -> NDM:
     return NDM(**parts, decoder=GaussianDecoder(), reverse=reverse)  # type: ignore[arg-type]
 
 
-def test_what_is_no_plain_diffusion_is_refused() -> None:
-    for model, word in (
-        (make("tied"), "reverse=direct"),
-        (make("diffenc"), "reverse=direct"),
-        (make("direct", schedule=FlowMatchingSchedule()), "variance preserving"),
-        (make("direct", eta=0.7), "eta"),
+def test_models_that_are_not_plain_diffusions_are_rejected() -> None:
+    for model, pattern in (
+        (small_model("tied"), "reverse=direct"),
+        (small_model("diffenc"), "reverse=direct"),
+        (small_model("direct", schedule=FlowMatchingSchedule()), "variance preserving"),
+        (small_model("direct", eta=0.7), "eta"),
     ):
-        with pytest.raises(UserError, match=word):
+        with pytest.raises(UserError, match=pattern):
             to_diffusers(model, diffusers.DDPMScheduler)
     with pytest.raises(UserError, match="trained_betas"):
-        to_diffusers(make("direct"), diffusers.FlowMatchEulerDiscreteScheduler)
-    to_diffusers(make("tied", transform=Identity()), diffusers.DDPMScheduler)
+        to_diffusers(small_model("direct"), diffusers.FlowMatchEulerDiscreteScheduler)
+    to_diffusers(small_model("tied", transform=Identity()), diffusers.DDPMScheduler)

@@ -1,4 +1,4 @@
-"""The page on extending the library runs as it is: Python, saving and loading, the command line."""
+"""The page on extending the library runs as written: Python, saving and loading, commands."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files of the page, which is the current one and importable."""
+    """The current folder, with the page's files, importable."""
     *parts, use = blocks("python")
     (config,) = blocks("yaml")
     (tmp_path / "mine.py").write_text("\n".join(parts))
@@ -37,35 +37,35 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_own_parts_train_and_are_saved_and_loaded(folder: Path) -> None:
+def test_custom_parts_train_save_and_load(folder: Path) -> None:
     scope = runpy.run_path("use.py")
     model, loaded, x = scope["model"], scope["loaded"], scope["x"]
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
     assert model.transform.angle.grad != 0
 
-    def bound(one: ndm.NDM) -> torch.Tensor:
-        return one.bound(x, generator=torch.Generator().manual_seed(0)).total
+    def bound(model: ndm.NDM) -> torch.Tensor:
+        return model.bound(x, generator=torch.Generator().manual_seed(0)).total
 
     torch.testing.assert_close(bound(loaded), bound(model.eval()))
 
 
-def test_the_derivatives_of_own_parts_are_right(folder: Path) -> None:
+def test_derivatives_of_custom_parts_match_finite_differences(folder: Path) -> None:
     scope = runpy.run_path("mine.py")
     schedule, rotation = scope["PowerSchedule"](), scope["Rotation"]()
     rotation.angle.data.fill_(0.7)
     t, h = torch.linspace(0.1, 0.9, 5, dtype=F64), 1e-6
     x = torch.randn(5, 2, dtype=F64)
     up, down = schedule(t + h), schedule(t - h)
-    here = schedule(t)
-    torch.testing.assert_close(here.dgamma, (up.gamma - down.gamma) / (2 * h), rtol=1e-6, atol=0)
-    value, derivative = rotation.with_derivative(x, here)
+    level = schedule(t)
+    torch.testing.assert_close(level.dgamma, (up.gamma - down.gamma) / (2 * h), rtol=1e-6, atol=0)
+    value, derivative = rotation.with_derivative(x, level)
     torch.testing.assert_close(value.norm(dim=1), x.norm(dim=1))
     difference = (rotation(x, up) - rotation(x, down)) / (2 * h)
     torch.testing.assert_close(derivative, difference, rtol=1e-6, atol=1e-8)
 
 
-def test_the_commands_of_the_page_run(folder: Path) -> None:
+def test_the_commands_on_the_page_run(folder: Path) -> None:
     (commands,) = blocks("console")
     short = " --train.steps 3 --train.evaluation_draws 1 --train.sample_steps 2"
     extra = {

@@ -1,6 +1,4 @@
-"""Known models as special cases: DDPM's loss and flow matching as published, and the page that
-lists the family.
-"""
+"""Published models as special cases: DDPM's loss, flow matching, and the page on the family."""
 
 import math
 import re
@@ -47,16 +45,17 @@ def network() -> MLP:
 def test_the_bound_is_ddpms_simple_loss_with_its_published_weight(
     schedule: VariancePreserving,
 ) -> None:
-    """Ho et al. 2020, equations 12 and 14, in betas: beta²/(2 beta~ (1 - beta)(1 - abar)) ||eps -
-    eps_theta||² for each of T steps.
+    """Ho et al. 2020, equations 12 and 14.
+
+    In betas: beta²/(2 beta~ (1 - beta)(1 - abar)) ||eps - eps_theta||² for each of T steps.
     """
     x, noise, u = draw()
     steps, net = 25, network()
     process, predictor = ForwardProcess(schedule, Identity()), Predictor(net, "eps")
     found = diffusion(process, predictor, x, u, noise, steps)
-    kept = schedule(torch.arange(steps + 1, dtype=F64) / steps).alpha ** 2  # abar
+    abar = schedule(torch.arange(steps + 1, dtype=F64) / steps).alpha ** 2
     step = torch.floor(u * steps).long() + 1
-    after, before = kept[step], kept[step - 1]
+    after, before = abar[step], abar[step - 1]
     beta = 1 - after / before
     z = after.sqrt()[:, None] * x + (1 - after).sqrt()[:, None] * noise
     simple = ((noise - net(z, step.to(F64) / steps)) ** 2).sum(1)
@@ -68,8 +67,9 @@ FLOW = FlowMatchingSchedule(0.02)
 
 
 def test_the_drift_along_a_path_is_the_target_of_flow_matching() -> None:
-    """Lipman et al. 2023, equation 23, with time turned round: (1 - sigma_min) eps - x, the slope
-    of the straight line from x to eps.
+    """Lipman et al. 2023, equation 23, with time reversed: (1 - sigma_min) eps - x.
+
+    This is the slope of the straight line from x to eps.
     """
     x, noise, t = draw()
     process = ForwardProcess(FLOW, Identity())
@@ -80,36 +80,25 @@ def test_the_drift_along_a_path_is_the_target_of_flow_matching() -> None:
 
 
 def test_the_ode_is_the_velocity_that_flow_matching_learns() -> None:
-    """The least-squares regression of (1 - sigma_min) eps - x on z_t, for Gaussian data by its
-    covariances.
-    """
+    """Least-squares regression of (1 - sigma_min) eps - x on z_t, for Gaussian data in closed form."""
     problem = GaussianProblem(FLOW, constant(torch.eye(2, dtype=F64)))
-    z, t = (
-        torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0)),
-        torch.linspace(0.02, 1.0, 6, dtype=F64),
-    )
-    level, eye, mean, covariance = (
-        problem.process.schedule(t),
-        torch.eye(2, dtype=F64),
-        problem.means[0],
-        problem.covariances[0],
-    )
+    z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.02, 1.0, 6, dtype=F64)
+    level = problem.process.schedule(t)
+    eye = torch.eye(2, dtype=F64)
+    mean = problem.means[0]
+    covariance = problem.covariances[0]
     found = problem.reverse.drift(z, level, 0.0)
     for row in range(6):
         alpha, sigma = 1 - t[row], 0.02 + 0.98 * t[row]
-        with_z, of_z = (
-            0.98 * sigma * eye - alpha * covariance,
-            alpha**2 * covariance + sigma**2 * eye,
-        )
-        torch.testing.assert_close(
-            found[row], -mean + with_z @ torch.linalg.solve(of_z, z[row] - alpha * mean)
-        )
+        cross = 0.98 * sigma * eye - alpha * covariance
+        of_z = alpha**2 * covariance + sigma**2 * eye
+        expected = -mean + cross @ torch.linalg.solve(of_z, z[row] - alpha * mean)
+        torch.testing.assert_close(found[row], expected)
 
 
-def test_the_bound_is_the_loss_of_flow_matching_with_a_weight() -> None:
-    """alpha/sigma ||velocity - target||²: the path is straight, so alpha sigma' - alpha' sigma is
-    1.
-    """
+def test_the_bound_is_the_weighted_loss_of_flow_matching() -> None:
+    """alpha/sigma ||velocity - target||²; on the straight path alpha sigma' - alpha' sigma = 1."""
     x, noise, t = draw()
     process, predictor = ForwardProcess(FLOW, Identity()), Predictor(network())
     level = process.schedule(t)
@@ -118,16 +107,12 @@ def test_the_bound_is_the_loss_of_flow_matching_with_a_weight() -> None:
     guess = predictor(z, level)
     velocity = 0.98 * (z - alpha * guess) / sigma - guess  # (1 - sigma_min) eps^ - x^
     loss = ((velocity - (0.98 * noise - x)) ** 2).sum(1)
-    torch.testing.assert_close(
-        diffusion(process, predictor, x, t, noise),
-        ((1 - t) / (0.02 + 0.98 * t)) * loss,
-        rtol=1e-8,
-        atol=0,
-    )
+    found = diffusion(process, predictor, x, t, noise)
+    torch.testing.assert_close(found, (1 - t) / (0.02 + 0.98 * t) * loss, rtol=1e-8, atol=0)
 
 
 class Point(DataPredictor):
-    """The exact predictor of data that are a single point."""
+    """The exact predictor for data at a single point."""
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         return torch.tensor([1.5, -0.5], dtype=z.dtype).expand_as(z)
@@ -145,7 +130,7 @@ def test_one_euler_step_of_flow_matching_reaches_a_point_exactly() -> None:
     torch.testing.assert_close(samples.mean(0), torch.tensor([1.5, -0.5]), rtol=0, atol=0.002)
 
 
-def test_every_test_that_the_page_names_is_there() -> None:
+def test_every_test_named_on_the_page_exists() -> None:
     names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
     assert len(names) > 15
     for file, name in names:
@@ -153,7 +138,7 @@ def test_every_test_that_the_page_names_is_there() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
-def test_every_snippet_of_the_page_runs() -> None:
+def test_every_snippet_on_the_page_runs() -> None:
     torch.manual_seed(0)
     first, *snippets = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     headings = re.findall(r"^### .*$", PAGE, flags=re.MULTILINE)

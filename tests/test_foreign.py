@@ -34,19 +34,16 @@ BLOCKS = {
 
 def network(kind: str, time_scale: float = 1000.0) -> FromDiffusers:
     torch.manual_seed(0)
-    options = BLOCKS[kind]
-    return FromDiffusers(
-        UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            **options,
-        ),
-        time_scale,
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        **BLOCKS[kind],
     )
+    return FromDiffusers(unet, time_scale)
 
 
 def data(count: int = 4) -> Tensor:
@@ -55,13 +52,8 @@ def data(count: int = 4) -> Tensor:
 
 
 def model(transform: Transform, predictor: nn.Module, steps: int | None) -> NDM:
-    return NDM(
-        LinearLogSNRSchedule(-5.0, 3.0),
-        transform,
-        Predictor(predictor),
-        GaussianDecoder(),
-        steps=steps,
-    )
+    schedule = LinearLogSNRSchedule(-5.0, 3.0)
+    return NDM(schedule, transform, Predictor(predictor), GaussianDecoder(), steps=steps)
 
 
 def fixed_bound(ndm: NDM, x: Tensor) -> Tensor:
@@ -69,9 +61,7 @@ def fixed_bound(ndm: NDM, x: Tensor) -> Tensor:
 
 
 def assert_learns(ndm: NDM, part: nn.Module, updates: int = 10) -> None:
-    """Finite bound, gradients to every parameter of the part, steps of Adam lower the same estimate
-    of the bound.
-    """
+    """Check that the bound is finite and falls, and that the part's parameters have gradients."""
     x = data()
     optimizer = torch.optim.Adam(ndm.parameters(), lr=2e-3)
     before = fixed_bound(ndm, x)
@@ -81,18 +71,17 @@ def assert_learns(ndm: NDM, part: nn.Module, updates: int = 10) -> None:
         fixed_bound(ndm, x).backward()
         optimizer.step()
     gradients = {name: p.grad for name, p in part.named_parameters()}
-    assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values()), [
-        n for n, g in gradients.items() if g is None
-    ]
-    assert sum(float(g.abs().max()) > 0 for g in gradients.values() if g is not None) > 0.9 * len(
-        gradients
-    )
+    missing = [name for name, g in gradients.items() if g is None]
+    assert not missing
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    nonzero = sum(float(g.abs().max()) > 0 for g in gradients.values())
+    assert nonzero > 0.9 * len(gradients)
     assert float(fixed_bound(ndm, x).detach()) < float(before.detach())
 
 
 @pytest.mark.parametrize("steps", [None, 10])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_as_predictor(kind: str, steps: int | None) -> None:
+def test_a_diffusers_unet_trains_as_predictor(kind: str, steps: int | None) -> None:
     net = network(kind)
     ndm = model(Identity(), net, steps)
     assert_learns(ndm, net)
@@ -100,14 +89,14 @@ def test_as_predictor(kind: str, steps: int | None) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_as_transformation_in_discrete_time(kind: str) -> None:
+def test_a_diffusers_unet_trains_as_f_in_discrete_time(kind: str) -> None:
     net = network(kind)
     assert_learns(model(NetworkTransform(net), UNet(1, 8, (1,)), 10), net)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_as_transformation_in_continuous_time_or_with_the_mend(
+def test_a_diffusers_unet_trains_as_f_in_continuous_time_or_names_the_fix(
     kind: str, channels_last: bool
 ) -> None:
     net = network(kind)
@@ -121,19 +110,17 @@ def test_as_transformation_in_continuous_time_or_with_the_mend(
         assert_learns(model(GatedTransform(net), UNet(1, 8, (1,)), 10), net, 3)
 
 
-def test_its_time_derivative_is_that_of_central_differences() -> None:
-    """With a slow clock: diffusers embeds time in float32, too coarse for differences at a thousand
-    steps.
+def test_time_derivative_of_a_diffusers_unet_matches_central_differences() -> None:
+    """With a small time scale: diffusers embeds time in float32, too coarse for differences at a
+    thousand steps.
     """
     transform = NetworkTransform(network("plain", 10.0)).double()
     with torch.no_grad():
         assert transform.displacement.gain is not None
         transform.displacement.gain.fill_(0.7)
-        x, t, schedule = (
-            data(3).double(),
-            torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64),
-            LinearLogSNRSchedule(-5.0, 3.0),
-        )
+        x = data(3).double()
+        t = torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)
+        schedule = LinearLogSNRSchedule(-5.0, 3.0)
         _, derivative = transform.with_derivative(x, schedule(t))
         expected = (transform(x, schedule(t + 1e-3)) - transform(x, schedule(t - 1e-3))) / 2e-3
     assert float((derivative - expected).abs().max()) < 1e-3 * float(expected.abs().max())

@@ -1,6 +1,4 @@
-"""Fixed linear transformations: against scipy's transform, against closed forms of heat, masks and
-averages, and as whole processes.
-"""
+"""Fixed linear transformations: against scipy, in closed form, and in whole models."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import CosineSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import Transform
-from oracles import F64, gaussian_kl
+from oracles import F64, cubature_points, gauss_times, gaussian_kl
 
 OPERATORS: dict[str, Callable[[], Transform]] = {
     "blur": lambda: Blur(1.5, 0.05),
@@ -39,9 +37,12 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("event", [(3, 5, 8), (7, 4), (1, 1, 6), (2, 3, 4, 4)])
-def test_blur_is_the_published_one_by_scipys_cosine_transform(event: tuple[int, ...]) -> None:
-    """Hoogeboom & Salimans 2023, appendix: scaling = exp(-lambda tau) (1 - min_scale) + min_scale,
-    alpha = a_t scaling.
+def test_blur_matches_the_published_operator_by_scipys_cosine_transform(
+    event: tuple[int, ...],
+) -> None:
+    """Hoogeboom & Salimans 2023, appendix.
+
+    scaling = exp(-lambda tau) (1 - min_scale) + min_scale, alpha = a_t scaling.
     """
     sigma_max, d_min = 3.0, 0.02
     process = ForwardProcess(CosineSchedule(-6.0, 4.0), Blur(sigma_max, d_min))
@@ -50,24 +51,17 @@ def test_blur_is_the_published_one_by_scipys_cosine_transform(event: tuple[int, 
     for row, t in enumerate(TIMES.tolist()):
         dissipation = (sigma_max * math.sin(t * math.pi / 2) ** 2) ** 2 / 2
         height, width = (math.pi * torch.arange(n, dtype=F64) / n for n in event[-2:])
-        scaling = (
-            torch.exp(-(height[:, None] ** 2 + width[None] ** 2) * dissipation) * (1 - d_min)
-            + d_min
-        )
+        decay = torch.exp(-(height[:, None] ** 2 + width[None] ** 2) * dissipation)
+        scaling = (decay * (1 - d_min) + d_min).numpy()
         level = process.schedule(torch.tensor([t], dtype=F64))
-        frequencies = torch.from_numpy(scipy.fft.dctn(x[row].numpy(), axes=(-2, -1), norm="ortho"))
-        expected = scipy.fft.idctn(
-            (float(level.alpha) * scaling * frequencies).numpy(), axes=(-2, -1), norm="ortho"
-        )
-        torch.testing.assert_close(
-            marginal.mean[row], torch.from_numpy(expected), rtol=1e-10, atol=1e-12
-        )
+        frequencies = scipy.fft.dctn(x[row].numpy(), axes=(-2, -1), norm="ortho")
+        scaled = float(level.alpha) * scaling * frequencies
+        expected = torch.from_numpy(scipy.fft.idctn(scaled, axes=(-2, -1), norm="ortho"))
+        torch.testing.assert_close(marginal.mean[row], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_blur_far_from_the_edges_is_the_heat_kernel() -> None:
-    """A point of heat becomes a Gaussian of standard deviation sigma_B pixels; no heat is lost
-    (d_min = 0 counts for the mean, too).
-    """
+    """A point becomes a Gaussian of standard deviation sigma_B pixels, and the sum is preserved."""
     x = torch.zeros(2, 41, 41, dtype=F64)
     x[:, 20, 20] = 1.0
     t = torch.tensor([0.5, 2 / 3], dtype=F64)
@@ -80,15 +74,9 @@ def test_blur_far_from_the_edges_is_the_heat_kernel() -> None:
 
 
 def test_blur_solves_the_heat_equation_of_the_whole_image() -> None:
-    """dF/dtau of the cosine (i, j), an eigenfunction of the Laplacian between insulated edges, by
-    the chain rule from dF/dt.
-    """
-    rows, columns = torch.meshgrid(
-        (torch.arange(6, dtype=F64) + 0.5) / 6,
-        (torch.arange(9, dtype=F64) + 0.5) / 9,
-        indexing="ij",
-    )
-    wave = (torch.cos(math.pi * 2 * rows) * torch.cos(math.pi * 3 * columns))[None]
+    """For a cosine, an eigenfunction of the Laplacian between insulated edges, by the chain rule."""
+    rows, columns = ((torch.arange(n, dtype=F64) + 0.5) / n for n in (6, 9))
+    wave = (torch.cos(math.pi * 2 * rows)[:, None] * torch.cos(math.pi * 3 * columns))[None]
     t, sigma_max = torch.tensor([0.3], dtype=F64), 2.5
     value, derivative = Blur(sigma_max, 0.0).with_derivative(wave, SCHEDULE(t))
     tau_rate = sigma_max**2 * math.pi * math.sin(0.15 * math.pi) ** 3 * math.cos(0.15 * math.pi)
@@ -98,15 +86,14 @@ def test_blur_solves_the_heat_equation_of_the_whole_image() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
-def test_the_cosines_are_orthonormal_and_may_be_made_in_inference_mode(size: int) -> None:
+def test_cosines_are_orthonormal_and_can_be_built_in_inference_mode(size: int) -> None:
     cosines.cache_clear()
     with torch.inference_mode():
         matrix = cosines(size, F64, torch.device("cpu"))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=F64))
     x = images(1, size, size).requires_grad_()
-    Blur()(
-        x, SCHEDULE(torch.ones(1, dtype=F64))
-    ).square().sum().backward()  # an inference tensor would refuse
+    blurred = Blur()(x, SCHEDULE(torch.ones(1, dtype=F64)))
+    blurred.square().sum().backward()  # fails for cached inference tensors
 
 
 def test_the_mask_is_a_gaussian_that_deepens_and_grows() -> None:
@@ -123,19 +110,16 @@ def test_the_mask_is_a_gaussian_that_deepens_and_grows() -> None:
     assert half[0] == 0 and 10 < half[1] < half[2]
 
 
-def test_down_sampling_interpolates_between_averages_of_blocks() -> None:
-    """f-DM: within stage k linear from x^k to the upsampled mean of its 2 x 2 blocks, by loops over
-    pixels.
-    """
+def test_downsampling_interpolates_between_block_averages() -> None:
+    """f-DM: stage k is linear from x^k to the upsampled means of its 2 x 2 blocks; by loops."""
     x, down = images(2, 3, 8, 4), Downsample((0.4, 0.75))
 
     def averaged(image: Tensor) -> Tensor:
         out = image.clone()
         for i in range(0, image.shape[-2], 2):
             for j in range(0, image.shape[-1], 2):
-                out[..., i : i + 2, j : j + 2] = (
-                    image[..., i : i + 2, j : j + 2].sum((-2, -1), keepdim=True) / 4
-                )
+                block = image[..., i : i + 2, j : j + 2]
+                out[..., i : i + 2, j : j + 2] = block.sum((-2, -1), keepdim=True) / 4
         return out
 
     first = averaged(x)
@@ -157,7 +141,7 @@ def test_down_sampling_interpolates_between_averages_of_blocks() -> None:
 
 
 class Problem(nn.Module):
-    """Gaussian pixels, any linear F as dense matrices; as a module the exact predictor E[x|z_t]."""
+    """Gaussian pixels and a linear F as dense matrices; as a module it is the exact predictor."""
 
     def __init__(self, schedule: Schedule, transform: Transform, event: tuple[int, ...] = (4, 4)):
         super().__init__()
@@ -177,14 +161,14 @@ class Problem(nn.Module):
         units = torch.eye(self.dims, dtype=F64).repeat(len(t), 1).reshape(-1, *self.event)
         level = self.process.schedule(t.repeat_interleave(self.dims))
         value, derivative = self.process.transform.with_derivative(units, level)
-        return tuple(part.reshape(len(t), self.dims, self.dims).mT for part in (value, derivative))  # type: ignore[return-value]
+        shape = (len(t), self.dims, self.dims)
+        return value.reshape(shape).mT, derivative.reshape(shape).mT
 
     def latent(self, t: Tensor) -> tuple[Tensor, Tensor]:
         level, (matrix, _) = self.process.schedule(t), self.matrices(t)
         alpha, sigma = level.alpha[:, None, None], level.sigma[:, None, None]
-        covariance = alpha**2 * matrix @ self.covariance @ matrix.mT + sigma**2 * torch.eye(
-            self.dims, dtype=F64
-        )
+        covariance = alpha**2 * matrix @ self.covariance @ matrix.mT
+        covariance += sigma**2 * torch.eye(self.dims, dtype=F64)
         return level.alpha[:, None] * (matrix @ self.mean), covariance
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -196,12 +180,12 @@ class Problem(nn.Module):
         return (self.mean + (gain[inverse] @ away[..., None])[..., 0]).reshape(z.shape)
 
 
-@pytest.mark.parametrize(
-    "name", ["blur", "mask"]
-)  # the Markov process of down-sampling has infinite noise where C_t is singular
-def test_its_generative_ode_is_the_published_probability_flow(name: str) -> None:
-    """Song et al.'s flow f z - ½ g² score of the Markov SDE with the same marginals: f = (alpha C)'
-    (alpha C)^-1, g² = 2 sigma sigma' - 2 f sigma².
+# Not downsampling: its Markov process has infinite noise where C_t is singular.
+@pytest.mark.parametrize("name", ["blur", "mask"])
+def test_the_generative_ode_is_the_published_probability_flow(name: str) -> None:
+    """Song et al.'s flow f z - ½ g² score of the Markov SDE with the same marginals.
+
+    f = (alpha C)' (alpha C)^-1, g² = 2 sigma sigma' - 2 f sigma².
     """
     problem = Problem(SCHEDULE, OPERATORS[name]())
     t = torch.tensor([0.2, 0.35, 0.9], dtype=F64)
@@ -209,21 +193,19 @@ def test_its_generative_ode_is_the_published_probability_flow(name: str) -> None
     alpha, dalpha = level.alpha[:, None, None], level.dalpha[:, None, None]
     f = (dalpha * matrix + alpha * slope) @ torch.linalg.inv(alpha * matrix)
     eye = torch.eye(problem.dims, dtype=F64)
-    g_squared = 2 * (level.sigma * level.dsigma)[:, None, None] * eye - (level.sigma**2)[
-        :, None, None
-    ] * (f + f.mT)
+    sigma, dsigma = level.sigma[:, None, None], level.dsigma[:, None, None]
+    g_squared = 2 * sigma * dsigma * eye - sigma**2 * (f + f.mT)
     z = images(3, 4, 4, seed=2)
     mean, covariance = problem.latent(t)
     away = (z.flatten(1) - mean)[..., None]
     score = -torch.linalg.solve(covariance, away)
     expected = (f @ z.flatten(1)[..., None] - 0.5 * g_squared @ score)[..., 0]
-    torch.testing.assert_close(
-        problem.reverse.drift(z, level, 0.0).flatten(1), expected, rtol=1e-7, atol=1e-9
-    )
+    found = problem.reverse.drift(z, level, 0.0).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 @every_operator
-def test_the_soft_score_is_that_of_the_marginal(name: str) -> None:
+def test_the_soft_score_is_the_score_of_the_marginal(name: str) -> None:
     """Daras et al. 2023: grad log q_t(z) = (C_t E[x|z] - z)/s_t², with their C_t our alpha_t C_t."""
     problem = Problem(SCHEDULE, OPERATORS[name]())
     level = problem.process.schedule(torch.full((3,), 0.6, dtype=F64))
@@ -233,61 +215,39 @@ def test_the_soft_score_is_that_of_the_marginal(name: str) -> None:
     density = torch.distributions.MultivariateNormal(mean, covariance)
     leaf = z.flatten(1).requires_grad_()
     (score,) = torch.autograd.grad(density.log_prob(leaf).sum(), leaf)
-    torch.testing.assert_close(
-        ((corrupted - z) / level.sigma[:, None, None] ** 2).flatten(1), score, rtol=1e-8, atol=1e-9
-    )
+    soft_score = ((corrupted - z) / level.sigma[:, None, None] ** 2).flatten(1)
+    torch.testing.assert_close(soft_score, score, rtol=1e-8, atol=1e-9)
 
 
 @every_operator
 def test_the_ode_has_the_density_of_the_forward_process(name: str) -> None:
-    problem = Problem(
-        LinearLogSNRSchedule(-3.0, 20.0), OPERATORS[name]()
-    )  # no signal is left at t = 1
+    schedule = LinearLogSNRSchedule(-3.0, 20.0)  # without signal at t = 1
+    problem = Problem(schedule, OPERATORS[name]())
     z = images(3, 4, 4, seed=3)
-    found = ode_log_prob(
-        problem.reverse,
-        z,
-        OdeSettings(
-            rtol=1e-6, atol=1e-6, nodes=64 if name != "downsample" else 512, probes="exact"
-        ),
-    )
+    nodes, atol = (64, 2e-3) if name != "downsample" else (512, 2e-2)
+    settings = OdeSettings(rtol=1e-6, atol=1e-6, nodes=nodes, probes="exact")
+    found = ode_log_prob(problem.reverse, z, settings)
     mean, covariance = problem.latent(torch.zeros(1, dtype=F64))
     expected = torch.distributions.MultivariateNormal(mean[0], covariance[0]).log_prob(z.flatten(1))
-    torch.testing.assert_close(
-        found.log_p, expected, rtol=0, atol=2e-3 if name != "downsample" else 2e-2
-    )
+    torch.testing.assert_close(found.log_p, expected, rtol=0, atol=atol)
 
 
 @every_operator
-def test_the_bound_of_the_exact_predictor_is_its_closed_form(name: str) -> None:
-    """Entropy, gaps of prior and decoder, and ½ ∫ e^-gamma tr P^-1 C'ᵀ C'/gamma' for the time that
-    F takes from the reverse process.
-    """
+def test_the_bound_of_the_exact_predictor_matches_its_closed_form(name: str) -> None:
+    """Entropy, gaps of prior and decoder, and ½ ∫ e^-gamma tr P^-1 C'ᵀ C'/gamma' for a moving F."""
     problem = Problem(SCHEDULE, OPERATORS[name]())
     size, eye = problem.dims, torch.eye(problem.dims, dtype=F64)
-    points = math.sqrt(2 * size) * torch.cat(
-        [torch.eye(2 * size, dtype=F64), -torch.eye(2 * size, dtype=F64)]
-    )  # exact for quadratics
+    points = cubature_points(2 * size)
     factor = torch.linalg.cholesky(problem.covariance)
     x = (problem.mean + points[:, :size] @ factor.T).reshape(-1, *problem.event)
     noise = points[:, size:].reshape(x.shape)
     curve, process = problem.process.transform.curve(x), problem.process
-    found = (
-        prior_term(process, x, curve) + reconstruction_term(process, GaussianDecoder(), x, noise)
-    ).mean()
-    panels = 40
-    times = (
-        (
-            torch.arange(panels, dtype=F64)[:, None]
-            + 0.5
-            + torch.tensor([-1, 1], dtype=F64) / math.sqrt(12)
-        )
-        / panels
-    ).flatten()
+    found = prior_term(process, x, curve).mean()
+    found += reconstruction_term(process, GaussianDecoder(), x, noise).mean()
+    times = gauss_times(40)
     for t in times:
-        found = found + diffusion_integrand(
-            problem.reverse, curve, Draw(t.expand(len(x)), noise)
-        ).bound.mean() / len(times)
+        draw = Draw(t.expand(len(x)), noise)
+        found += diffusion_integrand(problem.reverse, curve, draw).bound.mean() / len(times)
 
     level, (matrix, slope) = process.schedule(times), problem.matrices(times)
     snr, dgamma = torch.exp(-level.gamma)[:, None, None], level.dgamma[:, None, None]
@@ -299,32 +259,24 @@ def test_the_bound_of_the_exact_predictor_is_its_closed_form(name: str) -> None:
     ends = [torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)]
     end_mean, end_covariance = problem.latent(ends[1])
     start = process.schedule(ends[0])
-    width = (
-        torch.exp(start.gamma) * eye
-    )  # C_0 = I: the decoder N(z_0/alpha_0, e^gamma_0) against q(x|z_0)
+    # C_0 = I: the decoder N(z_0/alpha_0, e^gamma_0) against q(x|z_0).
+    width = torch.exp(start.gamma) * eye
     posterior = torch.linalg.inv(torch.linalg.inv(problem.covariance) + torch.linalg.inv(width))
     _, start_covariance = problem.latent(ends[0])
-    gain = (
-        start.alpha * problem.covariance @ torch.linalg.inv(start_covariance[0]) - eye / start.alpha
-    )
-    decoder = (
-        gaussian_kl(zero, posterior, zero, width)
-        + 0.5 * torch.trace(gain @ start_covariance[0] @ gain.T) / torch.exp(start.gamma)[0]
-    )
+    gain = start.alpha * problem.covariance @ torch.linalg.inv(start_covariance[0])
+    gain -= eye / start.alpha
+    decoder = gaussian_kl(zero, posterior, zero, width)
+    decoder += 0.5 * torch.trace(gain @ start_covariance[0] @ gain.T) / torch.exp(start.gamma)[0]
     expected = entropy + gaussian_kl(end_mean[0], end_covariance[0], zero, eye) + decoder + path
     assert path > 0.02
     assert found.item() == pytest.approx(expected.item(), abs=2e-3)
 
 
 @every_operator
-def test_a_process_of_it_trains_and_samples(name: str) -> None:
+def test_a_model_with_an_operator_trains_and_samples(name: str) -> None:
     torch.manual_seed(0)
-    model = NDM(
-        LinearLogSNRSchedule(-5.0, 4.0),
-        OPERATORS[name](),
-        Predictor(UNet(1, 8, (1,))),
-        GaussianDecoder(),
-    )
+    schedule, predictor = LinearLogSNRSchedule(-5.0, 4.0), Predictor(UNet(1, 8, (1,)))
+    model = NDM(schedule, OPERATORS[name](), predictor, GaussianDecoder())
     x = torch.randn(4, 1, 8, 12)
     for steps in (None, 10):
         bound = model.bound(x, steps=steps)
@@ -352,7 +304,9 @@ def test_a_process_of_it_trains_and_samples(name: str) -> None:
         (lambda: Downsample()(torch.zeros(2, 3), SCHEDULE(torch.zeros(2))), r"images.*\(2, 3\)"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(make: Callable[[], object], pattern: str) -> None:
+def test_invalid_arguments_and_shapes_are_rejected_in_one_line(
+    make: Callable[[], object], pattern: str
+) -> None:
     with pytest.raises(UserError, match=pattern) as caught:
         make()
     assert "\n" not in str(caught.value)

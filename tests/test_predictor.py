@@ -1,4 +1,4 @@
-"""The preconditioned predictor inverts z = alpha x + sigma eps for every reading of its network."""
+"""The predictor inverts z = alpha x + sigma eps for every target of its network."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {
     [LinearLogSNRSchedule(-8.0, 6.0), CosineSchedule(-8.0, 6.0), FlowMatchingSchedule(0.01, 0.02)],
     ids=["linear", "cosine", "flow"],
 )
-def test_the_true_output_gives_the_data_back(
+def test_the_true_output_recovers_the_data(
     schedule: Schedule, target: str, event: tuple[int, ...]
 ) -> None:
     x, noise = torch.randn(2, 9, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -49,42 +49,35 @@ def test_the_true_output_gives_the_data_back(
 
 def test_errors_of_the_network_reach_the_prediction_with_the_right_gain() -> None:
     """d x̂/d output is -sigma, -sigma/alpha and 1 on a variance-preserving schedule."""
-    level, z = (
-        LinearLogSNRSchedule(-8.0, 6.0)(torch.linspace(0, 1, 5, dtype=F64)),
-        torch.zeros(5, 1, dtype=F64),
-    )
+    level = LinearLogSNRSchedule(-8.0, 6.0)(torch.linspace(0, 1, 5, dtype=F64))
+    z = torch.zeros(5, 1, dtype=F64)
     gains = {"v": -level.sigma, "eps": -level.sigma / level.alpha, "x": torch.ones(5, dtype=F64)}
     for target, gain in gains.items():
-        torch.testing.assert_close(
-            Predictor(Constant(torch.ones(5, 1, dtype=F64)), target)(z, level)[:, 0], gain
-        )  # type: ignore[arg-type]
+        predictor = Predictor(Constant(torch.ones(5, 1, dtype=F64)), target)  # type: ignore[arg-type]
+        torch.testing.assert_close(predictor(z, level)[:, 0], gain)
 
 
 def test_half_precision_output_is_returned_in_the_precision_of_z() -> None:
     level = LinearLogSNRSchedule()(torch.rand(2))
-    guess = Predictor(Constant(torch.ones(2, 3, dtype=torch.bfloat16)), "v")(
-        torch.zeros(2, 3), level
-    )
+    predictor = Predictor(Constant(torch.ones(2, 3, dtype=torch.bfloat16)), "v")
+    guess = predictor(torch.zeros(2, 3), level)
     assert guess.dtype == torch.float32
     torch.testing.assert_close(guess, -level.sigma[:, None].expand(2, 3))
 
 
-def test_wrong_targets_networks_and_shapes_are_refused_in_one_line() -> None:
+def test_wrong_targets_networks_and_shapes_are_rejected_in_one_line() -> None:
     level, z = LinearLogSNRSchedule()(torch.rand(2)), torch.zeros(2, 3)
+
+    def build_without_signal() -> object:
+        predictor = Predictor(Constant(z), "eps")
+        return ndm.NDM(FlowMatchingSchedule(), ndm.Identity(), predictor, ndm.GaussianDecoder())
+
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: Predictor(Constant(z), "score"), "'score'.*v, eps, x"),  # type: ignore[arg-type]
         (lambda: Predictor(lambda z, t: z), "nn.Module"),  # type: ignore[arg-type]
         (lambda: Predictor(Constant(torch.zeros(2, 1)))(z, level), r"\(2, 3\) to \(2, 1\)"),
         (lambda: Predictor(Constant((z,)))(z, level), "tuple.*FromDiffusers"),
-        (
-            lambda: ndm.NDM(
-                FlowMatchingSchedule(),
-                ndm.Identity(),
-                Predictor(Constant(z), "eps"),
-                ndm.GaussianDecoder(),
-            ),
-            "alpha.*target='v'",
-        ),
+        (build_without_signal, "alpha.*target='v'"),
     ]
     for call, pattern in cases:
         with pytest.raises(UserError, match=pattern) as caught:
@@ -93,15 +86,14 @@ def test_wrong_targets_networks_and_shapes_are_refused_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("target", ["v", "x"])
-def test_no_signal_at_the_end_is_fine_for_v_and_x(target: str) -> None:
-    guess = Predictor(Constant(torch.full((2, 3), 0.5)), target)(
-        torch.ones(2, 3), FlowMatchingSchedule()(torch.ones(2))
-    )  # type: ignore[arg-type]
+def test_v_and_x_work_without_signal_at_the_end(target: str) -> None:
+    predictor = Predictor(Constant(torch.full((2, 3), 0.5)), target)  # type: ignore[arg-type]
+    guess = predictor(torch.ones(2, 3), FlowMatchingSchedule()(torch.ones(2)))
     assert torch.equal(guess, torch.full((2, 3), {"v": -0.5, "x": 0.5}[target]))
 
 
 class GaussianPrediction(nn.Module):
-    """The v that says E[x|z] for x ~ N(0, s²) under z = alpha x + sigma eps."""
+    """The v that yields E[x|z] for x ~ N(0, s²) under z = alpha x + sigma eps."""
 
     def __init__(self, schedule: Schedule, s: float):
         super().__init__()
@@ -113,9 +105,9 @@ class GaussianPrediction(nn.Module):
         return (at.alpha * z - mean) / at.sigma
 
 
-def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> None:
-    """With s many spacings wide, the posterior mean of the quantised value is the rounded one of
-    the Gaussian; without rounding the same network pays for every digit that it does not see.
+def test_rounding_brings_the_bound_of_a_quantized_gaussian_to_its_entropy() -> None:
+    """For s many spacings wide, the posterior mean of the quantized value is the rounded Gaussian
+    mean. Without rounding the same network has a higher bound.
     """
     num_values, s, schedule = 64, 0.2, LinearLogSNRSchedule(-12.0, 5.0)
     values = ndm.DiscretizedGaussian(num_values).values
@@ -132,12 +124,12 @@ def test_the_bound_of_a_quantised_gaussian_reaches_its_entropy_by_rounding() -> 
         assert found.stderr < 0.03
         return found.nats
 
-    prior = 0.5 * s**2 * math.exp(-5.0)  # what is left of the signal at t = 1
+    prior = 0.5 * s**2 * math.exp(-5.0)  # of the signal left at t = 1
     assert nelbo(num_values) == pytest.approx(entropy + prior, abs=0.06)
     assert nelbo(None) > entropy + 0.3
 
 
-def test_rounding_to_another_grid_than_that_of_the_data_is_refused() -> None:
+def test_rounding_to_another_grid_than_the_data_is_rejected() -> None:
     network, parts = Constant(torch.zeros(2, 3)), (LinearLogSNRSchedule(), ndm.Identity())
     ndm.NDM(*parts, RoundingPredictor(network, 17), ndm.DiscretizedGaussian(17))
     cases: list[Callable[[], object]] = [

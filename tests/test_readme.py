@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python code runs as written."""
 
 import re
 from pathlib import Path
@@ -16,12 +16,11 @@ STEPS = 150
 def test_the_readme_trains_samples_measures_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short training lowers the bound, samples come from the model, the saved model is it."""
+    """Training lowers the bound, samples follow the data, and the loaded model has the same bound."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    (code,) = re.findall(
-        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+    text = README.read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(code.strip().splitlines()) <= 25
     for full, short in (("range(1000)", f"range({STEPS})"), ("test[:100]", "test[:4]")):
         assert full in code
@@ -30,8 +29,8 @@ def test_the_readme_trains_samples_measures_and_saves(
     exec(code, scope)
     model, test = scope["model"], scope["test"]
 
-    def bound(one: ndm.NDM) -> torch.Tensor:
-        return one.bound(test[:500], generator=torch.Generator().manual_seed(0)).total.mean()
+    def bound(model: ndm.NDM) -> torch.Tensor:
+        return model.bound(test[:500], generator=torch.Generator().manual_seed(0)).total.mean()
 
     torch.testing.assert_close(bound(ndm.NDM.from_pretrained("moons")), bound(model))
     assert bound(model) < 2.0

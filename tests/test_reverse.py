@@ -1,6 +1,4 @@
-"""The direct reverse process against the tied one where both are exact, and DiffEnc's against its
-published loss.
-"""
+"""The direct reverse process against the exact tied one; DiffEnc against its published loss."""
 
 from collections.abc import Callable
 
@@ -25,7 +23,7 @@ from ndm.schedule import (
     NoiseLevel,
     Schedule,
 )
-from ndm.transform import GatedTransform
+from ndm.transform import GatedTransform, Identity
 from oracles import F64, GaussianProblem, diffusion, randomized, slope
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
@@ -36,9 +34,7 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
 
 
 class ExactTarget(DataPredictor):
-    """E[y|z_t] and E[F|z_t] of a Gaussian problem: F is affine in x, so both are F's own at
-    E[x|z_t].
-    """
+    """E[y|z_t] and E[F|z_t] of a Gaussian problem, whose F is affine in x."""
 
     def __init__(self, problem: GaussianProblem, eta: float, steps: int | None = None):
         super().__init__()
@@ -67,52 +63,42 @@ def direct(
 def batch(problem: GaussianProblem, count: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = problem.draw(count, generator)
-    return (
-        x,
-        torch.randn(x.shape, dtype=F64, generator=generator),
-        torch.rand(count, dtype=F64, generator=generator),
-    )
+    noise = torch.randn(x.shape, dtype=F64, generator=generator)
+    return x, noise, torch.rand(count, dtype=F64, generator=generator)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.02])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [None, 7])
-def test_with_the_exact_target_the_bound_is_that_of_the_exact_tied_reverse(
+def test_with_the_exact_target_the_direct_bound_equals_the_tied_bound(
     schedule: str, eta: float, steps: int | None
 ) -> None:
     problem = GaussianProblem(SCHEDULES[schedule]())
     x, noise, u = batch(problem)
-    found = diffusion_integrand(
-        direct(problem, "direct", eta, steps), problem.linear.curve(x), Draw(u, noise), steps, eta
-    ).bound
-    torch.testing.assert_close(
-        found, diffusion(problem.process, problem, x, u, noise, steps, eta), rtol=1e-8, atol=1e-10
-    )
+    reverse, curve = direct(problem, "direct", eta, steps), problem.linear.curve(x)
+    found = diffusion_integrand(reverse, curve, Draw(u, noise), steps, eta).bound
+    expected = diffusion(problem.process, problem, x, u, noise, steps, eta)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_the_continuous_target_is_the_limit_of_the_discrete_one() -> None:
+def test_the_continuous_target_is_the_limit_of_the_discrete_target() -> None:
     problem = GaussianProblem(LinearLogSNRSchedule(-6.0, 3.0))
     x, noise, u = batch(problem)
     sizes, gaps = [200, 400, 800], []
     for steps in sizes:
-        middle = (torch.floor(u * steps) + 0.5) / steps
-        terms = [
-            diffusion_integrand(
-                direct(problem, "direct", 1.0, own),
-                problem.linear.curve(x),
-                Draw(middle, noise),
-                steps,
-            ).bound.sum()
-            for own in (None, steps)
-        ]
-        gaps.append(float((terms[0] - terms[1]).detach().abs()))
+        draw = Draw((torch.floor(u * steps) + 0.5) / steps, noise)
+        terms = []
+        for target_steps in (None, steps):
+            reverse = direct(problem, "direct", 1.0, target_steps)
+            terms.append(diffusion_integrand(reverse, problem.linear.curve(x), draw, steps).bound)
+        gaps.append(float((terms[0] - terms[1]).sum().detach().abs()))
     assert slope(sizes, gaps) > 0.8
 
 
 @pytest.mark.parametrize("other", [0.0, 0.6, 1.0, 1.4])
 @pytest.mark.parametrize("eta", [0.7, 1.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_with_its_second_head_a_direct_reverse_has_the_drift_of_every_eta(
+def test_with_a_second_head_the_direct_drift_is_exact_for_every_eta(
     schedule: str, eta: float, other: float
 ) -> None:
     problem = GaussianProblem(SCHEDULES[schedule]())
@@ -122,17 +108,16 @@ def test_with_its_second_head_a_direct_reverse_has_the_drift_of_every_eta(
     torch.testing.assert_close(found, problem.reverse.drift(z, level, other), rtol=1e-8, atol=1e-8)
 
 
-def test_its_ode_has_the_likelihood_of_the_tied_one() -> None:
+def test_the_direct_ode_has_the_likelihood_of_the_tied_ode() -> None:
     problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     z, _, _ = batch(problem, 4)
     settings = OdeSettings(rtol=1e-7, atol=1e-7, probes="exact")
     found = ode_log_prob(direct(problem, "direct-score", 1.0), z, settings).log_p
-    torch.testing.assert_close(
-        found, ode_log_prob(problem.reverse, z, settings).log_p, rtol=1e-6, atol=1e-6
-    )
+    expected = ode_log_prob(problem.reverse, z, settings).log_p
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_ddim_with_the_second_head_tends_to_the_ode_at_order_one() -> None:
+def test_ddim_with_the_second_head_converges_to_the_ode_at_order_one() -> None:
     problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     reverse = direct(problem, "direct-score", 1.0)
     z = torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -147,7 +132,7 @@ def test_ddim_with_the_second_head_tends_to_the_ode_at_order_one() -> None:
 
 
 @pytest.mark.parametrize("step", [Ancestral, Euler])
-def test_at_its_own_eta_sampling_needs_no_second_head_and_no_transformation(
+def test_sampling_at_the_trained_eta_needs_neither_second_head_nor_transform(
     step: type[Ancestral] | type[Euler],
 ) -> None:
     problem, eta = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0)), 0.8
@@ -158,30 +143,22 @@ def test_at_its_own_eta_sampling_needs_no_second_head_and_no_transformation(
             GridSampler(step(eta), 2000)(reverse, z, torch.Generator().manual_seed(1))
             for reverse in processes
         ]
-    torch.testing.assert_close(
-        *ends, rtol=0, atol=5e-3
-    )  # the same noise; the ancestral steps differ at second order
+    # With the same noise, ancestral steps differ at second order.
+    torch.testing.assert_close(*ends, rtol=0, atol=5e-3)
 
 
 def small_model(reverse: Reverse, outputs: int | None, **options: object) -> NDM:
     torch.manual_seed(0)
-    net = MLP(3, hidden=16, blocks=1, max_frequency=2.0, outputs=outputs)
+    predictor = Predictor(MLP(3, hidden=16, blocks=1, max_frequency=2.0, outputs=outputs))
     transform = GatedTransform(MLP(3, hidden=8, blocks=1, max_frequency=2.0))
-    model = NDM(
-        LinearLogSNRSchedule(-5.0, 3.0),
-        transform,
-        Predictor(net),
-        GaussianDecoder(),
-        reverse=reverse,
-        **options,
-    )  # type: ignore[arg-type]
-    return randomized(model, 0.2)
+    parts = LinearLogSNRSchedule(-5.0, 3.0), transform, predictor, GaussianDecoder()
+    return randomized(NDM(*parts, reverse=reverse, **options), 0.2)  # type: ignore[arg-type]
 
 
-def test_a_direct_reverse_without_the_head_refuses_what_it_cannot_do() -> None:
+def test_without_a_second_head_other_etas_and_the_ode_are_rejected() -> None:
     model = small_model("direct", None)
     x = torch.randn(4, 3, dtype=F64)
-    for act in (
+    for call in (
         lambda: model.sample((2, 3), method="ode", steps=3),
         lambda: model.sample((2, 3), method="ddim", steps=3),
         lambda: model.sample((2, 3), eta=0.5, steps=3),
@@ -189,13 +166,13 @@ def test_a_direct_reverse_without_the_head_refuses_what_it_cannot_do() -> None:
         lambda: model.bound(x, eta=0.5),
     ):
         with pytest.raises(UserError, match="direct-score") as caught:
-            act()
+            call()
         assert "\n" not in str(caught.value)
     for method in ("ancestral", "sde"):
         assert model.sample((2, 3), method=method, steps=3).shape == (2, 3)  # type: ignore[arg-type]
 
 
-def test_a_network_with_the_wrong_number_of_outputs_is_told_so() -> None:
+def test_a_wrong_number_of_outputs_is_rejected() -> None:
     with pytest.raises(UserError, match="outputs=2"):
         small_model("direct-score", None).bound(torch.zeros(2, 3, dtype=F64))
     with pytest.raises(UserError, match=r"must return \(2, 3\)"):
@@ -214,11 +191,11 @@ def gradients(loss: Tensor, model: NDM) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("steps", [None, 5])
-def test_the_second_head_learns_without_bias_and_without_touching_the_bound(
+def test_the_second_head_trains_without_bias_and_leaves_the_bound_unchanged(
     steps: int | None,
 ) -> None:
-    """Averaged over the random bit: the gradient of the bound is the plain one, and that of the
-    regression stops at z and F.
+    """Averaged over the random bit, the bound has its plain gradient; the regression's gradient
+    stops at z and F.
     """
     model = small_model("direct-score", 2)
     x, noise = torch.randn(2, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
@@ -226,9 +203,8 @@ def test_the_second_head_learns_without_bias_and_without_touching_the_bound(
     reverse, curve = model.reverse_process, model.transform.curve(x)
     sums: dict[str, list[Tensor]] = {}
     for coin in (0.2, 0.8):  # both sides, equally often
-        found = diffusion_integrand(
-            reverse, curve, Draw(u, noise, torch.tensor([coin], dtype=F64)), steps
-        )
+        draw = Draw(u, noise, torch.tensor([coin], dtype=F64))
+        found = diffusion_integrand(reverse, curve, draw, steps)
         assert found.regression is not None
         for part, loss in (("bound", found.bound.sum()), ("regression", found.regression.sum())):
             sums.setdefault(part, []).append(gradients(loss, model))  # type: ignore[arg-type]
@@ -246,29 +222,20 @@ def test_the_second_head_learns_without_bias_and_without_touching_the_bound(
             return model.predictor.two(z, level)[0]
 
     single = ReverseProcess(model.process, First(), "direct")  # type: ignore[arg-type]
-    expected = {
-        "bound": gradients(
-            diffusion_integrand(single, curve, Draw(u, noise), steps).bound.sum(), model
-        ),
-        "regression": gradients(
-            (
-                0.5
-                * level.snr_decay
-                * ((value.detach() - model.predictor.two(z.detach(), level)[1]) ** 2).sum(1)
-            ).sum(),
-            model,
-        ),
-    }
+    bound = diffusion_integrand(single, curve, Draw(u, noise), steps).bound.sum()
+    error = value.detach() - model.predictor.two(z.detach(), level)[1]
+    regression = (0.5 * level.snr_decay * (error**2).sum(1)).sum()
+    expected = {"bound": gradients(bound, model), "regression": gradients(regression, model)}
     for part, pair in sums.items():
-        for name, wanted in expected[part].items():
+        for name, gradient in expected[part].items():
             mean = (pair[0][name] + pair[1][name]) / 2  # type: ignore[index]
-            torch.testing.assert_close(mean, wanted, rtol=1e-9, atol=1e-9, msg=f"{part} {name}")
+            torch.testing.assert_close(mean, gradient, rtol=1e-9, atol=1e-9, msg=f"{part} {name}")
     touched = [name for name, value in expected["regression"].items() if bool((value != 0).any())]
     assert touched and all(name.startswith("predictor") for name in touched)
 
 
 @pytest.mark.parametrize("steps", [None, 5])
-def test_the_regression_leaves_a_learned_schedule_alone(steps: int | None) -> None:
+def test_the_regression_does_not_train_a_learned_schedule(steps: int | None) -> None:
     model = small_model("direct-score", 2)
     model.process.schedule = randomized(LearnedSchedule(-5.0, 3.0, learn_ends=True), 0.1)
     bound = model.bound(torch.randn(16, 3, dtype=F64), steps=steps)
@@ -278,7 +245,7 @@ def test_the_regression_leaves_a_learned_schedule_alone(steps: int | None) -> No
     assert bool(gradients(bound.total.sum(), model)["process.schedule.start_and_log_range"].any())
 
 
-def test_training_minimises_the_bound_and_the_regression() -> None:
+def test_training_minimizes_the_bound_and_the_regression() -> None:
     x = torch.randn(5, 3, dtype=F64)
     bound = small_model("direct-score", 2).bound(x)
     assert bound.regression is not None
@@ -291,16 +258,16 @@ def test_training_minimises_the_bound_and_the_regression() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "learned"])
 def test_diffenc_has_its_published_loss(schedule: str) -> None:
-    """Nielsen et al. 2024, with lambda = -gamma: -½ dSNR/dt ||x̂ + d/dlambda x_phi(x̂) - x_phi(x) -
-    d/dlambda x_phi(x)||², by autograd.
+    """Nielsen et al. 2024, with lambda = -gamma, by autograd.
+
+    -½ dSNR/dt ||x̂ + d/dlambda x_phi(x̂) - x_phi(x) - d/dlambda x_phi(x)||²
     """
     model = small_model("diffenc", None)
     model.process.schedule = SCHEDULES[schedule]()
     x, noise = torch.randn(2, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
     u = torch.linspace(0.05, 0.95, 6, dtype=F64)
-    found = diffusion_integrand(
-        model.reverse_process, model.transform.curve(x), Draw(u, noise)
-    ).bound
+    curve = model.transform.curve(x)
+    found = diffusion_integrand(model.reverse_process, curve, Draw(u, noise)).bound
     t = u.clone().requires_grad_()
     level = model.schedule(t)
 
@@ -321,32 +288,24 @@ def test_diffenc_has_its_published_loss(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_the_discrete_bound_of_diffenc_tends_to_the_continuous_one(eta: float) -> None:
+def test_the_discrete_diffenc_bound_converges_to_the_continuous_bound(eta: float) -> None:
     model = small_model("diffenc", None)
     x, noise = torch.randn(2, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
     steps = 100_000
     u = (torch.floor(torch.linspace(0.05, 0.95, 6, dtype=F64) * steps) + 0.5) / steps
-    terms = [
-        diffusion_integrand(
-            model.reverse_process, model.transform.curve(x), Draw(u, noise), n, eta
-        ).bound
-        for n in (steps, None)
-    ]
+    reverse, curve, draw = model.reverse_process, model.transform.curve(x), Draw(u, noise)
+    terms = [diffusion_integrand(reverse, curve, draw, n, eta).bound for n in (steps, None)]
     torch.testing.assert_close(*terms, rtol=1e-3, atol=0)
 
 
-def test_models_of_every_kind_survive_their_files(tmp_path: object) -> None:
+def test_models_of_every_reverse_kind_save_and_load(tmp_path: object) -> None:
     values = DiscretizedGaussian(4).values.float()
     for kind, outputs in (("direct", None), ("direct-score", 2), ("diffenc", None)):
         torch.manual_seed(0)
-        model = NDM(
-            LinearLogSNRSchedule(-4.0, 3.0),
-            GatedTransform(MLP(4, 8, 1)),
-            Predictor(MLP(4, 8, 1, outputs=outputs)),
-            DiscretizedGaussian(4),
-            eta=0.9,
-            reverse=kind,  # type: ignore[arg-type]
-        )
+        transform = GatedTransform(MLP(4, 8, 1))
+        predictor = Predictor(MLP(4, 8, 1, outputs=outputs))
+        parts = LinearLogSNRSchedule(-4.0, 3.0), transform, predictor, DiscretizedGaussian(4)
+        model = NDM(*parts, eta=0.9, reverse=kind)  # type: ignore[arg-type]
         model.save_pretrained(f"{tmp_path}/{kind}")
         again = NDM.from_pretrained(f"{tmp_path}/{kind}")
         assert again.reverse == kind
@@ -359,13 +318,11 @@ def test_models_of_every_kind_survive_their_files(tmp_path: object) -> None:
 
 
 def test_a_constant_transformation_needs_no_second_head() -> None:
-    from ndm.transform import Identity
-
     process = ForwardProcess(LinearLogSNRSchedule(-4.0, 3.0), Identity())
     predictor = Predictor(randomized(MLP(3, hidden=8, blocks=1)))
     z, t = torch.randn(4, 3, dtype=F64), torch.rand(4, dtype=F64)
     drifts = [
         ReverseProcess(process, predictor, kind).drift(z, process.schedule(t), 0.0)
         for kind in ("direct", "tied")
-    ]  # type: ignore[arg-type]
+    ]
     assert drifts[0].equal(drifts[1])

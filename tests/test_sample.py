@@ -1,9 +1,9 @@
 """Samplers: convergence orders against closed forms, distributions of a mixture, seeds, shapes and
 errors.
 
-A step on a Gaussian problem is affine, so mean and covariance go through it exactly and the order
-is regressed without any sampling. Theory: posterior steps (DDPM and DDIM) and Euler are of order 1,
-Heun's trapezoid of order 2 on the ODE and, the noise being additive, of weak order 2 on the SDE.
+On a Gaussian problem a step is affine, so mean and covariance are propagated exactly and the order
+is fitted without sampling. In theory posterior steps (DDPM and DDIM) and Euler have order 1. Heun has
+order 2 on the ODE and, as the noise is additive, weak order 2 on the SDE.
 """
 
 import itertools
@@ -67,20 +67,16 @@ SCHEDULES: dict[str, Schedule] = {
 
 @torch.no_grad()
 def end_error(problem: GaussianProblem, step: Step, steps: int) -> float:
-    """Distance of the mean and covariance of z_0 to those of q(z_0), from the exact ones of q(z_1)."""
+    """Error of the mean and covariance of z_0, starting from the exact ones of q(z_1)."""
     level = problem.process.schedule(torch.arange(steps + 1, dtype=F64) / steps)
-    at = [
-        type(level)(**{name: value[i : i + 1] for name, value in vars(level).items()})
-        for i in range(steps + 1)
-    ]
+    at = [level.rows(slice(i, i + 1)) for i in range(steps + 1)]
     mean, covariance = problem.marginal(1.0)
     for i in range(steps, 0, -1):
         bias, gain, noise = affine_map(step, problem, at[i], at[i - 1])
         mean, covariance = bias + gain @ mean, gain @ covariance @ gain.T + noise @ noise.T
     true_mean, true_covariance = problem.marginal(0.0)
-    return (
-        float(((mean - true_mean) ** 2).sum() + ((covariance - true_covariance) ** 2).sum()) ** 0.5
-    )
+    error = ((mean - true_mean) ** 2).sum() + ((covariance - true_covariance) ** 2).sum()
+    return float(error.sqrt())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -94,10 +90,9 @@ def test_steps_converge_at_their_order(name: str, schedule: str) -> None:
     assert errors[-1] < {1: 0.1, 2: 3e-3}[order]
 
 
-def test_ddim_is_exact_on_a_point_mass_whatever_the_number_of_steps() -> None:
-    problem = GaussianProblem(
-        LinearLogSNRSchedule(-4.0, 3.0), covariance=1e-16 * torch.eye(2, dtype=F64)
-    )
+def test_ddim_is_exact_on_a_point_mass_for_any_number_of_steps() -> None:
+    point = 1e-16 * torch.eye(2, dtype=F64)
+    problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0), covariance=point)
     assert end_error(problem, Ancestral(0.0), 2) < 1e-7
     assert end_error(problem, Ancestral(1.0), 3) < 1e-7
 
@@ -111,7 +106,7 @@ COUNT = 2500
 
 
 class Exact(DataPredictor):
-    """The exact predictor with a parameter, so that a model knows its precision."""
+    """The exact predictor, with a parameter that sets the model's dtype."""
 
     def __init__(self, problem: MixtureProblem):
         super().__init__()
@@ -124,16 +119,13 @@ class Exact(DataPredictor):
 def mixture_model(
     transform: LinearTransform, schedule: Schedule | None = None
 ) -> tuple[MixtureProblem, NDM]:
-    problem = MixtureProblem(
-        schedule or LinearLogSNRSchedule(-7.0, 7.0), transform, WEIGHTS, MEANS, COVARIANCES
-    )
+    schedule = schedule or LinearLogSNRSchedule(-7.0, 7.0)
+    problem = MixtureProblem(schedule, transform, WEIGHTS, MEANS, COVARIANCES)
     return problem, NDM(problem.process.schedule, transform, Exact(problem), GaussianDecoder())  # type: ignore[arg-type]
 
 
 def assert_distributed(problem: MixtureProblem, found: Tensor) -> None:
-    """Mean, covariance and sliced W2 as good as those of true samples, with head-room for the
-    discretization.
-    """
+    """Check mean, covariance and sliced W2 against true samples, with room for discretization."""
     generator = torch.Generator().manual_seed(7)
     truth = [problem.draw(len(found), generator) for _ in range(4)]
     yardstick = max(sliced_w2(a, b) for i, a in enumerate(truth) for b in truth[:i])
@@ -160,7 +152,7 @@ METHODS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("case", LINEAR_CASES)
 @pytest.mark.parametrize("method", METHODS)
-def test_samples_of_a_mixture_are_distributed_like_the_data(method: str, case: str) -> None:
+def test_samples_of_a_mixture_follow_the_data_distribution(method: str, case: str) -> None:
     problem, model = mixture_model(LINEAR_CASES[case]())
     assert_distributed(problem, model.sample((COUNT, 2), seed=1, **METHODS[method]))  # type: ignore[arg-type]
 
@@ -173,7 +165,7 @@ def test_samples_of_a_mixture_are_distributed_like_the_data(method: str, case: s
         {"method": "ddim", "steps": 200},
     ],
 )
-def test_flow_matching_starts_from_pure_noise(options: dict[str, object]) -> None:
+def test_flow_matching_samples_from_pure_noise(options: dict[str, object]) -> None:
     problem, model = mixture_model(LinearTransform(), FlowMatchingSchedule(0.02, 0.0))
     assert_distributed(problem, model.sample((COUNT, 2), seed=2, **options))  # type: ignore[arg-type]
 
@@ -193,9 +185,8 @@ def test_reversing_the_ode_returns_to_the_start() -> None:
         start = AdaptiveODE(rtol=1e-6, atol=1e-6)(problem.reverse, z)
         back, heun, grid = start, Heun(0.0), torch.linspace(0, 1, 401, dtype=F64)
         for a, b in itertools.pairwise(grid):
-            back = heun(
-                problem.reverse, back, problem.process.level(a, z), problem.process.level(b, z), z
-            )
+            t, s = problem.process.level(a, z), problem.process.level(b, z)
+            back = heun(problem.reverse, back, t, s, z)
         fine = GridSampler(heun, 400)(problem.reverse, z)
     torch.testing.assert_close(back, z, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(fine, start, rtol=2e-3, atol=2e-3)
@@ -203,14 +194,11 @@ def test_reversing_the_ode_returns_to_the_start() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
-    """Where all matrices share their eigenvectors, each of these directions is an ODE of its own,
-    whose flow keeps the order of points: z_t = m_t + (S_t S_1^{-1})^{1/2} (z_1 - m_1). F depends on
-    t.
+    """If all matrices share their eigenvectors, each direction is a separate ODE with a monotone
+    flow: z_t = m_t + (S_t S_1^{-1})^{1/2} (z_1 - m_1).
     """
-    problem = GaussianProblem(
-        SCHEDULES[schedule],
-        LinearTransform(0.3 * COVARIANCE - 0.5 * torch.eye(2, dtype=F64), OFFSET),
-    )
+    tilt = 0.3 * COVARIANCE - 0.5 * torch.eye(2, dtype=F64)
+    problem = GaussianProblem(SCHEDULES[schedule], LinearTransform(tilt, OFFSET))
     z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     first_mean, first_covariance = problem.marginal(1.0)
     directions = torch.linalg.eigh(COVARIANCE).eigenvectors
@@ -220,26 +208,22 @@ def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
         assert torch.equal(path[0][1], z)
         for time, state in path[::50]:
             mean, covariance = problem.marginal(time)
-            stretch = (
-                (directions.T @ covariance @ directions).diagonal()
-                / (directions.T @ first_covariance @ directions).diagonal()
-            ).sqrt()
+            variance = (directions.T @ covariance @ directions).diagonal()
+            first_variance = (directions.T @ first_covariance @ directions).diagonal()
+            stretch = (variance / first_variance).sqrt()
             expected = mean + (z - first_mean) @ (directions * stretch @ directions.T)
             torch.testing.assert_close(state, expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("step", [Ancestral(1.0), Euler(1.0), Heun(0.0)])
-def test_a_path_ends_where_the_sampler_does(step: Step) -> None:
+def test_a_path_ends_at_the_result_of_the_sampler(step: Step) -> None:
     problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     z = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    sampler, reverse = GridSampler(step, 5), problem.reverse
     with torch.no_grad():
-        *_, (time, last) = GridSampler(step, 5).path(
-            problem.reverse, z, torch.Generator().manual_seed(1)
-        )
+        *_, (time, last) = sampler.path(reverse, z, torch.Generator().manual_seed(1))
         assert time == 0.0
-        assert torch.equal(
-            last, GridSampler(step, 5)(problem.reverse, z, torch.Generator().manual_seed(1))
-        )
+        assert torch.equal(last, sampler(reverse, z, torch.Generator().manual_seed(1)))
 
 
 class Scale(nn.Module):
@@ -254,12 +238,8 @@ class Scale(nn.Module):
 
 
 def any_shape_model() -> NDM:
-    return NDM(
-        LinearLogSNRSchedule(-6.0, 5.0),
-        GatedTransform(Scale()),
-        Predictor(Scale()),
-        GaussianDecoder(),
-    )
+    schedule = LinearLogSNRSchedule(-6.0, 5.0)
+    return NDM(schedule, GatedTransform(Scale()), Predictor(Scale()), GaussianDecoder())
 
 
 ANY = {name: {**options, "steps": 5} for name, options in METHODS.items() if "hot" not in name}
@@ -267,7 +247,7 @@ ANY = {name: {**options, "steps": 5} for name, options in METHODS.items() if "ho
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3), (2, 2, 3, 3), (1, 2, 4)])
 @pytest.mark.parametrize("method", ANY)
-def test_one_seed_gives_one_result_in_any_shape(method: str, shape: tuple[int, ...]) -> None:
+def test_samples_are_reproducible_for_any_shape(method: str, shape: tuple[int, ...]) -> None:
     model = any_shape_model()
     a, b, c = (model.sample(shape, seed=seed, **ANY[method]) for seed in (5, 5, 6))  # type: ignore[arg-type]
     assert a.shape == shape and a.dtype == torch.float32 and bool(a.isfinite().all())
@@ -302,7 +282,7 @@ def test_an_ancestral_loop_visits_the_grid_and_ends_in_the_decoder() -> None:
     assert float(x.std()) == pytest.approx(math.exp(-10.0), rel=0.1)
 
 
-def test_steps_default_to_those_the_model_was_trained_with() -> None:
+def test_steps_default_to_the_training_steps() -> None:
     model = any_shape_model()
     hundred = model.sample((2, 2), seed=1)
     assert torch.equal(hundred, model.sample((2, 2), seed=1, steps=100))
@@ -327,7 +307,9 @@ def test_steps_default_to_those_the_model_was_trained_with() -> None:
         ({"method": "ode", "solver": "dopri5", "rtol": 0.0}, "rtol=0"),
     ],
 )
-def test_contradictions_are_refused_in_one_line(options: dict[str, object], pattern: str) -> None:
+def test_contradictory_options_are_rejected_in_one_line(
+    options: dict[str, object], pattern: str
+) -> None:
     with pytest.raises(UserError, match=pattern) as caught:
         make_sampler(**options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -343,28 +325,26 @@ def test_contradictions_are_refused_in_one_line(options: dict[str, object], patt
         ({"method": "ode", "eta": 0.0}, GridSampler),
     ],
 )
-def test_names_give_their_sampler(options: dict[str, object], kind: type[Sampler]) -> None:
+def test_options_select_the_sampler(options: dict[str, object], kind: type[Sampler]) -> None:
     assert isinstance(make_sampler(**options), kind)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["ancestral", "sde", "ode"])
-def test_a_sampler_runs_in_the_eta_it_was_given(method: str) -> None:
+def test_a_sampler_uses_the_given_eta(method: str) -> None:
     sampler = make_sampler(method, 3, None if method == "ode" else 0.6)  # type: ignore[arg-type]
     assert isinstance(sampler, GridSampler)
     assert sampler.step.eta == (0.0 if method == "ode" else 0.6)
 
 
-def test_an_event_without_dimensions_is_sampled_too() -> None:
+def test_scalar_events_are_sampled() -> None:
     process = ForwardProcess(LinearLogSNRSchedule(-6.0, 5.0), Identity())
     z = torch.randn(5, generator=torch.Generator().manual_seed(0))
     wide = z[:, None]
-    scalar = GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), z)
-    torch.testing.assert_close(
-        scalar, GridSampler(Heun(0.0), 5)(ReverseProcess(process, Predictor(Scale())), wide)[:, 0]
-    )
+    sampler, reverse = GridSampler(Heun(0.0), 5), ReverseProcess(process, Predictor(Scale()))
+    torch.testing.assert_close(sampler(reverse, z), sampler(reverse, wide)[:, 0])
 
 
-def test_the_model_samples_the_reverse_process_whose_bound_it_trains() -> None:
+def test_samples_use_the_reverse_process_of_the_training_bound() -> None:
     torch.manual_seed(0)
     parts = LinearLogSNRSchedule(-5.0, 3.0), Identity(), Predictor(MLP(2, 8, 1)), GaussianDecoder()
     model = NDM(*parts, steps=4, eta=0.5)
@@ -373,7 +353,7 @@ def test_the_model_samples_the_reverse_process_whose_bound_it_trains() -> None:
 
 
 @pytest.mark.parametrize("solver", ["rk4", "foo"])
-def test_only_adaptive_solvers_choose_their_steps(solver: str) -> None:
+def test_solvers_without_step_size_control_are_rejected(solver: str) -> None:
     with pytest.raises(UserError, match="adaptive"):
         AdaptiveODE(solver)
 
@@ -381,8 +361,8 @@ def test_only_adaptive_solvers_choose_their_steps(solver: str) -> None:
 @pytest.mark.parametrize(
     "decoder", [GaussianDecoder(), DiscretizedGaussian(16)], ids=["continuous", "discrete"]
 )
-def test_samples_that_are_not_finite_are_refused(decoder: Decoder) -> None:
-    """A network that overflows, as in half precision, or a solver that diverges."""
+def test_nonfinite_samples_are_rejected(decoder: Decoder) -> None:
+    """For example of a network that overflows in half precision."""
 
     class Overflows(nn.Module):
         def forward(self, z: Tensor, t: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "learned_ends": lambda: randomized(LearnedSchedule(-9.0, 4.0, learn_ends=True, units=7)),
     "learned_steep": lambda: randomized(LearnedSchedule(-9.0, 4.0, units=5), scale=1.0, seed=4),
 }
-every = pytest.mark.parametrize("name", SCHEDULES)
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 INSIDE = torch.linspace(0.01, 0.99, 197, dtype=F64)
 
 
@@ -41,40 +41,26 @@ def central(function: Callable[[Tensor], Tensor], t: Tensor, width: float = 1e-5
         return (function(t + width) - function(t - width)) / (2 * width)
 
 
-@every
-def test_derivatives_are_those_of_central_differences(name: str) -> None:
+@every_schedule
+def test_derivatives_match_central_differences(name: str) -> None:
     schedule = SCHEDULES[name]()
     level = schedule(INSIDE)
-    for field, derivative in [
-        ("alpha", level.dalpha),
-        ("sigma", level.dsigma),
-        ("gamma", level.dgamma),
-    ]:
-        torch.testing.assert_close(
-            derivative,
-            central(lambda t, f=field: getattr(schedule(t), f), INSIDE),
-            rtol=2e-6,
-            atol=1e-9,
-        )
+    for field in ("alpha", "sigma", "gamma"):
+        expected = central(lambda t, field=field: getattr(schedule(t), field), INSIDE)
+        torch.testing.assert_close(getattr(level, f"d{field}"), expected, rtol=2e-6, atol=1e-9)
     slope = central(lambda t: schedule(t).gamma, INSIDE)
     torch.testing.assert_close(level.inverse_dgamma, 1 / slope, rtol=2e-6, atol=0)
-    torch.testing.assert_close(
-        level.snr_decay,
-        -central(lambda t: torch.exp(-schedule(t).gamma), INSIDE),
-        rtol=2e-5,
-        atol=1e-9,
-    )
-    torch.testing.assert_close(
-        level.omega, 0.5 * level.alpha * level.sigma * slope, rtol=2e-6, atol=1e-12
-    )
+    decay = -central(lambda t: torch.exp(-schedule(t).gamma), INSIDE)
+    torch.testing.assert_close(level.snr_decay, decay, rtol=2e-5, atol=1e-9)
+    omega = 0.5 * level.alpha * level.sigma * slope
+    torch.testing.assert_close(level.omega, omega, rtol=2e-6, atol=1e-12)
 
 
-@every
+@every_schedule
 def test_gamma_is_the_log_ratio_of_noise_to_signal_and_increases(name: str) -> None:
     level = SCHEDULES[name]()(torch.linspace(0, 1, 501, dtype=F64))
-    torch.testing.assert_close(
-        level.gamma, torch.log(level.sigma**2 / level.alpha**2), rtol=1e-9, atol=1e-9
-    )
+    log_ratio = torch.log(level.sigma**2 / level.alpha**2)
+    torch.testing.assert_close(level.gamma, log_ratio, rtol=1e-9, atol=1e-9)
     assert bool((level.gamma.diff() > 0).all() and (level.dgamma > 0).all())
     assert bool((level.alpha.diff() < 0).all() and (level.sigma.diff() > 0).all())
 
@@ -84,12 +70,10 @@ def test_variance_is_preserved(name: str) -> None:
     schedule = SCHEDULES[name]()
     assert isinstance(schedule, VariancePreserving)
     level = schedule(torch.linspace(0, 1, 101, dtype=F64))
-    torch.testing.assert_close(
-        level.alpha**2 + level.sigma**2, torch.ones_like(level.t), rtol=1e-14, atol=0
-    )
-    torch.testing.assert_close(
-        level.alpha * level.dalpha, -level.sigma * level.dsigma, rtol=1e-12, atol=0
-    )
+    power = level.alpha**2 + level.sigma**2
+    torch.testing.assert_close(power, torch.ones_like(level.t), rtol=1e-14, atol=0)
+    slopes = level.alpha * level.dalpha, -level.sigma * level.dsigma
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=0)
 
 
 def test_flow_matching_is_the_straight_path() -> None:
@@ -141,36 +125,31 @@ def test_ends_of_a_learned_schedule_are_held_exactly(
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("kind", [LinearLogSNRSchedule, CosineSchedule, LearnedSchedule])
 @pytest.mark.parametrize(("low", "high"), [(-13.3, 5.0), (-13.3, 10.0), (-8.0, 6.0), (-2.7, 3.1)])
-def test_given_ends_are_exact_in_the_precision_of_the_times(
+def test_fixed_ends_are_exact_in_the_dtype_of_the_times(
     kind: Callable[[float, float], Schedule], low: float, high: float, dtype: torch.dtype
 ) -> None:
-    """Also where float64 times meet float32 parameters."""
+    """Also for float64 times and float32 parameters."""
     with torch.no_grad():
         gamma = kind(low, high)(torch.tensor([0.0, 1.0], dtype=dtype)).gamma
     assert torch.equal(gamma, torch.tensor([low, high], dtype=dtype))
 
 
-def test_learned_ends_receive_gradients_and_start_where_told() -> None:
+def test_learned_ends_start_at_their_arguments_and_receive_gradients() -> None:
     schedule = LearnedSchedule(-7.0, 2.0, learn_ends=True).double()
     t = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
     gamma = schedule(t).gamma
-    torch.testing.assert_close(
-        gamma[[0, 2]].detach(), torch.tensor([-7.0, 2.0], dtype=F64), rtol=1e-6, atol=0
-    )
+    ends = torch.tensor([-7.0, 2.0], dtype=F64)
+    torch.testing.assert_close(gamma[[0, 2]].detach(), ends, rtol=1e-6, atol=0)
     parameter = schedule.start_and_log_range
     assert parameter is not None
     fraction = (gamma.detach() + 7) / 9
     for index in range(3):  # gamma = start + exp(log range) * fraction
         gradient = torch.autograd.grad(gamma[index], parameter, retain_graph=True)[0]
-        torch.testing.assert_close(
-            gradient,
-            torch.stack([torch.ones((), dtype=F64), 9 * fraction[index]]),
-            rtol=1e-5,
-            atol=1e-7,
-        )
+        expected = torch.stack([torch.ones((), dtype=F64), 9 * fraction[index]])
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_learned_schedule_starts_nearly_linear_and_every_parameter_moves_its_inside() -> None:
+def test_a_learned_schedule_starts_nearly_linear_and_every_parameter_has_a_gradient() -> None:
     schedule = LearnedSchedule(-9.0, 4.0).double()
     gamma = schedule(INSIDE).gamma
     assert float((gamma.detach() - (-9 + 13 * INSIDE)).abs().max()) < 0.05 * 13
@@ -178,8 +157,8 @@ def test_a_learned_schedule_starts_nearly_linear_and_every_parameter_moves_its_i
     assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
 
 
-@every
-def test_derivatives_carry_gradients_for_learned_parameters(name: str) -> None:
+@every_schedule
+def test_derivatives_have_gradients_in_the_learned_parameters(name: str) -> None:
     schedule = SCHEDULES[name]()
     parameters = dict(schedule.named_parameters())
     if not parameters:
@@ -200,7 +179,7 @@ def test_derivatives_carry_gradients_for_learned_parameters(name: str) -> None:
     torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_ddpm_is_the_limit_of_a_thousand_steps() -> None:
+def test_linear_betas_are_the_limit_of_ddpms_thousand_steps() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import DDPMScheduler
@@ -214,7 +193,7 @@ def test_ddpm_is_the_limit_of_a_thousand_steps() -> None:
     assert float((ours - reference).abs().max()) < 0.003
 
 
-def test_cosine_is_nichol_and_dhariwals_in_the_middle() -> None:
+def test_cosine_matches_nichol_and_dhariwal_in_the_middle() -> None:
     level = CosineSchedule(-20.0, 20.0)(torch.linspace(0.05, 0.95, 19, dtype=F64))
     torch.testing.assert_close(level.alpha, torch.cos(math.pi / 2 * level.t), rtol=2e-3, atol=1e-4)
 
@@ -250,9 +229,8 @@ def test_levels_expand_and_concatenate_field_by_field() -> None:
     wide = direct.expand(torch.zeros(3, 2, 4, 4))
     for field in ("t", "gamma", "alpha", "sigma", "dalpha", "dsigma"):
         assert torch.equal(getattr(both, field), getattr(direct, field))
-        assert getattr(wide, field).shape == (3, 1, 1, 1) and torch.equal(
-            getattr(wide, field).flatten(), getattr(direct, field)
-        )
+        assert getattr(wide, field).shape == (3, 1, 1, 1)
+        assert torch.equal(getattr(wide, field).flatten(), getattr(direct, field))
     assert isinstance(both, NoiseLevel)
 
 
@@ -270,7 +248,7 @@ def test_levels_expand_and_concatenate_field_by_field() -> None:
         lambda: FlowMatchingSchedule(0.1, 1.0),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(make: Callable[[], Schedule]) -> None:
+def test_wrong_arguments_are_rejected_in_one_line(make: Callable[[], Schedule]) -> None:
     with pytest.raises(UserError) as caught:
         make()
     assert "\n" not in str(caught.value) and "=" in str(caught.value)

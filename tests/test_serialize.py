@@ -1,10 +1,11 @@
-"""A model survives its files bit by bit, and damaged or hostile files are refused in one line."""
+"""Models save and load bit by bit; damaged or hostile files are rejected in one line."""
 
 import json
 import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,14 +77,8 @@ def make(
 ) -> NDM:
     torch.manual_seed(0)
     predictor = Predictor(UNet(1, 4, (1,), fourier=[0]), "x")
-    parts = (
-        SCHEDULES[schedule](),
-        TRANSFORMS[transform](),
-        predictor,
-        DECODERS[decoder](),
-        TIMES[times](),
-    )
-    model = NDM(*parts, steps=steps, eta=0.75)
+    first = SCHEDULES[schedule](), TRANSFORMS[transform](), predictor
+    model = NDM(*first, DECODERS[decoder](), TIMES[times](), steps=steps, eta=0.75)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -99,7 +94,7 @@ def bound(model: NDM) -> Tensor:
 
 
 @pytest.mark.parametrize(("schedule", "transform"), list(product(SCHEDULES, TRANSFORMS)))
-def test_every_combination_of_parts_returns_bit_by_bit(
+def test_every_combination_of_parts_loads_bit_by_bit(
     schedule: str, transform: str, tmp_path: Path
 ) -> None:
     for index, (decoder, times) in enumerate(product(DECODERS, TIMES)):
@@ -114,11 +109,10 @@ def test_every_combination_of_parts_returns_bit_by_bit(
         assert json.dumps(to_config(back)) == json.dumps(to_config(model))
 
 
-def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
+def test_a_rounding_predictor_loads_bit_by_bit(tmp_path: Path) -> None:
     predictor = RoundingPredictor(UNet(1, 4, (1,)), 8)
-    model = NDM(
-        LinearLogSNRSchedule(-8.0, 3.0), Identity(), predictor, DiscretizedGaussian(8)
-    ).eval()
+    schedule, decoder = LinearLogSNRSchedule(-8.0, 3.0), DiscretizedGaussian(8)
+    model = NDM(schedule, Identity(), predictor, decoder).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -126,13 +120,12 @@ def test_a_predictor_that_rounds_returns_bit_by_bit(tmp_path: Path) -> None:
     assert torch.equal(bound(NDM.from_pretrained(tmp_path)), bound(model))
 
 
-def test_samples_return_too(tmp_path: Path) -> None:
+def test_a_loaded_model_draws_the_same_samples(tmp_path: Path) -> None:
     model = make("learned_ends")
     model.save_pretrained(tmp_path)
     back = NDM.from_pretrained(tmp_path)
-    assert torch.equal(
-        back.sample((2, 1, 4, 4), steps=4, seed=1), model.sample((2, 1, 4, 4), steps=4, seed=1)
-    )
+    samples, expected = (m.sample((2, 1, 4, 4), steps=4, seed=1) for m in (back, model))
+    assert torch.equal(samples, expected)
 
 
 @pytest.fixture
@@ -141,21 +134,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def refused(folder: Path, pattern: str, **options: object) -> None:
+def assert_rejected(folder: Path, pattern: str, **options: object) -> None:
     with pytest.raises(UserError, match=pattern) as caught:
         NDM.from_pretrained(folder, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.6, 0.999])
-def test_truncated_weights_are_refused(folder: Path, share: float) -> None:
+def test_truncated_weights_are_rejected(folder: Path, share: float) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    refused(folder, "model.safetensors")
+    assert_rejected(folder, "model.safetensors")
 
 
-def test_flipped_bits_of_the_header_are_refused_or_harmless(folder: Path) -> None:
+def test_flipped_bits_of_the_header_are_rejected_or_harmless(folder: Path) -> None:
     path = folder / "model.safetensors"
     data, expected = path.read_bytes(), load_file(path)
     for place in [*range(8), *range(8, 400, 7)]:
@@ -167,16 +160,15 @@ def test_flipped_bits_of_the_header_are_refused_or_harmless(folder: Path) -> Non
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            assert all(
-                torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items()
-            )
+            for name, tensor in back.state_dict().items():
+                assert torch.equal(tensor, expected[name])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    refused(folder, f"{name} does not exist")
-    refused(folder / "nowhere", "no model folder")
+    assert_rejected(folder, f"{name} does not exist")
+    assert_rejected(folder / "nowhere", "no model folder")
 
 
 @pytest.mark.parametrize(
@@ -192,12 +184,12 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
         '{"format": 1, "model": {}}',
     ],
 )
-def test_a_damaged_config_is_refused(folder: Path, text: str) -> None:
+def test_a_damaged_config_is_rejected(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
-    refused(folder, "config.json|not part of ndm")
+    assert_rejected(folder, "config.json|not part of ndm")
 
 
-def edited(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+def edit_config(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
@@ -214,42 +206,40 @@ def edited(folder: Path, change: Callable[[dict], object]) -> None:  # type: ign
         "ndm.model.Nope",
     ],
 )
-def test_a_class_path_of_others_is_never_called(
+def test_a_foreign_class_path_is_never_called(
     folder: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
-    edited(
-        folder,
-        lambda c: c["model"]["init_args"]["schedule"].update(
-            class_path=path, init_args={"command": "true"}
-        ),
-    )
-    refused(folder, f"schedule.*{path}")
+    part = {"class_path": path, "init_args": {"command": "true"}}
+    edit_config(folder, lambda c: c["model"]["init_args"]["schedule"].update(part))
+    assert_rejected(folder, f"schedule.*{path}")
 
 
-def test_a_module_of_others_is_not_even_imported(
+def test_a_foreign_module_is_never_imported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "trojan.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    edited(
-        folder,
-        lambda c: c["model"]["init_args"]["predictor"]["init_args"]["network"].update(
-            class_path="trojan.Net", init_args={}
-        ),
+
+    def change(config: dict[str, Any]) -> None:
+        predictor = config["model"]["init_args"]["predictor"]
+        predictor["init_args"]["network"] = {"class_path": "trojan.Net", "init_args": {}}
+
+    edit_config(folder, change)
+    assert_rejected(folder, "model.predictor.network is a trojan.Net.*modules=")
+
+
+def test_wrong_arguments_in_a_config_are_rejected(folder: Path) -> None:
+    edit_config(
+        folder, lambda c: c["model"]["init_args"]["schedule"]["init_args"].update(gamma_7=3.0)
     )
-    refused(folder, "model.predictor.network is a trojan.Net.*modules=")
-
-
-def test_wrong_arguments_in_a_config_are_refused(folder: Path) -> None:
-    edited(folder, lambda c: c["model"]["init_args"]["schedule"]["init_args"].update(gamma_7=3.0))
-    refused(folder, "model.schedule.*LinearLogSNRSchedule.*gamma_7")
+    assert_rejected(folder, "model.schedule.*LinearLogSNRSchedule.*gamma_7")
 
 
 @pytest.mark.parametrize("version", [2, 99, None, "1"])
-def test_another_format_is_refused(folder: Path, version: object) -> None:
-    edited(folder, lambda c: c.update(format=version))
-    refused(folder, f"format {version}")
+def test_an_unknown_format_is_rejected(folder: Path, version: object) -> None:
+    edit_config(folder, lambda c: c.update(format=version))
+    assert_rejected(folder, f"format {version}")
 
 
 @pytest.mark.parametrize("damage", ["shape", "missing", "unknown"])
@@ -264,7 +254,7 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, damage: str) -> None:
     else:
         name, tensors["stranger"] = "stranger", torch.zeros(1)
     save_file(tensors, path)
-    refused(folder, f"does not fit.*'{name}'")
+    assert_rejected(folder, f"does not fit.*'{name}'")
 
 
 class Foreign(nn.Module):
@@ -276,31 +266,26 @@ class Foreign(nn.Module):
         return self.layer(x) * (1 + t[:, None])
 
 
-def test_a_foreign_network_is_handed_in_again_and_gets_its_weights(tmp_path: Path) -> None:
-    model = NDM(
-        LinearLogSNRSchedule(-5.0, 3.0),
-        GatedTransform(Foreign()),
-        Predictor(Foreign()),
-        GaussianDecoder(),
-    ).eval()
+def test_a_foreign_network_passed_to_from_pretrained_gets_its_weights(tmp_path: Path) -> None:
+    schedule, transform = LinearLogSNRSchedule(-5.0, 3.0), GatedTransform(Foreign())
+    model = NDM(schedule, transform, Predictor(Foreign()), GaussianDecoder()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    refused(
-        tmp_path, r"model.transform.network is a .*Foreign.*modules=\{'model.transform.network'"
+    pattern = r"model.transform.network is a .*Foreign.*modules=\{'model.transform.network'"
+    assert_rejected(tmp_path, pattern)
+    modules = {"model.transform.network": Foreign()}
+    assert_rejected(tmp_path, "model.predictor.network", modules=modules)
+    back = NDM.from_pretrained(tmp_path, {**modules, "model.predictor.network": Foreign()})
+    x = torch.randn(5, 2)
+    found, expected = (
+        m.bound(x, generator=torch.Generator().manual_seed(1)).total for m in (back, model)
     )
-    refused(tmp_path, "model.predictor.network", modules={"model.transform.network": Foreign()})
-    back = NDM.from_pretrained(
-        tmp_path, {"model.transform.network": Foreign(), "model.predictor.network": Foreign()}
-    )
-    x, generators = torch.randn(5, 2), [torch.Generator().manual_seed(1) for _ in range(2)]
-    assert torch.equal(
-        back.bound(x, generator=generators[0]).total, model.bound(x, generator=generators[1]).total
-    )
+    assert torch.equal(found, expected)
 
 
-def test_double_precision_returns(tmp_path: Path) -> None:
+def test_float64_models_save_and_load(tmp_path: Path) -> None:
     model = make("learned", times="importance").double()
     model.save_pretrained(tmp_path)
     back = NDM.from_pretrained(tmp_path).double()
@@ -323,7 +308,7 @@ def test_info_cannot_overwrite_the_model(tmp_path: Path) -> None:
         assert torch.equal(bound(NDM.from_pretrained(tmp_path)), bound(model))
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "file.json"
     write_json(path, {"old": 1})
 
@@ -333,9 +318,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
 
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, broken)
-    assert read_json(path) == {"old": 1} and [p.name for p in path.parent.iterdir()] == [
-        "file.json"
-    ]
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
     write_json(path, {"new": [1.5, None]})
     assert read_json(path) == {"new": [1.5, None]}
     with pytest.raises(UserError, match="cannot write") as caught:
@@ -343,11 +327,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_tied_weights_are_saved_and_come_back(tmp_path: Path) -> None:
+def test_tied_weights_save_and_load(tmp_path: Path) -> None:
     network = MLP(2, hidden=8, blocks=1)
-    model = NDM(
-        LinearLogSNRSchedule(), NetworkTransform(network), Predictor(network), GaussianDecoder()
-    )
+    transform, predictor = NetworkTransform(network), Predictor(network)
+    model = NDM(LinearLogSNRSchedule(), transform, predictor, GaussianDecoder())
     model.save_pretrained(tmp_path / "model")
     back = NDM.from_pretrained(tmp_path / "model")
     for name, value in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Every time sampler estimates integrals without bias; the loss-aware one with less variance."""
+"""Time samplers estimate integrals without bias; importance sampling lowers the variance."""
 
 import math
 
@@ -31,11 +31,9 @@ def peak(u: Tensor) -> Tensor:
 
 
 def trained(bins: int = 20, **options: float) -> ImportanceTimeSampler:
-    """Importance times that have seen the peak often enough."""
-    times, generator = (
-        ImportanceTimeSampler(bins, **options).double(),
-        torch.Generator().manual_seed(0),
-    )
+    """An importance sampler trained on the peak."""
+    times = ImportanceTimeSampler(bins, **options).double()
+    generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         draw = times(400, LIKE, generator)
         times.update(draw, peak(draw.u))
@@ -43,9 +41,12 @@ def trained(bins: int = 20, **options: float) -> ImportanceTimeSampler:
 
 
 SAMPLERS: dict[str, TimeSampler] = {
-    "uniform": UniformTimeSampler(), "low": LowDiscrepancyTimeSampler(), "importance_new": ImportanceTimeSampler(7), "importance": trained(),
+    "uniform": UniformTimeSampler(),
+    "low": LowDiscrepancyTimeSampler(),
+    "importance_new": ImportanceTimeSampler(7),
+    "importance": trained(),
     "importance_sharp": trained(11, uniform=0.02),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("integral", INTEGRALS)
@@ -68,24 +69,20 @@ def test_times_lie_in_the_half_open_interval(sampler: str, dtype: torch.dtype) -
     for count in (1, 2, 1000):
         for _ in range(30):
             draw = SAMPLERS[sampler](count, LIKE.to(dtype), generator)
-            assert (
-                draw.u.shape == draw.weight.shape == (count,)
-                and draw.u.dtype == draw.weight.dtype == dtype
-            )
+            assert draw.u.shape == draw.weight.shape == (count,)
+            assert draw.u.dtype == draw.weight.dtype == dtype
             assert bool((draw.u >= 0).all() and (draw.u < 1).all())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_one_place_of_the_batch_sees_every_time(sampler: str) -> None:
-    """The first time of many draws has the claimed density by itself: examples are not tied to
-    times.
-    """
+def test_each_position_in_the_batch_has_the_full_density(sampler: str) -> None:
+    """The first time of a draw has the full density: examples are not tied to times."""
     generator = torch.Generator().manual_seed(2)
     times = SAMPLERS[sampler]
     first = torch.stack([times(4, LIKE, generator).u[0] for _ in range(1500)])
-    density = (
-        times.density() if isinstance(times, ImportanceTimeSampler) else torch.ones(10, dtype=F64)
-    )
+    density = torch.ones(10, dtype=F64)
+    if isinstance(times, ImportanceTimeSampler):
+        density = times.density()
     edges = torch.cat([torch.zeros(1, dtype=F64), density.cumsum(0) / density.sum()])
 
     def cdf(u: Tensor) -> Tensor:
@@ -109,7 +106,7 @@ def test_low_discrepancy_puts_one_time_in_every_stratum(count: int) -> None:
     assert max(offsets) > 0.8 and min(offsets) < 0.2
 
 
-def test_the_density_is_that_of_the_root_mean_square_loss() -> None:
+def test_the_density_is_proportional_to_the_root_mean_square_loss() -> None:
     times = trained(20, uniform=0.1)
     center = (torch.arange(20 * 200, dtype=F64) + 0.5) / 4000
     root = (peak(center) ** 2).reshape(20, 200).mean(1).sqrt()
@@ -126,7 +123,7 @@ def test_weights_are_one_over_the_density_and_bounded() -> None:
     torch.testing.assert_close(counts / 200.0, times.density().float(), rtol=0, atol=0.011)
 
 
-def test_a_peaked_loss_has_less_variance_than_with_uniform_times() -> None:
+def test_importance_times_lower_the_variance_of_a_peaked_loss() -> None:
     generator, times = torch.Generator().manual_seed(5), trained()
 
     def variance(sampler: TimeSampler) -> float:
@@ -136,18 +133,17 @@ def test_a_peaked_loss_has_less_variance_than_with_uniform_times() -> None:
     assert variance(times) < 0.3 * variance(UniformTimeSampler())
 
 
-def test_the_density_stays_uniform_until_every_bin_was_seen() -> None:
+def test_the_density_stays_uniform_until_every_bin_has_a_loss() -> None:
     times = ImportanceTimeSampler(4).double()
-    times.update(
-        TimeSamples(torch.tensor([0.1, 0.3, 0.6]), torch.ones(3)), torch.tensor([1.0, 5.0, 9.0])
-    )
+    draw = TimeSamples(torch.tensor([0.1, 0.3, 0.6]), torch.ones(3))
+    times.update(draw, torch.tensor([1.0, 5.0, 9.0]))
     assert times.density().tolist() == [1.0] * 4
     times.update(TimeSamples(torch.tensor([0.9]), torch.ones(1)), torch.tensor([1.0]))
     root = torch.tensor([1.0, 5.0, 9.0, 1.0], dtype=F64)
     torch.testing.assert_close(times.density(), 0.9 * root / 4 + 0.1)
 
 
-def test_old_losses_fade_by_the_decay() -> None:
+def test_old_losses_decay() -> None:
     times = ImportanceTimeSampler(2, uniform=0.5, decay=0.75).double()
     u = TimeSamples(torch.tensor([0.1, 0.9]), torch.ones(2))
     times.update(u, torch.tensor([2.0, 1.0]))
@@ -158,7 +154,7 @@ def test_old_losses_fade_by_the_decay() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_an_overflowing_batch_leaves_the_density_alone(bad: float) -> None:
+def test_a_nonfinite_loss_leaves_the_density_unchanged(bad: float) -> None:
     times = trained()
     before = times.density()
     draw = times(50, LIKE, torch.Generator().manual_seed(0))
@@ -170,7 +166,7 @@ def test_an_overflowing_batch_leaves_the_density_alone(bad: float) -> None:
     assert bool(times.density().isfinite().all())
 
 
-def test_a_loss_of_zero_everywhere_is_uniform() -> None:
+def test_an_all_zero_loss_gives_a_uniform_density() -> None:
     times = ImportanceTimeSampler(3).double()
     times.update(TimeSamples(torch.tensor([0.1, 0.5, 0.9]), torch.ones(3)), torch.zeros(3))
     assert times.density().tolist() == [1.0] * 3
@@ -179,6 +175,6 @@ def test_a_loss_of_zero_everywhere_is_uniform() -> None:
 @pytest.mark.parametrize(
     "options", [{"bins": 0}, {"uniform": 0.0}, {"uniform": 1.1}, {"decay": 1.0}, {"decay": -0.1}]
 )
-def test_wrong_arguments_are_refused(options: dict[str, float]) -> None:
+def test_wrong_arguments_are_rejected(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"bins=.*uniform=.*decay="):
         ImportanceTimeSampler(**options)  # type: ignore[arg-type]

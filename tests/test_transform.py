@@ -17,7 +17,7 @@ from oracles import F64, SHEAR, LinearTransform, randomized
 
 
 class Foreign(nn.Module):
-    """A user's network, time mixed in by a product; its last layer does not start at zero."""
+    """A user's network with multiplicative time; its last layer does not start at zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,9 +28,7 @@ class Foreign(nn.Module):
 
 
 class Normed(nn.Module):
-    """torch's own layer, RMS and group norms, whose derivative in t must itself have the right
-    gradient.
-    """
+    """PyTorch's layer, RMS and group norms: their derivative in t needs the right gradient."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class Record:
 
 
 class DiffusersLike(nn.Module):
-    """Called with time steps up to 1000 and answering with a record, as diffusers' models do."""
+    """Like diffusers' models, it takes time steps up to 1000 and returns a record."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +55,7 @@ class DiffusersLike(nn.Module):
 
 
 class UserAttention(nn.Module):
-    """Fused attention as a user would write it."""
+    """A user's network with fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,9 +89,7 @@ SCHEDULE = CosineSchedule(-6.0, 4.0)
 def build(
     kind: type[Transform], network: str, started: bool = True
 ) -> tuple[Transform, Tensor, Tensor]:
-    """A transformation in float64, its parameters randomized unless it is to be new; data and
-    times.
-    """
+    """A float64 transformation, randomized if ``started``, with data and times."""
     torch.manual_seed(0)
     make, event = NETWORKS[network]
     transform = kind(make()).double()  # type: ignore[call-arg]
@@ -108,20 +104,19 @@ def build(
 
 @every_kind
 @every_network
-def test_training_starts_at_the_identity_exactly(kind: type[Transform], network: str) -> None:
+def test_new_transforms_are_exactly_the_identity(kind: type[Transform], network: str) -> None:
     transform, x, t = build(kind, network, started=False)
     value, derivative = transform.with_derivative(x, SCHEDULE(t))
     assert torch.equal(transform(x, SCHEDULE(t)), x) and torch.equal(value, x)
     assert torch.equal(derivative, torch.zeros_like(x))
     loss = (transform(x, SCHEDULE(t)) ** 2).sum()
     gradients = torch.autograd.grad(loss, list(transform.parameters()), allow_unused=True)
-    assert any(g is not None and float(g.abs().max()) > 0 for g in gradients), (
-        "a start at zero must not be a dead end"
-    )
+    nonzero = [g for g in gradients if g is not None and float(g.abs().max()) > 0]
+    assert nonzero, "training must be able to leave the identity"
 
 
 @every_network
-def test_data_at_zero_holds_where_it_is_promised(network: str) -> None:
+def test_data_at_zero_tells_where_f_starts_at_the_data(network: str) -> None:
     transform, x, _ = build(NetworkTransform, network)
     zero, half = torch.zeros(4, dtype=F64), torch.full((4,), 0.5, dtype=F64)
     assert transform.data_at_zero and torch.equal(transform(x, SCHEDULE(zero)), x)
@@ -137,17 +132,15 @@ def test_gates_are_t_and_the_noise_variance(network: str) -> None:
     torch.manual_seed(0)
     level = SCHEDULE(t)
     shape = (-1, *[1] * (x.dim() - 1))
-    by_time, by_noise = (
-        (plain(x, level) - x) / t.reshape(shape),
-        (gated(x, level) - x) / torch.sigmoid(level.gamma).reshape(shape),
-    )
+    by_time = (plain(x, level) - x) / t.reshape(shape)
+    by_noise = (gated(x, level) - x) / torch.sigmoid(level.gamma).reshape(shape)
     torch.testing.assert_close(by_time, by_noise, rtol=1e-8, atol=1e-10)
 
 
 @every_kind
 @every_network
 @pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.01)], ids=["cosine", "flow"])
-def test_derivative_is_that_of_central_differences(
+def test_derivative_matches_central_differences(
     kind: type[Transform], network: str, schedule: nn.Module
 ) -> None:
     transform, x, t = build(kind, network)
@@ -161,10 +154,10 @@ def test_derivative_is_that_of_central_differences(
 
 @every_kind
 @every_network
-def test_gradients_of_the_derivative_are_those_of_finite_differences(
+def test_gradients_of_the_derivative_match_finite_differences(
     kind: type[Transform], network: str
 ) -> None:
-    """In the parameters and in x at once, along one random direction."""
+    """In the parameters and x jointly, along one random direction."""
     transform, x, t = build(kind, network)
     x.requires_grad_()
     leaves = [x, *transform.parameters()]
@@ -188,30 +181,28 @@ def test_gradients_of_the_derivative_are_those_of_finite_differences(
 
 
 @pytest.mark.parametrize("transform", [*NETWORKS, "identity"])
-def test_both_times_at_once_equal_two_calls(transform: str) -> None:
-    made, x, t = build(NetworkTransform, "mlp" if transform == "identity" else transform)
-    made = Identity() if transform == "identity" else made
-    at_s, at_t = made.at_both(x, SCHEDULE(t - 0.05), SCHEDULE(t))
-    torch.testing.assert_close(at_s, made(x, SCHEDULE(t - 0.05)), rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(at_t, made(x, SCHEDULE(t)), rtol=1e-9, atol=1e-11)
+def test_at_both_equals_two_calls(transform: str) -> None:
+    module, x, t = build(NetworkTransform, "mlp" if transform == "identity" else transform)
+    module = Identity() if transform == "identity" else module
+    at_s, at_t = module.at_both(x, SCHEDULE(t - 0.05), SCHEDULE(t))
+    torch.testing.assert_close(at_s, module(x, SCHEDULE(t - 0.05)), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(at_t, module(x, SCHEDULE(t)), rtol=1e-9, atol=1e-11)
 
 
-def test_identity_leaves_everything_alone() -> None:
+def test_identity_returns_its_input_with_a_zero_derivative() -> None:
     x = torch.randn(3, 2, 2)
     value, derivative = Identity().with_derivative(x, SCHEDULE(torch.rand(3)))
-    assert (
-        torch.equal(value, x)
-        and torch.equal(derivative, torch.zeros_like(x))
-        and Identity().data_at_zero
-    )
+    assert torch.equal(value, x) and torch.equal(derivative, torch.zeros_like(x))
+    assert Identity().data_at_zero
 
 
-def test_time_derivative_of_a_known_function() -> None:
+def test_time_derivative_of_a_known_function_is_exact() -> None:
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return x * torch.exp(2 * t)[:, None] + t[:, None] ** 3
+
     x, t = torch.randn(5, 3, dtype=F64), torch.rand(5, dtype=F64)
-    value, derivative = time_derivative(
-        lambda x, t: x * torch.exp(2 * t)[:, None] + t[:, None] ** 3, x, t
-    )
-    torch.testing.assert_close(value, x * torch.exp(2 * t)[:, None] + t[:, None] ** 3)
+    value, derivative = time_derivative(function, x, t)
+    torch.testing.assert_close(value, function(x, t))
     torch.testing.assert_close(derivative, 2 * x * torch.exp(2 * t)[:, None] + 3 * t[:, None] ** 2)
 
 
@@ -240,29 +231,27 @@ class ThroughNumpy(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "x", "mend"),
+    ("network", "x", "fix"),
     [
         (Checkpointed(), torch.randn(2, 3), "checkpoint"),
         (ThroughNumpy(), torch.randn(2, 3), "discrete time"),
     ],
     ids=["checkpoint", "numpy"],
 )
-def test_a_network_that_forward_mode_cannot_pass_is_named_with_its_mend(
-    network: nn.Module, x: Tensor, mend: str
+def test_networks_without_forward_mode_are_named_with_the_fix(
+    network: nn.Module, x: Tensor, fix: str
 ) -> None:
     transform = NetworkTransform(network)
     with torch.no_grad(), pytest.raises(ForwardModeError) as caught:
         transform.with_derivative(x, LinearLogSNRSchedule()(torch.tensor([0.2, 0.4])))
     text = str(caught.value)
-    assert type(network).__name__ in text and mend in text and "\n" not in text
+    assert type(network).__name__ in text and fix in text and "\n" not in text
 
 
-def test_the_fast_path_of_multihead_attention_is_avoided_or_named_with_its_mend() -> None:
-    network, x, t = (
-        FastMultihead().eval().double(),
-        torch.randn(2, 4, 8, dtype=F64),
-        torch.tensor([0.2, 0.4], dtype=F64),
-    )
+def test_the_fast_path_of_multihead_attention_is_avoided_or_named_with_the_fix() -> None:
+    network = FastMultihead().eval().double()
+    x = torch.randn(2, 4, 8, dtype=F64)
+    t = torch.tensor([0.2, 0.4], dtype=F64)
     with torch.no_grad():
         expected = (network(x, t + 1e-6) - network(x, t - 1e-6)) / 2e-6
         try:
@@ -273,20 +262,19 @@ def test_the_fast_path_of_multihead_attention_is_avoided_or_named_with_its_mend(
             torch.testing.assert_close(derivative, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_ordinary_error_of_a_network_keeps_its_own_face() -> None:
+def test_other_errors_of_a_network_are_raised_unchanged() -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return x @ torch.ones(7, 7)
 
+    level = LinearLogSNRSchedule()(torch.rand(2))
     with pytest.raises(RuntimeError, match=r"mat1 and mat2|shapes") as caught:
-        NetworkTransform(Broken()).with_derivative(
-            torch.zeros(2, 3), LinearLogSNRSchedule()(torch.rand(2))
-        )
+        NetworkTransform(Broken()).with_derivative(torch.zeros(2, 3), level)
     assert not isinstance(caught.value, UserError)
 
 
 @every_kind
-def test_precision_is_kept_under_autocast(kind: type[Transform]) -> None:
+def test_transforms_keep_float32_under_autocast(kind: type[Transform]) -> None:
     transform, x, t = build(kind, "unet_odd")
     transform, x, t = transform.float(), x.float(), t.float()
     with torch.no_grad():
@@ -298,7 +286,7 @@ def test_precision_is_kept_under_autocast(kind: type[Transform]) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_wrong_networks_are_refused() -> None:
+def test_wrong_networks_are_rejected() -> None:
     with pytest.raises(UserError, match=r"nn.Module"):
         NetworkTransform(lambda x, t: x)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\(2, 3\) to \(2, 1\)"):

@@ -1,6 +1,4 @@
-"""Laws of the transformations that do their work once for x, in a curve: time-separable, fixed
-operators, encoders.
-"""
+"""Laws of transformations that evaluate x once, in a curve: separable, operators, encoders."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +21,7 @@ SCHEDULE = CosineSchedule(-6.0, 4.0)
 
 
 class ForeignChannels(nn.Module):
-    """A user's network of four outputs that ignores t."""
+    """A user's network with four outputs that ignores t."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +40,7 @@ SEPARABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 class Counting(nn.Module):
-    """Counts the calls of a network."""
+    """A network that counts its calls."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -70,7 +68,7 @@ def separable(
 @pytest.mark.parametrize(
     "schedule", [SCHEDULE, FlowMatchingSchedule(0.05, 0.1)], ids=["cosine", "flow"]
 )
-def test_separable_form_obeys_the_laws(
+def test_separable_transforms_obey_the_laws(
     network: str, gate: str, schedule: CosineSchedule | FlowMatchingSchedule
 ) -> None:
     transform, x, t = separable(network, gate)
@@ -83,15 +81,13 @@ def test_separable_form_obeys_the_laws(
     both = transform.at_both(x, schedule(t / 2), schedule(t))
     torch.testing.assert_close(both[1], value)
     torch.testing.assert_close(both[0], transform(x, schedule(t / 2)))
-    channels, weights = (
-        transform.displacement.channels(x),
-        (schedule(t).sigma ** 2 if gate == "noise" else t),
-    )
+    channels = transform.displacement.channels(x)
+    weights = schedule(t).sigma ** 2 if gate == "noise" else t
     sizes = [1] * (x.dim() - 1)
-    expected = x + sum(
-        (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes) * channels[:, k]
-        for k in range(channels.shape[1])
-    )  # the definition, term by term
+    expected = x  # by the definition, term by term
+    for k in range(channels.shape[1]):
+        gain = (weights * torch.cos(math.pi * k * t)).reshape(-1, *sizes)
+        expected = expected + gain * channels[:, k]
     torch.testing.assert_close(value, expected)
     gradients = torch.autograd.grad(
         (derivative**2).sum(), list(transform.parameters()), allow_unused=True
@@ -101,7 +97,7 @@ def test_separable_form_obeys_the_laws(
 
 @pytest.mark.parametrize("gate", ["noise", "time"])
 @pytest.mark.parametrize("network", SEPARABLE)
-def test_separable_form_starts_at_the_identity_and_keeps_its_promise_at_zero(
+def test_separable_transforms_start_at_the_identity_and_data_at_zero_is_right(
     network: str, gate: str
 ) -> None:
     transform, x, t = separable(network, gate, started=False)
@@ -119,20 +115,16 @@ def test_the_bound_evaluates_the_separable_network_once_for_x_and_once_for_the_p
     steps: int | None,
 ) -> None:
     counting = Counting(MLP(3, 8, 1, outputs=4))
-    model = NDM(
-        LinearLogSNRSchedule(-5.0, 4.0),
-        SeparableTransform(counting),
-        Predictor(MLP(3, 8, 1)),
-        GaussianDecoder(),
-        steps=steps,
-    )
+    schedule, transform = LinearLogSNRSchedule(-5.0, 4.0), SeparableTransform(counting)
+    predictor = Predictor(MLP(3, 8, 1))
+    model = NDM(schedule, transform, predictor, GaussianDecoder(), steps=steps)
     model.bound(torch.randn(5, 3))
     assert counting.calls == 2
     model.bound(torch.randn(5, 3), draws=4)
     assert counting.calls == 2 + 1 + 4
 
 
-def test_what_a_separable_form_cannot_be_is_refused() -> None:
+def test_invalid_separable_transforms_are_rejected() -> None:
     with pytest.raises(UserError, match="outputs=K"):
         SeparableTransform(MLP(3, 8, 1))(torch.randn(2, 3), SCHEDULE(torch.rand(2)))
     with pytest.raises(UserError, match="gate"):
@@ -178,14 +170,13 @@ def test_fixed_operators_and_encoders_obey_the_laws(
         assert transform.data_at_zero == bool(transform(x, schedule(zero)).equal(x))
         assert transform.latent_shape(zeros) == value.shape == curve.like.shape
         assert transform.keeps_shape == (value.shape == x.shape)
-        parts = transform(x + 2 * x.flip(0), schedule(t[:1].expand(4)))
-        single = transform(x, schedule(t[:1].expand(4))) + 2 * transform(
-            x.flip(0), schedule(t[:1].expand(4))
-        )
-        assert isinstance(transform, Encoder) or parts.allclose(single)  # linear
+        same = schedule(t[:1].expand(4))
+        combined = transform(x + 2 * x.flip(0), same)
+        sum_of_parts = transform(x, same) + 2 * transform(x.flip(0), same)
+        assert isinstance(transform, Encoder) or combined.allclose(sum_of_parts), "linear"
 
 
-def test_an_encoder_is_evaluated_once_a_bound_and_what_it_cannot_be_is_refused() -> None:
+def test_an_encoder_runs_once_per_curve_and_invalid_networks_are_rejected() -> None:
     class Once(nn.Linear):
         calls = 0
 
@@ -200,23 +191,20 @@ def test_an_encoder_is_evaluated_once_a_bound_and_what_it_cannot_be_is_refused()
     assert network.calls == 1
     with pytest.raises(UserError, match=r"nn.Module"):
         Encoder(lambda x: x)  # type: ignore[arg-type]
+    flat = Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))
     with pytest.raises(UserError, match=r"\(4, 3\) to \(1, 12\)"):
-        Encoder(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 12))))(
-            torch.randn(4, 3), SCHEDULE(torch.rand(4))
-        )
+        flat(torch.randn(4, 3), SCHEDULE(torch.rand(4)))
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "separable"])
-def test_the_others_keep_their_precision_under_autocast(name: str) -> None:
+def test_curves_keep_float32_under_autocast(name: str) -> None:
     if name == "separable":
         transform, x, t = separable("unet", "noise")
         transform, x, level = transform.float(), x.float(), SCHEDULE(t.float())
     else:
-        transform, x, level = (
-            OTHERS[name][0](),
-            torch.randn(4, *OTHERS[name][1]),
-            SCHEDULE(torch.rand(4)),
-        )
+        transform = OTHERS[name][0]()
+        x = torch.randn(4, *OTHERS[name][1])
+        level = SCHEDULE(torch.rand(4))
     with torch.no_grad():
         plain = transform.with_derivative(x, level)
         with torch.autocast("cpu", dtype=torch.bfloat16):

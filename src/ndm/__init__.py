@@ -40,6 +40,7 @@ from ndm.schedule import (
 from ndm.time_sampling import (
     ImportanceTimeSampler,
     LowDiscrepancyTimeSampler,
+    PiecewiseConstant,
     TimeSampler,
     UniformTimeSampler,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "NetworkTransform",
     "NoiseLevel",
     "OdeSettings",
+    "PiecewiseConstant",
     "Predictor",
     "ReverseProcess",
     "RoundingPredictor",

@@ -89,6 +89,16 @@ class GaussianDecoder(Decoder):
 
     discrete = False
 
+    def check(self, x: Tensor) -> None:
+        """Check that every value is finite.
+
+        Raises:
+            UserError: one is not.
+        """
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            raise UserError(f"x has {bad} values that are not finite; replace or remove them")
+
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
         log_scale = torch.log(at.sigma) - torch.log(at.alpha)

@@ -146,7 +146,7 @@ class Draw:
     coin: Tensor | None = None
     """A uniform number ``(1,)`` for a direct reverse process with two heads.
 
-    See :meth:`ndm.reverse.MarkovReverse.learning_curve`.
+    See :meth:`ndm.reverse.MarkovReverse.training_curve`.
     """
 
 
@@ -182,7 +182,7 @@ def discrete_errors(
     s, t = reverse.process.schedule(step / steps), reverse.process.schedule((step + 1) / steps)
     true_s, true_t = curve.at_both(s, t)
     eta_at = _eta_at(eta, midpoint, true_t)
-    predicted, regression = reverse.learning_curve(true_t, draw.noise, t, eta_at, draw.coin)
+    predicted, regression = reverse.training_curve(true_t, draw.noise, t, eta_at, draw.coin)
     predicted_s, predicted_t = predicted.at_both(s, t)
     error_s, error_t = true_s - predicted_s, true_t - predicted_t
     at_s = s.expand(true_t)

@@ -8,6 +8,7 @@ r"""Diffusion models: a forward process, a reverse process and a decoder, wired 
 the model of the paper; :mod:`ndm.variants` holds others.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,14 @@ from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess, NoisingProcess
 from ndm.likelihood import Dequantization, LogLikelihood, log_likelihood
 from ndm.ode import OdeSettings
-from ndm.parts import Part
+from ndm.parts import Part, check_data, check_part
 from ndm.predictor import DataPredictor
 from ndm.random import ExampleGenerators, RandomSource, part_seed, standard_normal, uniform
 from ndm.reverse import MarkovReverse, Reverse, ReverseKind, ReverseProcess
-from ndm.sample import Method, Sampler, make_sampler
+from ndm.sample import Method, Sampler, Step, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
+from ndm.shapes import sample_shape
 from ndm.time_sampling import LowDiscrepancyTimeSampler, PiecewiseConstant, TimeSampler, TimeSamples
 from ndm.transform import Curve, Transform
 
@@ -62,12 +64,13 @@ class DiffusionModel(Part, ABC):
             isinstance(steps, bool) or not isinstance(steps, int) or steps < 1
         ):
             raise UserError(
-                f"steps={steps}: give the number of steps T, a whole number of at least 1, or None"
-                " for continuous time"
+                f"steps={steps}: give the number of steps T, an integer of at least 1, or None for"
+                " continuous time"
             )
-        if not eta > 0:
+        if not (isinstance(eta, (int, float)) and 0 < eta < math.inf):
             raise UserError(
-                f"eta={eta}: the bound of a deterministic reverse process is infinite; give eta > 0"
+                f"eta={eta}: give a finite number above 0; the bound of a deterministic reverse"
+                " process, eta = 0, is infinite"
             )
         check_part("schedule", process.schedule, Schedule, "ndm.LinearLogSNRSchedule()")
         check_part("transform", process.transform, Transform, "ndm.NetworkTransform(network)")
@@ -77,6 +80,8 @@ class DiffusionModel(Part, ABC):
             Decoder,
             "ndm.DiscretizedGaussian(num_values), or ndm.GaussianDecoder()",
         )
+        time_sampler = LowDiscrepancyTimeSampler() if time_sampler is None else time_sampler
+        check_part("time_sampler", time_sampler, TimeSampler, "ndm.LowDiscrepancyTimeSampler()")
         transform = process.transform
         if not transform.keeps_shape and isinstance(
             decoder, (DiscretizedGaussian, GaussianDecoder)
@@ -87,7 +92,7 @@ class DiffusionModel(Part, ABC):
                 f" {type(decoder).__name__}(...))"
             )
         self.process, self.decoder, self.steps, self.eta = process, decoder, steps, eta
-        self.time_sampler = LowDiscrepancyTimeSampler() if time_sampler is None else time_sampler
+        self.time_sampler = time_sampler
         self.info: dict[str, object] = {}
         """Further content of ``config.json``, such as the description of the data."""
 
@@ -123,17 +128,17 @@ class DiffusionModel(Part, ABC):
         return torch.empty(0) if first is None else first.detach().new_empty(0)
 
     def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """F(x, t) in the shape of the latents, at times ``t``, a number or ``(B,)``."""
-        return self.transform(x, self.process.level(t, x))
+        """F(x, t) in the shape of the latents, at times ``t`` in [0, 1], a number or ``(B,)``."""
+        return self.transform(x, self.process.level(_checked_times(t), x))
 
     def noised(self, x: Tensor, t: Tensor | float, generator: RandomSource = None) -> Tensor:
         """Draw z_t from q(z_t|x), in the shape of F(x, t)."""
-        marginal = self.process.marginal(x, self.process.level(t, x))
+        marginal = self.process.marginal(x, self.process.level(_checked_times(t), x))
         return marginal.sample(standard_normal(marginal.mean, generator))
 
     def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
         """Predict the data from z_t: x̂(z, t), or ŷ(z, t) with a direct reverse process."""
-        return self.reverse_process.predict(z, self.process.level(t, z))
+        return self.reverse_process.predict(z, self.process.level(_checked_times(t), z))
 
     def bound(
         self,
@@ -168,7 +173,7 @@ class DiffusionModel(Part, ABC):
         Raises:
             UserError: a value of x is off the decoder's grid, or an argument is out of range.
         """
-        _check_floats(x)
+        check_data(x, self)
         self.decoder.check(x)
         if draws is not None:
             check_whole("draws", draws, 1)
@@ -277,7 +282,7 @@ class DiffusionModel(Part, ABC):
             rtol: relative tolerance of an adaptive solver.
             atol: absolute tolerance of an adaptive solver.
             seed: the same seed and batch size give the same samples on the same machine; None
-                draws a fresh seed.
+                draws a seed from PyTorch's global generator.
             batch_size: the largest batch; the samples are then collected on the CPU. None draws all
                 in one batch.
             progress: show a progress bar.
@@ -288,12 +293,12 @@ class DiffusionModel(Part, ABC):
         Raises:
             UserError: arguments contradict each other, or samples are not finite.
         """
-        count, *event = self._shape(shape)
+        count, *event = sample_shape(shape, self.info.get("data"))
         sampler = self._sampler(method, steps, eta, solver, rtol, atol)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
         if batch_size is None:
             return self._sample((count, *event), sampler, seed, progress)
         check_whole("batch_size", batch_size, 1)
-        seed = torch.Generator().seed() % 2**62 if seed is None else seed
         parts, hidden = [], not progress or count <= batch_size
         with tqdm(total=count, desc="samples", unit="sample", disable=hidden, leave=False) as bar:
             for index, start in enumerate(range(0, count, batch_size)):
@@ -303,17 +308,11 @@ class DiffusionModel(Part, ABC):
                 bar.update(size)
         return torch.cat(parts) if parts else torch.empty(0, *event)
 
-    def _shape(self, shape: int | Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(shape, int):
-            return tuple(shape)
-        data = self.info.get("data")
-        event = data.get("event_shape") if isinstance(data, Mapping) else None
-        if not isinstance(event, (list, tuple)):
-            raise UserError(
-                f"sample({shape}): the model has no description of its data; give their shape, too:"
-                f" sample(({shape}, *event))"
-            )
-        return (shape, *event)
+    @property
+    def default_method(self) -> str:
+        """The sampling method that is used when none is given."""
+        markov = isinstance(self.reverse_process, MarkovReverse)
+        return next(iter(self.samplers), "ancestral" if markov else "sde")
 
     def _sampler(
         self,
@@ -325,9 +324,17 @@ class DiffusionModel(Part, ABC):
         atol: float,
     ) -> Sampler:
         if isinstance(method, Sampler):
+            if not (steps is None and eta is None and solver is None):
+                raise UserError(
+                    "steps, eta and solver belong to the sampler object: set them there"
+                )
             return method
-        usual = "ancestral" if isinstance(self.reverse_process, MarkovReverse) else "sde"
-        name = next(iter(self.samplers), usual) if method is None else method
+        if isinstance(method, Step):
+            name = type(method).__name__
+            raise UserError(
+                f"method is one step, {name}: wrap it in ndm.GridSampler({name}(...), steps)"
+            )
+        name = self.default_method if method is None else method
         if name in self.samplers:
             return self.samplers[name]()
         noise = self.eta if eta is None and name in ("ancestral", "sde") else eta
@@ -335,14 +342,10 @@ class DiffusionModel(Part, ABC):
         return make_sampler(name, steps, noise, solver, rtol, atol)
 
     def _sample(
-        self, shape: tuple[int, ...], sampler: Sampler, seed: int | None, progress: bool
+        self, shape: tuple[int, ...], sampler: Sampler, seed: int, progress: bool
     ) -> Tensor:
         like = self.like
-        generator = torch.Generator(like.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = torch.Generator(like.device).manual_seed(seed)
         training = self.training
         self.eval()  # no dropout
         try:
@@ -387,7 +390,7 @@ class DiffusionModel(Part, ABC):
             ``log_p`` ``(B,)``, nats, with the log-weights of the samples and the number of
             evaluations.
         """
-        _check_floats(x)
+        check_data(x, self)
         training = self.training
         self.eval()
         try:
@@ -433,7 +436,9 @@ class DiffusionModel(Part, ABC):
         """
         model, info = load_model(path, modules)
         if not isinstance(model, cls):
-            raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+            raise UserError(
+                f"{path} holds a model of class {type(model).__name__}, not {cls.__name__}"
+            )
         model.info = info
         return model.eval()
 
@@ -486,16 +491,16 @@ class NDM(DiffusionModel):
         return ReverseProcess(self.process, self.predictor, self.reverse, self.eta)
 
 
-def check_part(name: str, value: object, kind: type, example: str) -> None:
-    """Check the type of a part of a model.
+def _checked_times(t: Tensor | float) -> Tensor | float:
+    """Return ``t``, which must be in [0, 1].
 
     Raises:
-        UserError: it has another type, such as a network that is not wrapped.
+        UserError: it is not.
     """
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{name} must be a {kind.__name__}, such as {example}, got {type(value).__name__}"
-        )
+    times = torch.as_tensor(t)
+    if not bool(((times >= 0) & (times <= 1)).all()):
+        raise UserError("t is outside [0, 1]: time runs from 0, data, to 1, noise")
+    return t
 
 
 def _stratum(
@@ -504,11 +509,3 @@ def _stratum(
     """Times in one of K equal strata of [0, 1), ``(B,)``."""
     within = uniform(x.new_empty(len(x)), generator) if positions is None else positions
     return ((index + within) / draws).clamp(max=1 - torch.finfo(x.dtype).eps)
-
-
-def _check_floats(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise UserError(
-            f"x has dtype {x.dtype}, and the model takes floats: map integers k to the decoder's"
-            " grid, decoder.values[k].float()"
-        )

@@ -1,8 +1,9 @@
-"""The base class of all parts of a model: modules whose arguments can be shown and saved."""
+"""The base class of all parts of a model, whose arguments can be shown and saved, and checks."""
 
 import inspect
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ndm.errors import UserError
 
@@ -47,3 +48,59 @@ def check_network(network: object, owner: str, call: str) -> None:
         raise UserError(
             f"network is a {type(network).__name__}: {owner} needs an nn.Module called as {call}"
         )
+    try:
+        signature = inspect.signature(type(network).forward)
+    except (TypeError, ValueError):  # not a Python function, such as that of a TorchScript module
+        return
+    try:
+        signature.bind(network, *[None] * (call.count(",") + 1))
+    except TypeError as error:
+        raise UserError(
+            f"network is a {type(network).__name__}, which cannot be called as {call}: its forward"
+            f" takes {signature}; wrap it in a module that can be called so"
+        ) from error
+
+
+def describe_output(output: object) -> str:
+    """Describe the output of a network in a message: its shape, or its type if it is no tensor."""
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+
+
+def check_part(name: str, value: object, kind: type, example: str) -> None:
+    """Check the type of a part of a model.
+
+    Raises:
+        UserError: it has another type, such as a network that is not wrapped.
+    """
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise UserError(f"{name} must be a {kind.__name__}, such as {example}, got {found}")
+
+
+def check_data(x: object, model: nn.Module) -> None:
+    """Check that ``x`` is a batch of floats in the dtype of the model.
+
+    Raises:
+        UserError: it is not, or the model has half precision.
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"x is a {type(x).__name__}: give a tensor, such as torch.as_tensor(x)")
+    if not x.is_floating_point():
+        raise UserError(
+            f"x has dtype {x.dtype}, and the model takes floats: convert real numbers by x.float(),"
+            " integers k of n values by ndm.decoder.to_grid(k, n)"
+        )
+    if x.dim() < 2:
+        raise UserError(
+            f"x has shape {tuple(x.shape)}: give a batch (B, *event), x[None] for one example"
+        )
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return
+    if first.dtype in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"the model has dtype {first.dtype}, which is too coarse for its bound: use float32 or"
+            " float64, and mixed precision (train.precision, torch.autocast) for speed"
+        )
+    if first.dtype != x.dtype:
+        raise UserError(f"x has dtype {x.dtype} and the model {first.dtype}: use x.to(model.like)")

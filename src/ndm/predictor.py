@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice
 from ndm.forward import NoisingProcess
-from ndm.parts import Part, check_network
+from ndm.parts import Part, check_network, describe_output
 from ndm.schedule import NoiseLevel
 
 Target = Literal["v", "eps", "x"]
@@ -99,7 +99,7 @@ class Predictor(DataPredictor):
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
         output = self.network(z, level.t)
         if not isinstance(output, Tensor) or output.shape != shape:
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            found = describe_output(output)
             advice = "for reverse=direct-score give a network of this library outputs=2"
             if shape == z.shape:
                 advice = (

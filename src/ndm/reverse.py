@@ -169,7 +169,7 @@ class MarkovReverse(Reverse):
         """
 
     @abstractmethod
-    def learning_curve(
+    def training_curve(
         self,
         transformed: Tensor,
         noise: Tensor,
@@ -271,7 +271,7 @@ class ReverseProcess(MarkovReverse):
             return target
         return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
 
-    def learning_curve(
+    def training_curve(
         self,
         transformed: Tensor,
         noise: Tensor,
@@ -304,7 +304,7 @@ class ReverseProcess(MarkovReverse):
         coin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         value, derivative = curve.with_derivative(level)
-        guess, regression = self.learning_curve(value, noise, level, eta, coin)
+        guess, regression = self.training_curve(value, noise, level, eta, coin)
         guess_value, guess_derivative = guess.with_derivative(level)
         slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
         return slope - 0.5 * (1 + eta**2) * (value - guess_value), regression

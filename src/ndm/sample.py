@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.errors import UserError, check_choice, require
+from ndm.errors import UserError, check_choice, check_whole, require
 from ndm.ode import ADAPTIVE_SOLVERS, check_tolerances, solve_ode
 from ndm.random import standard_normal
 from ndm.reverse import Reverse, require_markov
@@ -40,12 +40,15 @@ class Step(ABC):
         eta: stochasticity; 1 is DDPM's noise, 0 is deterministic.
     """
 
-    def __init__(self, eta: float):
-        if not (eta >= 0 and math.isfinite(eta)):
+    def __init__(self, eta: float = 1.0):
+        if not (isinstance(eta, (int, float)) and eta >= 0 and math.isfinite(eta)):
             raise UserError(
                 f"eta={eta}: give a number of at least 0; 1 is DDPM's noise, 0 is deterministic"
             )
         self.eta = float(eta)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(eta={self.eta:g})"
 
     @abstractmethod
     def __call__(
@@ -144,9 +147,14 @@ class GridSampler(Sampler):
     """
 
     def __init__(self, step: Step, steps: int):
-        if steps < 1:
-            raise UserError(f"steps={steps}: sampling needs at least one step")
+        if not isinstance(step, Step):
+            given = f"the class {step.__name__}" if isinstance(step, type) else repr(step)
+            raise UserError(f"step is {given}: give a step, such as ndm.Ancestral()")
+        check_whole("steps", steps, 1)
         self.step, self.steps = step, steps
+
+    def __repr__(self) -> str:
+        return f"GridSampler({self.step!r}, {self.steps})"
 
     def __call__(
         self,

@@ -238,8 +238,13 @@ def save_model(
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
+    config = {**(extra or {}), "format": FORMAT, "model": to_config(model)}
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"info has a value that JSON cannot store: {error}") from error
     write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
-    write_json(folder / CONFIG_NAME, {**(extra or {}), "format": FORMAT, "model": to_config(model)})
+    write_json(folder / CONFIG_NAME, config)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -284,7 +289,11 @@ def load_model(
         raise UserError(
             f"{folder / CONFIG_NAME} does not describe a model; it is damaged, or not a file of ndm"
         )
-    model.load_state_dict(read_weights(folder / WEIGHTS_NAME, model.state_dict()))
+    weights = read_weights(folder / WEIGHTS_NAME, model.state_dict())
+    dtypes = {weights[name].dtype for name, _ in model.named_parameters()}
+    if len(dtypes) == 1:
+        model.to(dtype=dtypes.pop())
+    model.load_state_dict(weights)
     return model, config
 
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from ndm.autodiff.forward_mode import time_derivative
 from ndm.device import full_precision
 from ndm.errors import UserError, check_choice
-from ndm.parts import Part, check_network
+from ndm.parts import Part, check_network, describe_output
 from ndm.schedule import NoiseLevel
 
 Gate = Literal["time", "noise", "bridge"]
@@ -155,7 +155,7 @@ class Displacement(Part, ABC):
     d(x, 0) is 0, or sigma_0² f(x, 0) with the gate ``noise``.
 
     Args:
-        network: the network that d is made of.
+        network: the network that d is made of. Its last layer is set to zero, so pass a new one.
         gate: w(t): ``time`` is t, ``noise`` is sigma_t², ``bridge`` is t (1 - t).
     """
 
@@ -196,9 +196,9 @@ class NetworkDisplacement(Displacement):
         """Return f(x, t), ``(B, *event)``."""
         with full_precision(x):
             output = self.network(x, t)
-        if output.shape != x.shape:
+        if not isinstance(output, Tensor) or output.shape != x.shape:
             raise UserError(
-                f"the network maps {tuple(x.shape)} to {tuple(output.shape)}; F(x, t) and h(x, t)"
+                f"the network maps {tuple(x.shape)} to {describe_output(output)}; F(x, t) and h(x, t)"
                 " must keep the shape of x: give it as many output channels as input channels"
             )
         return self._scaled(output)
@@ -250,10 +250,12 @@ class SeparableDisplacement(Displacement):
         """Return c_k(x), ``(B, K, *event)``."""
         with full_precision(x):
             channels = self.network(x, x.new_zeros(len(x)))
-        if channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape:
+        if not isinstance(channels, Tensor) or (
+            channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape
+        ):
             raise UserError(
                 f"the network of the time-separable form maps {tuple(x.shape)} to"
-                f" {tuple(channels.shape)}; it must return (B, K, *event): give a network of this"
+                f" {describe_output(channels)}; it must return (B, K, *event): give a network of this"
                 " library outputs=K"
             )
         return self._scaled(channels)

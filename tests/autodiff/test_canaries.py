@@ -1,6 +1,6 @@
-"""Canaries: these tests fail when PyTorch has fixed what a rule of ndm.autodiff works around.
+"""Canaries: tests that fail once PyTorch fixes a bug that ndm.autodiff works around.
 
-A failure here is good news: delete the rule that the message names, and the canary with it.
+When one fails, delete the rule named in its message, and the canary.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def test_group_norm_needs_its_rule_only_for_speed() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_the_plain_formula_is_a_norm(groups: int) -> None:
+def test_the_plain_formula_matches_group_norm(groups: int) -> None:
     x = torch.randn(3, 4, 5, dtype=F64)
     torch.testing.assert_close(plain(x, groups), functional.group_norm(x, groups))
 

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives in time: values, derivatives and, above all, gradients of derivatives."""
+"""Forward-mode derivatives in time: values, derivatives and gradients of derivatives."""
 
 from collections.abc import Callable
 
@@ -59,22 +59,19 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_value_derivative_and_gradient_of_the_derivative(name: str) -> None:
-    """The gradient is the one that fused norms get silently wrong."""
+def test_value_derivative_and_its_gradient_match_finite_differences(name: str) -> None:
+    """PyTorch's fused norms silently get this gradient wrong."""
     generator = torch.Generator().manual_seed(1)
     x, mix = (
         torch.randn(shape, dtype=F64, generator=generator) for shape in ((3, 8, 4, 3), (8, 8))
     )
-    t, parameter = (
-        torch.rand(3, dtype=F64, generator=generator),
-        torch.randn(8, dtype=F64, generator=generator),
-    )
+    t = torch.rand(3, dtype=F64, generator=generator)
+    parameter = torch.randn(8, dtype=F64, generator=generator)
 
     def network(x: Tensor, t: Tensor, parameter: Tensor) -> Tensor:
         wave = torch.sin(3 * t[:, None, None, None] * parameter[:, None, None])
-        return OPERATIONS[name](
-            torch.einsum("bchw,cd->bdhw", x, mix) * wave + parameter[:, None, None]
-        )
+        mixed = torch.einsum("bchw,cd->bdhw", x, mix)
+        return OPERATIONS[name](mixed * wave + parameter[:, None, None])
 
     def derivative_at(parameter: Tensor) -> Tensor:
         return time_derivative(lambda x, t: network(x, t, parameter), x, t)[1]
@@ -88,18 +85,15 @@ def test_value_derivative_and_gradient_of_the_derivative(name: str) -> None:
     probe = torch.randn(derivative.shape, dtype=F64, generator=generator)
     leaf = parameter.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((probe * derivative_at(leaf)).sum(), leaf)
-    shifts = step * torch.eye(8, dtype=F64)
-    expected = torch.stack(
-        [
-            (probe * (derivative_at(parameter + e) - derivative_at(parameter - e))).sum()
-            / (2 * step)
-            for e in shifts
-        ]
-    )
+    changes = [
+        (probe * (derivative_at(parameter + shift) - derivative_at(parameter - shift))).sum()
+        for shift in step * torch.eye(8, dtype=F64)
+    ]
+    expected = torch.stack(changes) / (2 * step)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_can_be_differentiated_again() -> None:
+def test_second_gradients_match_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2,), (2, 4, 3, 2), (4,), (4, 4, 2, 1))
     t, x, weight, kernel = (
@@ -108,11 +102,8 @@ def test_gradients_can_be_differentiated_again() -> None:
 
     def both(t: Tensor, x: Tensor, weight: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return nnf.silu(
-                nnf.group_norm(
-                    nnf.conv2d((x + t[:, None, None, None]).cos(), kernel), 2, weight, weight
-                )
-            )
+            convolved = nnf.conv2d((x + t[:, None, None, None]).cos(), kernel)
+            return nnf.silu(nnf.group_norm(convolved, 2, weight, weight))
 
         return time_derivative(network, x, t)
 
@@ -120,14 +111,14 @@ def test_gradients_can_be_differentiated_again() -> None:
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(1, 8), nn.LayerNorm([8, 40]), nn.InstanceNorm1d(8)])
-def test_norms_survive_a_large_offset_in_float32(norm: nn.Module) -> None:
-    """A variance as mean of squares minus square of mean would cancel here."""
+def test_norms_are_accurate_for_large_offsets_in_float32(norm: nn.Module) -> None:
+    """Here a mean of squares minus the square of the mean would cancel."""
     x = 100 + 0.1 * torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
     got = time_derivative(lambda x, t: norm(x), x, torch.rand(2))[0]
     torch.testing.assert_close(got, norm.double()(x.double()).float(), rtol=1e-3, atol=1e-3)
 
 
-def test_half_precision_stays_half_and_is_normalized_in_single() -> None:
+def test_half_precision_inputs_are_normalized_in_float32() -> None:
     norm = nn.GroupNorm(2, 8).to(torch.bfloat16)
     x = (50 + torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     got = time_derivative(lambda x, t: norm(x), x, torch.rand(2))[0]
@@ -135,31 +126,27 @@ def test_half_precision_stays_half_and_is_normalized_in_single() -> None:
     torch.testing.assert_close(got, norm(x), rtol=0.02, atol=0.02)
 
 
-def test_expanded_times_are_taken() -> None:
+def test_expanded_times_are_accepted() -> None:
     t = torch.tensor(0.3).expand(4)
     value, derivative = time_derivative(lambda x, t: x * t[:, None] ** 2, torch.ones(4, 2), t)
     torch.testing.assert_close(value, torch.full((4, 2), 0.09))
     torch.testing.assert_close(derivative, torch.full((4, 2), 0.6))
 
 
-def test_batch_norm_in_training_is_refused_because_it_couples_times() -> None:
+def test_batch_norm_in_training_is_rejected_because_it_couples_times() -> None:
     norm = nn.BatchNorm1d(2)
     for coupled in (norm, lambda h: nnf.batch_norm(h, None, None, training=True)):
         with pytest.raises(ForwardModeError, match="group norm for batch norm"):
-            time_derivative(
-                lambda x, t, coupled=coupled: coupled(x * t[:, None]),
-                torch.randn(4, 2),
-                torch.rand(4),
-            )
+            network = lambda x, t, coupled=coupled: coupled(x * t[:, None])  # noqa: E731
+            time_derivative(network, torch.randn(4, 2), torch.rand(4))
     norm.eval()
-    _, derivative = time_derivative(
-        lambda x, t: norm(x * t[:, None]), torch.ones(4, 2), torch.rand(4)
-    )
+    network = lambda x, t: norm(x * t[:, None])  # noqa: E731
+    _, derivative = time_derivative(network, torch.ones(4, 2), torch.rand(4))
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
     torch.testing.assert_close(derivative, scale.expand(4, 2))
 
 
-def test_an_error_of_the_network_itself_passes_as_it_is() -> None:
+def test_errors_of_the_network_are_raised_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         time_derivative(lambda x, t: nn.Linear(3, 2)(x), torch.randn(4, 2), torch.rand(4))
     assert not isinstance(caught.value, ForwardModeError)

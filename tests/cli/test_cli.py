@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 import ndm
+from cli.commands import exit_code, run_command
 from conftest import TINY
 from ndm.cli.main import COMMANDS, main
 from ndm.data import Digits
@@ -40,9 +41,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {**TINY["train"], "steps": 3, "evaluation_draws": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert (
-        main(["train", "--config", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
-    )
+    run_command("train --config", folder / "config.yaml", "--out", folder / "run")
     return folder / "run"
 
 
@@ -50,52 +49,36 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = main([*command.split(), "--help"])
-    except SystemExit as error:  # how the parser ends after its help
+    except SystemExit as error:  # raised by the parser after its help
         code = error.code
     assert code == 0
     text = capsys.readouterr().out
     if command == "train":
-        for words in (
+        for phrase in (
             "Number of optimizer steps",
             "--model.help ndm.NDM",
             "Example: ndm train",
             "exponential moving average",
         ):
-            assert words in " ".join(text.split())
+            assert phrase in " ".join(text.split())
     elif command == "":
         assert all(f"  {name}" in text for name in COMMANDS)
     else:
-        words = {
+        phrases = {
             "inspect": "the archive",
             "decompress": "folder to write into",
             "compress": "images, folders of images, .npy or .npz",
             "compare": "a base and rows with their overrides",
             "reproduce": "name of the experiment; see --list",
         }
-        assert words.get(command, "folder of the run") in " ".join(text.split())
+        assert phrases.get(command, "folder of the run") in " ".join(text.split())
 
 
-def test_evaluate_keeps_its_contract(
+def test_evaluate_writes_the_documented_keys(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "deep" / "evaluation.json"
-    assert (
-        main(
-            [
-                "evaluate",
-                str(digits_run),
-                "--split",
-                "test",
-                "--json",
-                str(file),
-                "--draws",
-                "3",
-                "--seed",
-                "5",
-            ]
-        )
-        == 0
-    )
+    run_command("evaluate", digits_run, "--split test --json", file, "--draws 3 --seed 5")
     record = json.loads(file.read_text())
     keys = (
         "nelbo_bpd nelbo_bpd_stderr prior_bpd diffusion_bpd reconstruction_bpd num_examples seed"
@@ -105,31 +88,14 @@ def test_evaluate_keeps_its_contract(
     assert record["nelbo_bpd"] == pytest.approx(
         record["prior_bpd"] + record["diffusion_bpd"] + record["reconstruction_bpd"], abs=1e-9
     )
-    assert (record["seed"], record["time_samples_per_example"], record["num_examples"]) == (
-        5,
-        3,
-        359,
-    )
+    assert (record["seed"], record["time_samples_per_example"]) == (5, 3)
+    assert record["num_examples"] == 359
     assert record["data_sha256"] == Digits().describe().sha256
     model = ndm.NDM.from_pretrained(digits_run / "model")
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert f"{record['nelbo_bpd']:.4f}" in capsys.readouterr().out
 
-    assert (
-        main(
-            [
-                "evaluate",
-                str(digits_run),
-                "--json",
-                str(tmp_path / "again.json"),
-                "--draws",
-                "3",
-                "--seed",
-                "5",
-            ]
-        )
-        == 0
-    )
+    run_command("evaluate", digits_run, "--json", tmp_path / "again.json", "--draws 3 --seed 5")
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["nelbo_bpd"] == record["nelbo_bpd"]
 
@@ -137,33 +103,20 @@ def test_evaluate_keeps_its_contract(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--method", "ancestral"],
-        ["--method", "ddim"],
-        ["--method", "sde", "--solver", "heun"],
-        ["--method", "sde", "--solver", "torchsde-euler"],
-        ["--method", "ode"],
-        ["--method", "ode", "--solver", "dopri5", "--rtol", "1e-2", "--atol", "1e-2"],
+        "--method ancestral",
+        "--method ddim",
+        "--method sde --solver heun",
+        "--method sde --solver torchsde-euler",
+        "--method ode",
+        "--method ode --solver dopri5 --rtol 1e-2 --atol 1e-2",
     ],
 )
-def test_samples_are_digits_levels_and_follow_the_seed(
-    options: list[str], digits_run: Path, tmp_path: Path
+def test_samples_are_digit_levels_and_reproducible_from_the_seed(
+    options: str, digits_run: Path, tmp_path: Path
 ) -> None:
     files = [tmp_path / f"{name}.npy" for name in "abc"]
     for file, seed in zip(files, (1, 1, 2), strict=True):
-        words = [
-            "sample",
-            str(digits_run),
-            "--n",
-            "5",
-            "--steps",
-            "4",
-            "--seed",
-            str(seed),
-            "--out",
-            str(file),
-            *options,
-        ]
-        assert main(words) == 0
+        run_command("sample", digits_run, f"--n 5 --steps 4 --seed {seed} --out", file, options)
     first, second, other = (np.load(file) for file in files)
     assert first.shape == (5, 1, 8, 8)
     assert set(np.unique(first)) <= set(range(17))
@@ -171,25 +124,10 @@ def test_samples_are_digits_levels_and_follow_the_seed(
     assert (first != other).any()
 
 
-def test_options_may_be_written_with_dashes(digits_run: Path, tmp_path: Path) -> None:
-    words = [["--batch-size", "3"], ["--batch-size=3"], ["--batch_size", "3"]]
-    for index, option in enumerate(words):
-        assert (
-            main(
-                [
-                    "sample",
-                    str(digits_run),
-                    "--n",
-                    "5",
-                    "--steps",
-                    "2",
-                    "--out",
-                    str(tmp_path / f"{index}.npy"),
-                    *option,
-                ]
-            )
-            == 0
-        )
+def test_options_accept_dashes_and_underscores(digits_run: Path, tmp_path: Path) -> None:
+    for index, option in enumerate(("--batch-size 3", "--batch-size=3", "--batch_size 3")):
+        file = tmp_path / f"{index}.npy"
+        run_command("sample", digits_run, "--n 5 --steps 2 --out", file, option)
     first, *others = (np.load(tmp_path / f"{index}.npy") for index in range(3))
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -197,25 +135,9 @@ def test_options_may_be_written_with_dashes(digits_run: Path, tmp_path: Path) ->
 
 def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:
     for name in ("x.png", "x.npy"):
-        assert (
-            main(
-                [
-                    "sample",
-                    str(digits_run),
-                    "--n",
-                    "4",
-                    "--steps",
-                    "3",
-                    "--out",
-                    str(tmp_path / name),
-                ]
-            )
-            == 0
-        )
-    values, picture = (
-        np.load(tmp_path / "x.npy"),
-        np.asarray(Image.open(tmp_path / "x.png").convert("L")),
-    )
+        run_command("sample", digits_run, "--n 4 --steps 3 --out", tmp_path / name)
+    values = np.load(tmp_path / "x.npy")
+    picture = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
     scale = picture.shape[0] // (2 * 9 + 1)  # two rows of eight pixels, gaps of one
     small = picture[::scale, ::scale]
     cells = [
@@ -227,102 +149,68 @@ def test_the_png_shows_the_samples(digits_run: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.round(cell / 255 * 17 - 0.5), value)
 
 
-def test_a_folder_gets_a_file_for_each_image(
+def test_a_folder_receives_one_file_per_image(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same samples as in an array, which holds whole numbers that ``ndm compress`` takes; gray
-    for gray.
-    """
+    """The folder and the array hold the same samples, as integers that ``ndm compress`` accepts."""
     for name in ("x.npy", "x"):
-        assert (
-            main(
-                [
-                    "sample",
-                    str(digits_run),
-                    "--n",
-                    "5",
-                    "--steps",
-                    "3",
-                    "--out",
-                    str(tmp_path / name),
-                ]
-            )
-            == 0
-        )
+        run_command("sample", digits_run, "--n 5 --steps 3 --out", tmp_path / name)
     values = np.load(tmp_path / "x.npy")
-    assert values.dtype == np.uint8 and sorted(
-        path.name for path in (tmp_path / "x").iterdir()
-    ) == [f"{n:06d}.png" for n in range(5)]
+    assert values.dtype == np.uint8
+    names = sorted(path.name for path in (tmp_path / "x").iterdir())
+    assert names == [f"{n:06d}.png" for n in range(5)]
     for number, value in enumerate(values[:, 0]):
         image = np.asarray(Image.open(tmp_path / f"x/{number:06d}.png"))
         np.testing.assert_array_equal(np.round(image / 255 * 17 - 0.5), value)
-    assert main(["sample", str(digits_run), "--n", "5", "--out", str(tmp_path / "x")]) == 2
+    assert exit_code("sample", digits_run, "--n 5 --out", tmp_path / "x") == 2
     assert "already exists" in capsys.readouterr().err
-    assert main(["sample", str(digits_run), "--n", "5", "--out", str(tmp_path / "x.csv")]) == 2
+    assert exit_code("sample", digits_run, "--n 5 --out", tmp_path / "x.csv") == 2
     assert "do not fit into rows of a table" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.npy"]
 
 
-def test_bytes_in_files_are_those_of_the_data(tmp_path: Path) -> None:
+def test_image_files_hold_the_exact_bytes(tmp_path: Path) -> None:
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (2, channels, 6, 5), dtype=np.uint8)
         write_images(tmp_path / f"{channels}", pixels)
         for number, expected in enumerate(pixels):
             image = np.asarray(Image.open(tmp_path / f"{channels}/{number:06d}.png"))
-            np.testing.assert_array_equal(
-                image if channels == 1 else image.transpose(2, 0, 1),
-                expected.squeeze() if channels == 1 else expected,
-            )
+            np.testing.assert_array_equal(np.atleast_3d(image).transpose(2, 0, 1), expected)
 
 
-def test_library_and_command_line_draw_from_the_same_model(digits_run: Path) -> None:
+def test_the_library_loads_the_model_of_a_run(digits_run: Path) -> None:
     model = ndm.NDM.from_pretrained(digits_run / "model")
     assert model.steps == 10
     x = Digits().split("test").__getitems__(range(8))
-    bounds = [
-        model.bound(x, generator=torch.Generator().manual_seed(0), draws=2).total for _ in range(2)
-    ]
-    assert torch.equal(*bounds)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    first, second = (model.bound(x, generator=g, draws=2).total for g in generators)
+    assert torch.equal(first, second)
     assert model.info["data"]["name"] == "digits"  # type: ignore[index]
 
 
-def test_a_run_that_is_not_finished_is_used_as_far_as_it_is(
+def test_an_unfinished_run_is_used_from_its_checkpoint(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From its checkpoint, which holds the average of the weights; a model folder serves as well."""
+    """The checkpoint holds the averaged weights. A model folder works too."""
     half = shutil.copytree(digits_run, tmp_path / "half")
     shutil.rmtree(half / "model")
     (half / "metrics.json").unlink()
     for name, run in (("half", half), ("whole", digits_run), ("model", digits_run / "model")):
-        assert (
-            main(
-                [
-                    "sample",
-                    str(run),
-                    "--n",
-                    "4",
-                    "--steps",
-                    "3",
-                    "--out",
-                    str(tmp_path / f"{name}.npy"),
-                ]
-            )
-            == 0
-        )
+        run_command("sample", run, "--n 4 --steps 3 --out", tmp_path / f"{name}.npy")
         warned = f"{half} is not finished; using its model after 3 steps"
         assert (warned in capsys.readouterr().err) is (name == "half")
     samples = [np.load(tmp_path / f"{name}.npy") for name in ("half", "whole", "model")]
     np.testing.assert_array_equal(samples[0], samples[1])
     np.testing.assert_array_equal(samples[2], samples[1])
     shutil.rmtree(half / "checkpoints")
-    assert main(["sample", str(half), "--n", "4", "--out", str(tmp_path / "none.npy")]) == 2
+    assert exit_code("sample", half, "--n 4 --out", tmp_path / "none.npy") == 2
     assert "holds no trained model yet" in capsys.readouterr().err
 
 
-def test_a_run_with_a_network_of_the_user_serves_every_command(
+def test_a_user_network_works_with_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``config.yaml`` says where it is; a model folder alone does not have it imported."""
+    """``config.yaml`` gives its import path; a model folder does not import it."""
     model = TINY["model"] | {
         "predictor": {
             "class_path": "ndm.Predictor",
@@ -331,16 +219,12 @@ def test_a_run_with_a_network_of_the_user_serves_every_command(
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY | {"model": model}))
     run = tmp_path / "run"
-    assert main(["train", "--config", str(tmp_path / "config.yaml"), "--out", str(run)]) == 0
+    run_command("train --config", tmp_path / "config.yaml", "--out", run)
     trained = float(json.loads((run / "metrics.json").read_text())["nelbo_bpd"])
-    assert main(["evaluate", str(run), "--draws", "2", "--json", str(tmp_path / "e.json")]) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["nelbo_bpd"] == pytest.approx(
-        trained, rel=1e-5
-    )
-    assert (
-        main(["sample", str(run), "--n", "4", "--steps", "3", "--out", str(tmp_path / "x.npy")])
-        == 0
-    )
+    run_command("evaluate", run, "--draws 2 --json", tmp_path / "e.json")
+    evaluated = json.loads((tmp_path / "e.json").read_text())["nelbo_bpd"]
+    assert evaluated == pytest.approx(trained, rel=1e-5)
+    run_command("sample", run, "--n 4 --steps 3 --out", tmp_path / "x.npy")
     capsys.readouterr()
-    assert main(["sample", str(run / "model"), "--n", "4", "--out", str(tmp_path / "y.npy")]) == 2
+    assert exit_code("sample", run / "model", "--n 4 --out", tmp_path / "y.npy") == 2
     assert "OwnNetwork, which is not part of ndm" in capsys.readouterr().err

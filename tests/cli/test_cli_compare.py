@@ -1,6 +1,4 @@
-"""``ndm compare``: rows under one budget, the widened baseline, resuming, and statistics over
-seeds.
-"""
+"""``ndm compare``: equal budgets, the widened baseline, resuming, statistics over seeds."""
 
 import contextlib
 import datetime
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cli.commands import arguments, rejected
 from conftest import TINY
 from ndm.cli.main import main
 from ndm.compare.plan import build, plan_rows, read_rows
@@ -30,35 +29,36 @@ ROWS: dict[str, Any] = {
     "Learned F": {},
     "Direct": {"model.transform": "ndm.GatedTransform", "model.reverse": "direct"},
 }
+# One seed and the smallest evaluation.
+QUICK = "--seeds 1 --horizons= --limit 4 --draws 1"
 
 
 def comparison(folder: Path, rows: dict[str, Any] | None = None, **extra: Any) -> Path:
     (folder / "base.yaml").write_text(yaml.safe_dump(TINY))
-    (folder / "compare.yaml").write_text(
-        yaml.safe_dump({"base": "base.yaml", "rows": rows or ROWS, **extra}, sort_keys=False)
-    )
+    content = {"base": "base.yaml", "rows": rows or ROWS, **extra}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "compare.yaml"
 
 
-def compare(folder: Path, *words: str) -> dict[str, Any]:
-    assert (
-        main(
-            [
-                "compare",
-                "--config",
-                str(folder / "compare.yaml"),
-                "--out",
-                str(folder / "out"),
-                *words,
-            ]
-        )
-        == 0
-    )
+def command(folder: Path, options: str = "") -> list[str]:
+    """The arguments that compare into ``folder / "out"``."""
+    config, out = folder / "compare.yaml", folder / "out"
+    return arguments("compare --config", config, "--out", out, options)
+
+
+def compare(folder: Path, options: str) -> dict[str, Any]:
+    """Run the comparison and return its record."""
+    assert main(command(folder, options)) == 0
     record: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text())
     return record
 
 
-def test_a_plain_diffusion_at_least_as_large_as_the_largest_is_always_a_row(tmp_path: Path) -> None:
+def training_times(folder: Path) -> dict[Path, int]:
+    """When the metrics of each run were written."""
+    return {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("metrics.json")}
+
+
+def test_a_plain_diffusion_as_large_as_the_largest_model_is_always_a_row(tmp_path: Path) -> None:
     rows, extra = read_rows(comparison(tmp_path))
     planned = plan_rows(rows, extra, "steps")
     assert [row.name for row in planned] == ["Plain", "Plain, widened", "Learned F", "Direct"]
@@ -74,23 +74,12 @@ def test_a_plain_diffusion_at_least_as_large_as_the_largest_is_always_a_row(tmp_
     assert all(largest <= row.parameters < 1.15 * largest for row in matched)
 
 
-def test_a_comparison_end_to_end_and_again(
+def test_a_comparison_runs_end_to_end_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     comparison(tmp_path)
-    words = [
-        "--seeds",
-        "2",
-        "--horizons",
-        "3,5",
-        "--calibrate",
-        "--nll",
-        "--limit",
-        "20",
-        "--draws",
-        "2",
-    ]
-    record = compare(tmp_path, *words)
+    options = "--seeds 2 --horizons 3,5 --calibrate --nll --limit 20 --draws 2"
+    record = compare(tmp_path, options)
     summary = {row["name"]: row for row in record["summary"]}
     assert list(summary) == ["Plain", "Plain, widened", "Learned F", "Direct"]
     assert list(summary["Plain"]["measures"]) == [
@@ -112,100 +101,54 @@ def test_a_comparison_end_to_end_and_again(
     for suffix in ("png", "pdf"):
         assert (tmp_path / "out" / f"compare.{suffix}").stat().st_size > 1000
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
+    before = training_times(tmp_path)
     (tmp_path / "out" / "direct" / "seed-0" / "measures.json").unlink()
-    again = compare(tmp_path, *words)
-    assert again["summary"] == record["summary"], (
-        "only what is missing is done again, with the same result"
-    )
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")
-    }
-    other = compare(tmp_path, *words, "--horizons", "4")
+    again = compare(tmp_path, options)
+    assert again["summary"] == record["summary"], "missing measures are recomputed identically"
+    assert training_times(tmp_path) == before
+    other = compare(tmp_path, f"{options} --horizons 4")
     for row in other["summary"]:
-        assert list(row["measures"])[:2] == [
-            "continuous",
-            "T = 4",
-        ], "other bounds are measured, not mixed with the old ones"
+        assert list(row["measures"])[:2] == ["continuous", "T = 4"], "old bounds are not mixed in"
         assert len(row["runs"]) == 2
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")
-    }, "without training again"
+    assert training_times(tmp_path) == before, "nothing is trained again"
     capsys.readouterr()
-    assert (
-        main(
-            [
-                "compare",
-                "--config",
-                str(tmp_path / "compare.yaml"),
-                "--out",
-                str(tmp_path / "out"),
-                "--train-steps",
-                "9",
-            ]
-        )
-        == 2
-    )
+    assert main(command(tmp_path, "--train-steps 9")) == 2
     assert "another budget" in capsys.readouterr().err
 
 
 def test_a_budget_of_seconds_gives_slower_rows_fewer_steps(tmp_path: Path) -> None:
     comparison(tmp_path)
-    record = compare(
-        tmp_path,
-        "--seeds",
-        "1",
-        "--horizons",
-        "",
-        "--limit",
-        "4",
-        "--draws",
-        "1",
-        "--budget",
-        "seconds",
-        "--seconds",
-        "0.2",
-    )
+    record = compare(tmp_path, f"{QUICK} --budget seconds --seconds 0.2")
     for row in record["summary"]:
         assert row["steps"] == max(1, round(0.2 / row["seconds_per_step"]))
         assert row["measures"]["continuous"]["stderr"] is None
         assert row["training_seconds"][0] > 0
     plain, learned = record["summary"][0], record["summary"][2]
-    assert (
-        plain["seconds_per_step"] < learned["seconds_per_step"]
-        and plain["steps"] > learned["steps"]
-    )
+    assert plain["seconds_per_step"] < learned["seconds_per_step"]
+    assert plain["steps"] > learned["steps"]
 
 
-def test_two_jobs_at_once_give_the_numbers_of_one(tmp_path: Path) -> None:
-    words = ["--seeds", "1", "--horizons", "", "--limit", "8", "--draws", "1", "--rows", "Direct"]
+def test_two_parallel_jobs_give_the_numbers_of_one(tmp_path: Path) -> None:
     numbers = []
-    for jobs in ("1", "2"):
-        folder = tmp_path / jobs
+    for jobs in (1, 2):
+        folder = tmp_path / str(jobs)
         folder.mkdir()
         comparison(folder)
-        record = compare(folder, *words, "--jobs", jobs)
+        record = compare(folder, f"{QUICK} --limit 8 --rows Direct --jobs {jobs}")
         numbers.append([row["measures"]["continuous"]["mean"] for row in record["summary"]])
     assert len(numbers[0]) == 2, "the baseline comes with the chosen row"
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     assert (tmp_path / "2" / "out" / "plain-widened" / "seed-0" / "log.txt").exists()
 
 
-def test_what_the_folder_holds_must_be_of_this_comparison(
+def test_a_folder_of_another_comparison_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
-    words = ["--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1"]
-    compare(tmp_path, *words)
-    again = [
-        "compare",
-        "--config",
-        str(tmp_path / "elsewhere" / ".." / "compare.yaml"),
-        "--out",
-        str(tmp_path / "out"),
-        *words,
-    ]
+    compare(tmp_path, QUICK)
     (tmp_path / "elsewhere").mkdir()
+    same_file = tmp_path / "elsewhere" / ".." / "compare.yaml"
+    again = arguments("compare --config", same_file, "--out", tmp_path / "out", QUICK)
     assert main(again) == 0, "the same file by another path"
     base = {**TINY, "train": {**TINY["train"], "learning_rate": 1e-4}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
@@ -222,105 +165,54 @@ def test_what_the_folder_holds_must_be_of_this_comparison(
 
 
 def test_an_interruption_stops_all_processes(tmp_path: Path) -> None:
-    comparison(
-        tmp_path,
-        {
-            f"R{i}": {"model.transform": "ndm.Identity", "train.gradient_clip": 1.0 + i}
-            for i in range(4)
-        },
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "ndm.cli",
-        "compare",
-        "--config",
-        str(tmp_path / "compare.yaml"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    clips = {f"R{i}": {"train.gradient_clip": 1.0 + i} for i in range(4)}
+    comparison(tmp_path, {name: {**ROWS["Plain"], **clip} for name, clip in clips.items()})
+    options = "--seeds 2 --horizons= --jobs 2 --train-steps 1000000"
+
+    def started() -> list[Path]:
+        return list((tmp_path / "out").glob("*/seed-*/config.yaml"))
+
     process = subprocess.Popen(
-        [*command, "--seeds", "2", "--horizons", "", "--jobs", "2", "--train-steps", "1000000"],
-        env=environment,
+        [sys.executable, "-m", "ndm.cli", *command(tmp_path, options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background jobs, and their tests, ignore it
+        # Background jobs of a shell ignore SIGINT, and so would the tests that run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
     try:
         deadline = time.monotonic() + 120
-        while (
-            not list((tmp_path / "out").glob("*/seed-*/config.yaml"))
-            and time.monotonic() < deadline
-        ):
+        while not started() and time.monotonic() < deadline:
             time.sleep(0.2)
-        started = list((tmp_path / "out").glob("*/seed-*/config.yaml"))
-        assert started, "no run began"
+        assert started(), "no run began"
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert len(list((tmp_path / "out").glob("*/seed-*/config.yaml"))) <= 2, "nothing else was begun"
+    assert len(started()) <= 2, "no other run began"
 
 
-def test_words_after_two_dashes_go_to_every_run(tmp_path: Path) -> None:
+def test_arguments_after_two_dashes_apply_to_every_run(tmp_path: Path) -> None:
     comparison(tmp_path)
-    words = [
-        "--seeds",
-        "1",
-        "--horizons",
-        "",
-        "--limit",
-        "4",
-        "--draws",
-        "1",
-        "--rows",
-        "Plain",
-        "--",
-        "--train.steps",
-        "5",
-        "--model.steps",
-        "3",
-    ]
-    record = compare(tmp_path, *words)
+    record = compare(tmp_path, f"{QUICK} --rows Plain -- --train.steps 5 --model.steps 3")
     assert record["summary"][0]["steps"] == 5
     config = yaml.safe_load((tmp_path / "out" / "plain" / "seed-0" / "config.yaml").read_text())
     assert config["model"]["init_args"]["steps"] == 3 and config["train"]["steps"] == 5
 
 
-def test_one_run_that_fails_does_not_take_the_others_with_it(
+def test_a_failed_run_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    comparison(
-        tmp_path,
-        {"Plain": {"model.transform": "ndm.Identity"}, "Wild": {"train.learning_rate": 1e30}},
-    )
-    words = ["--seeds", "1", "--horizons", "", "--limit", "4", "--draws", "1"]
-    assert (
-        main(
-            [
-                "compare",
-                "--config",
-                str(tmp_path / "compare.yaml"),
-                "--out",
-                str(tmp_path / "out"),
-                *words,
-            ]
-        )
-        == 2
-    )
+    comparison(tmp_path, {"Plain": ROWS["Plain"], "Wild": {"train.learning_rate": 1e30}})
+    assert main(command(tmp_path, QUICK)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "Wild" in error and "not finite" in error
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())["summary"]
-    assert [bool(row["measures"]) for row in summary if row["name"] in ("Plain", "Wild")] == [
-        True,
-        False,
-    ]
+    measured = {row["name"]: bool(row["measures"]) for row in summary}
+    assert (measured["Plain"], measured["Wild"]) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -336,16 +228,12 @@ def test_one_run_that_fails_does_not_take_the_others_with_it(
         ({"A": {}}, {}, "as large as the largest"),
         ({"A": {"model.transform": "ndm.Identity"}, "a": {}}, {}, "names that differ"),
         ({"A": {"model.transform": "ndm.Identity"}, "B": {}}, {"widen": "C"}, "no row 'C'"),
-        (
-            {"A": {"model.transform": "ndm.Identity"}, "B": {}},
-            {"width": "model.nothing"},
-            "to widen",
-        ),
+        ({"A": ROWS["Plain"], "B": {}}, {"width": "model.nothing"}, "to widen"),
         ({"A": {}}, {"rowz": 1}, "unknown key 'rowz'"),
         ({"A": {"model.predictor.network.hidden": -4}}, {}, "row 'A'"),
     ],
 )
-def test_a_wrong_file_is_told_in_one_line(
+def test_an_invalid_file_is_reported_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     rows: Any,
@@ -353,52 +241,31 @@ def test_a_wrong_file_is_told_in_one_line(
     message: str,
 ) -> None:
     comparison(tmp_path, rows, **extra)
-    assert (
-        main(
-            ["compare", "--config", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out")]
-        )
-        == 2
-    )
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    rejected(capsys, command(tmp_path), message)
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
-        (["--seeds", "0"], "seeds=0"),
-        (["--budget", "seconds"], "--seconds"),
-        (["--seconds", "3"], "budget=seconds"),
-        (["--budget", "seconds", "--seconds", "-1"], "positive"),
-        (["--horizons", "1,x"], "integers from 1"),
-        (["--rows", "Nobody"], "no row 'Nobody'"),
-        (["--budget", "luck"], "budget"),
-        (["--split", "nope"], "nope"),
+        ("--seeds 0", "seeds=0"),
+        ("--budget seconds", "--seconds"),
+        ("--seconds 3", "budget=seconds"),
+        ("--budget seconds --seconds -1", "positive"),
+        ("--horizons 1,x", "integers from 1"),
+        ("--rows Nobody", "no row 'Nobody'"),
+        ("--budget luck", "budget"),
+        ("--split nope", "nope"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+def test_invalid_options_are_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     comparison(tmp_path)
-    assert (
-        main(
-            [
-                "compare",
-                "--config",
-                str(tmp_path / "compare.yaml"),
-                "--out",
-                str(tmp_path / "out"),
-                *words,
-            ]
-        )
-        == 2
-    )
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    rejected(capsys, command(tmp_path, options), message)
 
 
-def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> None:
+def test_standard_errors_are_over_seeds_and_differences_are_paired() -> None:
     runs = {
         "a": {0: 1.0, 1: 2.0, 2: 6.0},
         "b": {0: 1.5, 1: 2.5, 2: 6.5},
@@ -421,7 +288,7 @@ def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> No
     assert first["differences"] == {}
     assert second["differences"]["m"]["mean"] == pytest.approx(0.5)
     assert second["differences"]["m"]["stderr"] == pytest.approx(0.0), "what seeds share drops out"
-    assert third["differences"]["m"]["values"] == [1.0], "by seed, not by place"
+    assert third["differences"]["m"]["values"] == [1.0], "by seed, not by position"
     assert third["measures"]["m"]["mean"] == 6.0
     assert fourth["measures"] == fourth["differences"] == {}
     assert mean_and_error([2.0])["stderr"] is None
@@ -433,20 +300,13 @@ def test_errors_are_those_of_means_over_seeds_and_differences_are_paired() -> No
 def test_densities_are_in_the_units_of_the_data_and_variances_are_fitted_on_the_train_split(
     tmp_path: Path,
 ) -> None:
-    values = (
-        100 * np.random.default_rng(0).normal(size=(300, 2)) @ np.array([[1.0, 0.4], [0.0, 0.3]])
-    )
-    np.save(tmp_path / "table.npy", values)
-    base = {
-        **TINY,
-        "data": {
-            "class_path": "ndm.data.Table",
-            "init_args": {"path": str(tmp_path / "table.npy")},
-        },
-    }
+    normal = np.random.default_rng(0).normal(size=(300, 2))
+    np.save(tmp_path / "table.npy", 100 * normal @ np.array([[1.0, 0.4], [0.0, 0.3]]))
+    table = {"class_path": "ndm.data.Table", "init_args": {"path": str(tmp_path / "table.npy")}}
+    base = {**TINY, "data": table}
     comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    record = compare(tmp_path, "--seeds", "1", "--horizons", "3", "--draws", "2", "--calibrate")
+    record = compare(tmp_path, "--seeds 1 --horizons 3 --draws 2 --calibrate")
     found = record["summary"][0]["runs"]["0"]
     folder = tmp_path / "out" / "plain" / "seed-0"
     model, data = Run(folder).model(), Run(folder).data()

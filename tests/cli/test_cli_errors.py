@@ -1,4 +1,4 @@
-"""Bad input: one clear line on standard error, exit code 2, nothing half-written."""
+"""Invalid input: one clear line on standard error, exit code 2, nothing half-written."""
 
 import gzip
 import os
@@ -16,36 +16,22 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from ndm.cli.main import main
+from cli.commands import arguments, rejected, run_command
+from conftest import TINY
 from ndm.errors import UserError
 from ndm.serialize import write_atomically
 
 ConfigWriter = Callable[..., Path]
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str], *culprits: str) -> str:
-    """Run a command that must be refused, and return its one line."""
-    capsys.readouterr()
-    assert main(words) == 2
-    streams = capsys.readouterr()
-    lines = streams.err.strip().splitlines()
-    assert len(lines) == 1, streams.err
-    assert lines[0].startswith("ndm: error: ")
-    assert "Traceback" not in streams.err
-    for culprit in culprits:
-        assert culprit in lines[0], lines[0]
-    return lines[0]
-
-
-def train_words(config: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--config", str(config), "--out", str(out), *more]
+def train_arguments(config: Path, out: Path, options: str = "") -> list[str]:
+    return arguments("train --config", config, "--out", out, options)
 
 
 def image(path: Path, size: tuple[int, int] = (8, 8), seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    ).save(path)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 def idx(path: Path, values: np.ndarray) -> None:
@@ -53,18 +39,16 @@ def idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
-@pytest.mark.parametrize(
-    "words", [["frobnicate"], ["train", "--out"], ["sample", "--nope"], ["evaluate"]]
-)
-def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, words)
+@pytest.mark.parametrize("command", ["frobnicate", "train --out", "sample --nope", "evaluate"])
+def test_invalid_arguments_are_rejected(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rejected(capsys, [command])
 
 
-def test_configuration_that_is_missing_broken_or_binary(
+def test_a_missing_broken_or_binary_configuration_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    refused(capsys, train_words(tmp_path / "missing.yaml", out), "missing.yaml")
+    rejected(capsys, train_arguments(tmp_path / "missing.yaml", out), "missing.yaml")
     for name, content in (
         ("broken", b"train: {steps: [1\n"),
         ("binary", bytes(range(256))),
@@ -73,7 +57,7 @@ def test_configuration_that_is_missing_broken_or_binary(
     ):
         path = tmp_path / f"{name}.yaml"
         path.write_bytes(content)
-        refused(capsys, train_words(path, out))
+        rejected(capsys, train_arguments(path, out))
     assert not out.exists()
 
 
@@ -105,15 +89,15 @@ def test_configuration_that_is_missing_broken_or_binary(
         ("--train.evaluation_split=holdout", "holdout"),
     ],
 )
-def test_wrong_values(
+def test_invalid_values_are_rejected(
     override: str,
     culprit: str,
     write_config: ConfigWriter,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = train_words(write_config(), tmp_path / "run", override, "--train.accumulate=2")
-    refused(capsys, words, culprit)
+    options = f"{override} --train.accumulate=2"
+    rejected(capsys, train_arguments(write_config(), tmp_path / "run", options), culprit)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -144,121 +128,116 @@ def test_wrong_values(
 def test_an_option_of_a_class_is_named_in_full(
     option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "--config", "two_moons", "--out", str(tmp_path / "run"), f"--{option}", value]
-    line = refused(capsys, words)
+    command = ["train --config two_moons --out", tmp_path / "run", f"--{option}", value]
+    line = rejected(capsys, command)
     assert line == f"ndm: error: {message} (see ndm train --help)"
 
 
-def test_unknown_key_in_the_file(
+def test_an_unknown_key_in_the_file_is_rejected(
     write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(capsys, train_words(write_config(trane={"steps": 1}), tmp_path / "run"), "trane")
+    rejected(capsys, train_arguments(write_config(trane={"steps": 1}), tmp_path / "run"), "trane")
     path = write_config()
     config = yaml.safe_load(path.read_text())
     config["model"]["predictor"]["init_args"]["network"]["init_args"]["hiden"] = 3
     path.write_text(yaml.safe_dump(config))
-    refused(capsys, train_words(path, tmp_path / "run"), "hiden")
+    rejected(capsys, train_arguments(path, tmp_path / "run"), "hiden")
     assert not (tmp_path / "run").exists()
 
 
-def bad_data(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
-    """A data section with one thing wrong, and the word that the message must hold."""
-    folder.mkdir()
+def source(name: str, path: Path, **arguments: Any) -> dict[str, Any]:
+    """A data section."""
+    return {"class_path": f"ndm.data.{name}", "init_args": {"path": str(path), **arguments}}
+
+
+def invalid_table(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """A data section with one fault, and a string that the message must contain."""
+    generator = np.random.default_rng(0)
     if kind == "missing table":
-        return {
-            "class_path": "ndm.data.Table",
-            "init_args": {"path": str(folder / "nothing.csv")},
-        }, "nothing.csv"
+        return source("Table", folder / "nothing.csv"), "nothing.csv"
+    path = folder / "table.npy"
     if kind == "NaN":
-        values = np.random.default_rng(0).normal(size=(50, 2))
+        values = generator.normal(size=(50, 2))
         values[17, 1] = np.nan
-        np.save(folder / "table.npy", values)
-        return {
-            "class_path": "ndm.data.Table",
-            "init_args": {"path": str(folder / "table.npy")},
-        }, "17"
+        np.save(path, values)
+        return source("Table", path), "17"
     if kind == "out of range":
-        values = np.random.default_rng(0).integers(0, 17, (50, 2))
-        values[3, 0] = 99
-        np.save(folder / "table.npy", values)
-        return {
-            "class_path": "ndm.data.Table",
-            "init_args": {"path": str(folder / "table.npy"), "num_values": 17},
-        }, "99"
+        integers = generator.integers(0, 17, (50, 2))
+        integers[3, 0] = 99
+        np.save(path, integers)
+        return source("Table", path, num_values=17), "99"
     if kind == "pickle":
-        np.save(folder / "table.npy", np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
-        return {
-            "class_path": "ndm.data.Table",
-            "init_args": {"path": str(folder / "table.npy")},
-        }, "table.npy"
+        np.save(path, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
+        return source("Table", path), "table.npy"
+    assert kind == "discrete under a density"
+    np.save(path, generator.integers(0, 17, (50, 2)))
+    return source("Table", path, num_values=17), "DiscretizedGaussian"
+
+
+def invalid_images(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """A data section with one fault, and a string that the message must contain."""
     if kind == "image sizes":
         for index in range(6):
             image(folder / f"{index}.png", (8, 8) if index else (8, 9), index)
-        return {"class_path": "ndm.data.ImageFolder", "init_args": {"path": str(folder)}}, "0.png"
+        return source("ImageFolder", folder), "0.png"
     if kind == "empty class folder":
         for index in range(10):
             image(folder / "cats" / f"{index}.png", seed=index)
         (folder / "dogs").mkdir()
-        return {"class_path": "ndm.data.ImageFolder", "init_args": {"path": str(folder)}}, "dogs"
+        return source("ImageFolder", folder), "dogs"
     if kind == "empty split":
         for index in range(4):
             image(folder / "train" / f"{index}.png", seed=index)
         (folder / "test").mkdir()
-        return {"class_path": "ndm.data.ImageFolder", "init_args": {"path": str(folder)}}, "test"
-    if kind == "discrete under a density":
-        np.save(folder / "table.npy", np.random.default_rng(0).integers(0, 17, (50, 2)))
-        return {
-            "class_path": "ndm.data.Table",
-            "init_args": {"path": str(folder / "table.npy"), "num_values": 17},
-        }, "DiscretizedGaussian"
+        return source("ImageFolder", folder), "test"
     assert kind == "class missing in MNIST files"
     generator = np.random.default_rng(0)
-    for prefix in ("train", "t10k"):
+    for prefix, classes in (("train", 10), ("t10k", 9)):
         idx(folder / f"{prefix}-images-idx3-ubyte.gz", generator.integers(0, 256, (40, 28, 28)))
-        idx(
-            folder / f"{prefix}-labels-idx1-ubyte.gz",
-            np.arange(40) % 10 if prefix == "train" else np.arange(40) % 9,
-        )
-    return {"class_path": "ndm.data.MNIST", "init_args": {"path": str(folder)}}, "9"
+        idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(40) % classes)
+    return source("MNIST", folder), "9"
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("make", "kind"),
     [
-        "missing table",
-        "NaN",
-        "out of range",
-        "pickle",
-        "image sizes",
-        "empty class folder",
-        "empty split",
-        "class missing in MNIST files",
-        "discrete under a density",
+        (invalid_table, "missing table"),
+        (invalid_table, "NaN"),
+        (invalid_table, "out of range"),
+        (invalid_table, "pickle"),
+        (invalid_images, "image sizes"),
+        (invalid_images, "empty class folder"),
+        (invalid_images, "empty split"),
+        (invalid_images, "class missing in MNIST files"),
+        (invalid_table, "discrete under a density"),
     ],
 )
-def test_bad_data(
-    kind: str, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_data_are_rejected(
+    make: Callable[[str, Path], tuple[dict[str, Any], str]],
+    kind: str,
+    write_config: ConfigWriter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data, culprit = bad_data(kind, tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    data, culprit = make(kind, tmp_path / "data")
     config = write_config()
     content = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**content, "data": data}))
-    refused(capsys, train_words(config, tmp_path / "run"), culprit)
+    rejected(capsys, train_arguments(config, tmp_path / "run"), culprit)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import TINY
-
     folder = tmp_path_factory.mktemp("finished")
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({**TINY, "train": {**TINY["train"], "steps": 2}}))
-    assert main(train_words(config, folder / "run")) == 0
+    run_command(*train_arguments(config, folder / "run"))
     return folder / "run"
 
 
-def copy_of(run: Path, target: Path) -> Path:
+def copy_run(run: Path, target: Path) -> Path:
     for path in run.rglob("*"):
         if path.is_file():
             (target / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
@@ -267,16 +246,16 @@ def copy_of(run: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("keep", [0, 100, -1])
-def test_a_damaged_checkpoint_is_named_and_kept(
+def test_a_damaged_checkpoint_is_named_and_left_in_place(
     keep: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = copy_of(finished, tmp_path / "run")
+    run = copy_run(finished, tmp_path / "run")
     (run / "metrics.json").unlink()
     checkpoint = run / "checkpoints/last.ckpt"
     content = checkpoint.read_bytes()
     damaged = content[: len(content) // 2] if keep < 0 else content[:keep]
     checkpoint.write_bytes(damaged)
-    refused(capsys, ["train", "--out", str(run)], "last.ckpt", "truncated or damaged")
+    rejected(capsys, ["train --out", run], "last.ckpt", "truncated or damaged")
     assert checkpoint.read_bytes() == damaged
 
 
@@ -287,85 +266,79 @@ def test_a_checkpoint_is_not_unpickled(
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    run = copy_of(finished, tmp_path / "run")
+    run = copy_run(finished, tmp_path / "run")
     (run / "metrics.json").unlink()
     torch.save({"global_step": 1, "state_dict": Evil()}, run / "checkpoints/last.ckpt")
-    refused(capsys, ["train", "--out", str(run)], "last.ckpt")
+    rejected(capsys, ["train --out", run], "last.ckpt")
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_damaged_model_is_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = copy_of(finished, tmp_path / "run")
+    run = copy_run(finished, tmp_path / "run")
     weights = run / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    for words in (["sample", str(run), "--out", str(tmp_path / "x.png")], ["evaluate", str(run)]):
-        refused(capsys, words, "model.safetensors")
+    for command in (["sample", run, "--out", tmp_path / "x.png"], ["evaluate", run]):
+        rejected(capsys, command, "model.safetensors")
     assert not (tmp_path / "x.png").exists()
 
 
-def test_another_configuration_in_the_same_folder(
+def test_another_configuration_in_the_same_folder_is_rejected(
     finished: Path, write_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "config.yaml").read_bytes()
-    refused(
-        capsys, train_words(write_config(), finished, "--train.steps=3"), "train.steps", "2", "3"
-    )
+    command = train_arguments(write_config(), finished, "--train.steps=3")
+    rejected(capsys, command, "train.steps", "2", "3")
     assert (finished / "config.yaml").read_bytes() == before
 
 
-def test_a_run_of_a_version_that_had_fewer_settings_goes_on(
+def test_a_run_of_an_earlier_version_resumes_with_the_default_settings(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With their defaults; another value of one is refused."""
-    run = copy_of(finished, tmp_path / "run")
+    """A value other than the default is rejected."""
+    run = copy_run(finished, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["train"].pop("optimizer") == "adamw"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["train", "--out", str(run)]) == 0
+    run_command("train --out", run)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    refused(
-        capsys,
-        ["train", "--out", str(run), "--train.optimizer=soap"],
-        "train.optimizer",
-        "'adamw'",
-        "'soap'",
-    )
+    command = ["train --out", run, "--train.optimizer=soap"]
+    rejected(capsys, command, "train.optimizer", "'adamw'", "'soap'")
 
 
 @pytest.mark.parametrize(
-    ("words", "culprit"),
+    ("command", "culprit"),
     [
-        (["sample", "RUN", "--out", "x.gif"], "x.gif"),
-        (["sample", "RUN", "--out", "x.png", "--n", "0"], "n=0"),
-        (["sample", "RUN", "--out", "x.png", "--method", "magic"], "magic"),
-        (["sample", "RUN", "--out", "x.png", "--method", "ode", "--solver", "rk9"], "rk9"),
-        (["sample", "RUN", "--out", "x.png", "--method", "ddim", "--eta", "0.5"], "eta"),
-        (["sample", "RUN", "--out", "x.png", "--steps", "0"], "steps"),
-        (["sample", "nowhere", "--out", "x.png"], "nowhere"),
-        (["evaluate", "RUN", "--split", "holdout"], "holdout"),
-        (["evaluate", "RUN", "--draws", "0"], "draws"),
-        (["evaluate", "RUN", "--device", "abacus"], "abacus"),
-        (["evaluate", "RUN", "--steps", "10,fifty"], "fifty"),
-        (["evaluate", "RUN", "--steps", "0"], "steps"),
-        (["evaluate", "RUN", "--steps", "99999999999999999999999"], "steps"),
-        (["evaluate", "RUN", "--json", "."], "is a folder"),
-        (["evaluate", "RUN", "--nll", "--iw", "2", "--dequantization", "none"], "iw=2"),
-        (["evaluate", "RUN", "--iw", "4"], "iw=4"),
-        (["evaluate", "RUN", "--nll", "--iw", "0"], "iw=0"),
-        (["evaluate", "RUN", "--limit", "0"], "limit=0"),
-        (["evaluate", "RUN", "--nll", "--solver", "rk9"], "rk9"),
-        (["evaluate", "RUN", "--nll", "--probes", "0"], "probes=0"),
-        (["evaluate", "RUN", "--nll", "--nodes", "5"], "nodes=5"),
-        (["evaluate", "RUN", "--nll", "--rtol", "-1"], "rtol"),
-        (["evaluate", "RUN", "--nll", "--rtol", "1e-30", "--atol", "1e-30"], "float64"),
-        (["evaluate", "RUN", "--nll", "--dequantization", "uniform"], "uniform"),
-        (["evaluate", "nowhere"], "nowhere"),
+        ("sample RUN --out x.gif", "x.gif"),
+        ("sample RUN --out x.png --n 0", "n=0"),
+        ("sample RUN --out x.png --method magic", "magic"),
+        ("sample RUN --out x.png --method ode --solver rk9", "rk9"),
+        ("sample RUN --out x.png --method ddim --eta 0.5", "eta"),
+        ("sample RUN --out x.png --steps 0", "steps"),
+        ("sample nowhere --out x.png", "nowhere"),
+        ("evaluate RUN --split holdout", "holdout"),
+        ("evaluate RUN --draws 0", "draws"),
+        ("evaluate RUN --device abacus", "abacus"),
+        ("evaluate RUN --steps 10,fifty", "fifty"),
+        ("evaluate RUN --steps 0", "steps"),
+        ("evaluate RUN --steps 99999999999999999999999", "steps"),
+        ("evaluate RUN --json .", "is a folder"),
+        ("evaluate RUN --nll --iw 2 --dequantization none", "iw=2"),
+        ("evaluate RUN --iw 4", "iw=4"),
+        ("evaluate RUN --nll --iw 0", "iw=0"),
+        ("evaluate RUN --limit 0", "limit=0"),
+        ("evaluate RUN --nll --solver rk9", "rk9"),
+        ("evaluate RUN --nll --probes 0", "probes=0"),
+        ("evaluate RUN --nll --nodes 5", "nodes=5"),
+        ("evaluate RUN --nll --rtol -1", "rtol"),
+        ("evaluate RUN --nll --rtol 1e-30 --atol 1e-30", "float64"),
+        ("evaluate RUN --nll --dequantization uniform", "uniform"),
+        ("evaluate nowhere", "nowhere"),
     ],
 )
-def test_wrong_use_of_a_run(
-    words: list[str],
+def test_invalid_use_of_a_run_is_rejected(
+    command: str,
     culprit: str,
     finished: Path,
     tmp_path: Path,
@@ -373,39 +346,23 @@ def test_wrong_use_of_a_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(capsys, [str(finished) if word == "RUN" else word for word in words], culprit)
+    parts = [finished if part == "RUN" else part for part in command.split()]
+    rejected(capsys, parts, culprit)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_or_forbidden_place_to_write(
+def test_an_unwritable_output_path_is_rejected(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    refused(
-        capsys,
-        ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "file" / "x.npy")],
-        "file",
-    )
+    rejected(capsys, ["sample", finished, "--n 2 --out", tmp_path / "file" / "x.npy"], "file")
     (tmp_path / "x.npy").mkdir()
-    refused(
-        capsys,
-        ["sample", str(finished), "--n", "2", "--out", str(tmp_path / "x.npy")],
-        "x.npy is a folder",
-    )
-    refused(
-        capsys,
-        [
-            "train",
-            "--config",
-            str(finished / "config.yaml"),
-            "--out",
-            str(tmp_path / "file" / "run"),
-        ],
-        "cannot be created",
-    )
+    rejected(capsys, ["sample", finished, "--n 2 --out", tmp_path / "x.npy"], "x.npy is a folder")
+    command = train_arguments(finished / "config.yaml", tmp_path / "file" / "run")
+    rejected(capsys, command, "cannot be created")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
 @pytest.mark.parametrize(
     "write",
     [
@@ -414,49 +371,35 @@ def test_a_full_or_forbidden_place_to_write(
         lambda path: save_file({"x": torch.zeros(10**5)}, path),
     ],
 )
-def test_a_file_for_which_there_is_no_place(
-    write: Callable[[Path], object], tmp_path: Path
-) -> None:
-    """As on a full disk: one line, what was there stays, nothing is left over. By a limit on the
-    size of files.
-    """
+def test_a_failed_write_keeps_the_old_file(write: Callable[[Path], object], tmp_path: Path) -> None:
+    """A limit on file sizes acts like a full disk: one error line and no temporary files."""
     import resource
 
-    target, limits, ignored = (
-        tmp_path / "x",
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-    )
+    target = tmp_path / "x"
     target.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*x: .*full"):
             write_atomically(target, write)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+        signal.signal(signal.SIGXFSZ, previous_handler)
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and target.read_text() == "before"
 
 
-def test_too_little_memory(
+def test_too_little_memory_is_reported(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "sample",
-        str(finished),
-        "--n",
-        str(10**16),
-        "--batch_size",
-        str(10**16),
-        "--out",
-        str(tmp_path / "x.npy"),
-    ]
-    refused(capsys, words, "out of memory", "--batch_size")
+    size = 10**16
+    command = ["sample", finished, f"--n {size} --batch_size {size} --out", tmp_path / "x.npy"]
+    rejected(capsys, command, "out of memory", "--batch_size")
 
 
-def test_what_a_killed_process_left_is_cleared_away(finished: Path, tmp_path: Path) -> None:
-    run = copy_of(finished, tmp_path / "run")
+def test_files_left_by_a_killed_process_are_removed(finished: Path, tmp_path: Path) -> None:
+    run = copy_run(finished, tmp_path / "run")
     (run / "metrics.json").unlink()
     (run / "checkpoints/.last-abc.ckpt").write_bytes(bytes(1000))
-    assert main(["train", "--out", str(run)]) == 0
+    run_command("train --out", run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]

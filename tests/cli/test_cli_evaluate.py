@@ -1,4 +1,4 @@
-"""``ndm evaluate``: the contract of its numbers, and two processes that agree with one."""
+"""``ndm evaluate``: its record, and two processes agree with one."""
 
 import csv
 import json
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cli.commands import arguments, exit_code, run_command
 from conftest import TINY
 from ndm.cli.main import main
 from ndm.evaluation.relations import check_relations
@@ -26,21 +27,19 @@ MLP = {
 
 def run_folder(folder: Path, **sections: Any) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump({**TINY, **sections}))
-    assert (
-        main(["train", "--config", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
-    )
+    run_command("train --config", folder / "config.yaml", "--out", folder / "run")
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def table_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Continuous data, continuous time."""
+    """A model of continuous data in continuous time."""
     return run_folder(tmp_path_factory.mktemp("table"), train={**TINY["train"], "steps": 60})
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Values on a grid, an MLP on images."""
+    """An MLP on images with values on a grid."""
     model = {
         "schedule": {
             "class_path": "ndm.LinearLogSNRSchedule",
@@ -59,47 +58,34 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def evaluate(run: Path, file: Path, *words: str) -> dict[str, Any]:
-    assert main(["evaluate", str(run), "--json", str(file), *words]) == 0
+def read_record(file: Path) -> dict[str, Any]:
+    """Read strict JSON, without NaN and Infinity."""
     record: dict[str, Any] = json.loads(
-        file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
+        file.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON")
     )
     return record
 
 
-def test_all_numbers_at_once(
+def evaluate(run: Path, file: Path, *options: str | Path) -> dict[str, Any]:
+    """Evaluate a run and return the record in ``file``."""
+    run_command("evaluate", run, "--json", file, *options)
+    return read_record(file)
+
+
+def test_one_call_computes_every_measure(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--nelbo",
-        "--nll",
-        "--steps",
-        "4,8,200",
-        "--iw",
-        "2",
-        "--calibrate",
-        "--draws",
-        "2",
-        "--solver",
-        "rk4",
-        "--nodes",
-        "8",
-    ]
-    record = evaluate(digits_run, tmp_path / "e.json", *words, "--markdown", str(tmp_path / "e.md"))
+    measures = "--nelbo --nll --steps 4,8,200 --iw 2 --calibrate"
+    options = f"{measures} --draws 2 --solver rk4 --nodes 8 --markdown"
+    record = evaluate(digits_run, tmp_path / "e.json", options, tmp_path / "e.md")
     assert set(record["nelbo_discrete_bpd"]) == {"4", "8", "200"}
-    assert set(record["nelbo_iw_bpd"]) == {
-        "4",
-        "8",
-    }, "no importance-weighted bound above --iw_steps"
+    assert set(record["nelbo_iw_bpd"]) == {"4", "8"}, "none above --iw_steps"
     assert set(record["nelbo_discrete_calibrated_bpd"]) == {"4", "8", "200"}
+    discrete = record["nelbo_discrete_bpd"]
     for steps in ("4", "8"):
-        assert record["nelbo_discrete_calibrated_bpd"][steps] < record["nelbo_discrete_bpd"][steps]
-        assert record["nelbo_iw_bpd"][steps] < record["nelbo_discrete_bpd"][steps]
-    assert (
-        record["nelbo_discrete_bpd"]["4"]
-        > record["nelbo_discrete_bpd"]["8"]
-        > record["nelbo_discrete_bpd"]["200"]
-    )
+        assert record["nelbo_discrete_calibrated_bpd"][steps] < discrete[steps]
+        assert record["nelbo_iw_bpd"][steps] < discrete[steps]
+    assert discrete["4"] > discrete["8"] > discrete["200"]
     assert record["nll_bpd_stderr"] > 0
     assert record["nfe_mean"] == 2 * (4 * 8 + 9)
     assert record["num_examples"] == record["split_size"] == 359
@@ -108,86 +94,58 @@ def test_all_numbers_at_once(
     assert all(one["data_sha256"] == record["data_sha256"] for one in record["measurements"])
     assert all(isinstance(check["holds"], bool) for check in record["checks"])
     out = capsys.readouterr().out
-    for number in (record["nelbo_bpd"], record["nll_bpd"], record["nelbo_discrete_bpd"]["200"]):
+    for number in (record["nelbo_bpd"], record["nll_bpd"], discrete["200"]):
         assert f"{number:.4f}" in out
     assert len((tmp_path / "e.md").read_text().splitlines()) == len(names) + 2
 
 
-def test_a_violated_relation_is_a_visible_warning(
+def test_a_violated_relation_prints_a_warning(
     digits_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Minus a hundred standard errors is asked for: no difference passes that."""
+    """The threshold is -100 standard errors, which no difference passes."""
     monkeypatch.setattr(
         "ndm.cli.evaluate.check_relations",
         lambda measurements: check_relations(measurements, errors=-100.0),
     )
-    record = evaluate(digits_run, tmp_path / "e.json", "--nelbo", "--steps", "100", "--draws", "1")
+    record = evaluate(digits_run, tmp_path / "e.json", "--nelbo --steps 100 --draws 1")
     assert [check["holds"] for check in record["checks"]] == [False]
     streams = capsys.readouterr()
     assert "ndm: warning: a relation that should hold does not: NELBO" in streams.err
     assert "check: NELBO" in streams.out
 
 
-def test_density_of_continuous_data_in_nats_and_in_the_units_of_the_source(
+def test_continuous_densities_are_in_nats_and_in_the_units_of_the_source(
     table_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = evaluate(
-        table_run,
-        tmp_path / "e.json",
-        "--nelbo",
-        "--nll",
-        "--dequantization",
-        "none",
-        "--draws",
-        "4",
-        "--dtype",
-        "float64",
-    )
+    exact = "--nll --dequantization none"
+    double = "--dtype float64"
+    options = f"--nelbo {exact} --draws 4 {double}"
+    record = evaluate(table_run, tmp_path / "e.json", options)
     assert record["nll_nats_source_units"] == pytest.approx(
         record["nll_nats"] + record["log_scale_nats"]
     )
     assert record["dtype"] == "float64"
     assert record["measurements"][1]["probes"] == "exact"
     assert "density in the units of the data" in capsys.readouterr().out
-    fitted = evaluate(
-        table_run,
-        tmp_path / "g.json",
-        "--steps",
-        " ",
-        "--nelbo",
-        "--calibrate",
-        "--dtype",
-        "float64",
-        "--draws",
-        "1",
-    )
+    file = tmp_path / "g.json"
+    options = f"--nelbo --calibrate {double} --draws 1"
+    assert main([*arguments("evaluate", table_run, "--json", file, options), "--steps", " "]) == 0
+    fitted = read_record(file)
     assert "nelbo_calibrated_bpd" in fitted
-    single = evaluate(table_run, tmp_path / "f.json", "--nll", "--dequantization", "none")
+    single = evaluate(table_run, tmp_path / "f.json", exact)
     assert single["nll_nats"] == pytest.approx(record["nll_nats"], abs=1e-3)
     assert "nelbo_bpd" not in single
 
 
-def test_the_batch_size_does_not_change_the_number_and_a_limit_is_told(
+def test_the_batch_size_does_not_change_the_result_and_the_limit_is_printed(
     digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = "--nll --nelbo --solver rk4 --nodes 16 --limit 15 --draws 2 --batch_size"
     first, second = (
-        evaluate(
-            *(
-                digits_run,
-                tmp_path / "e.json",
-                "--nll",
-                "--nelbo",
-                "--solver",
-                "rk4",
-                "--nodes",
-                "16",
-            ),
-            *("--limit", "15", "--draws", "2", "--batch_size", size),
-        )
-        for size in ("4", "15")
+        evaluate(digits_run, tmp_path / "e.json", f"{options} {size}") for size in (4, 15)
     )
     for name in ("nll_bpd", "nelbo_bpd", "nll_bpd_stderr", "nelbo_bpd_stderr"):
         assert first[name] == pytest.approx(second[name], rel=2e-4)
@@ -198,121 +156,65 @@ def test_the_batch_size_does_not_change_the_number_and_a_limit_is_told(
 def test_two_processes_agree_with_one_and_do_not_wait_for_each_other(
     digits_run: Path, tmp_path: Path
 ) -> None:
-    """With an adaptive solver, whose ranks take different numbers of steps, and an odd number of
-    batches.
-    """
-    words = [
-        "--nelbo",
-        "--nll",
-        "--steps",
-        "5",
-        "--draws",
-        "2",
-        "--limit",
-        "50",
-        "--batch_size",
-        "10",
-        "--probes",
-        "1",
-        "--rtol",
-        "1e-3",
-    ]
-    alone = evaluate(digits_run, tmp_path / "one.json", *words)
+    """Ranks have different numbers of batches and of adaptive solver steps."""
+    options = "--nelbo --nll --steps 5 --draws 2 --limit 50 --batch_size 10 --probes 1 --rtol 1e-3"
+    single = evaluate(digits_run, tmp_path / "one.json", options)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(port),
-        "-m",
-        "ndm.cli",
-    ]
-    command = [*launcher, "evaluate", str(digits_run), "--json", str(tmp_path / "two.json"), *words]
+    launcher = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} -m ndm.cli"
+    file = tmp_path / "two.json"
+    command = arguments(launcher, "evaluate", digits_run, "--json", file, options)
     done = subprocess.run(
-        command,
+        [sys.executable, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1, "one process speaks for both"
-    together = json.loads((tmp_path / "two.json").read_text())
-    assert together["measurements"][0]["processes"] == 2
-    for name in (
-        "nll_bpd",
-        "nll_bpd_stderr",
-        "nelbo_bpd",
-        "nelbo_bpd_stderr",
-        "nfe_mean",
-        "num_examples",
-    ):
-        assert together[name] == pytest.approx(alone[name], rel=1e-9), name
-    assert together["nelbo_discrete_bpd"]["5"] == pytest.approx(
-        alone["nelbo_discrete_bpd"]["5"], rel=1e-9
-    )
+    assert done.stdout.count("wrote ") == 1, "only one process prints"
+    double = json.loads(file.read_text())
+    assert double["measurements"][0]["processes"] == 2
+    names = "nll_bpd nll_bpd_stderr nelbo_bpd nelbo_bpd_stderr nfe_mean num_examples"
+    for name in arguments(names):
+        assert double[name] == pytest.approx(single[name], rel=1e-9), name
+    expected = single["nelbo_discrete_bpd"]["5"]
+    assert double["nelbo_discrete_bpd"]["5"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_examples_of_the_user_are_measured_one_by_one(
+def test_user_examples_are_evaluated_one_by_one(
     table_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rows of the test split in a file of their own have the numbers of the test split, and a
-    row that lies far off has the worst.
-    """
+    """A file with the test split gives the results of the split; an outlier has the largest NLL."""
     source = Run(table_run).data()
     x = source.to_source_units(source.split("test").__getitems__(range(100)).double()).numpy()
-    np.save(tmp_path / "x.npy", x)
-    words = ["--nll", "--nelbo", "--draws", "2", "--solver", "rk4", "--nodes", "8"]
-    expected = evaluate(table_run, tmp_path / "e.json", *words)
-    (tmp_path / "run").mkdir()
-    for name in ("config.yaml", "model"):  # the data of the run need not be there
-        (tmp_path / "run" / name).symlink_to(table_run / name)
-    found = evaluate(
-        tmp_path / "run",
-        tmp_path / "f.json",
-        *words,
-        "--data",
-        str(tmp_path / "x.npy"),
-        "--csv",
-        str(tmp_path / "v.csv"),
-    )
+    examples, csv_file = tmp_path / "x.npy", tmp_path / "v.csv"
+    np.save(examples, x)
+    options = "--nll --nelbo --draws 2 --solver rk4 --nodes 8"
+    expected = evaluate(table_run, tmp_path / "e.json", options)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "model"):  # the data of the run may be missing
+        (run / name).symlink_to(table_run / name)
+    record_file, of_examples = tmp_path / "f.json", (options, "--data", examples, "--csv", csv_file)
+    found = evaluate(run, record_file, *of_examples)
     for key in ("nelbo_bpd", "nll_bpd", "nelbo_nats_source_units", "nll_nats_source_units"):
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
     assert (found["data"], found["split"], found["num_examples"]) == ("x", "all", 100)
-    with (tmp_path / "v.csv").open() as file:
+    with csv_file.open() as file:
         head, *rows = csv.reader(file)
-    assert (
-        head[0] == "example"
-        and len(head) == 3
-        and [row[0] for row in rows] == [str(n) for n in range(100)]
-    )
+    assert head[0] == "example" and len(head) == 3
+    assert [row[0] for row in rows] == [str(n) for n in range(100)]
     for column, key in ((1, "nelbo_nats_source_units"), (2, "nll_nats_source_units")):
         assert np.mean([float(row[column]) for row in rows]) == pytest.approx(found[key], rel=1e-6)
-    alone = evaluate(
-        table_run / "model", tmp_path / "g.json", "--draws", "2", "--data", str(tmp_path / "x.npy")
-    )
-    assert alone["nelbo_bpd"] == pytest.approx(expected["nelbo_bpd"], rel=1e-5)
+    of_model = evaluate(table_run / "model", tmp_path / "g.json", "--draws 2 --data", examples)
+    assert of_model["nelbo_bpd"] == pytest.approx(expected["nelbo_bpd"], rel=1e-5)
     x[7] = 9.0
-    np.save(tmp_path / "x.npy", x)
-    evaluate(
-        table_run,
-        tmp_path / "f.json",
-        *words,
-        "--data",
-        str(tmp_path / "x.npy"),
-        "--csv",
-        str(tmp_path / "v.csv"),
-    )
-    values = np.loadtxt(tmp_path / "v.csv", delimiter=",", skiprows=1, usecols=-1)
+    np.save(examples, x)
+    evaluate(table_run, record_file, *of_examples)
+    values = np.loadtxt(csv_file, delimiter=",", skiprows=1, usecols=-1)
     assert int(values.argmax()) == 7
     capsys.readouterr()
-    assert (
-        main(["evaluate", str(table_run), "--data", str(tmp_path / "x.npy"), "--split", "train"])
-        == 2
-    )
+    assert exit_code("evaluate", table_run, "--data", examples, "--split train") == 2
     assert "split=train does not go with data=" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ndm
-from ndm.cli.main import main
+from cli.commands import run_command
 from ndm.data import TwoMoons
 
 SHORT = {
@@ -28,33 +28,30 @@ CLASSES = {"nfdm": ndm.NFDM, "transport": ndm.variants.TransportNDM}
 @pytest.fixture(scope="module", params=CLASSES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / request.param
-    options = [part for name, value in SHORT.items() for part in (f"--{name}", value)]
-    assert main(["train", "--config", request.param, "--out", str(folder), *options]) == 0
+    options = [f"--{name}={value}" for name, value in SHORT.items()]
+    run_command("train --config", request.param, "--out", folder, *options)
     return folder
 
 
-def test_the_saved_model_is_that_of_the_configuration(run: Path) -> None:
+def test_the_saved_model_has_the_class_of_the_configuration(run: Path) -> None:
     model = ndm.DiffusionModel.from_pretrained(run / "model")
     assert type(model) is CLASSES[run.name]
     assert (run / "samples.png").is_file()
     assert (run / "transform.png").is_file()
 
 
-def test_samples_are_those_of_the_model(run: Path, tmp_path: Path) -> None:
+def test_the_command_draws_the_samples_of_the_model(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples.npy"
-    command = ["sample", str(run), "--n", "6", "--steps", "3", "--seed", "7", "--out", str(out)]
-    assert main(command) == 0
+    run_command("sample", run, "--n 6 --steps 3 --seed 7 --out", out)
     model = ndm.DiffusionModel.from_pretrained(run / "model").eval()
     expected = TwoMoons().to_source_units(model.sample(6, steps=3, seed=7, batch_size=256))
     np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_bound_and_the_likelihood_are_evaluated(run: Path, tmp_path: Path) -> None:
+def test_evaluate_returns_the_bound_and_the_likelihood(run: Path, tmp_path: Path) -> None:
     record, table = tmp_path / "evaluation.json", tmp_path / "examples.csv"
-    options = ["--nelbo", "--nll", "--dequantization", "none", "--limit", "4", "--draws", "2"]
-    ode = ["--solver", "rk4", "--nodes", "8"]
-    command = ["evaluate", str(run), *options, *ode, "--json", str(record), "--csv", str(table)]
-    assert main(command) == 0
+    options = "--nelbo --nll --dequantization none --limit 4 --draws 2 --solver rk4 --nodes 8"
+    run_command("evaluate", run, options, "--json", record, "--csv", table)
     model = ndm.DiffusionModel.from_pretrained(run / "model").eval()
     points = TwoMoons().split("test")
     x = points[[index * len(points) // 4 for index in range(4)]]

@@ -1,6 +1,4 @@
-"""CIFAR-10's binary version and a folder of faces, made here: pixels come back exactly, and each
-fault has its message.
-"""
+"""Synthetic CIFAR-10 files and face folders: exact pixels, and a message for each fault."""
 
 import numpy as np
 import pytest
@@ -10,19 +8,12 @@ from PIL import Image
 from ndm.data import CIFAR10, CelebAHQ, cifar
 from ndm.errors import UserError
 
-NAMES = [
-    "data_batch_1.bin",
-    "data_batch_2.bin",
-    "data_batch_3.bin",
-    "data_batch_4.bin",
-    "data_batch_5.bin",
-    "test_batch.bin",
-]
+NAMES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
 
 
 @pytest.fixture
 def records():
-    """Six files of twenty records each, labels first."""
+    """The labels and the pixels of six files with twenty records each."""
     generator = np.random.default_rng(0)
     found = {}
     for name in NAMES:
@@ -43,48 +34,37 @@ def write(folder, records):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A release of as many images as the files here hold."""
+    """Shrink the expected sizes of the release to those of the fixture."""
     monkeypatch.setattr(cifar, "COUNTS", {"train": 100, "test": 20})
 
 
-def test_pixels_and_labels_come_back_in_order(tmp_path, records, small):
+def test_pixels_and_labels_are_read_in_order(tmp_path, records, small):
     source = CIFAR10(str(write(tmp_path / "cifar-10-batches-bin", records)))
     description = source.describe()
-    assert (description.name, description.event_shape, description.num_values) == (
-        "cifar10",
-        (3, 32, 32),
-        256,
-    )
+    assert description.name == "cifar10"
+    assert (description.event_shape, description.num_values) == ((3, 32, 32), 256)
     assert description.classes[3] == "cat" and description.splits == {"train": 100, "test": 20}
     for split, names in (("train", NAMES[:5]), ("test", NAMES[5:])):
         examples = source.split(split)
-        pixels = np.concatenate([records[name][1] for name in names])
-        np.testing.assert_array_equal(
-            source.integers(examples.__getitems__(range(len(examples)))).numpy(), pixels
-        )
-        assert (
-            examples.labels.tolist()
-            == np.concatenate([records[name][0] for name in names]).tolist()
-        )
+        labels, pixels = (np.concatenate([records[name][k] for name in names]) for k in (0, 1))
+        found = source.integers(examples.__getitems__(range(len(examples))))
+        np.testing.assert_array_equal(found.numpy(), pixels)
+        assert examples.labels.tolist() == labels.tolist()
     assert CIFAR10(str(tmp_path)).describe() == description
 
 
-def test_a_part_is_refused_or_has_another_name(tmp_path, records):
+def test_a_partial_release_is_rejected_unless_partial_is_set(tmp_path, records):
     folder = str(write(tmp_path, records))
-    with pytest.raises(
-        UserError, match=r"100 of 50000 train, 20 of 10000 test.*partial: true"
-    ) as error:
+    missing = r"100 of 50000 train, 20 of 10000 test.*partial: true"
+    with pytest.raises(UserError, match=missing) as error:
         CIFAR10(folder).describe()
     assert "\n" not in str(error.value)
     description = CIFAR10(folder, partial=True).describe()
-    assert (
-        description.name == "cifar10-partial"
-        and "100 of 50000" in description.version
-        and description.classes == ()
-    )
+    assert description.name == "cifar10-partial" and "100 of 50000" in description.version
+    assert description.classes == ()
 
 
-def test_a_pinned_checksum_holds_the_content(tmp_path, records, small):
+def test_content_must_match_a_pinned_checksum(tmp_path, records, small):
     write(tmp_path, records)
     pinned = CIFAR10(str(tmp_path)).describe().sha256
     assert CIFAR10(str(tmp_path), sha256=pinned.upper()).describe().sha256 == pinned
@@ -130,7 +110,7 @@ def no_cats(folder):
         (lambda folder: [(folder / name).unlink() for name in NAMES], ["six files", NAMES[0]]),
     ],
 )
-def test_damage_is_named_in_one_line(tmp_path, records, small, damage, culprits):
+def test_damage_is_reported_in_one_line(tmp_path, records, small, damage, culprits):
     write(tmp_path, records)
     damage(tmp_path)
     with pytest.raises(UserError) as error:
@@ -148,43 +128,32 @@ def faces(folder, names, side=8):
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_faces_are_split_by_the_numbers_in_their_names(tmp_path, padded):
-    source = CelebAHQ(
-        faces(tmp_path, [f"{i:05d}.png" if padded else f"{i}.png" for i in range(30)]),
-        size=8,
-        partial=True,
-    )
-    assert source.describe().name == "celebahq8-partial" and source.describe().splits == {
-        "train": 27,
-        "test": 3,
-    }
-    shades = {
-        split: (
-            (source.integers(source.split(split).__getitems__(range(n)))[:, 0, 0, 0] // 3).tolist()
-        )
-        for split, n in (("train", 27), ("test", 3))
-    }
-    assert shades == {"train": list(range(27)), "test": [27, 28, 29]}
+    names = [f"{i:05d}.png" if padded else f"{i}.png" for i in range(30)]
+    source = CelebAHQ(faces(tmp_path, names), size=8, partial=True)
+    assert source.describe().name == "celebahq8-partial"
+    assert source.describe().splits == {"train": 27, "test": 3}
+    for split, shades in (("train", range(27)), ("test", range(27, 30))):
+        pixels = source.integers(source.split(split).__getitems__(range(len(shades))))
+        assert (pixels[:, 0, 0, 0] // 3).tolist() == list(shades)
 
 
-def test_faces_scaled_beforehand_are_the_same_pixels(tmp_path):
-    rng, names = np.random.default_rng(0), ["a.png", "b.png"]
-    for name in names:
-        (tmp_path / "large").mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
-            tmp_path / "large" / name
-        )
+def test_faces_scaled_beforehand_have_the_same_pixels(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "large").mkdir()
+    for name in ("a.png", "b.png"):
+        pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "large" / name)
     large = CelebAHQ(str(tmp_path / "large"), size=8, partial=True)
     (tmp_path / "small").mkdir()
     for split, name in (("train", "a.png"), ("test", "b.png")):
         pixels = large.integers(large.split(split)[0]).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(tmp_path / "small" / name)
     small = CelebAHQ(str(tmp_path / "small"), size=8, partial=True)
-    assert all(
-        torch.equal(large.split(split)[0], small.split(split)[0]) for split in ("train", "test")
-    )
+    for split in ("train", "test"):
+        assert torch.equal(large.split(split)[0], small.split(split)[0])
 
 
-def test_another_number_of_faces_is_refused(tmp_path):
+def test_an_incomplete_set_of_faces_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"celebahq64.*9 of 27000 train, 1 of 3000 test.*partial"):
         CelebAHQ(faces(tmp_path / "a", [f"{i}.png" for i in range(10)])).describe()
     with pytest.raises(UserError, match="1 images"):

@@ -1,10 +1,9 @@
-"""The two releases of small ImageNet in their real formats, made here: pixels come back exactly,
-and each fault has its message.
-"""
+"""Synthetic files of both small ImageNet releases: exact pixels, and a message for each fault."""
 
 import io
 import pickle
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ def pixels():
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Releases of as many images as the files here hold."""
+    """Shrink the expected sizes of the releases to those of the fixture."""
     monkeypatch.setattr(imagenet, "OORD", COUNTS)
     monkeypatch.setattr(imagenet, "CHRABASZCZ", COUNTS)
 
@@ -49,17 +48,14 @@ def as_folders(root, pixels):
 
 
 def as_tars(root, pixels):
-    """In another order than that of the names, as archives are, with a hidden file of macOS among
-    them.
-    """
+    """Write archives that are not sorted by name and contain hidden files of macOS."""
     root.mkdir(exist_ok=True)
     for split, images in pixels.items():
         with tarfile.open(root / f"{FOLDERS[split]}.tar", "w") as archive:
             for index in reversed(range(len(images))):
-                for name, data in (
-                    (f"{index:07d}.png", png(images[index])),
-                    (f"._{index:07d}.png", b"no image"),
-                ):
+                image = (f"{index:07d}.png", png(images[index]))
+                hidden = (f"._{index:07d}.png", b"no image")
+                for name, data in (image, hidden):
                     member = tarfile.TarInfo(f"{FOLDERS[split]}/{name}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -73,37 +69,30 @@ def as_arrays(root, pixels, save=np.savez, batches=(3, 4)):
         rows = pixels["train"][start : start + size].reshape(size, -1)
         save(root / f"train_data_batch_{number}.npz", data=rows, labels=np.arange(size) + 1)
         start += size
-    save(
-        root / "val_data.npz",
-        data=pixels["test"].reshape(len(pixels["test"]), -1),
-        labels=np.arange(4) + 1,
-    )
+    rows = pixels["test"].reshape(len(pixels["test"]), -1)
+    save(root / "val_data.npz", data=rows, labels=np.arange(4) + 1)
     return root
 
 
-def assert_holds(source, pixels):
+def assert_pixels(source, pixels):
     for split, images in pixels.items():
         examples = source.split(split)
-        np.testing.assert_array_equal(
-            source.integers(examples.__getitems__(range(len(examples)))).numpy(), images
-        )
+        found = source.integers(examples.__getitems__(range(len(examples))))
+        np.testing.assert_array_equal(found.numpy(), images)
         order = [3, 0, 2]
-        assert torch.equal(
-            examples.__getitems__(order), torch.stack([examples[index] for index in order])
-        )
-        again = pickle.loads(pickle.dumps(examples))  # what a worker gets
-        assert torch.equal(again[3], examples[3])
+        one_by_one = torch.stack([examples[index] for index in order])
+        assert torch.equal(examples.__getitems__(order), one_by_one)
+        copied = pickle.loads(pickle.dumps(examples))  # as workers receive it
+        assert torch.equal(copied[3], examples[3])
 
 
-def test_archives_and_folders_hold_the_same_data(tmp_path, pixels):
-    sources = [
-        ImageNetOord(str(build(tmp_path / name, pixels)))
-        for name, build in (("tar", as_tars), ("png", as_folders))
-    ]
-    for source in sources:
-        assert_holds(source, pixels)
+def test_archives_and_folders_give_the_same_data(tmp_path, pixels):
+    tars = ImageNetOord(str(as_tars(tmp_path / "tar", pixels)))
+    folders = ImageNetOord(str(as_folders(tmp_path / "png", pixels)))
+    for source in (tars, folders):
+        assert_pixels(source, pixels)
         assert source.describe().name == "imagenet32-oord" and source.describe().splits == COUNTS
-    assert sources[0].describe() == sources[1].describe()
+    assert tars.describe() == folders.describe()
 
 
 @pytest.mark.parametrize(
@@ -111,44 +100,43 @@ def test_archives_and_folders_hold_the_same_data(tmp_path, pixels):
 )
 def test_arrays_are_mapped_in_place_or_expanded_once(tmp_path, pixels, save, batches):
     source = ImageNetChrabaszcz(str(as_arrays(tmp_path / "a", pixels, save, batches)))
-    assert_holds(source, pixels)
+    assert_pixels(source, pixels)
     assert source.describe().name == "imagenet32-chrabaszcz" and source.describe().splits == COUNTS
     other = ImageNetChrabaszcz(str(as_arrays(tmp_path / "b", pixels, np.savez, (2, 5))))
     assert source.describe().sha256 == other.describe().sha256
     expanded = sorted((tmp_path / "a" / "expanded").glob("*"))
     assert len(expanded) == (len(batches) + 1 if save is np.savez_compressed else 0)
     before = [file.stat().st_mtime_ns for file in expanded]
-    assert_holds(ImageNetChrabaszcz(str(tmp_path / "a")), pixels)
+    assert_pixels(ImageNetChrabaszcz(str(tmp_path / "a")), pixels)
     assert [file.stat().st_mtime_ns for file in expanded] == before
-    assert len(pickle.dumps(source.split("train"))) < 2000  # a worker gets places, not pixels
+    assert len(pickle.dumps(source.split("train"))) < 2000  # workers receive offsets, not pixels
 
 
-def test_new_files_are_expanded_again(tmp_path, pixels):
+def test_changed_files_are_expanded_again(tmp_path, pixels):
     folder = as_arrays(tmp_path / "a", pixels, np.savez_compressed)
     before = ImageNetChrabaszcz(str(folder), cache=str(tmp_path / "cache")).describe().sha256
     pixels["test"][0, 0, 0, 0] ^= 1
     as_arrays(folder, pixels, np.savez_compressed)
     source = ImageNetChrabaszcz(str(folder), cache=str(tmp_path / "cache"))
     assert source.describe().sha256 != before and not (folder / "expanded").exists()
-    assert_holds(source, pixels)
+    assert_pixels(source, pixels)
 
 
-def test_the_parts_of_the_larger_release_may_lie_in_subfolders(tmp_path, pixels):
+def test_batches_may_be_in_subfolders(tmp_path, pixels):
     as_arrays(tmp_path, pixels)
-    for name, part in (
-        ("train_data_batch_1.npz", "part1"),
-        ("train_data_batch_2.npz", "part2"),
-        ("val_data.npz", "val"),
-    ):
-        (tmp_path / part).mkdir()
-        (tmp_path / name).rename(tmp_path / part / name)
-    assert_holds(ImageNetChrabaszcz(str(tmp_path)), pixels)
+    names = ("train_data_batch_1.npz", "train_data_batch_2.npz", "val_data.npz")
+    for folder, name in zip(("part1", "part2", "val"), names, strict=True):
+        (tmp_path / folder).mkdir()
+        (tmp_path / name).rename(tmp_path / folder / name)
+    assert_pixels(ImageNetChrabaszcz(str(tmp_path)), pixels)
 
 
 @pytest.mark.parametrize(
     ("build", "source"), [(as_tars, ImageNetOord), (as_arrays, ImageNetChrabaszcz)]
 )
-def test_a_part_is_refused_or_has_another_name(tmp_path, pixels, build, source, monkeypatch):
+def test_a_partial_release_is_rejected_unless_partial_is_set(
+    tmp_path, pixels, build, source, monkeypatch
+):
     folder = str(build(tmp_path, pixels))
     for name in ("OORD", "CHRABASZCZ"):
         monkeypatch.setattr(imagenet, name, {"train": 8, "test": 4})
@@ -158,7 +146,7 @@ def test_a_part_is_refused_or_has_another_name(tmp_path, pixels, build, source, 
     assert description.name.endswith("-partial") and "partial: 7 of 8 train" in description.version
 
 
-def test_a_pinned_checksum_holds_the_content(tmp_path, pixels):
+def test_content_must_match_a_pinned_checksum(tmp_path, pixels):
     folder = str(as_arrays(tmp_path, pixels))
     pinned = ImageNetChrabaszcz(folder).describe().sha256
     assert ImageNetChrabaszcz(folder, sha256=pinned).describe().sha256 == pinned
@@ -174,22 +162,30 @@ def cut(name, part=0.6):
     return damage
 
 
-def flip(name, place):
+def flip(name, position):
     def damage(folder):
         data = bytearray((folder / name).read_bytes())
-        data[place] ^= 255
+        data[position] ^= 255
         (folder / name).write_bytes(bytes(data))
 
     return damage
 
 
-def pickled(folder):
+def shrink(name):
+    return lambda folder: (folder / name).write_bytes(png(np.zeros((3, 16, 16), np.uint8)))
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def replace_by_pickles(folder):
     for name in ("train_data_batch_1", "train_data_batch_2", "val_data"):
         (folder / f"{name}.npz").unlink()
         (folder / name).write_bytes(b"cos\nsystem\n(S'echo opened'\ntR.")
 
 
-def objects(folder):
+def store_objects(folder):
     rows = np.array([[None] * 3072] * 3, dtype=object)
     np.savez(folder / "train_data_batch_1.npz", data=rows)
 
@@ -207,20 +203,10 @@ def saved(**arrays):
             lambda f: (f / "valid_32x32.tar").write_bytes(b"<html>gone</html>"),
             ["valid_32x32.tar", "plain tar"],
         ),
-        (as_tars, lambda f: (f / "valid_32x32.tar").unlink(), ["valid_32x32", "van den Oord"]),
+        (as_tars, remove("valid_32x32.tar"), ["valid_32x32", "van den Oord"]),
         (as_folders, cut("train_32x32/0000003.png"), ["0000003.png", "cannot be read"]),
-        (
-            as_folders,
-            lambda f: (f / "valid_32x32/0000001.png").unlink(),
-            ["3 of 4 test", "partial"],
-        ),
-        (
-            as_folders,
-            lambda f: (f / "train_32x32/0000000.png").write_bytes(
-                png(np.zeros((3, 16, 16), np.uint8))
-            ),
-            ["16 x 16", "resolution=32"],
-        ),
+        (as_folders, remove("valid_32x32/0000001.png"), ["3 of 4 test", "partial"]),
+        (as_folders, shrink("train_32x32/0000000.png"), ["16 x 16", "resolution=32"]),
         (
             as_arrays,
             cut("train_data_batch_2.npz"),
@@ -228,12 +214,20 @@ def saved(**arrays):
         ),
         (as_arrays, flip("train_data_batch_2.npz", 5000), ["train_data_batch_2.npz", "CRC-32"]),
         (
-            lambda root, pixels: as_arrays(root, pixels, np.savez_compressed),
+            partial(as_arrays, save=np.savez_compressed),
             flip("val_data.npz", 5000),
             ["val_data.npz", "damaged"],
         ),
-        (as_arrays, pickled, ["pickled batches", "never opened", "npz", "numpy.savez"]),
-        (as_arrays, objects, ["train_data_batch_1.npz", "Python objects", "never opened"]),
+        (
+            as_arrays,
+            replace_by_pickles,
+            ["pickled batches", "never opened", "npz", "numpy.savez"],
+        ),
+        (
+            as_arrays,
+            store_objects,
+            ["train_data_batch_1.npz", "Python objects", "never opened"],
+        ),
         (
             as_arrays,
             saved(images=np.zeros((4, 3072), np.uint8)),
@@ -247,12 +241,12 @@ def saved(**arrays):
         (as_arrays, saved(data=np.zeros((4, 3072))), ["float64", "uint8"]),
         (
             as_arrays,
-            lambda f: (f / "train_data_batch_1.npz").unlink(),
+            remove("train_data_batch_1.npz"),
             ["without gaps", "train_data_batch_2.npz, val_data.npz"],
         ),
     ],
 )
-def test_damage_is_named_in_one_line(tmp_path, pixels, build, damage, culprits, capfd):
+def test_damage_is_reported_in_one_line(tmp_path, pixels, build, damage, culprits, capfd):
     damage(build(tmp_path, pixels))
     source = ImageNetChrabaszcz if any(tmp_path.glob("*data*")) else ImageNetOord
     with pytest.raises(UserError) as error:
@@ -262,10 +256,9 @@ def test_damage_is_named_in_one_line(tmp_path, pixels, build, damage, culprits, 
     assert "opened\n" not in capfd.readouterr().out  # no pickle ran
 
 
-def test_the_other_release_is_recognised(tmp_path, pixels):
-    with pytest.raises(
-        UserError, match=r"other release.*--data ndm.data.ImageNetChrabaszcz --data.resolution 32"
-    ):
+def test_the_other_release_is_recognized(tmp_path, pixels):
+    advice = r"other release.*--data ndm.data.ImageNetChrabaszcz --data.resolution 32"
+    with pytest.raises(UserError, match=advice):
         ImageNetOord(str(as_arrays(tmp_path / "a", pixels))).describe()
     with pytest.raises(UserError, match=r"other release.*--data ndm.data.ImageNetOord"):
         ImageNetChrabaszcz(str(as_tars(tmp_path / "b", pixels))).describe()
@@ -273,12 +266,7 @@ def test_the_other_release_is_recognised(tmp_path, pixels):
         ImageNetOord(str(tmp_path), resolution=16)
 
 
-def test_the_two_releases_are_two_data_sets(tmp_path, pixels):
-    sources = [
-        ImageNetOord(str(as_tars(tmp_path / "a", pixels))),
-        ImageNetChrabaszcz(str(as_arrays(tmp_path / "b", pixels))),
-    ]
-    names, sums = (
-        {getattr(source.describe(), key) for source in sources} for key in ("name", "sha256")
-    )
-    assert len(names) == len(sums) == 2
+def test_the_two_releases_have_different_names_and_checksums(tmp_path, pixels):
+    oord = ImageNetOord(str(as_tars(tmp_path / "a", pixels))).describe()
+    chrabaszcz = ImageNetChrabaszcz(str(as_arrays(tmp_path / "b", pixels))).describe()
+    assert oord.name != chrabaszcz.name and oord.sha256 != chrabaszcz.sha256

@@ -1,6 +1,4 @@
-"""Image folders and image columns: pixels come back exactly, splits are by class, and each fault
-has its message.
-"""
+"""Image folders and image columns: exact pixels, splits by class, and a message for each fault."""
 
 import io
 import pickle
@@ -25,9 +23,8 @@ def picture(seed: int, height=6, width=5, channels=3) -> np.ndarray:
 
 def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(
-        pixels.squeeze() if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
-    ).save(buffer, "PNG")
+    gray = pixels.ndim == 3 and pixels.shape[-1] == 1
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -56,24 +53,18 @@ def pixels_of(source, split):
     return source.integers(examples.__getitems__(range(len(examples)))).numpy()
 
 
-def test_pixels_of_a_flat_folder_come_back_each_once(tmp_path):
+def test_a_flat_folder_gives_the_exact_pixels_of_each_image_once(tmp_path):
     source = ImageFolder(flat(tmp_path / "imgs"))
-    assert source.describe().event_shape == (3, 6, 5) and source.describe().splits == {
-        "train": 8,
-        "test": 2,
-    }
-    ours = sorted(
-        image.tobytes() for split in ("train", "test") for image in pixels_of(source, split)
-    )
-    theirs = sorted(
-        picture(index).transpose(2, 0, 1).astype(np.int64).tobytes() for index in range(10)
-    )
-    assert ours == theirs
+    assert source.describe().event_shape == (3, 6, 5)
+    assert source.describe().splits == {"train": 8, "test": 2}
+    found = np.concatenate([pixels_of(source, split) for split in ("train", "test")])
+    expected = [picture(index).transpose(2, 0, 1).astype(np.int64) for index in range(10)]
+    assert sorted(x.tobytes() for x in found) == sorted(x.tobytes() for x in expected)
     examples = pickle.loads(pickle.dumps(source.split("test")))
     assert torch.equal(examples[1], source.split("test")[1])
 
 
-def test_checksum_changes_with_one_pixel_and_not_with_the_place(tmp_path):
+def test_the_checksum_depends_on_the_pixels_and_not_on_the_path(tmp_path):
     first, second = (ImageFolder(flat(tmp_path / name / "imgs")).describe() for name in ("a", "b"))
     assert first == second
     changed = picture(3)
@@ -84,12 +75,10 @@ def test_checksum_changes_with_one_pixel_and_not_with_the_place(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_upright(tmp_path, orientation, kind):
-    """Whatever way the camera was held: EXIF's eight orientations against the turns that undo them."""
-    upright = np.kron(
-        picture(0, 3, 2), np.ones((8, 8, 1), dtype=np.uint8)
-    )  # whole blocks of JPEG's
-    upright[..., :] = upright[..., :1]  # and gray
+def test_exif_orientations_are_applied(tmp_path, orientation, kind):
+    # Gray blocks of 8 x 8 pixels, which JPEG stores almost exactly.
+    upright = np.kron(picture(0, 3, 2), np.ones((8, 8, 1), dtype=np.uint8))
+    upright[..., :] = upright[..., :1]
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -108,37 +97,34 @@ def test_photographs_are_upright(tmp_path, orientation, kind):
         write(tmp_path / f"{name}.{kind.lower()}", buffer.getvalue())
     source = ImageFolder(str(tmp_path))
     assert source.describe().event_shape == (3, 24, 16)
-    np.testing.assert_allclose(
-        pixels_of(source, "train")[0], upright.transpose(2, 0, 1), atol=3 if kind == "JPEG" else 0
-    )
+    tolerance = 3 if kind == "JPEG" else 0
+    found = pixels_of(source, "train")[0]
+    np.testing.assert_allclose(found, upright.transpose(2, 0, 1), atol=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_data_turn_nothing(tmp_path):
+def test_damaged_exif_data_are_ignored(tmp_path):
     buffer = io.BytesIO()
-    Image.fromarray(picture(0)).save(
-        buffer, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff broken"
-    )
+    damaged = b"Exif\x00\x00MM\x00*\x00\x00\xff\xff broken"
+    Image.fromarray(picture(0)).save(buffer, "JPEG", exif=damaged)
     for name in "abcdefghij":
         write(tmp_path / f"{name}.jpg", buffer.getvalue())
     source = ImageFolder(str(tmp_path))
     assert source.describe().event_shape == (3, 6, 5) and len(pixels_of(source, "train")) == 8
 
 
-def test_own_splits_and_classes_are_found(tmp_path):
+def test_split_and_class_folders_are_recognized(tmp_path):
     by_class(tmp_path / "train", {"cat": 3, "dog": 2})
     by_class(tmp_path / "test", {"cat": 1, "dog": 2})
     source = ImageFolder(str(tmp_path))
-    assert source.describe().classes == ("cat", "dog") and source.describe().splits == {
-        "train": 5,
-        "test": 3,
-    }
+    assert source.describe().classes == ("cat", "dog")
+    assert source.describe().splits == {"train": 5, "test": 3}
     assert source.split("test").labels.tolist() == [0, 1, 1]
     np.testing.assert_array_equal(pixels_of(source, "test")[1], picture(100).transpose(2, 0, 1))
     assert ImageFolder(str(tmp_path), class_folders=False).describe().classes == ()
 
 
-def test_version_counts_the_files_that_are_ignored(tmp_path):
+def test_the_version_counts_ignored_files(tmp_path):
     version = "image folder, 80/20 split, seed 0"
     flat(tmp_path / "imgs")
     assert ImageFolder(str(tmp_path / "imgs")).describe().version == (
@@ -154,7 +140,7 @@ def test_version_counts_the_files_that_are_ignored(tmp_path):
     )
 
 
-def test_images_outside_of_the_split_folders_are_counted_as_ignored(tmp_path):
+def test_images_outside_the_split_folders_are_counted_as_ignored(tmp_path):
     flat(tmp_path / "train")
     flat(tmp_path / "test", count=2)
     flat(tmp_path / "val", count=4)
@@ -165,13 +151,13 @@ def test_images_outside_of_the_split_folders_are_counted_as_ignored(tmp_path):
     )
 
 
-def test_drawn_split_is_stratified(tmp_path):
+def test_a_drawn_split_is_stratified(tmp_path):
     source = ImageFolder(by_class(tmp_path, {"a": 10, "b": 20}), test_fraction=0.3)
     counts = [torch.bincount(source.split(split).labels).tolist() for split in ("train", "test")]
     assert counts == [[7, 14], [3, 6]]
 
 
-def test_size_cuts_the_center_square_and_gray_is_one_channel(tmp_path):
+def test_images_are_cropped_to_the_center_square_and_converted_to_gray(tmp_path):
     wide = np.zeros((4, 8, 3), dtype=np.uint8)
     wide[:, 2:6] = 200
     for name in ("a.png", "b.png"):
@@ -182,13 +168,13 @@ def test_size_cuts_the_center_square_and_gray_is_one_channel(tmp_path):
     assert all((pixels_of(source, split) == 200).all() for split in ("train", "test"))
 
 
-def cut(root):
+def truncate(root):
     data = png(picture(0, 40, 40))
     write(root / "00.png", data[: len(data) // 2])
     return root
 
 
-def late_damage(root):
+def truncated_pixels(root):
     flat(root)
     buffer = io.BytesIO()
     Image.fromarray(picture(0, 64, 64)).save(buffer, "JPEG")
@@ -198,58 +184,64 @@ def late_damage(root):
     return ImageFolder(str(root)).split("train")[0]
 
 
-def deep(root, mode):
+def png_chunk(kind, data):
+    length, checksum = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
+    return length + kind + data + checksum
+
+
+def sixteen_bits(root, mode):
     flat(root)
     if mode == "gray":
         Image.fromarray(np.full((6, 5), 1000, dtype=np.uint16)).save(root / "05.png")
-    else:  # the header of a PNG with 16 bits a value, which Pillow would read as 8 bits
-
-        def chunk(kind, data):
-            return (
-                struct.pack(">I", len(data))
-                + kind
-                + data
-                + struct.pack(">I", zlib.crc32(kind + data))
-            )
-
+    else:  # Pillow would read this PNG as 8 bits
         rows = b"".join(b"\0" + bytes(5 * 6) for _ in range(6))
-        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0))
-        write(root / "05.png", data + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0))
+        body = png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+        write(root / "05.png", b"\x89PNG\r\n\x1a\n" + header + body)
     return ImageFolder(str(root)).describe()
 
 
-def then(action, root, **arguments):
+def describe_after(action, root, **arguments):
     action(root)
     return ImageFolder(str(root), **arguments).describe()
+
+
+def write_test_without_dogs(root):
+    by_class(root / "train", {"cat": 2, "dog": 2})
+    by_class(root / "test", {"cat": 2})
+
+
+def write_stray_image(root):
+    by_class(root, {"cat": 5})
+    write(root / "stray.png", png(picture(0)))
 
 
 FAULTS = {
     "no folder": (lambda d: ImageFolder(str(d / "none")).describe(), ["none", "not a directory"]),
     "no images": (lambda d: ImageFolder(flat(d, count=0)).describe(), ["no images", ".png"]),
     "unreadable": (
-        lambda d: then(lambda r: (flat(r), write(r / "04.png", b"hello")), d),
+        lambda d: describe_after(lambda r: (flat(r), write(r / "04.png", b"hello")), d),
         ["04.png", "cannot be read"],
     ),
-    "cut": (lambda d: then(lambda r: (flat(r), cut(r)), d), ["00.png", "cannot be read"]),
-    "cut inside the pixels": (late_damage, [".jpg", "cannot be read"]),
+    "truncated": (
+        lambda d: describe_after(lambda r: (flat(r), truncate(r)), d),
+        ["00.png", "cannot be read"],
+    ),
+    "truncated pixels": (truncated_pixels, [".jpg", "cannot be read"]),
     "sizes": (
-        lambda d: then(lambda r: (flat(r), write(r / "09.png", png(picture(0, 7, 9)))), d),
+        lambda d: describe_after(
+            lambda r: (flat(r), write(r / "09.png", png(picture(0, 7, 9)))), d
+        ),
         [".png is 5 x 6", "09.png is 9 x 7", "size="],
     ),
-    "16 bits": (lambda d: deep(d, "gray"), ["05.png", "8 bits"]),
-    "16 bits in color": (lambda d: deep(d, "color"), ["05.png", "8 bits"]),
+    "16 bits": (lambda d: sixteen_bits(d, "gray"), ["05.png", "8 bits"]),
+    "16 bits in color": (lambda d: sixteen_bits(d, "color"), ["05.png", "8 bits"]),
     "empty class": (
         lambda d: ImageFolder(by_class(d, {"cat": 5, "dog": 0})).describe(),
         ["class dog", "class_folders=False"],
     ),
     "class missing in test": (
-        lambda d: then(
-            lambda r: (
-                by_class(r / "train", {"cat": 2, "dog": 2}),
-                by_class(r / "test", {"cat": 2}),
-            ),
-            d,
-        ),
+        lambda d: describe_after(write_test_without_dogs, d),
         ["'test'", "class dog"],
     ),
     "class too small": (
@@ -258,22 +250,18 @@ FAULTS = {
     ),
     "one image": (lambda d: ImageFolder(flat(d, count=1)).describe(), ["test split", "empty"]),
     "stray image": (
-        lambda d: then(
-            lambda r: (by_class(r, {"cat": 5}), write(r / "stray.png", png(picture(0)))),
-            d,
-            class_folders=True,
-        ),
+        lambda d: describe_after(write_stray_image, d, class_folders=True),
         ["stray.png", "class_folders=False"],
     ),
     "half a split": (
-        lambda d: then(lambda r: by_class(r / "train", {"cat": 5}), d),
+        lambda d: describe_after(lambda r: by_class(r / "train", {"cat": 5}), d),
         ["train", "test"],
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_of_a_folder_is_named_in_one_line(tmp_path, fault):
+def test_a_faulty_folder_is_reported_in_one_line(tmp_path, fault):
     make, culprits = FAULTS[fault]
     with pytest.raises(UserError) as error:
         make(tmp_path)
@@ -292,65 +280,41 @@ def offline(monkeypatch, tmp_path):
 
 def write_split(folder, split, images, datasets, **columns):
     folder.mkdir(exist_ok=True)
-    features = {
-        "image": datasets.Image(),
-        **{name: feature for name, (feature, _) in columns.items()},
-    }
-    storage = pa.array(
-        [{"bytes": image, "path": None} for image in images],
-        pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-    )
-    arrays = {"image": storage, **{name: pa.array(values) for name, (_, values) in columns.items()}}
+    rows = [{"bytes": image, "path": None} for image in images]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    features, arrays = {"image": datasets.Image()}, {"image": pa.array(rows, kind)}
+    for name, (feature, values) in columns.items():
+        features[name], arrays[name] = feature, pa.array(values)
     schema = datasets.Features(features).arrow_schema
     pq.write_table(pa.table(arrays).cast(schema), folder / f"{split}-00000.parquet")
 
 
 def hub(folder, datasets, test_labels=(1, 0, 2), changed=False):
-    pets = datasets.ClassLabel(names=["cat", "dog", "owl"])
+    pets, number = datasets.ClassLabel(names=["cat", "dog", "owl"]), datasets.Value("float64")
     images = [png(picture(index)) for index in range(9)]
     if changed:
         images[0] = png(picture(77))
-    write_split(
-        folder,
-        "train",
-        images[:6],
-        datasets,
-        label=(pets, [0, 1, 2] * 2),
-        weight=(datasets.Value("float64"), np.arange(6.0)),
-    )
-    write_split(
-        folder,
-        "test",
-        images[6:],
-        datasets,
-        label=(pets, list(test_labels)),
-        weight=(datasets.Value("float64"), np.arange(3.0)),
-    )
+    columns = {"label": (pets, [0, 1, 2] * 2), "weight": (number, np.arange(6.0))}
+    write_split(folder, "train", images[:6], datasets, **columns)
+    columns = {"label": (pets, list(test_labels)), "weight": (number, np.arange(3.0))}
+    write_split(folder, "test", images[6:], datasets, **columns)
     return str(folder)
 
 
-def test_image_column_gives_the_pixels_and_the_classes(tmp_path, offline):
+def test_an_image_column_gives_pixels_and_classes(tmp_path, offline):
     source = HuggingFace(hub(tmp_path / "pets", offline), label_column="label")
     description = source.describe()
-    assert (
-        description.name == "pets"
-        and description.splits == {"train": 6, "test": 3}
-        and description.classes == ("cat", "dog", "owl")
-    )
-    for split, start in (("train", 0), ("test", 6)):
-        expected = np.stack(
-            [
-                picture(start + index).transpose(2, 0, 1)
-                for index in range(description.splits[split])
-            ]
-        )
-        np.testing.assert_array_equal(pixels_of(source, split), expected)
+    assert description.name == "pets" and description.splits == {"train": 6, "test": 3}
+    assert description.classes == ("cat", "dog", "owl")
+    images = np.stack([picture(index).transpose(2, 0, 1) for index in range(9)])
+    np.testing.assert_array_equal(pixels_of(source, "train"), images[:6])
+    np.testing.assert_array_equal(pixels_of(source, "test"), images[6:])
     assert source.split("test").labels.tolist() == [1, 0, 2]
     examples = pickle.loads(pickle.dumps(source.split("test")))
     assert torch.equal(examples[1], source.split("test")[1])
 
 
-def test_checksum_of_a_column_is_of_its_images(tmp_path, offline):
+def test_the_checksum_of_a_column_depends_on_its_images(tmp_path, offline):
     first, second, changed = (
         HuggingFace(hub(tmp_path / name, offline, changed=name == "c")).describe().sha256
         for name in ("a", "b", "c")
@@ -358,7 +322,7 @@ def test_checksum_of_a_column_is_of_its_images(tmp_path, offline):
     assert first == second != changed
 
 
-def test_columns_of_numbers_are_standardized(tmp_path, offline):
+def test_numeric_columns_are_standardized(tmp_path, offline):
     source = HuggingFace(hub(tmp_path / "pets", offline), image_column=None, columns=["weight"])
     assert source.describe().event_shape == (1,) and source.describe().offset == (2.5,)
     x = source.split("test").__getitems__([0, 1, 2])
@@ -403,7 +367,7 @@ HUB_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", HUB_FAULTS)
-def test_fault_of_a_hub_data_set_is_named_in_one_line(tmp_path, offline, fault):
+def test_a_faulty_hub_data_set_is_reported_in_one_line(tmp_path, offline, fault):
     make, culprits = HUB_FAULTS[fault]
     with pytest.raises(UserError) as error:
         make(tmp_path / "pets", offline).describe()
@@ -411,7 +375,7 @@ def test_fault_of_a_hub_data_set_is_named_in_one_line(tmp_path, offline, fault):
     assert "\n" not in message and all(culprit in message for culprit in culprits), message
 
 
-def test_missing_package_names_its_extra(monkeypatch):
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"ndm\[hub\]"):
         HuggingFace("owner/name").describe()

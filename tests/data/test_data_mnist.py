@@ -1,6 +1,4 @@
-"""IDX files, made here: plain and gzipped give the same data, and each kind of damage has its
-message.
-"""
+"""Synthetic IDX files: plain and gzipped data agree, and each fault has a message."""
 
 import gzip
 import struct
@@ -21,10 +19,8 @@ NAMES = [
 
 
 def idx(array: np.ndarray) -> bytes:
-    return (
-        struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
-        + array.astype(np.uint8).tobytes()
-    )
+    header = struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
 
 
 @pytest.fixture
@@ -39,18 +35,16 @@ def content():
 def write(folder, content, zipped=False):
     folder.mkdir(exist_ok=True)
     for name, array in content.items():
-        data = idx(array)
-        (folder / (f"{name}.gz" if zipped else name)).write_bytes(
-            gzip.compress(data) if zipped else data
-        )
+        if zipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        else:
+            (folder / name).write_bytes(idx(array))
     return MNIST(str(folder))
 
 
-def test_pixels_come_back_from_plain_and_gzipped_files(tmp_path, content):
-    plain, zipped = (
-        write(tmp_path / "plain", content),
-        write(tmp_path / "zipped", content, zipped=True),
-    )
+def test_plain_and_gzipped_files_give_the_exact_pixels(tmp_path, content):
+    plain = write(tmp_path / "plain", content)
+    zipped = write(tmp_path / "zipped", content, zipped=True)
     assert plain.describe().sha256 == zipped.describe().sha256
     assert plain.describe().event_shape == (1, 5, 4) and plain.describe().name == "plain"
     for split, name in (("train", NAMES[0]), ("test", NAMES[2])):
@@ -64,21 +58,18 @@ def test_one_pixel_changes_the_checksum(tmp_path, content):
     assert write(tmp_path / "b", content).describe().sha256 != before
 
 
-def test_limit_and_classes_select(tmp_path, content):
+def test_limit_and_classes_select_examples(tmp_path, content):
     write(tmp_path, content)
     limited = MNIST(str(tmp_path), limit_train=7)
     assert limited.describe().splits == {"train": 7, "test": 20}
     chosen = MNIST(str(tmp_path), classes=[4, 2])
-    assert chosen.describe().classes == ("4", "2") and chosen.describe().splits == {
-        "train": 6,
-        "test": 4,
-    }
+    assert chosen.describe().classes == ("4", "2")
+    assert chosen.describe().splits == {"train": 6, "test": 4}
     rows = np.isin(content[NAMES[1]], [2, 4])
     x = chosen.split("train").__getitems__(range(6))
     assert torch.equal(chosen.integers(x)[:, 0], torch.from_numpy(content[NAMES[0]][rows]))
-    assert [(4, 2)[label] for label in chosen.split("train").labels] == content[NAMES[1]][
-        rows
-    ].tolist()
+    digits = [(4, 2)[label] for label in chosen.split("train").labels]
+    assert digits == content[NAMES[1]][rows].tolist()
 
 
 def swap_magic(folder, content):
@@ -131,7 +122,7 @@ def set_label(value):
         ),
     ],
 )
-def test_damage_is_named_in_one_line(tmp_path, content, damage, culprits):
+def test_damage_is_reported_in_one_line(tmp_path, content, damage, culprits):
     source = write(tmp_path, content)
     damage(tmp_path, content)
     with pytest.raises(UserError) as error:
@@ -140,7 +131,7 @@ def test_damage_is_named_in_one_line(tmp_path, content, damage, culprits):
     assert "\n" not in message and all(culprit in message for culprit in culprits), message
 
 
-def test_limit_beyond_the_data_is_refused(tmp_path, content):
+def test_a_limit_above_the_number_of_examples_is_rejected(tmp_path, content):
     write(tmp_path, content)
     with pytest.raises(UserError, match=r"limit_train=31.*30"):
         MNIST(str(tmp_path), limit_train=31).describe()

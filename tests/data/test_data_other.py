@@ -1,4 +1,4 @@
-"""Other data are seen by a trained model as its own are."""
+"""Other data for a trained model: preprocessed as its training data were."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,20 +28,18 @@ def photos(folder: Path, count: int = 10, size: tuple[int, int] = (9, 7)) -> Ima
     return ImageFolder(str(folder / "photos"), size=6)
 
 
-def exported(source: DataSource, folder: Path) -> str:
-    """The test split of a source as a file in its own units."""
+def export(source: DataSource, folder: Path) -> str:
+    """Write the test split to a file in the units of the source."""
     test = source.split("test")
-    np.save(
-        folder / "x.npy",
-        source.to_source_units(test.__getitems__(range(len(test))).double()).numpy(),
-    )
+    x = test.__getitems__(range(len(test))).double()
+    np.save(folder / "x.npy", source.to_source_units(x).numpy())
     return str(folder / "x.npy")
 
 
 @pytest.mark.parametrize("make", [Digits, TwoMoons])
-def test_what_was_exported_comes_back(make: Callable[[], DataSource], tmp_path: Path) -> None:
+def test_an_exported_split_is_read_back(make: Callable[[], DataSource], tmp_path: Path) -> None:
     source = make()
-    other = read_like(source, exported(source, tmp_path), source.describe())
+    other = read_like(source, export(source, tmp_path), source.describe())
     test = source.split("test")
     x = test.__getitems__(range(len(test)))
     torch.testing.assert_close(other.splits["all"].__getitems__(range(len(test))), x)
@@ -50,61 +48,51 @@ def test_what_was_exported_comes_back(make: Callable[[], DataSource], tmp_path: 
     assert other.description.sha256 != source.describe().sha256
 
 
-def test_columns_and_scales_are_those_of_the_training(tmp_path: Path) -> None:
-    """Not those of the other rows, whose mean and spread are what is to be judged."""
+def test_other_tables_use_the_columns_and_scales_of_training(tmp_path: Path) -> None:
+    """The mean and spread of the new rows are not used."""
     source = table(tmp_path)
     trained = source.describe()
-    (tmp_path / "new.csv").write_text(
-        "c,b,a\n"
-        + "\n".join(f"{trained.offset[0] + n * trained.scale[0]},0.5,{n + 0.25}" for n in range(4))
-    )
+    steps = torch.arange(4.0)
+    c, a = trained.offset[0] + steps.double() * trained.scale[0], steps + 0.25
+    rows = [f"{c[n].item()},0.5,{a[n].item()}" for n in range(4)]
+    (tmp_path / "new.csv").write_text("\n".join(["c,b,a", *rows]))
     x = read_like(source, str(tmp_path / "new.csv"), trained).splits["all"].__getitems__(range(4))
-    torch.testing.assert_close(x[:, 0], torch.arange(4.0))
-    torch.testing.assert_close(
-        x[:, 1], torch.tensor([(n + 0.25 - trained.offset[1]) / trained.scale[1] for n in range(4)])
-    )
+    torch.testing.assert_close(x[:, 0], steps)
+    torch.testing.assert_close(x[:, 1], (a - trained.offset[1]) / trained.scale[1])
 
 
-def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
-    """Also where the training took all of them: another order would be another distribution."""
+def test_columns_are_matched_by_name(tmp_path: Path) -> None:
+    """Names also decide when training used all columns, so their order does not matter."""
     source = Table(table(tmp_path).path)
     trained = source.describe()
     assert trained.columns == ("a", "b", "c")
     rows = np.random.default_rng(1).normal(3, 2, (5, 3))
     np.save(tmp_path / "plain.npy", rows)
-    np.savetxt(
-        tmp_path / "turned.csv",
-        rows[:, ::-1],
-        delimiter=",",
-        header="c,b,a",
-        comments="",
-        fmt="%.17g",
-    )
-    plain, turned = (
+    csv = {"delimiter": ",", "header": "c,b,a", "comments": "", "fmt": "%.17g"}
+    np.savetxt(tmp_path / "reversed.csv", rows[:, ::-1], **csv)  # type: ignore[arg-type]
+    plain, reordered = (
         read_like(source, str(tmp_path / name), trained).splits["all"].__getitems__(range(5))
-        for name in ("plain.npy", "turned.csv")
+        for name in ("plain.npy", "reversed.csv")
     )
-    torch.testing.assert_close(turned, plain)
-    again = read_like(
-        None, str(tmp_path / "turned.csv"), DataDescription.from_dict(trained.to_dict())
-    )
+    torch.testing.assert_close(reordered, plain)
+    restored = DataDescription.from_dict(trained.to_dict())
+    again = read_like(None, str(tmp_path / "reversed.csv"), restored)
     torch.testing.assert_close(again.splits["all"].__getitems__(range(5)), plain)
     (tmp_path / "other.csv").write_text("c,b,x\n0.5,1.5,2.5\n")
     with pytest.raises(UserError, match="no column 'a'"):
         read_like(source, str(tmp_path / "other.csv"), trained)
 
 
-def test_images_of_a_folder_are_cut_and_scaled_as_those_of_the_training(tmp_path: Path) -> None:
+def test_other_images_are_cropped_and_scaled_as_in_training(tmp_path: Path) -> None:
     source = photos(tmp_path)
     other = read_like(source, str(tmp_path / "photos"), source.describe()).splits["all"]
     assert len(other) == 10 and other.where(3).endswith("03.png")  # type: ignore[attr-defined]
-    theirs = {
-        str(file): x
-        for split in ("train", "test")
-        for file, x in zip(source.split(split).files, source.split(split), strict=False)
-    }  # type: ignore[attr-defined]
+    images: dict[str, torch.Tensor] = {}
+    for split in (source.split("train"), source.split("test")):
+        files = map(str, split.files)  # type: ignore[attr-defined]
+        images |= zip(files, split, strict=False)
     for index in range(10):
-        assert torch.equal(other[index], theirs[other.where(index)])  # type: ignore[attr-defined]
+        assert torch.equal(other[index], images[other.where(index)])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +106,7 @@ def test_images_of_a_folder_are_cut_and_scaled_as_those_of_the_training(tmp_path
         (photos, "wide.npy", "wide.npy"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_unsuitable_data_are_rejected(
     make: Callable[[Path], DataSource], file: str, culprit: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,4 @@
-"""Laws that every source obeys: grid and units invert, splits partition and reproduce, checksums
-follow the content.
-"""
+"""Laws of every data source: grid, units, splits, indices and checksums."""
 
 import json
 import pickle
@@ -50,7 +48,7 @@ def test_grid_round_trips_every_integer(num_values):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=named)
-def test_description_agrees_with_the_examples(source):
+def test_the_description_agrees_with_the_examples(source):
     description = source.describe()
     assert set(description.splits) == {"train", "test"}
     for split, size in description.splits.items():
@@ -64,7 +62,7 @@ def test_description_agrees_with_the_examples(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=named)
-def test_pickled_source_gives_the_same_data(source):
+def test_a_pickled_source_gives_the_same_data(source):
     description = source.describe()
     again = pickle.loads(pickle.dumps(source))
     assert "_loaded" not in again.__dict__
@@ -73,24 +71,16 @@ def test_pickled_source_gives_the_same_data(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=named)
-def test_unknown_split_names_the_splits(source):
+def test_an_unknown_split_is_rejected_with_the_available_splits(source):
     with pytest.raises(UserError) as error:
         source.split("nope")
-    assert (
-        "'nope'" in str(error.value)
-        and "train, test" in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    message = str(error.value)
+    assert "'nope'" in message and "train, test" in message and "\n" not in message
 
 
-def test_constructors_do_not_read():
-    missing = [
-        MNIST("nowhere"),
-        ImageFolder("nowhere"),
-        Table("nowhere.csv"),
-        HuggingFace("nowhere"),
-    ]
-    assert all("_loaded" not in source.__dict__ for source in missing)
+def test_constructors_read_no_files():
+    for kind in (MNIST, ImageFolder, Table, HuggingFace):
+        assert "_loaded" not in kind("nowhere.csv").__dict__
 
 
 def test_loader_workers_give_the_batches_of_the_split():
@@ -115,7 +105,7 @@ def test_loader_workers_give_the_batches_of_the_split():
     ],
     ids=str,
 )
-def test_several_examples_are_a_batch(index):
+def test_an_index_of_several_examples_returns_a_batch(index):
     examples = Mixture(**SMALL).split("test")
     everything = examples.__getitems__(range(20))
     chosen = list(index) if isinstance(index, tuple) else index
@@ -128,7 +118,7 @@ def test_several_examples_are_a_batch(index):
     assert torch.equal(batch, everything[chosen])
 
 
-def test_one_example_has_the_shape_of_an_event():
+def test_an_index_of_one_example_returns_an_event():
     examples = Digits().split("test")
     batch = examples[:4]
     assert batch.shape == (4, 1, 8, 8)
@@ -148,23 +138,22 @@ def test_one_example_has_the_shape_of_an_event():
         (True, TypeError, "dtype torch.bool"),
     ],
 )
-def test_bad_index_is_named_in_one_line(index, error, message):
+def test_an_invalid_index_is_reported_in_one_line(index, error, message):
     with pytest.raises(error, match=message) as found:
         Mixture(**SMALL).split("test")[index]
     assert "\n" not in str(found.value)
 
 
-def test_digits_are_the_scikit_learn_images_each_once():
+def test_digits_contain_each_scikit_learn_image_once():
     source = Digits()
-    integers = torch.cat(
+    x = torch.cat(
         [
-            source.integers(source.split(split).__getitems__(range(size)))
+            source.split(split).__getitems__(range(size))
             for split, size in source.describe().splits.items()
         ]
     )
-    ours = sorted(image.flatten().tolist() for image in integers)
-    theirs = sorted(load_digits().data.astype(int).tolist())
-    assert ours == theirs
+    found = sorted(source.integers(x).flatten(1).tolist())
+    assert found == sorted(load_digits().data.astype(int).tolist())
 
 
 def test_digits_lie_on_the_grid_of_their_decoder():
@@ -174,29 +163,23 @@ def test_digits_lie_on_the_grid_of_their_decoder():
     assert torch.equal(source.to_source_units(x), source.integers(x).float())
 
 
-def test_split_of_digits_is_the_published_one():
-    assert (
-        Digits().describe().sha256
-        == "3bdd44ca130b94ade28a7728b0e41fd4b345bd27b4078e0d27914e64b809bc54"
-    )
+def test_the_split_of_digits_has_the_published_checksum():
+    published = "3bdd44ca130b94ade28a7728b0e41fd4b345bd27b4078e0d27914e64b809bc54"
+    assert Digits().describe().sha256 == published
 
 
-def test_digits_of_some_classes_are_those_images():
+def test_digits_of_selected_classes_have_the_right_labels():
     source, data = Digits(classes=[7, 3]), load_digits()
-    images = {
-        image.astype(int).tobytes(): digit
-        for image, digit in zip(data.data, data.target, strict=True)
-    }
+    keys = [image.tobytes() for image in data.data.astype(int)]
+    digit_of = dict(zip(keys, data.target, strict=True))
     for split, size in source.describe().splits.items():
         examples = source.split(split)
-        found = [
-            images[image.numpy().tobytes()]
-            for image in source.integers(examples.__getitems__(range(size)))
-        ]
+        images = source.integers(examples.__getitems__(range(size))).numpy()
+        found = [digit_of[image.tobytes()] for image in images]
         assert found == [(7, 3)[label] for label in examples.labels]
 
 
-def test_split_is_a_stratified_reproducible_partition():
+def test_a_split_is_a_stratified_reproducible_partition():
     labels = np.random.default_rng(1).integers(0, 5, 1003)
     train, test = split_by_class(labels, 0.3, seed=4)
     assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(1003))
@@ -206,24 +189,20 @@ def test_split_is_a_stratified_reproducible_partition():
     assert not np.array_equal(split_by_class(labels, 0.3, seed=5)[1], test)
 
 
-def test_split_of_digits_is_stratified():
+def test_the_split_of_digits_is_stratified():
     counts = {split: torch.bincount(Digits().split(split).labels) for split in ("train", "test")}
     assert (counts["test"] / (counts["test"] + counts["train"]) - 0.2).abs().max() < 0.5 / 174
 
 
-def test_checksum_follows_pixels_split_and_order_alone():
+def test_the_checksum_depends_only_on_pixels_split_and_order():
     arrays = {"train": np.arange(24).reshape(3, 8) % 17, "test": np.arange(16).reshape(2, 8)}
 
     def checksum(arrays, name="a", version="1"):
         return discrete(name, version, arrays, 17).description.sha256
 
     first = checksum(arrays)
-    assert (
-        checksum(
-            {split: array.astype(np.int64).copy() for split, array in arrays.items()}, "b", "2"
-        )
-        == first
-    )
+    same = {split: array.astype(np.int64).copy() for split, array in arrays.items()}
+    assert checksum(same, "b", "2") == first
     changed = {split: array.copy() for split, array in arrays.items()}
     changed["test"][1, 7] += 1
     assert checksum(changed) != first
@@ -232,17 +211,12 @@ def test_checksum_follows_pixels_split_and_order_alone():
     assert checksum({"train": moved[:2], "test": moved[2:]}) != first
 
 
-def test_missing_class_is_named():
+def test_a_missing_class_is_reported():
+    labels = {"train": np.array([0, 1, 2]), "test": np.array([0, 2])}
     with pytest.raises(UserError) as error:
-        check_classes(
-            {"train": np.array([0, 1, 2]), "test": np.array([0, 2])},
-            ["cat", "dog", "owl"],
-            "pets",
-            "add some",
-        )
-    assert (
-        "'test'" in str(error.value) and "dog" in str(error.value) and "owl" not in str(error.value)
-    )
+        check_classes(labels, ["cat", "dog", "owl"], "pets", "add some")
+    message = str(error.value)
+    assert "'test'" in message and "dog" in message and "owl" not in message
 
 
 @pytest.mark.parametrize(
@@ -261,7 +235,7 @@ def test_missing_class_is_named():
         (lambda: ImageFolder("x", size=0), "size=0"),
     ],
 )
-def test_bad_arguments_are_named_in_one_line(make, culprit):
+def test_invalid_arguments_are_reported_in_one_line(make, culprit):
     with pytest.raises(UserError) as error:
         make()
     assert culprit in str(error.value) and "\n" not in str(error.value)

@@ -1,6 +1,4 @@
-"""Tables: the same numbers in any format give the same tensors, standardization inverts, and each
-fault has its message.
-"""
+"""Tables: formats agree, standardization inverts, and each fault has a message."""
 
 import math
 import pickle
@@ -21,9 +19,8 @@ NAMES = ["a", "b", "c"]
 
 def write_csv(path, values=VALUES, names=NAMES):
     lines = [",".join(names)] if names else []
-    path.write_text(
-        "\n".join(lines + [",".join(repr(float(cell)) for cell in row) for row in values]) + "\n"
-    )
+    lines += [",".join(repr(float(cell)) for cell in row) for row in values]
+    path.write_text("\n".join(lines) + "\n")
     return str(path)
 
 
@@ -37,12 +34,12 @@ def write_parquet(path, columns):
     return str(path)
 
 
-def everything(source, split):
+def all_examples(source, split):
     examples = source.split(split)
     return examples.__getitems__(range(len(examples)))
 
 
-def test_formats_agree(tmp_path):
+def test_all_formats_give_the_same_tensors(tmp_path):
     np.savez(tmp_path / "t.npz", first=VALUES, other=np.zeros(3))
     sources = [
         Table(write_npy(tmp_path / "t.npy", VALUES)),
@@ -54,20 +51,23 @@ def test_formats_agree(tmp_path):
     for source in sources[1:]:
         assert source.describe().sha256 == sources[0].describe().sha256
         for split in ("train", "test"):
-            assert torch.equal(everything(source, split), everything(sources[0], split))
+            assert torch.equal(all_examples(source, split), all_examples(sources[0], split))
 
 
 def test_standardization_inverts_and_log_scale_moves_the_density(tmp_path):
     source = Table(write_csv(tmp_path / "t.csv"))
-    x = everything(source, "train").double()
+    x = all_examples(source, "train").double()
     assert torch.allclose(x.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(x.std(0, correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
     back = torch.cat(
-        [source.to_source_units(everything(source, split).double()) for split in ("train", "test")]
+        [
+            source.to_source_units(all_examples(source, split).double())
+            for split in ("train", "test")
+        ]
     )
     by_first = back[back[:, 0].argsort()].numpy()
     np.testing.assert_allclose(by_first, VALUES[VALUES[:, 0].argsort()], rtol=1e-5, atol=1e-6)
-    # the change of variables of a normal density, in both units
+    # the change of variables of a normal density
     description = source.describe()
     unit = torch.distributions.Normal(0.0, 1.0)
     ours = unit.log_prob(x).sum(1) - description.log_scale
@@ -78,73 +78,63 @@ def test_standardization_inverts_and_log_scale_moves_the_density(tmp_path):
     assert torch.allclose(ours, moved.log_prob(source.to_source_units(x)).sum(1), atol=1e-6)
 
 
-def test_columns_choose_and_order(tmp_path):
+def test_columns_select_and_order(tmp_path):
     path = write_csv(tmp_path / "t.csv")
     chosen, whole = Table(path, columns=["c", "a"]), Table(path)
-    assert torch.equal(everything(chosen, "test"), everything(whole, "test")[:, [2, 0]])
-    assert torch.equal(everything(Table(path, columns=[2, 0]), "test"), everything(chosen, "test"))
-
-
-def test_own_test_file_and_no_standardization_keep_the_values(tmp_path):
-    train, test = (
-        write_npy(tmp_path / "a.npy", VALUES[:30]),
-        write_npy(tmp_path / "b.npy", VALUES[30:]),
-    )
-    source = Table(train, test_path=test, standardize=False)
-    assert torch.equal(everything(source, "test"), torch.from_numpy(VALUES[30:]).float())
-    assert source.describe().log_scale == 0 and source.describe().splits == {
-        "train": 30,
-        "test": 10,
-    }
+    assert torch.equal(all_examples(chosen, "test"), all_examples(whole, "test")[:, [2, 0]])
     assert torch.equal(
-        everything(Table(train, test_path=test), "train"),
-        everything(pickle.loads(pickle.dumps(Table(train, test_path=test))), "train"),
+        all_examples(Table(path, columns=[2, 0]), "test"), all_examples(chosen, "test")
     )
 
 
-def test_split_is_a_partition_that_the_seed_decides(tmp_path):
+def test_a_test_file_is_read_and_standardization_can_be_disabled(tmp_path):
+    train = write_npy(tmp_path / "a.npy", VALUES[:30])
+    test = write_npy(tmp_path / "b.npy", VALUES[30:])
+    source = Table(train, test_path=test, standardize=False)
+    assert torch.equal(all_examples(source, "test"), torch.from_numpy(VALUES[30:]).float())
+    assert source.describe().log_scale == 0
+    assert source.describe().splits == {"train": 30, "test": 10}
+    standardized = Table(train, test_path=test)
+    copied = pickle.loads(pickle.dumps(standardized))
+    assert torch.equal(all_examples(standardized, "train"), all_examples(copied, "train"))
+
+
+def test_the_split_is_a_partition_drawn_from_the_seed(tmp_path):
     path = write_npy(tmp_path / "a.npy", np.arange(50.0)[:, None])
-    parts = [
-        [
-            sorted(everything(Table(path, seed=s, standardize=False), split).flatten().tolist())
-            for split in ("train", "test")
+
+    def draw(seed):
+        source = Table(path, seed=seed, standardize=False)
+        return [
+            sorted(all_examples(source, split).flatten().tolist()) for split in ("train", "test")
         ]
-        for s in (0, 0, 1)
-    ]
-    assert sorted(parts[0][0] + parts[0][1]) == list(range(50))
-    assert parts[0] == parts[1] != parts[2] and len(parts[0][1]) == 10
+
+    train, test = draw(0)
+    assert sorted(train + test) == list(range(50)) and len(test) == 10
+    assert draw(0) == [train, test] != draw(1)
 
 
 @pytest.mark.parametrize(("num_values", "low"), [(256, None), (4096, None), (11, -5)])
-def test_integer_arrays_of_any_rank_come_back(tmp_path, num_values, low):
+def test_integer_arrays_of_any_rank_are_read_exactly(tmp_path, num_values, low):
     values = np.random.default_rng(0).integers(0, num_values, (20, 2, 3, 3)) + (low or 0)
     path = write_npy(tmp_path / "a.npy", values)
     source = Table(path, num_values=num_values, low=low, test_path=path)
     description = source.describe()
-    assert description.kind == "image" and (description.low, description.high) == (
-        low or 0,
-        (low or 0) + num_values - 1,
-    )
-    x = everything(source, "train")
-    assert torch.equal(source.integers(x), torch.from_numpy(values - (low or 0)))
+    least = low or 0
+    assert description.kind == "image"
+    assert (description.low, description.high) == (least, least + num_values - 1)
+    x = all_examples(source, "train")
+    assert torch.equal(source.integers(x), torch.from_numpy(values - least))
     assert torch.equal(source.to_source_units(x), torch.from_numpy(values).float())
-    flat = Table(
-        write_npy(tmp_path / "flat.npy", values.reshape(20, -1)),
-        num_values=num_values,
-        low=low,
-        event_shape=[2, 3, 3],
-    )
+    flat_path = write_npy(tmp_path / "flat.npy", values.reshape(20, -1))
+    flat = Table(flat_path, num_values=num_values, low=low, event_shape=[2, 3, 3])
     assert flat.describe().sha256 == Table(path, num_values=num_values, low=low).describe().sha256
 
 
-def test_columns_of_whole_numbers(tmp_path):
-    """Integers of a Parquet file are discrete values, or nothing; a CSV file does not say what it
-    holds, so that there is a warning.
-    """
+def test_whole_numbers_are_discrete_in_parquet_and_warned_about_in_csv(tmp_path):
+    """Parquet files have column types, CSV files do not."""
     names, values = ["a", "b"], np.random.default_rng(0).integers(0, 5, (30, 2))
-    parquet = Table(
-        write_parquet(tmp_path / "t.parquet", dict(zip(names, values.T, strict=True))), num_values=5
-    )
+    columns = dict(zip(names, values.T, strict=True))
+    parquet = Table(write_parquet(tmp_path / "t.parquet", columns), num_values=5)
     csv = Table(write_csv(tmp_path / "t.csv", values, names), num_values=5)
     assert parquet.describe().sha256 == csv.describe().sha256
     whole = VALUES.copy()
@@ -152,7 +142,7 @@ def test_columns_of_whole_numbers(tmp_path):
     with pytest.warns(UserWarning, match=r"\['b'\] all values are whole numbers"):
         Table(write_csv(tmp_path / "u.csv", whole)).describe()
     Table(write_csv(tmp_path / "u.csv", whole), columns=["a", "c"]).describe()
-    Table(write_npy(tmp_path / "u.npy", whole)).describe()  # floating point, as it was meant
+    Table(write_npy(tmp_path / "u.npy", whole)).describe()  # the dtype is floating point
 
 
 def with_cell(row, column, value):
@@ -161,12 +151,12 @@ def with_cell(row, column, value):
     return values
 
 
-def text(path, content):
+def write_text(path, content):
     path.write_text(content)
     return str(path)
 
 
-def cut(path, size):
+def truncate(path, size):
     with Path(path).open("r+b") as file:
         file.truncate(size)
     return Table(path)
@@ -174,7 +164,7 @@ def cut(path, size):
 
 FAULTS = {
     "missing": (lambda d: Table(str(d / "none.csv")), ["none.csv", "does not exist"]),
-    "suffix": (lambda d: Table(text(d / "t.xlsx", "")), ["'.xlsx'", ".parquet"]),
+    "suffix": (lambda d: Table(write_text(d / "t.xlsx", "")), ["'.xlsx'", ".parquet"]),
     "nan in csv": (
         lambda d: Table(write_csv(d / "t.csv", with_cell(4, 1, math.nan))),
         ["row 4", "'b'", "nan", "finite"],
@@ -190,11 +180,11 @@ FAULTS = {
         ["row 2", "'a'", "nan"],
     ),
     "text column in csv": (
-        lambda d: Table(text(d / "t.csv", "a,b\n1,x\n2,y\n")),
+        lambda d: Table(write_text(d / "t.csv", "a,b\n1,x\n2,y\n")),
         ["'b'", "'x'", "row 0", "columns="],
     ),
     "empty cell in csv": (
-        lambda d: Table(text(d / "t.csv", "a,b\n1,2\n2,\n")),
+        lambda d: Table(write_text(d / "t.csv", "a,b\n1,2\n2,\n")),
         ["'b'", "''", "row 1"],
     ),
     "text column in parquet": (
@@ -206,19 +196,28 @@ FAULTS = {
         lambda d: Table(write_npy(d / "t.npy", VALUES), columns=[3]),
         ["column 3", "0 to 2"],
     ),
-    "ragged": (lambda d: Table(text(d / "t.csv", "1,2\n3,4\n5\n")), ["row 2", "1 cells", "2"]),
-    "no rows": (lambda d: Table(text(d / "t.csv", "a,b\n")), ["t.csv", "no rows"]),
+    "ragged": (
+        lambda d: Table(write_text(d / "t.csv", "1,2\n3,4\n5\n")),
+        ["row 2", "1 cells", "2"],
+    ),
+    "no rows": (lambda d: Table(write_text(d / "t.csv", "a,b\n")), ["t.csv", "no rows"]),
     "no array rows": (lambda d: Table(write_npy(d / "t.npy", VALUES[:0])), ["(0, 3)"]),
     "one row": (lambda d: Table(write_npy(d / "t.npy", VALUES[:1])), ["test split", "empty"]),
     "not text": (
         lambda d: (d / "t.csv").write_bytes(b"\xff\xfe\x81") and Table(str(d / "t.csv")),
         ["t.csv", "UTF-8"],
     ),
-    "not parquet": (lambda d: Table(text(d / "t.parquet", "hello")), ["t.parquet", "Parquet"]),
-    "not numpy": (lambda d: Table(text(d / "t.npy", "hello")), ["t.npy", "cannot be read"]),
-    "cut numpy": (lambda d: cut(write_npy(d / "t.npy", VALUES), 200), ["t.npy", "cannot be read"]),
-    "cut zip": (
-        lambda d: np.savez(d / "t.npz", u=VALUES) or cut(str(d / "t.npz"), 200),
+    "not parquet": (
+        lambda d: Table(write_text(d / "t.parquet", "hello")),
+        ["t.parquet", "Parquet"],
+    ),
+    "not numpy": (lambda d: Table(write_text(d / "t.npy", "hello")), ["t.npy", "cannot be read"]),
+    "truncated numpy": (
+        lambda d: truncate(write_npy(d / "t.npy", VALUES), 200),
+        ["t.npy", "cannot be read"],
+    ),
+    "truncated zip": (
+        lambda d: np.savez(d / "t.npz", u=VALUES) or truncate(str(d / "t.npz"), 200),
         ["t.npz", "cannot be read"],
     ),
     "objects": (
@@ -287,7 +286,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_named_in_one_line(tmp_path, fault):
+def test_a_faulty_table_is_reported_in_one_line(tmp_path, fault):
     make, culprits = FAULTS[fault]
     with pytest.raises(UserError) as error:
         make(tmp_path).describe()
@@ -295,7 +294,7 @@ def test_fault_is_named_in_one_line(tmp_path, fault):
     assert "\n" not in message and all(culprit in message for culprit in culprits), message
 
 
-def test_pickles_are_never_run(tmp_path):
+def test_pickles_are_never_loaded(tmp_path):
     class Trap:
         def __reduce__(self):
             return (tmp_path.joinpath("sprung").write_text, ("x",))

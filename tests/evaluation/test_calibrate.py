@@ -1,6 +1,4 @@
-"""The fitted reverse process: at its optimum, and the terms that it changes against
-torch.distributions.
-"""
+"""The fitted reverse process: its optimum, and its terms against torch.distributions."""
 
 from typing import Any
 
@@ -33,74 +31,62 @@ def network(seed: int) -> MLP:
 
 def model(transform: Transform | None = None) -> NDM:
     transform = randomized(NetworkTransform(network(3)), 0.1) if transform is None else transform
-    return NDM(
-        LinearLogSNRSchedule(-5.0, 3.0), transform, Predictor(network(4)), GaussianDecoder()
-    ).double()
+    schedule, predictor = LinearLogSNRSchedule(-5.0, 3.0), Predictor(network(4))
+    return NDM(schedule, transform, predictor, GaussianDecoder()).double()
 
 
-def doubles(count: int) -> Points:
-    """Two moons' worth of points, float64."""
-    return Points(
-        torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
-        * torch.tensor([1.0, 0.3])
-    )
+def points(count: int) -> Points:
+    """Gaussian data in float64."""
+    x = torch.randn(count, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    return Points(x * torch.tensor([1.0, 0.3]))
 
 
 def bound_of(ndm: NDM, data: EventDataset, steps: int | None, parts: int, **reverse: Any) -> Tensor:
-    """The mean diffusion term in each part of time, with the very noise of the fit."""
+    """The mean diffusion term in each part of time, with the noise of the fit."""
     source, terms = ExampleGenerators(0, range(len(data)), 20), []  # the stream of fits
     x = data.__getitems__(range(len(data)))
     for part in range(parts):
         u = (part + uniform(x[:, 0], source)) / parts
         noise = standard_normal(x, source)
         with torch.no_grad():
-            terms.append(
-                diffusion(ndm.process, ndm.predictor, x, u, noise, steps, **reverse).mean()
-            )
+            bound = diffusion(ndm.process, ndm.predictor, x, u, noise, steps, **reverse)
+        terms.append(bound.mean())
     return torch.stack(terms)
 
 
 @pytest.mark.parametrize("steps", [3, 40])
-def test_the_scale_is_at_the_minimum_of_every_part(steps: int) -> None:
-    ndm, data = model(), doubles(200)
+def test_the_fitted_variance_ratio_minimizes_every_part(steps: int) -> None:
+    ndm, data = model(), points(200)
     scale = best_variance_ratio(ndm, data, steps, bins=8, batch_size=64)
     assert len(scale.values) == min(steps, 8)
     assert bool((scale.values > 1).all())
     parts = len(scale.values)
     at_best = bound_of(ndm, data, steps, parts, variance_ratio=scale)
     for factor in (0.9, 1.1):
-        assert bool(
-            (
-                bound_of(
-                    ndm, data, steps, parts, variance_ratio=PiecewiseConstant(scale.values * factor)
-                )
-                > at_best
-            ).all()
-        )
+        other = PiecewiseConstant(scale.values * factor)
+        bound = bound_of(ndm, data, steps, parts, variance_ratio=other)
+        assert bool((bound > at_best).all())
     assert bool((bound_of(ndm, data, steps, parts) > at_best).all())
     excess = scale.values - 1  # with r = 1 + u a step costs D/2 log(1 + u)
     torch.testing.assert_close(at_best, steps * torch.log1p(excess), rtol=1e-9, atol=0)
 
 
-def test_the_eta_is_at_the_minimum_of_every_part() -> None:
-    ndm, data = model(randomized(NetworkTransform(network(3)), 0.6)), doubles(200)
+def test_the_fitted_eta_minimizes_every_part() -> None:
+    ndm, data = model(randomized(NetworkTransform(network(3)), 0.6)), points(200)
     eta = best_eta(ndm, data, bins=6, batch_size=64)
     at_best = bound_of(ndm, data, None, 6, eta=eta)
     for factor in (0.93, 1.07):
-        assert bool(
-            (
-                bound_of(ndm, data, None, 6, eta=PiecewiseConstant(eta.values * factor)) > at_best
-            ).all()
-        )
+        bound = bound_of(ndm, data, None, 6, eta=PiecewiseConstant(eta.values * factor))
+        assert bool((bound > at_best).all())
     assert float((eta.values - 1).abs().max()) > 0.05, "the transformation must make a difference"
 
 
 def test_for_the_identity_the_best_eta_is_one() -> None:
-    eta = best_eta(model(Identity()), doubles(50), bins=3)
+    eta = best_eta(model(Identity()), points(50), bins=3)
     torch.testing.assert_close(eta.values, torch.ones(3, dtype=F64))
 
 
-def test_the_widened_step_costs_the_divergence_of_two_gaussians() -> None:
+def test_a_widened_step_costs_the_divergence_of_two_gaussians() -> None:
     ndm, steps = model(), 5
     x, noise = torch.randn(2, 30, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     u = (torch.arange(30, dtype=F64) + 0.5) / 30
@@ -109,39 +95,31 @@ def test_the_widened_step_costs_the_divergence_of_two_gaussians() -> None:
     step = torch.floor(u * steps)
     s, t = ndm.schedule(step / steps), ndm.schedule((step + 1) / steps)
     z = ndm.process.marginal(x, t).sample(noise)
-    q, p = (
-        ndm.process.posterior(z, x, s, t, 0.8),
-        ndm.process.posterior(z, ndm.predictor(z, t), s, t, 0.8),
-    )
+    q = ndm.process.posterior(z, x, s, t, 0.8)
+    p = ndm.process.posterior(z, ndm.predictor(z, t), s, t, 0.8)
     wide = p.std * scale.values[step.long()][:, None].sqrt()
-    expected = kl_divergence(
-        Normal(q.mean, q.std.expand_as(z)), Normal(p.mean, wide.expand_as(z))
-    ).sum(1)
+    true, model_step = Normal(q.mean, q.std.expand_as(z)), Normal(p.mean, wide.expand_as(z))
+    expected = kl_divergence(true, model_step).sum(1)
     torch.testing.assert_close(found, steps * expected, rtol=1e-7, atol=1e-9)
 
 
-def test_a_sampler_takes_the_scale_of_its_step() -> None:
+def test_a_sampler_uses_the_variance_ratio_of_its_step() -> None:
     process = ForwardProcess(LinearLogSNRSchedule(-5.0, 3.0), Identity())
     reverse = ReverseProcess(process, Predictor(network(4)))
     z, noise = torch.randn(2, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     t, s = process.level(1.0, z), process.level(0.5, z)
     scale = PiecewiseConstant(torch.tensor([9.0, 4.0], dtype=F64))
     with torch.no_grad():
-        mean, plain, wide = (
-            step(reverse, z, t, s, n)
-            for step, n in (
-                (Ancestral(), 0 * noise),
-                (Ancestral(), noise),
-                (Ancestral(1.0, scale), noise),
-            )
-        )
+        mean = Ancestral()(reverse, z, t, s, 0 * noise)
+        plain = Ancestral()(reverse, z, t, s, noise)
+        wide = Ancestral(1.0, scale)(reverse, z, t, s, noise)
     torch.testing.assert_close(wide - mean, 2 * (plain - mean))
     sampler = GridSampler(Ancestral(1.0, scale), 2)
     assert bool(sampler(reverse, z, torch.Generator().manual_seed(0)).isfinite().all())
 
 
-def test_a_fitted_bound_of_the_model_is_lower_at_few_steps() -> None:
-    ndm, data = model(), doubles(300)
+def test_fitting_lowers_the_bound_at_few_steps() -> None:
+    ndm, data = model(), points(300)
     x, source = data.__getitems__(range(300)), lambda: ExampleGenerators(7, range(300))
     scale = best_variance_ratio(ndm, data, 4)
     with torch.no_grad():
@@ -152,8 +130,8 @@ def test_a_fitted_bound_of_the_model_is_lower_at_few_steps() -> None:
     assert torch.equal(fitted.reconstruction, plain.reconstruction)
 
 
-def test_bad_arguments_are_refused() -> None:
-    ndm, data = model(), doubles(10)
+def test_bad_arguments_are_rejected() -> None:
+    ndm, data = model(), points(10)
     with pytest.raises(UserError, match="continuous"):
         ndm.bound(data.x, draws=1, variance_ratio=PiecewiseConstant(torch.ones(1)))
     with pytest.raises(UserError, match="positive"):
@@ -180,6 +158,6 @@ def test_fits_use_examples_spread_over_the_data() -> None:
             self.seen = [*getattr(self, "seen", []), *indices]  # type: ignore[misc]
             return super().__getitems__(indices)
 
-    data = Counting(doubles(100).x)
+    data = Counting(points(100).x)
     best_variance_ratio(model(), data, 2, examples=10, batch_size=4)
     assert data.seen == list(range(0, 100, 10))

@@ -1,6 +1,4 @@
-"""The bound and the likelihood of a data set: right standard errors, and numbers that do not depend
-on how the work was cut up.
-"""
+"""Bound and likelihood of a data set: calibrated standard errors, results free of batching."""
 
 import math
 from typing import Any
@@ -37,13 +35,8 @@ def network(seed: int) -> MLP:
 
 def toy_model(steps: int | None = None) -> NDM:
     transform = randomized(NetworkTransform(network(3)), 0.1)
-    return NDM(
-        LinearLogSNRSchedule(-5.0, 3.0),
-        transform,
-        Predictor(network(4)),
-        GaussianDecoder(),
-        steps=steps,
-    ).double()
+    schedule, predictor = LinearLogSNRSchedule(-5.0, 3.0), Predictor(network(4))
+    return NDM(schedule, transform, predictor, GaussianDecoder(), steps=steps).double()
 
 
 def points(count: int, seed: int = 0) -> Points:
@@ -51,7 +44,7 @@ def points(count: int, seed: int = 0) -> Points:
 
 
 @pytest.mark.parametrize("steps", [None, 40])
-def test_the_standard_error_covers(steps: int | None) -> None:
+def test_the_standard_error_is_calibrated(steps: int | None) -> None:
     model, size, runs = toy_model(), 64, 250
     truth = Evaluation(model, points(8_000, 12345), seed=99).nelbo(steps, 16).nats
     for draws in (1, 4):
@@ -59,32 +52,25 @@ def test_the_standard_error_covers(steps: int | None) -> None:
             Evaluation(model, points(size, run), seed=run).nelbo(steps, draws)
             for run in range(runs)
         ]
-        means, errors = (
-            torch.tensor([one.nats for one in found]),
-            torch.tensor([one.stderr for one in found]),
-        )
-        assert float(means.std() / errors.square().mean().sqrt()) == pytest.approx(1, abs=0.15), (
-            "neither too small nor too large"
-        )
+        means = torch.tensor([one.nats for one in found])
+        errors = torch.tensor([one.stderr for one in found])
+        ratio = float(means.std() / errors.square().mean().sqrt())
+        assert ratio == pytest.approx(1, abs=0.15), "neither too small nor too large"
         assert abs(float(means.mean()) - truth) < 4 * float(means.std()) / math.sqrt(runs)
 
 
-def test_stratification_over_the_data_lowers_the_error_and_the_error_says_so() -> None:
-    predictor = Predictor(network(4), target="x")  # whose loss grows like exp(-gamma) towards t = 0
-    model = NDM(
-        LinearLogSNRSchedule(-5.0, 3.0), NetworkTransform(network(3)), predictor, GaussianDecoder()
-    ).double()
+def test_stratification_over_the_data_lowers_the_error_and_its_estimate() -> None:
+    predictor = Predictor(network(4), target="x")  # its loss grows like exp(-gamma) towards t = 0
+    schedule, transform = LinearLogSNRSchedule(-5.0, 3.0), NetworkTransform(network(3))
+    model = NDM(schedule, transform, predictor, GaussianDecoder()).double()
     data, numbers = points(64), list(range(64))
     stratified = [Evaluation(model, data, seed=seed).nelbo(None, 1) for seed in range(150)]
-    with torch.no_grad():
-        plain = [
-            float(
-                model.bound(
-                    data.x, steps=None, draws=1, generator=ExampleGenerators(seed, numbers)
-                ).total.mean()
-            )
-            for seed in range(150)
-        ]
+    plain = []
+    for seed in range(150):
+        source = ExampleGenerators(seed, numbers)
+        with torch.no_grad():
+            total = model.bound(data.x, steps=None, draws=1, generator=source).total
+        plain.append(float(total.mean()))
     ours, theirs = torch.tensor([one.nats for one in stratified]).std(), torch.tensor(plain).std()
     assert float(ours) < 0.75 * float(theirs)
     naive = torch.tensor([float(one.values.std()) / 8 for one in stratified]).mean()
@@ -93,33 +79,28 @@ def test_stratification_over_the_data_lowers_the_error_and_the_error_says_so() -
     assert error == pytest.approx(float(ours), rel=0.25)
 
 
-def test_neighbor_error_of_independent_values_is_the_usual_one() -> None:
+def test_neighbor_error_of_independent_values_is_the_usual_standard_error() -> None:
     values = torch.randn(20_000, dtype=F64, generator=torch.Generator().manual_seed(0)) * 3
     assert neighbor_error(values) == pytest.approx(3 / math.sqrt(20_000), rel=0.03)
-    assert neighbor_error(torch.linspace(0, 1, 1001, dtype=F64)) < 1e-4, (
-        "a trend over the order is not noise"
-    )
+    trend = torch.linspace(0, 1, 1001, dtype=F64)
+    assert neighbor_error(trend) < 1e-4, "a trend over the order is not noise"
     assert math.isnan(neighbor_error(torch.zeros(1)))
 
 
-def test_few_steps_are_all_visited_equally() -> None:
-    found = Evaluation(toy_model(), points(10)).nelbo(10, 16)
-    assert found.protocol.time_samples_per_example == 20
-    assert (
-        Evaluation(toy_model(), points(10)).nelbo(100, 16).protocol.time_samples_per_example == 16
-    )
+def test_few_steps_are_all_visited_equally_often() -> None:
+    evaluation = Evaluation(toy_model(), points(10))
+    assert evaluation.nelbo(10, 16).protocol.time_samples_per_example == 20
+    assert evaluation.nelbo(100, 16).protocol.time_samples_per_example == 16
     model, x = toy_model(), points(3000).x
-    with torch.no_grad():
-        once = [
-            model.bound(
-                x, steps=3, draws=3, generator=torch.Generator().manual_seed(s)
-            ).diffusion.mean()
-            for s in range(2)
-        ]
-    assert once[0] != once[1], "only the noise differs"
+    means = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            means.append(model.bound(x, steps=3, draws=3, generator=generator).diffusion.mean())
+    assert means[0] != means[1], "only the noise differs"
 
 
-def test_batches_leave_the_numbers_alone() -> None:
+def test_results_do_not_depend_on_the_batch_size() -> None:
     model, data = toy_model(), points(11)
     settings = OdeSettings(solver="rk4", nodes=8)
 
@@ -137,31 +118,22 @@ def test_batches_leave_the_numbers_alone() -> None:
         assert one.stderr == pytest.approx(other.stderr, rel=1e-6)
 
 
-def test_a_limit_is_spread_over_the_split_and_stands_in_the_record() -> None:
+def test_a_limit_is_spread_over_the_split_and_recorded() -> None:
     model, data = toy_model(), points(20)
     whole, part = Evaluation(model, data), Evaluation(model, data, limit=5)
     assert part.numbers == [0, 4, 8, 12, 16]
-    settings = OdeSettings(
-        rtol=1e-6, atol=1e-6, nodes=8
-    )  # whose steps depend on what is solved together, within the tolerance
-    torch.testing.assert_close(
-        part.nll(settings=settings).values,
-        whole.nll(settings=settings).values[::4],
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    settings = OdeSettings(rtol=1e-6, atol=1e-6, nodes=8)
+    found, expected = (one.nll(settings=settings).values for one in (part, whole))
+    # The steps of the solver depend on the batch, within the tolerance.
+    torch.testing.assert_close(found, expected[::4], rtol=1e-4, atol=1e-4)
     protocol = part.nelbo(draws=1).protocol.to_dict()
     assert (protocol["num_examples"], protocol["split_size"], protocol["limit"]) == (5, 20, 5)
     assert Evaluation(model, data, limit=100).numbers == list(range(20))
 
 
-def test_the_record_says_how_each_number_came_about() -> None:
-    evaluation = Evaluation(
-        toy_model(),
-        points(12),
-        seed=4,
-        about={"data": "points", "split": "test", "data_sha256": "a" * 64},
-    )
+def test_the_record_holds_the_protocol_of_each_number() -> None:
+    about = {"data": "points", "split": "test", "data_sha256": "a" * 64}
+    evaluation = Evaluation(toy_model(), points(12), seed=4, about=about)
     numbers = [
         evaluation.nelbo(draws=3),
         evaluation.nelbo(7, 3),
@@ -172,16 +144,14 @@ def test_the_record_says_how_each_number_came_about() -> None:
         "data split data_sha256 num_examples split_size seed batch_size dtype device seconds"
         " versions parameters scale"
     )
-    own = [
+    specific = [
         "time_samples_per_example steps eta",
         "time_samples_per_example steps reverse_variance",
         "steps importance_samples nfe_mean",
-    ]
-    own.append(
         "dequantization importance_samples solver rtol atol probes nodes nfe_mean"
-        " half_the_nodes_shift_bpd reversibility"
-    )
-    for one, keys in zip(numbers, own, strict=True):
+        " half_the_nodes_shift_bpd reversibility",
+    ]
+    for one, keys in zip(numbers, specific, strict=True):
         record = one.to_dict()
         assert set((shared + " " + keys).split()) <= set(record), one.name
         assert record["bpd"] == pytest.approx(record["nats"] / (2 * math.log(2)))
@@ -194,9 +164,8 @@ def test_the_record_says_how_each_number_came_about() -> None:
     assert flat_record([ten])["nelbo_bpd"] == ten.bpd
     assert flat["nll_bpd"] == numbers[3].bpd
     assert flat["nfe_mean"] == numbers[3].protocol.nfe_mean > 50
-    assert flat["nelbo_bpd"] == pytest.approx(
-        flat["prior_bpd"] + flat["diffusion_bpd"] + flat["reconstruction_bpd"], abs=1e-12
-    )
+    terms = flat["prior_bpd"] + flat["diffusion_bpd"] + flat["reconstruction_bpd"]
+    assert flat["nelbo_bpd"] == pytest.approx(terms, abs=1e-12)
     assert numbers[3].protocol.one_sample_bpd >= numbers[3].bpd
     assert numbers[3].protocol.reversibility["rms_error"] < 1e-2
     table = markdown_table(numbers).splitlines()
@@ -248,7 +217,7 @@ def likelihood(
     return Measurement("nll", values, 0.1, 1, protocol, importance_samples=1)
 
 
-def test_relations_between_numbers() -> None:
+def test_relations_between_measurements_are_checked() -> None:
     base = torch.randn(200, dtype=F64, generator=torch.Generator().manual_seed(0))
     noise = 0.01 * torch.randn(200, dtype=F64, generator=torch.Generator().manual_seed(1))
     limit, good = bound(base, as_trained=True), likelihood(base - 0.1 + noise)
@@ -259,11 +228,11 @@ def test_relations_between_numbers() -> None:
     coarse_nodes = check_relations([limit, likelihood(above, shift=-0.2)])
     assert [check.holds for check in coarse_nodes] == [False, False]
     box = check_relations([limit, likelihood(above, -0.2, "uniform")])
-    assert [check.holds for check in box] == [False], "a box is not the decoder of the bound"
-    trained, weighted = (
-        bound(base, 10, as_trained=True),
-        bound(base - 0.1, 10, importance_samples=4),
+    assert [check.holds for check in box] == [False], (
+        "uniform dequantization is not the decoder of the bound"
     )
+    trained = bound(base, 10, as_trained=True)
+    weighted = bound(base - 0.1, 10, importance_samples=4)
     assert [check.holds for check in check_relations([trained, weighted])] == [True]
     fitted = bound(base, 10, fitted=True)
     worse = bound(base + 0.1, 10, fitted=True, importance_samples=4)
@@ -279,7 +248,7 @@ def test_relations_between_numbers() -> None:
     assert check_relations([bound(base[:1], as_trained=True), likelihood(base[:1])]) == []
 
 
-def test_a_fit_is_made_once_for_all_numbers_of_its_steps() -> None:
+def test_a_fit_is_computed_once_per_number_of_steps() -> None:
     class Counting(Points):
         calls = 0
 
@@ -296,14 +265,14 @@ def test_a_fit_is_made_once_for_all_numbers_of_its_steps() -> None:
     assert train.calls == 2
 
 
-def test_the_plain_record_of_the_bound() -> None:
+def test_evaluate_bound_returns_a_flat_record() -> None:
     record = evaluate_bound(toy_model(), points(9), draws=2, seed=1)
     assert record["num_examples"] == 9
     assert record["time_samples_per_example"] == 2
     assert record["nelbo_bpd"] == pytest.approx(record["nelbo_nats"] / (2 * math.log(2)))
 
 
-def test_nothing_to_evaluate_and_bounds_that_are_not_finite_are_refused() -> None:
+def test_empty_data_and_nonfinite_bounds_are_rejected() -> None:
     with pytest.raises(UserError, match="empty"):
         Evaluation(toy_model(), Points(torch.zeros(0, 2)))
     with pytest.raises(UserError, match="limit"):
@@ -319,12 +288,11 @@ def test_nothing_to_evaluate_and_bounds_that_are_not_finite_are_refused() -> Non
 
 
 def test_discrete_data_are_measured_on_their_integers() -> None:
-    grid = DiscretizedGaussian(256)
-    model = NDM(
-        LinearLogSNRSchedule(40.0, 41.0), NetworkTransform(network(3)), Predictor(network(4)), grid
-    ).double()
-    x = Points(grid.values[torch.arange(40).reshape(20, 2) * 6])
-    assert Evaluation(model, x).nelbo(draws=2).bpd == pytest.approx(8.0, rel=1e-6), (
-        "a uniform model of bytes costs eight bits"
-    )
-    assert "256 values" in Evaluation(model, x).nelbo(draws=1).protocol.scale
+    """A uniform model of bytes costs eight bits."""
+    decoder, schedule = DiscretizedGaussian(256), LinearLogSNRSchedule(40.0, 41.0)
+    transform, predictor = NetworkTransform(network(3)), Predictor(network(4))
+    model = NDM(schedule, transform, predictor, decoder).double()
+    data = Points(decoder.values[torch.arange(40).reshape(20, 2) * 6])
+    measured = Evaluation(model, data).nelbo(draws=2)
+    assert measured.bpd == pytest.approx(8.0, rel=1e-6)
+    assert "256 values" in measured.protocol.scale

@@ -1,6 +1,4 @@
-"""``ndm reproduce mnist``: three models trained alike, their bounds those of an evaluation, curves
-and figures complete.
-"""
+"""``ndm reproduce mnist``: the bounds of three models, learning curves, the page and figures."""
 
 import csv
 import json
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ndm.cli.main import main
+from cli.commands import exit_code, run_command
 from ndm.evaluation.evaluate import Evaluation
 from ndm.reproduce.mnist import learning_curve
 from ndm.reproduce.report import Report
@@ -23,25 +21,11 @@ from ndm.train.run import Run
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mnist")
     write_mnist(folder / "data", 0)
-    assert (
-        main(
-            [
-                "reproduce",
-                "mnist",
-                "--size",
-                "smoke",
-                "--data",
-                str(folder / "data"),
-                "--out",
-                str(folder / "out"),
-            ]
-        )
-        == 0
-    )
+    run_command("reproduce mnist --size smoke --data", folder / "data", "--out", folder / "out")
     return folder / "out"
 
 
-def test_the_bounds_are_those_of_an_evaluation_of_the_saved_models(out: Path) -> None:
+def test_the_bounds_equal_an_evaluation_of_the_saved_models(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert set(results["measurements"]) == {"vdm", "vdm-widened", "ndm"}
     sizes = {name: one["parameters"] for name, one in results["measurements"].items()}
@@ -54,58 +38,27 @@ def test_the_bounds_are_those_of_an_evaluation_of_the_saved_models(out: Path) ->
         assert record["steps"] is None and record["num_examples"] == 8
 
 
-def test_page_and_figures_are_there(out: Path) -> None:
+def test_the_page_and_its_figures_are_written(out: Path) -> None:
     page = (out / "README.md").read_text()
     for name in ("over-time", "learning", "samples"):
         assert "![" in page and f"({name}.png)" in page
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG") and (
-            out / f"{name}.pdf"
-        ).read_bytes().startswith(b"%PDF")
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_same_command_again_trains_and_measures_nothing(
+def test_a_repeated_command_recomputes_nothing(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in [*out.glob("parts/*"), *out.glob("runs/*/model/*")]
-    }
+    files = [*out.glob("parts/*"), *out.glob("runs/*/model/*")]
+    before = {path: path.stat().st_mtime_ns for path in files}
     assert before
-    assert (
-        main(
-            [
-                "reproduce",
-                "mnist",
-                "--size",
-                "smoke",
-                "--data",
-                str(out.parent / "data"),
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    run_command("reproduce mnist --size smoke --data", out.parent / "data", "--out", out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (
-        main(
-            [
-                "reproduce",
-                "mnist",
-                "--size",
-                "quick",
-                "--data",
-                str(out.parent / "data"),
-                "--out",
-                str(out),
-            ]
-        )
-        == 2
-    )
+    assert exit_code("reproduce mnist --size quick --data", out.parent / "data", "--out", out) == 2
     assert "another experiment: size is 'smoke'" in capsys.readouterr().err
 
 
-def test_the_paper_size_is_the_configuration_for_a_gpu(
+def test_the_paper_size_uses_the_gpu_configuration(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[str, Any] = {}
@@ -115,53 +68,32 @@ def test_the_paper_size_is_the_configuration_for_a_gpu(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Report, "train_all", stop)
-    assert (
-        main(
-            [
-                "reproduce",
-                "mnist",
-                "--size",
-                "paper",
-                "--data",
-                str(out.parent / "data"),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 130
-    )
+    data = out.parent / "data"
+    command = ["reproduce mnist --size paper --data", data, "--out", tmp_path / "out"]
+    assert exit_code(*command) == 130
     assert list(found) == ["vdm", "vdm-widened", "ndm"]
-    expected = RunConfig.read(
-        find_config("mnist"), {"data.path": str(out.parent / "data")}
-    ).to_dict()
+    expected = RunConfig.read(find_config("mnist"), {"data.path": str(data)}).to_dict()
     expected["train"]["evaluation_limit"] = 1000
     assert found["ndm"] == expected
-    channels = [
-        one["model"]["init_args"]["predictor"]["init_args"]["network"]["init_args"]["channels"]
-        for one in found.values()
-    ]
-    assert channels[0] == channels[2] == 128 < channels[1]
+    predictors = [one["model"]["init_args"]["predictor"] for one in found.values()]
+    networks = [predictor["init_args"]["network"] for predictor in predictors]
+    plain, widened, learned = (network["init_args"]["channels"] for network in networks)
+    assert plain == learned == 128 < widened
 
 
-def test_without_data_one_line_says_what_is_missing(
+def test_missing_data_are_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["reproduce", "mnist", "--out", str(tmp_path / "out")]) == 2
-    assert (
-        capsys.readouterr()
-        .err.strip()
-        .endswith("mnist needs the folder of its data: --data FOLDER")
-    )
+    assert exit_code("reproduce mnist --out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("mnist needs the folder of its data: --data FOLDER")
     assert not (tmp_path / "out").exists()
 
 
-def test_learning_curves_go_on_over_interrupted_calls(tmp_path: Path) -> None:
-    """Later calls overwrite the steps that an earlier one lost."""
-    for version, rows in (
-        (0, {9: 3.0, 19: 2.5, 29: 9.0}),
-        (1, {29: 2.0, 39: 1.5}),
-        (10, {49: 1.0}),
-    ):
+def test_learning_curves_continue_over_interrupted_calls(tmp_path: Path) -> None:
+    """Later calls replace steps that were lost in an interruption."""
+    calls = {0: {9: 3.0, 19: 2.5, 29: 9.0}, 1: {29: 2.0, 39: 1.5}, 10: {49: 1.0}}
+    for version, rows in calls.items():
         path = tmp_path / f"logs/version_{version}/metrics.csv"
         path.parent.mkdir(parents=True)
         with path.open("w", newline="") as file:

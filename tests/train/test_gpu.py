@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same numbers, compiled or not, and steps that wait for nothing."""
+"""Tests that need a GPU: agreement with the CPU, CUDA graphs, and steps without waiting."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ MODELS: dict[str, Callable[[], ndm.NDM]] = {
 }
 
 
-def made(name: str) -> tuple[ndm.NDM, Tensor]:
+def make_model(name: str) -> tuple[ndm.NDM, Tensor]:
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():
@@ -65,7 +65,7 @@ def made(name: str) -> tuple[ndm.NDM, Tensor]:
     return model, Digits().split("train").__getitems__(range(32))
 
 
-def numbers(
+def means_and_gradients(
     model: ndm.NDM, terms: TermsFunction, x: Tensor, draw: ndm.elbo.BoundDraw
 ) -> dict[str, Tensor]:
     model.zero_grad()
@@ -79,11 +79,11 @@ def numbers(
     return {"means": found.means.cpu(), **gradients}
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        away, size = float((found[name] - value).norm()), float(value.norm())
-        assert away <= tolerance * size + 1e-5, f"{name}: {away} of {size}"
+        error, size = float((found[name] - value).norm()), float(value.norm())
+        assert error <= tolerance * size + 1e-5, f"{name}: {error} of {size}"
 
 
 @pytest.fixture(autouse=True)
@@ -94,40 +94,39 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_bound_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
-    model, x = made(name)
+def test_the_bound_and_its_gradients_agree_with_the_cpu(name: str) -> None:
+    model, x = make_model(name)
     draw = model.draw(x)
-    expected = numbers(model, training_terms(model), x, draw)
+    expected = means_and_gradients(model, training_terms(model), x, draw)
     moved = type(draw)(
         **{key: None if value is None else value.cuda() for key, value in vars(draw).items()}
     )
-    close(numbers(model.cuda(), training_terms(model), x.cuda(), moved), expected, 2e-3)
+    found = means_and_gradients(model.cuda(), training_terms(model), x.cuda(), moved)
+    assert_close(found, expected, 2e-3)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_with_cuda_graphs_it_is_the_same(name: str, half: bool) -> None:
-    model, x = made(name)
+def test_cuda_graphs_give_the_same_bound_and_gradients(name: str, half: bool) -> None:
+    model, x = make_model(name)
     model, x = model.cuda(), x.cuda()
     plain = training_terms(model)
     faster = compiled(plain, cuda_graphs=True, fullgraph=True)
-    for _ in range(4):  # warmed up, recorded, run again with other numbers
+    for _ in range(4):  # warm up, record, replay with new values
         draw = model.draw(x)
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            expected, found = numbers(model, plain, x, draw), numbers(model, faster, x, draw)
-        close(found, expected, 0.15 if half else 2e-3)
+            expected = means_and_gradients(model, plain, x, draw)
+            found = means_and_gradients(model, faster, x, draw)
+        assert_close(found, expected, 0.15 if half else 2e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_waits_for_nothing(name: str) -> None:
-    """PyTorch raises an error where the host would wait."""
-    model, x = made(name)
+def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
+    """PyTorch raises an error if the host waits."""
+    model, x = make_model(name)
     model, x = model.cuda(), x.cuda()
-    optimizer, watch, terms = (
-        torch.optim.AdamW(model.parameters(), 1e-4, fused=True),
-        Watch(),
-        training_terms(model),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    watch, terms = Watch(), training_terms(model)
     for step in range(3):
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
@@ -145,7 +144,7 @@ def test_a_step_waits_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_learns_compiled(
+def test_compiled_training_lowers_the_bound(
     optimizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -164,7 +163,8 @@ def test_training_learns_compiled(
     fit(RunParts(model, data, settings), Run(tmp_path), 0)
     assert "compilation failed" not in capfd.readouterr().err
     assert float(model.cpu().bound(x, draws=8).total.mean().detach()) < 0.7 * before
-    kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True, map_location="cpu")
-    assert kept["global_step"] == 60 and all(
-        bool(value.isfinite().all()) for value in kept["state_dict"].values()
+    checkpoint = torch.load(
+        tmp_path / "checkpoints/last.ckpt", weights_only=True, map_location="cpu"
     )
+    assert checkpoint["global_step"] == 60
+    assert all(bool(value.isfinite().all()) for value in checkpoint["state_dict"].values())

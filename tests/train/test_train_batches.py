@@ -1,4 +1,4 @@
-"""Which examples belong to which step: laws of the batch plan."""
+"""The batch plan: which examples each step uses."""
 
 from collections import Counter
 
@@ -16,9 +16,8 @@ def plan(**changes: int) -> list[list[int]]:
 
 
 def test_every_pass_visits_every_example_once() -> None:
-    stream = [
-        index for batch in plan(steps=23) for index in batch
-    ]  # 115 positions are five passes over 23 examples
+    # 23 batches of 5 are five passes over 23 examples.
+    stream = [index for batch in plan(steps=23) for index in batch]
     for start in range(0, len(stream), 23):
         assert sorted(stream[start : start + 23]) == list(range(23))
     assert stream[:23] != stream[23:46]
@@ -26,25 +25,21 @@ def test_every_pass_visits_every_example_once() -> None:
 
 
 @pytest.mark.parametrize("first", [1, 4, 11])
-def test_a_resumed_run_sees_what_the_whole_run_sees_from_there(first: int) -> None:
+def test_a_resumed_run_gets_the_remaining_batches_of_the_whole_run(first: int) -> None:
     assert plan(first_step=first, accumulate=2) == plan(accumulate=2)[2 * first :]
 
 
-def test_processes_and_accumulated_batches_split_the_same_stream() -> None:
+def test_processes_and_accumulation_divide_the_same_stream() -> None:
     whole = plan(size=12)
     accumulated = plan(size=6, accumulate=2)
     assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)] == whole
     ranks = [plan(size=3, accumulate=2, processes=2, rank=rank) for rank in range(2)]
     for step, batch in enumerate(whole):
-        assert [
-            index
-            for part in range(2)
-            for rank in range(2)
-            for index in ranks[rank][2 * step + part]
-        ] == batch
+        parts = [ranks[rank][2 * step + part] for part in range(2) for rank in range(2)]
+        assert [index for part in parts for index in part] == batch
 
 
-def test_the_length_of_the_run_does_not_depend_on_where_it_resumes() -> None:
+def test_the_length_does_not_depend_on_the_first_step() -> None:
     assert len(RunBatches(23, 5, 12, 0, first_step=7, accumulate=3)) == 36
 
 
@@ -52,7 +47,7 @@ def test_another_seed_gives_another_order() -> None:
     assert plan(seed=4) != plan(seed=3)
 
 
-def test_parts_have_seeds_of_their_own() -> None:
+def test_every_part_has_a_different_seed() -> None:
     seeds = [part_seed(seed, part) for seed in range(4) for part in range(500)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,4 +1,4 @@
-"""Options of training that concern images: pictures while it trains, mirror images."""
+"""Training options for images: samples while training, and horizontal flips."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ndm.cli.main import main
+from cli.commands import exit_code, run_command
 from ndm.data import Digits
 from ndm.serialize import read_json
 
@@ -33,17 +33,17 @@ DIGITS: dict[str, Any] = {
 
 
 def train(config: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
-    assert main(["train", "--config", str(config), "--out", str(out), *options]) == 0
+    run_command("train --config", config, "--out", out, *options)
     return load_file(out / "model" / "model.safetensors")
 
 
-def test_pictures_while_training_change_nothing_else(
+def test_drawing_samples_while_training_changes_no_weights(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = write_config(**DIGITS)
-    plain = train(config, tmp_path / "plain", "--train.accumulate", "2")
-    options = ["--train.sample_every", "10", "--train.accumulate", "2"]
-    pictured = train(config, tmp_path / "pictured", *options)
+    plain = train(config, tmp_path / "plain", "--train.accumulate 2")
+    options = "--train.sample_every 10 --train.accumulate 2"
+    pictured = train(config, tmp_path / "pictured", options)
     assert not (tmp_path / "plain" / "samples").exists()
     pictures = sorted((tmp_path / "pictured" / "samples").iterdir())
     assert [path.name for path in pictures] == ["step-0000010.png", "step-0000020.png"]
@@ -52,28 +52,28 @@ def test_pictures_while_training_change_nothing_else(
         assert torch.equal(value, pictured[name]), name
 
 
-def test_the_last_picture_while_training_is_the_picture_of_the_trained_model(
+def test_the_last_samples_while_training_are_those_of_the_trained_model(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(write_config(**DIGITS), run, "--train.sample_every", "24")
+    train(write_config(**DIGITS), run, "--train.sample_every 24")
     while_training = Image.open(run / "samples" / "step-0000024.png")
     assert while_training.tobytes() == Image.open(run / "samples.png").tobytes()
 
 
-def test_samples_that_are_not_finite_do_not_stop_training(
+def test_failed_samples_do_not_stop_training(
     write_config: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "ndm.train.fit.draw_samples",
-        lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")),
-    )
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("ndm.train.fit.draw_samples", fail)
     monkeypatch.setattr("ndm.train.results.draw", lambda *arguments: None)
     run = tmp_path / "run"
-    train(write_config(**DIGITS), run, "--train.sample_every", "12")
+    train(write_config(**DIGITS), run, "--train.sample_every 12")
     assert "no samples at step 12: no memory" in capsys.readouterr().err
     assert read_json(run / "metrics.json")["training_steps"] == 24
 
@@ -83,16 +83,18 @@ def test_flips_train_on_mirror_images(
 ) -> None:
     config = write_config(**DIGITS)
     plain = train(config, tmp_path / "plain")
-    flipped = train(config, tmp_path / "flipped", "--train.horizontal_flips", "true")
+    flipped = train(config, tmp_path / "flipped", "--train.horizontal_flips true")
     assert any(not torch.equal(value, flipped[name]) for name, value in plain.items())
     assert "horizontal flips" in capsys.readouterr().out
     data = read_json(tmp_path / "flipped" / "data.json")
-    assert data["splits"]["train"] == len(Digits().split("train"))  # the data are the same
+    assert data["splits"]["train"] == len(
+        Digits().split("train")
+    )  # the data set itself is unchanged
 
 
-def test_vectors_have_no_mirror_images(
+def test_horizontal_flips_of_vectors_are_rejected(
     write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--config", str(write_config()), "--out", str(tmp_path / "run")]
-    assert main(["train", *options, "--train.horizontal_flips", "true"]) == 2
+    command = ["train --config", write_config(), "--out", tmp_path / "run"]
+    assert exit_code(*command, "--train.horizontal_flips true") == 2
     assert "holds no images but examples of shape (2,)" in capsys.readouterr().err

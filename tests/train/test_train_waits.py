@@ -1,4 +1,4 @@
-"""A training step asks the device for no number: what it costs is paid per log, not per step."""
+"""Training steps never wait for the device; only logging does."""
 
 import math
 from pathlib import Path
@@ -19,21 +19,19 @@ from ndm.train.settings import TrainSettings
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes a host wait for a device: every number that Python asks for."""
+    """Count operations that make the host wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-        )
+        aten = torch.ops.aten
+        self.count += func in (aten._local_scalar_dense.default, aten.nonzero.default)
         return func(*args, **(kwargs or {}))
 
 
-def model() -> ndm.NDM:
+def make_model() -> ndm.NDM:
     torch.manual_seed(0)
     transform = ndm.GatedTransform(ndm.nn.MLP(2, hidden=8, blocks=1))
     predictor = ndm.Predictor(ndm.nn.MLP(2, hidden=8, blocks=1))
@@ -55,28 +53,28 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2}])
-def test_more_steps_wait_no_more(
-    more: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+def test_the_number_of_waits_does_not_depend_on_the_number_of_steps(
+    options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callbacks, "MOVES_EVERY", math.inf)
     monkeypatch.setattr(ndm.GaussianDecoder, "check", lambda *_: None)
     counts = []
     for steps in (2, 12):
         with Waits() as waits:
-            settings = TrainSettings(steps=steps, batch_size=16, **OPTIONS, **more)
-            fit(RunParts(model(), DATA, settings), Run(tmp_path / str(steps)), 0)
+            settings = TrainSettings(steps=steps, batch_size=16, **OPTIONS, **options)
+            fit(RunParts(make_model(), DATA, settings), Run(tmp_path / str(steps)), 0)
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("what", ["bound", "gradient"])
-def test_what_is_not_finite_is_found_late_and_named_early(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantity", ["bound", "gradient"])
+def test_a_non_finite_value_is_reported_with_its_first_step(
+    quantity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step is the first one, whenever it is read; no checkpoint is written after it."""
-    broken, step = model(), []
-    if what == "bound":
+    """No checkpoint is written after that step."""
+    broken, step = make_model(), []
+    if quantity == "bound":
         original = broken.bound_at
 
         def bound_at(x: torch.Tensor, draw: Any) -> Any:
@@ -94,15 +92,11 @@ def test_what_is_not_finite_is_found_late_and_named_early(
             return gradient * math.nan if len(step) - 1 == 5 else gradient
 
         broken.schedule.log_slope.register_hook(spoil)
-    settings = TrainSettings(
-        steps=40, batch_size=16, **{**OPTIONS, "checkpoint_every": 4, "log_every": 10}
-    )
-    with pytest.raises(UserError, match=rf"the {what} is not finite at step 5;"):
+    options = {**OPTIONS, "checkpoint_every": 4, "log_every": 10}
+    settings = TrainSettings(steps=40, batch_size=16, **options)
+    with pytest.raises(UserError, match=rf"the {quantity} is not finite at step 5;"):
         fit(RunParts(broken, DATA, settings), Run(tmp_path), 0)
-    kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-    assert kept["global_step"] == 4
-    assert all(
-        bool(value.isfinite().all())
-        for value in kept["current_model_state"].values()
-        if value.is_floating_point()
-    )
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    for value in checkpoint["current_model_state"].values():
+        assert not value.is_floating_point() or bool(value.isfinite().all())

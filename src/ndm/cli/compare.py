@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo
 
 from ndm.cli.parsing import split_overrides, step_numbers
 from ndm.compare.budget import read_plan
@@ -17,7 +17,7 @@ from ndm.compare.tables import markdown, plot, summarize
 from ndm.device import describe_machine
 from ndm.errors import UserError, check_whole, require
 from ndm.serialize import write_atomically, write_json
-from ndm.train.config import parse
+from ndm.train.config import Parser, parse
 from ndm.train.run import Run
 
 RESULT = "compare.json"
@@ -50,7 +50,7 @@ class CompareSettings:
     horizons: str = "10,50,1000"
     """Numbers of steps T of the discrete-time bounds; empty for only the continuous-time bound."""
     draws: int = 8
-    """Times drawn per example in every bound."""
+    """Number of times t drawn per example in every bound."""
     split: str = "test"
     """Split of the data to measure."""
     limit: int | None = None
@@ -100,7 +100,7 @@ class CompareSettings:
 
 def run_compare(arguments: Sequence[str]) -> None:
     """Parse the arguments of ``ndm compare`` and compare."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ndm compare",
         description=(
             "Train and measure several configurations under the same budget, including a plain"

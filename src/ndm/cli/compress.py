@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo
 
 from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archive, unpack
 from ndm.apps.compress.chain import Chain
@@ -22,13 +22,13 @@ from ndm.device import pick_device
 from ndm.errors import UserError, check_whole, require
 from ndm.model import DiffusionModel
 from ndm.serialize import CONFIG_NAME, fingerprint, write_atomically
-from ndm.train.config import parse
+from ndm.train.config import Parser, parse
 from ndm.train.run import Run
 
 
 def run_compress(arguments: Sequence[str]) -> None:
     """Run ``ndm compress`` with these command-line arguments."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ndm compress",
         description="Compress images or arrays losslessly with a trained model.",
         exit_on_error=False,
@@ -51,7 +51,7 @@ def run_compress(arguments: Sequence[str]) -> None:
 
 def run_decompress(arguments: Sequence[str]) -> None:
     """Run ``ndm decompress`` with these command-line arguments."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ndm decompress",
         description="Restore the files from an archive of ndm compress.",
         exit_on_error=False,
@@ -66,7 +66,7 @@ def run_decompress(arguments: Sequence[str]) -> None:
 
 def run_inspect(arguments: Sequence[str]) -> None:
     """Run ``ndm inspect`` with these command-line arguments."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ndm inspect",
         description="Show the content of an archive of ndm compress, without its model.",
         exit_on_error=False,

@@ -68,7 +68,7 @@ class EvaluateSettings:
     """Largest T of an importance-weighted bound; it evaluates the predictor T K times per example.
     """
     draws: int = 16
-    """Times drawn per example in a NELBO."""
+    """Number of times t drawn per example in a NELBO."""
     dequantization: Dequantization = "variational"
     """Dequantization of the likelihood: variational (through q(z_0|x)), uniform (discrete data) or
     none (continuous data).

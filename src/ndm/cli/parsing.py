@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from ndm.errors import UserError
+from ndm.train.config import Parser
 
 
-def run_parser(name: str, description: str, example: str) -> ArgumentParser:
+def run_parser(name: str, description: str, example: str) -> Parser:
     """Return the parser of a command whose first argument is the folder of a run."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=f"ndm {name}", description=description, epilog=example, exit_on_error=False
     )
     parser.add_argument("run", metavar="RUN", help="folder of the run, created by ndm train")

@@ -20,7 +20,6 @@ from ndm.quality import (
     load_classifier,
 )
 from ndm.quality.features import Scale, torchscript_features
-from ndm.sample import Method
 from ndm.serialize import write_json
 from ndm.train.config import parse
 from ndm.train.run import Run
@@ -44,7 +43,7 @@ def run_quality(arguments: Sequence[str]) -> None:
 def quality(
     run: str,
     n: int = 2000,
-    method: Method = "ancestral",
+    method: str | None = None,
     steps: int | None = None,
     eta: float | None = None,
     solver: str | None = None,
@@ -65,7 +64,8 @@ def quality(
     Args:
         run: folder of the run.
         n: number of samples.
-        method: ancestral (DDPM), ddim, sde or ode.
+        method: ancestral (DDPM), ddim, sde or ode, or transport for a TransportNDM; by default that
+            of the model: ancestral, or sde in continuous time only.
         steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
         eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 is deterministic.
         solver: euler, heun, torchsde-euler or torchsde-srk for sde; heun, euler or dopri5 for ode.
@@ -127,7 +127,7 @@ def quality(
     if json is not None:
         sampler |= {
             "precision": precision,
-            "method": method,
+            "method": method or model.default_method,
             "seed": seed,
             "batch_size": batch_size,
         }

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from ndm.cli.parsing import split_overrides
 from ndm.errors import UserError
 from ndm.reproduce import EXPERIMENTS, ExperimentSettings
-from ndm.train.config import parse
+from ndm.train.config import Parser, parse
 
 
 def run_reproduce(arguments: Sequence[str]) -> None:
@@ -17,7 +15,7 @@ def run_reproduce(arguments: Sequence[str]) -> None:
     Raises:
         UserError: there is no such experiment, or it does not accept these options.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ndm reproduce",
         description=(
             "Run an experiment of the paper: train, measure, draw figures and write a report. Rerun"

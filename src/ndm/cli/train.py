@@ -1,8 +1,10 @@
 """``ndm train``: train a model, or resume an interrupted run."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ndm.errors import UserError
 from ndm.train.config import RunConfig, config_parser, parse
 from ndm.train.run import Run
 from ndm.train.training import train_run
@@ -26,6 +28,12 @@ def run_train(arguments: Sequence[str]) -> None:
         "--out", type=str, required=True, metavar="RUN", help="folder of the run; created if needed"
     )
     stored = _stored_config(arguments)
+    folder = _folder(arguments)
+    if stored is None and not _has_sections(arguments):
+        problem = "" if folder is None else f"there is no run in {folder} to resume: "
+        raise UserError(
+            f"{problem}give a configuration and a folder, such as --config digits --out runs/digits"
+        )
     values = parse(parser, (["--config", str(stored)] if stored else []) + list(arguments))
     run = Run(Path(values.pop("out")))
     train_run(run, RunConfig(values))
@@ -35,7 +43,18 @@ def _stored_config(arguments: Sequence[str]) -> Path | None:
     """Return the configuration of an existing run if there is --out but no --config."""
     if any(one == "--config" or one.startswith("--config=") for one in arguments):
         return None
+    folder = _folder(arguments)
+    path = None if folder is None else Run(folder).config_path
+    return path if path is not None and path.exists() else None
+
+
+def _folder(arguments: Sequence[str]) -> Path | None:
+    """Return the folder of the last --out, if any."""
     outs = [arguments[i + 1] for i, one in enumerate(arguments[:-1]) if one == "--out"]
     outs += [one.removeprefix("--out=") for one in arguments if one.startswith("--out=")]
-    path = Run(Path(outs[-1])).config_path if outs else None
-    return path if path is not None and path.exists() else None
+    return Path(outs[-1]) if outs else None
+
+
+def _has_sections(arguments: Sequence[str]) -> bool:
+    """Whether the data or the model are given by an option."""
+    return any(re.match(r"--(config|data|model)\b|-h$|--help$", one) for one in arguments)

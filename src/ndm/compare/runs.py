@@ -32,7 +32,7 @@ class Measures:
     horizons: tuple[int, ...]
     """Numbers of steps T of the discrete-time bounds, next to the continuous-time bound."""
     draws: int
-    """Times drawn per example."""
+    """Number of times t drawn per example."""
     split: str
     limit: int | None
     calibrate: bool

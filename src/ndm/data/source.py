@@ -16,6 +16,7 @@ contains a checksum, so that runs can be compared.
 """
 
 import hashlib
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -135,6 +136,9 @@ class EventDataset(Dataset[Tensor], ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} examples)"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "EventDataset":
         """Return the data set: data never change, so copies of a training module share them."""
         return self
@@ -235,6 +239,11 @@ class DataSource(ABC):
                 f" {have}"
             )
         return content.splits[name]
+
+    def __repr__(self) -> str:
+        names = inspect.signature(type(self).__init__).parameters
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
 
     def integers(self, x: Tensor) -> Tensor:
         """Return the levels 0 ... num_values-1 nearest to x, int64, in the shape of x.

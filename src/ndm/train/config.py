@@ -114,6 +114,15 @@ class RunConfig:
         return RunParts(parts.model, parts.data, parts.train)
 
 
+class Parser(ArgumentParser):
+    """A parser whose help texts are plain text, although they come from docstrings."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        """Return the help without the markup of docstrings."""
+        text = re.sub(r":\w+:`~?([^`]*)`", r"\1", super().format_help(formatter))
+        return text.replace("``", "")
+
+
 def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
     """Return the parser of configurations for the command ``ndm NAME``.
 
@@ -121,7 +130,7 @@ def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
         name: the command.
         options: arguments of ``ArgumentParser``.
     """
-    parser = ArgumentParser(prog=f"ndm {name}", exit_on_error=False, **options)
+    parser = Parser(prog=f"ndm {name}", exit_on_error=False, **options)
     parser.add_argument(
         "--config",
         action="config",
@@ -139,6 +148,9 @@ def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
     add_data(parser)
     add_model(parser)
     parser.add_class_arguments(TrainSettings, "train")
+    for section in ("data", "model", "train"):
+        assert parser.groups is not None
+        parser.groups[section].title = section
     return parser
 
 
@@ -216,7 +228,7 @@ def build_section(path: Path, name: str, add: Callable[[ArgumentParser], None]) 
     Raises:
         UserError: the file is missing or damaged, or the section is wrong.
     """
-    parser = ArgumentParser(prog="ndm", exit_on_error=False)
+    parser = Parser(prog="ndm", exit_on_error=False)
     add(parser)
     config = read_values(path)
     try:

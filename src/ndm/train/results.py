@@ -60,7 +60,7 @@ def describe_results(metrics: dict[str, Any]) -> str:
     """Return the evaluation as a table for the terminal."""
     lines = [bound_table(metrics)]
     lines += [
-        f"{name + ' (baseline)':<20}{metrics[f'{name}_bpd']:9.4f}"
+        f"{name:<16}{metrics[f'{name}_bpd']:9.4f}  (baseline)"
         for name in ("histogram", "xz")
         if f"{name}_bpd" in metrics
     ]

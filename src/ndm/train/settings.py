@@ -41,7 +41,7 @@ class TrainSettings:
     batch_size: int = 64
     """Examples per optimizer step, over all devices and accumulated batches."""
     start_from: str | None = None
-    """Folder of a run or model whose weights are the initial weights; None for random ones. The two
+    """Folder of a run or model whose weights are the initial weights; null for random ones. The two
     models may differ only in dropout, steps T, eta and time sampler.
     """
     optimizer: Optimizer = "adamw"
@@ -83,7 +83,7 @@ class TrainSettings:
     strategy: str = "auto"
     """Lightning's strategy: auto, ddp, fsdp, ..."""
     threads: int | None = None
-    """CPU threads per process; None for PyTorch's default."""
+    """CPU threads per process; null for PyTorch's default."""
     workers: int = 0
     """Number of processes that load data."""
     compile: bool = False
@@ -96,24 +96,24 @@ class TrainSettings:
     """Steps between rows of the logs."""
     sample_every: int | None = None
     """Steps between pictures of samples while training, written into ``samples/`` in the run's
-    folder; None for none.
+    folder; null for none.
     """
     validate_every: int | None = None
-    """Steps between evaluations on ``validation_split``; None for no validation."""
+    """Steps between evaluations on ``validation_split``; null for no validation."""
     validation_split: str = "test"
     """Split to validate on. Validation is only logged; it does not affect training."""
     evaluation_draws: int = 8
-    """Times drawn per example in the final evaluation."""
+    """Number of times t drawn per example in the final evaluation."""
     evaluation_limit: int | None = None
-    """Number of examples in the final evaluation, evenly spread over the split; None for all."""
+    """Number of examples in the final evaluation, evenly spread over the split; null for all."""
     evaluation_split: str = "test"
     """Split of the final evaluation."""
     sample_images: int | None = None
-    """Number of images in the final picture of samples; None for 64. For vectors it always shows
+    """Number of images in the final picture of samples; null for 64. For vectors it always shows
     4,096 samples.
     """
     sample_steps: int | None = None
-    """Steps of the sampler for the final picture; None for the model's T, or 100 in continuous
+    """Steps of the sampler for the final picture; null for the model's T, or 100 in continuous
     time.
     """
 

@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice
 from ndm.forward import Gaussian, NoisingProcess, drift_of, gaussian
-from ndm.model import DiffusionModel, check_part
+from ndm.model import DiffusionModel
 from ndm.ode import LogDensity, OdeSettings, ode_log_prob
-from ndm.parts import Part
+from ndm.parts import Part, check_part
 from ndm.predictor import DataPredictor
 from ndm.random import RandomSource
 from ndm.reverse import Reverse

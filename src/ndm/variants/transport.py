@@ -52,8 +52,9 @@ from ndm.decoder import Decoder
 from ndm.elbo import Eta
 from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess, NoisingProcess
-from ndm.model import DiffusionModel, check_part
+from ndm.model import DiffusionModel
 from ndm.ode import LogDensity, OdeSettings
+from ndm.parts import check_part
 from ndm.random import RandomSource
 from ndm.reverse import Reverse
 from ndm.sample import Sampler
