@@ -25,6 +25,7 @@ grids = st.lists(st.integers(-50, 50), min_size=2, max_size=9, unique=True).map(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(grid=grids, gamma=st.floats(-9, 6), seed=st.integers(0, 1000))
 def test_probabilities_are_the_softmax_of_squares_and_sum_to_one(
@@ -77,6 +78,7 @@ def uneven(count: int, seed: int) -> list[float]:
     return [0.0, *gaps.cumsum(0).tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.02, 0.11, 0.2, 0.3, 0.7, 1.0, 1.6, 3.0, 8.0, 1e3])
 @pytest.mark.parametrize("count", [2, 9, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -168,6 +170,7 @@ def test_samples_drawn_in_blocks_use_their_own_noise_levels(
     assert not torch.equal(drawn[1::2], x[1::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [-0.98, -0.4, 0.0, 0.37])
 @pytest.mark.parametrize(
     ("grid", "gamma"),

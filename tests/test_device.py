@@ -49,6 +49,7 @@ def transformations() -> dict[str, Transform]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", transformations())
 @pytest.mark.parametrize(
     ("reverse", "steps"),
@@ -108,6 +109,7 @@ def test_the_transport_bound_under_autocast_equals_the_float32_bound(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ancestral", "ddim", "sde", "ode"])
 @pytest.mark.parametrize("name", ["identity", "network", "separable", "blur"])
 def test_samples_under_autocast_equal_float32_samples(name: str, method: Method) -> None:

@@ -70,6 +70,7 @@ class Parsed(Exception):
     """Raised after a command is parsed, in place of running it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
 def test_commands_parse(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: object) -> None:

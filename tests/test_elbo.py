@@ -76,6 +76,7 @@ def test_identity_gives_the_loss_of_variational_diffusion_models(
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [NetworkTransform, GatedTransform])
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.7])
 def test_fine_steps_agree_with_the_continuous_integrand_for_networks(
@@ -159,6 +160,7 @@ def toy_model(**options: object) -> NDM:
     return NDM(schedule, transform, predictor, GaussianDecoder(), **options).double()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [None, 6])
 def test_draws_are_unbiased_and_their_standard_error_is_calibrated(steps: int | None) -> None:
     model = toy_model(steps=steps).eval()
@@ -178,6 +180,7 @@ def test_draws_are_unbiased_and_their_standard_error_is_calibrated(steps: int | 
     assert 0.85 < float(score.std()) < 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "times",
     [LowDiscrepancyTimeSampler(), ImportanceTimeSampler(bins=16)],
@@ -238,6 +241,7 @@ def test_zero_draws_and_zero_steps_are_rejected(draws: int, steps: int | None) -
         toy_model().bound(torch.zeros(2, 2, dtype=F64), draws=draws, steps=steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", ["tied", "direct", "direct-score", "diffenc"])
 @pytest.mark.parametrize("steps", [None, 10])
 def test_an_empty_batch_has_an_empty_bound(reverse: Reverse, steps: int | None) -> None:

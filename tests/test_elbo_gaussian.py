@@ -63,6 +63,7 @@ def expected_continuous(problem: GaussianProblem, eta: float, panels: int = 100)
     return expected_ends(problem) + mean(terms).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("steps", "eta"), [(1, 1.0), (3, 0.4), (5, 1.0), (60, 1.2)])
@@ -74,6 +75,7 @@ def test_discrete_bound_is_the_divergence_of_joint_gaussians(
     assert expected_discrete(problem, steps, eta).item() == pytest.approx(expected.item(), rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_discrete_bound_converges_to_the_continuous_bound_at_order_one(
@@ -107,6 +109,7 @@ def test_markov_case_is_tight_up_to_prior_and_decoder(schedule: str, start: Tens
     assert coarse > expected + 1e-3, "a coarse chain must cost nats"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("eta", [0.7, 1.0, 1.5])
@@ -146,6 +149,7 @@ def chain_log_prob(
     return torch.distributions.MultivariateNormal(mean / level.alpha, covariance).log_prob(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale",
     [None, PiecewiseConstant(torch.tensor([1.3, 1.1, 1.8, 1.2], dtype=F64))],

@@ -43,6 +43,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), torch.cov(x.T)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "options", "steps"),

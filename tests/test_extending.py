@@ -65,6 +65,7 @@ def test_derivatives_of_custom_parts_match_finite_differences(folder: Path) -> N
     torch.testing.assert_close(derivative, difference, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_commands_on_the_page_run(folder: Path) -> None:
     (commands,) = blocks("console")
     short = " --train.steps 3 --train.evaluation_draws 1 --train.sample_steps 2"

@@ -137,6 +137,7 @@ def test_every_test_named_on_the_page_exists() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
 def test_every_snippet_on_the_page_runs() -> None:
     torch.manual_seed(0)

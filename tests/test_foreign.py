@@ -79,6 +79,7 @@ def assert_learns(ndm: NDM, part: nn.Module, updates: int = 10) -> None:
     assert float(fixed_bound(ndm, x).detach()) < float(before.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [None, 10])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_diffusers_unet_trains_as_predictor(kind: str, steps: int | None) -> None:
@@ -88,12 +89,14 @@ def test_a_diffusers_unet_trains_as_predictor(kind: str, steps: int | None) -> N
     assert bool(ndm.sample((2, 1, 8, 8), steps=3, seed=0).isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_diffusers_unet_trains_as_f_in_discrete_time(kind: str) -> None:
     net = network(kind)
     assert_learns(model(NetworkTransform(net), UNet(1, 8, (1,)), 10), net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_diffusers_unet_trains_as_f_in_continuous_time_or_names_the_fix(

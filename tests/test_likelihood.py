@@ -49,6 +49,7 @@ class GridPredictor(nn.Module):
         return (torch.softmax(exponent, -1) * self.values).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [LinearBetaSchedule(), CosineSchedule(), FlowMatchingSchedule(), LinearLogSNRSchedule()],
@@ -74,6 +75,7 @@ def decoder_density(problem: MixtureProblem, x: Tensor) -> Tensor:
     return torch.logsumexp(problem.weights.log() + components.log_prob(x[:, None]), dim=1).detach()
 
 
+@pytest.mark.slow
 def test_importance_weighted_likelihood_approaches_the_exact_likelihood() -> None:
     problem = mixture(LinearLogSNRSchedule(-1.0, 25.0), LinearTransform())
     x = problem.draw(3, torch.Generator().manual_seed(0))
@@ -90,6 +92,7 @@ def test_importance_weighted_likelihood_approaches_the_exact_likelihood() -> Non
     assert bool((bounds[8].mean(1) < exact + 4 * bounds[8].std(1) / math.sqrt(rows / 8)).all())
 
 
+@pytest.mark.slow
 def test_importance_samples_do_not_depend_on_the_batch() -> None:
     reverse = network_process(2)
     x = torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -106,6 +109,7 @@ def test_importance_samples_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(again.log_weights, found.log_weights[2:3], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["variational", "uniform"])
 @pytest.mark.parametrize(
     "grid",
@@ -173,6 +177,7 @@ def test_uniform_dequantization_fills_the_bins_and_includes_their_widths() -> No
     assert float((y.mean(0) - torch.tensor([2.0, 4.0])).abs().max()) < 0.08
 
 
+@pytest.mark.slow
 def test_log_likelihood_leaves_the_model_unchanged() -> None:
     torch.manual_seed(0)
     transform, predictor = NetworkTransform(MLP(2, 8, 1)), Predictor(MLP(2, 8, 1))

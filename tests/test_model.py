@@ -200,6 +200,7 @@ def test_without_a_description_the_shape_is_asked_for() -> None:
         plane().sample((3,))
 
 
+@pytest.mark.slow
 def test_submodules_are_imported_on_first_use() -> None:
     """``import ndm`` needs neither Lightning nor matplotlib; submodules are reachable after it."""
     script = (

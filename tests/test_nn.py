@@ -105,6 +105,7 @@ def test_each_example_depends_only_on_its_own_input_and_time(network: str) -> No
         torch.testing.assert_close(net(x[row], t[row]), out[row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 9), (28, 28)])
 def test_unet_accepts_images_of_any_size_and_memory_format(size: tuple[int, int]) -> None:
     net, x, t = unet(), seeded(2, 2, *size), torch.tensor([0.2, 0.9], dtype=F64)
@@ -133,6 +134,7 @@ def test_unet_keeps_its_memory_format_in_forward_mode() -> None:
     assert len(seen) > 10 and all(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["group", "channel"])
 def test_the_compiled_unet_gives_the_same_output(norm: str) -> None:
     """Compiled, it uses attention by tokens, upsampling by views and norms by formulas."""

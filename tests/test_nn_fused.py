@@ -10,6 +10,7 @@ from oracles import F64, randomized
 from test_nn import seeded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modulated", [False, True])
 def test_norm_silu_matches_norm_then_silu(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndm.nn.fused.SMALLEST", 0)

@@ -60,6 +60,7 @@ def density(problem: MixtureProblem, z: Tensor, t: float = 0.0) -> Tensor:
     return torch.logsumexp(problem.weights.log() + components.log_prob(z[:, None]), dim=1).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", [GaussianProblem, mixture])
@@ -79,6 +80,7 @@ def test_exact_predictor_gives_the_exact_density(
     assert float((found.coarse - found.log_p).abs().max()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", ["dopri8", "bosh3", "adaptive_heun", "rk4", "heun3", "heun2", "midpoint"]
 )
@@ -128,6 +130,7 @@ def flow_log_det(reverse: ReverseProcess, z: Tensor, step: float = 1e-4) -> tupl
     return end[-1].reshape(z.shape), torch.linalg.slogdet(jacobian).logabsdet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -149,6 +152,7 @@ def test_density_of_a_nonlinear_transform_matches_the_jacobian_of_the_flow(
     torch.testing.assert_close(found.log_p, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_density_of_images_matches_the_jacobian_of_the_flow() -> None:
     reverse = image_process()
     z = torch.randn(1, 1, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(3))
@@ -158,6 +162,7 @@ def test_density_of_images_matches_the_jacobian_of_the_flow() -> None:
     torch.testing.assert_close(found.log_p, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_probes_of_an_example_do_not_depend_on_the_batch() -> None:
     reverse = network_process(20)
     z = torch.randn(90, 20, dtype=F64, generator=torch.Generator().manual_seed(3))
@@ -170,6 +175,7 @@ def test_the_probes_of_an_example_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased_and_its_variance_falls_with_the_probes(probe: str) -> None:
     reverse = image_process()
@@ -185,6 +191,7 @@ def test_hutchinson_is_unbiased_and_its_variance_falls_with_the_probes(probe: st
     assert 2.4 < variance[0] / variance[1] < 6.5
 
 
+@pytest.mark.slow
 def test_the_cost_of_an_adaptive_solver_does_not_depend_on_the_probes() -> None:
     """Probes in the solver's state, or new ones at each call, would multiply its steps."""
     reverse = network_process(20)
@@ -222,6 +229,7 @@ def test_trace_times_integrate_over_t_and_are_nested(schedule: Schedule) -> None
     torch.testing.assert_close(times[::2], trace_times(process, 32)[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_tolerance_holds_for_a_hard_example_among_many_easy_ones() -> None:
     problem = mixture(LinearLogSNRSchedule(-8.0, 12.0), LinearTransform())
     hard = torch.tensor([[6.0, -7.0]], dtype=F64)
@@ -234,6 +242,7 @@ def test_the_tolerance_holds_for_a_hard_example_among_many_easy_ones() -> None:
         assert float((found.z_1[:1] - best.z_1).abs().max()) < 50 * 1e-5 * scale
 
 
+@pytest.mark.slow
 def test_the_ode_is_reversible_within_its_tolerance() -> None:
     reverse = network_process(3)
     z = torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(0))

@@ -219,6 +219,7 @@ def test_the_soft_score_is_the_score_of_the_marginal(name: str) -> None:
     torch.testing.assert_close(soft_score, score, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_operator
 def test_the_ode_has_the_density_of_the_forward_process(name: str) -> None:
     schedule = LinearLogSNRSchedule(-3.0, 20.0)  # without signal at t = 1
@@ -232,6 +233,7 @@ def test_the_ode_has_the_density_of_the_forward_process(name: str) -> None:
     torch.testing.assert_close(found.log_p, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @every_operator
 def test_the_bound_of_the_exact_predictor_matches_its_closed_form(name: str) -> None:
     """Entropy, gaps of prior and decoder, and ½ ∫ e^-gamma tr P^-1 C'ᵀ C'/gamma' for a moving F."""

@@ -105,6 +105,7 @@ class GaussianPrediction(nn.Module):
         return (at.alpha * z - mean) / at.sigma
 
 
+@pytest.mark.slow
 def test_rounding_brings_the_bound_of_a_quantized_gaussian_to_its_entropy() -> None:
     """For s many spacings wide, the posterior mean of the quantized value is the rounded Gaussian
     mean. Without rounding the same network has a higher bound.

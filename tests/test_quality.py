@@ -83,6 +83,7 @@ def moments(mean: float, std: float) -> Tensor:
     return torch.tensor([mean, mean**2 + std**2, mean**3 + 3 * mean * std**2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [(0.2, 0.5), (0.5, 0.4)])
 def test_kid_is_an_unbiased_estimate_of_its_closed_form(other: tuple[float, float]) -> None:
     """For d = 1 the kernel is (ab + 1)³ = 1 + 3ab + 3a²b² + a³b³: MMD² compares three moments."""
@@ -249,6 +250,7 @@ def count_errors(data: EventDataset, model: Classifier) -> int:
     return int((model(data.__getitems__(list(range(len(data))))).argmax(1) != data.labels).sum())
 
 
+@pytest.mark.slow
 def test_the_classifier_learns_and_standardizes_its_features(
     classifier: Classifier, digits: Digits
 ) -> None:
@@ -260,6 +262,7 @@ def test_the_classifier_learns_and_standardizes_its_features(
     assert torch.allclose(train.std(0, correction=0), torch.ones(64, dtype=F64), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_depends_on_seed_and_weights(
     classifier: Classifier, digits: Digits, tmp_path: Path
 ) -> None:

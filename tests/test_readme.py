@@ -13,6 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 STEPS = 150
 
 
+@pytest.mark.slow
 def test_the_readme_trains_samples_measures_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_the_direct_ode_has_the_likelihood_of_the_tied_ode() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ddim_with_the_second_head_converges_to_the_ode_at_order_one() -> None:
     problem = GaussianProblem(LinearLogSNRSchedule(-4.0, 3.0))
     reverse = direct(problem, "direct-score", 1.0)
@@ -131,6 +132,7 @@ def test_ddim_with_the_second_head_converges_to_the_ode_at_order_one() -> None:
     assert errors[-1] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [Ancestral, Euler])
 def test_sampling_at_the_trained_eta_needs_neither_second_head_nor_transform(
     step: type[Ancestral] | type[Euler],

@@ -79,6 +79,7 @@ def end_error(problem: GaussianProblem, step: Step, steps: int) -> float:
     return float(error.sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_converge_at_their_order(name: str, schedule: str) -> None:
@@ -150,6 +151,7 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LINEAR_CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_of_a_mixture_follow_the_data_distribution(method: str, case: str) -> None:
@@ -157,6 +159,7 @@ def test_samples_of_a_mixture_follow_the_data_distribution(method: str, case: st
     assert_distributed(problem, model.sample((COUNT, 2), seed=1, **METHODS[method]))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -178,6 +181,7 @@ def test_the_sde_of_flow_matching_needs_some_signal_at_the_end(solver: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_reversing_the_ode_returns_to_the_start() -> None:
     problem, _ = mixture_model(LinearTransform(), LinearLogSNRSchedule(-4.0, 4.0))
     z = torch.randn(20, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -192,6 +196,7 @@ def test_reversing_the_ode_returns_to_the_start() -> None:
     torch.testing.assert_close(fine, start, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_path_of_the_ode_follows_the_closed_form(schedule: str) -> None:
     """If all matrices share their eigenvectors, each direction is a separate ODE with a monotone
@@ -245,6 +250,7 @@ def any_shape_model() -> NDM:
 ANY = {name: {**options, "steps": 5} for name, options in METHODS.items() if "hot" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3), (2, 2, 3, 3), (1, 2, 4)])
 @pytest.mark.parametrize("method", ANY)
 def test_samples_are_reproducible_for_any_shape(method: str, shape: tuple[int, ...]) -> None:

@@ -93,6 +93,7 @@ def bound(model: NDM) -> Tensor:
     return torch.stack([found.prior, found.diffusion, found.reconstruction])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "transform"), list(product(SCHEDULES, TRANSFORMS)))
 def test_every_combination_of_parts_loads_bit_by_bit(
     schedule: str, transform: str, tmp_path: Path
@@ -148,6 +149,7 @@ def test_truncated_weights_are_rejected(folder: Path, share: float) -> None:
     assert_rejected(folder, "model.safetensors")
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_the_header_are_rejected_or_harmless(folder: Path) -> None:
     path = folder / "model.safetensors"
     data, expected = path.read_bytes(), load_file(path)

@@ -49,6 +49,7 @@ SAMPLERS: dict[str, TimeSampler] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integral", INTEGRALS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_integrals_are_estimated_without_bias(sampler: str, integral: str) -> None:
@@ -74,6 +75,7 @@ def test_times_lie_in_the_half_open_interval(sampler: str, dtype: torch.dtype) -
             assert bool((draw.u >= 0).all() and (draw.u < 1).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_each_position_in_the_batch_has_the_full_density(sampler: str) -> None:
     """The first time of a draw has the full density: examples are not tied to times."""
@@ -123,6 +125,7 @@ def test_weights_are_one_over_the_density_and_bounded() -> None:
     torch.testing.assert_close(counts / 200.0, times.density().float(), rtol=0, atol=0.011)
 
 
+@pytest.mark.slow
 def test_importance_times_lower_the_variance_of_a_peaked_loss() -> None:
     generator, times = torch.Generator().manual_seed(5), trained()
 

@@ -102,6 +102,7 @@ def build(
     return transform, x, torch.tensor([0.07, 0.3, 0.62, 0.95], dtype=F64)
 
 
+@pytest.mark.slow
 @every_kind
 @every_network
 def test_new_transforms_are_exactly_the_identity(kind: type[Transform], network: str) -> None:
@@ -137,6 +138,7 @@ def test_gates_are_t_and_the_noise_variance(network: str) -> None:
     torch.testing.assert_close(by_time, by_noise, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @every_kind
 @every_network
 @pytest.mark.parametrize("schedule", [SCHEDULE, FlowMatchingSchedule(0.01)], ids=["cosine", "flow"])
@@ -152,6 +154,7 @@ def test_derivative_matches_central_differences(
     assert float(derivative.abs().max()) > 0.05
 
 
+@pytest.mark.slow
 @every_kind
 @every_network
 def test_gradients_of_the_derivative_match_finite_differences(
@@ -273,6 +276,7 @@ def test_other_errors_of_a_network_are_raised_unchanged() -> None:
     assert not isinstance(caught.value, UserError)
 
 
+@pytest.mark.slow
 @every_kind
 def test_transforms_keep_float32_under_autocast(kind: type[Transform]) -> None:
     transform, x, t = build(kind, "unet_odd")

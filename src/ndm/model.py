@@ -427,7 +427,7 @@ class DiffusionModel(Part, ABC):
 
         Args:
             path: the folder, such as ``RUN/model``.
-            modules: networks from outside this library, by their place in the model:
+            modules: parts from outside this library, by their place in the model:
                 ``{"model.predictor.network": network}``.
 
         Raises:

@@ -58,6 +58,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_value_derivative_and_its_gradient_match_finite_differences(name: str) -> None:
     """PyTorch's fused norms silently get this gradient wrong."""
@@ -93,6 +94,7 @@ def test_value_derivative_and_its_gradient_match_finite_differences(name: str) -
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_second_gradients_match_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2,), (2, 4, 3, 2), (4,), (4, 4, 2, 1))

@@ -56,6 +56,7 @@ def assert_close(found: object, expected: object) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_network
 def test_within_forward_mode_the_derivative_matches_finite_differences(name: str) -> None:
     network, x, t, dx = make(name)
@@ -70,6 +71,7 @@ def test_within_forward_mode_the_derivative_matches_finite_differences(name: str
     assert_close(torch.tensordot(jacobian, dx, dx.dim()), central(in_x, x, dx)[1])
 
 
+@pytest.mark.slow
 @every_network
 def test_within_reverse_mode_the_derivative_matches_finite_differences(name: str) -> None:
     """In U-Nets, convolutions of inputs without gradients precede norms with gradients, and vice
@@ -194,6 +196,7 @@ def test_without_pytorchs_private_names_the_plain_path_is_used(
     assert not used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 128], ids=["plain", "fused"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_user_forward_mode_through_a_unet_matches_finite_differences(

@@ -23,6 +23,7 @@ def square_grid(reach: float, step: float) -> torch.Tensor:
     return torch.cartesian_prod(axis, axis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", PLANE, ids=named)
 def test_density_integrates_to_one_and_entropy_matches_an_independent_sum(source):
     if isinstance(source, Checkerboard):

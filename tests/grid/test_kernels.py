@@ -41,6 +41,7 @@ def functions_and_arguments() -> list[tuple[Callable[..., object], tuple[Tensor,
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "numbers",
     [1, 2 * 7, 3 * 7, 2 * 3 * 7, 5 * 3 * 7],
@@ -52,6 +53,7 @@ def test_gradients_match_finite_differences(numbers: int, monkeypatch: pytest.Mo
         assert torch.autograd.gradcheck(function, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [[0], [1], [0, 2], [2], [3], [5, 6, 7], [3, 7]])
 def test_gradients_of_some_inputs_match_finite_differences(
     chosen: list[int], monkeypatch: pytest.MonkeyPatch

@@ -167,6 +167,7 @@ def check_gradients(function: Callable[[], Tensor], inputs: list[Tensor], tolera
         assert gradient.reshape(-1)[0].item() == expected
 
 
+@pytest.mark.slow
 def test_the_bound_tends_to_the_likelihood_as_noise_falls() -> None:
     """For sigma_0² << gamma' << 1. If gamma is too flat for its noise, the gap grows again."""
     x, share = mixture_nodes()
@@ -182,6 +183,7 @@ def test_the_bound_tends_to_the_likelihood_as_noise_falls() -> None:
     assert gap(-9.2, 0.002) == pytest.approx(10 * gap(-9.2, 0.02), rel=0.5), "sigma²/gamma'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_bound_tends_to_the_likelihood_in_more_dimensions(dims: int) -> None:
     """For each example, averaged over times and noise; without stretched noise it does not."""
@@ -196,6 +198,7 @@ def test_the_bound_tends_to_the_likelihood_in_more_dimensions(dims: int) -> None
     assert (bound + exact).mean().item() > 1.0
 
 
+@pytest.mark.slow
 @every_dimension
 def test_gradients_of_the_bound_match_finite_differences(dims: int) -> None:
     """In every weight of T, in the data and in a learned schedule."""

@@ -108,6 +108,7 @@ def diffusion(
     return diffusion_integrand(reverse, reverse.process.curve(x), Draw(u, noise), None, eta).bound
 
 
+@pytest.mark.slow
 @every_gate
 @every_schedule
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.7])
@@ -131,6 +132,7 @@ def test_without_a_scale_nfdm_equals_ndm(schedule: str, eta: float, gate: Any) -
         torch.testing.assert_close(*drifts, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_without_a_scale_likelihood_and_samples_equal_those_of_ndm() -> None:
     ours = model(scale=NetworkScale(network(9)).double())
     plain = NDM(ours.schedule, ours.transform, ours.predictor, ours.decoder).double().eval()
@@ -159,6 +161,7 @@ class Widened(Schedule):
         return NoiseLevel(t, level.gamma + 2 * h, level.alpha, sigma, level.dalpha, dsigma)
 
 
+@pytest.mark.slow
 @every_schedule
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.7])
 def test_a_scale_that_depends_only_on_time_is_another_schedule(schedule: str, eta: float) -> None:
@@ -194,6 +197,7 @@ def by_hand(process: ScaledProcess, x: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     return mu, level.sigma[:, None] * process.scale(x, level).exp()
 
 
+@pytest.mark.slow
 @every_gate
 @every_schedule
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.7])
@@ -309,6 +313,7 @@ def test_each_term_has_gradients_only_for_its_own_parts(gate: str) -> None:
     assert reached == expected | ({("prior", "scale")} if gate == "time" else set())
 
 
+@pytest.mark.slow
 def test_a_new_scale_learns() -> None:
     torch.manual_seed(0)
     ours = model(scale=NetworkScale(Foreign()))

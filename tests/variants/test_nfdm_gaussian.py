@@ -84,6 +84,7 @@ def test_the_exact_drift_moves_mean_and_covariance_like_the_forward_process(
         torch.testing.assert_close(moved, dcovariance, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "order"), [(Euler, 1), (Heun, 2)])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samplers_converge_to_the_marginal(

@@ -28,6 +28,7 @@ from variants.test_nfdm import batch, learned_scale, model, network
 COARSE = OdeSettings(rtol=1e-3, atol=1e-3, nodes=16)
 
 
+@pytest.mark.slow
 def test_bound_and_likelihood_of_a_data_set_are_evaluated() -> None:
     ours, data = model(), Points(batch(12)[0])
     measured = Evaluation(ours, data)
@@ -43,6 +44,7 @@ def test_bound_and_likelihood_of_a_data_set_are_evaluated() -> None:
     assert likelihood.protocol.reversibility["rms_error"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_fitted_eta_lowers_the_bound() -> None:
     ours, data = model(), Points(batch(64)[0])
     eta = best_eta(ours, data, bins=4)
@@ -66,7 +68,7 @@ def test_a_model_of_discrete_images_saves_loads_and_samples(tmp_path: Path) -> N
     back = NFDM.from_pretrained(tmp_path / "model")
     assert type(back) is NFDM
     assert (back.eta, back.scale.gate, back.scale.one_at_end) == (0.9, "bridge", True)
-    with pytest.raises(UserError, match="holds a NFDM, not a NDM"):
+    with pytest.raises(UserError, match="holds a model of class NFDM, not NDM"):
         NDM.from_pretrained(tmp_path / "model")
     first, second = (
         m.bound(x, draws=2, generator=torch.Generator().manual_seed(0)).total for m in (ours, back)

@@ -81,6 +81,7 @@ def test_the_ode_follows_the_straight_lines(schedule: str) -> None:
     assert (target - z).abs().mean().item() > 0.3
 
 
+@pytest.mark.slow
 def test_samples_of_the_sde_have_the_density_of_the_lines() -> None:
     model = make_model()
     z = torch.randn(4000, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
