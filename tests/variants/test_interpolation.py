@@ -238,7 +238,7 @@ def test_incompatible_parts_and_shapes_are_rejected() -> None:
     model, (x, t) = make_model(SCHEDULES["linear"]), points()
     with pytest.raises(UserError, match="give it to a TransportNDM"):
         InterpolationTransform()(x, model.process.level(t, x))
-    with pytest.raises(UserError, match="follows the lines of another make_model"):
+    with pytest.raises(UserError, match="follows the lines of another model"):
         TransportNDM(model.schedule, model.transform, MonotoneMap(), GaussianDecoder())
     with pytest.raises(UserError, match="gamma a wider range"):
         flat = LinearLogSNRSchedule(-11.2, -11.2 + 1e-6)
