@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast campaign lint format clean
 help:
 	@echo "make demo       set up; train, evaluate and sample a digits model in runs/digits (minutes)"
 	@echo "make test       set up and run all tests (minutes)"
 	@echo "make test-fast  set up and run the fast tests of the core (under a minute)"
+	@echo "make campaign   set up; damage files and kill trainings at random (FILES=, KILLS=)"
 	@echo "make lint       check style and types"
 	@echo "make format     format the code"
 	@echo "make clean      remove the virtual environment and caches, but not runs"
@@ -34,6 +35,12 @@ test: $(READY)
 FAST := tests/test_*.py tests/variants tests/grid tests/autodiff tests/data
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q -m "not slow" $(FAST)
+
+# An hour or more; FILES=500 KILLS=4 take two minutes.
+FILES ?= 20000
+KILLS ?= 60
+campaign: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m campaign.campaign --files $(FILES) --kills $(KILLS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
