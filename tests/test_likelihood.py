@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_ode import mixture, network_process
 from torch import Tensor, nn
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
@@ -34,6 +33,7 @@ from oracles import (
     MixtureProblem,
     randomized,
 )
+from test_ode import mixture, network_process
 
 
 class GridPredictor(nn.Module):

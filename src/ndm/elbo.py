@@ -47,7 +47,13 @@ from torch import Tensor
 
 from ndm.decoder import Decoder
 from ndm.errors import UserError
-from ndm.forward import Gaussian, NoisingProcess, gaussian, posterior_coefficients
+from ndm.forward import (
+    Gaussian,
+    NoisingProcess,
+    PosteriorCoefficients,
+    gaussian,
+    posterior_coefficients,
+)
 from ndm.random import RandomSource, standard_normal
 from ndm.reverse import MarkovReverse, Reverse, require_markov
 from ndm.schedule import NoiseLevel
@@ -68,6 +74,8 @@ class Bound:
 
     Not part of the bound.
     """
+    draws: Tensor | None = None
+    """:attr:`total` at each of K times, ``(B, K)``, nats; None without a number of draws."""
 
     @property
     def loss(self) -> Tensor:
@@ -122,14 +130,15 @@ def reconstruction_term(
 
 
 MOST_STEPS = 10**7
-"""Largest T. With more steps, single precision rounds a step away."""
+"""Largest T. Single precision draws at most 2**24 times."""
+_FINE_STEPS = 4096  # the largest T at which F(x, s) - F(x, t) has enough digits in float32
 Eta = float | PiecewiseConstant
 """Stochasticity of the reverse process: a number or a function of time."""
 
 
 def _eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
     """Return eta at times ``t`` ``(B,)``, in a shape that broadcasts against ``like``."""
-    return expand(eta(t), like) if isinstance(eta, PiecewiseConstant) else eta
+    return expand(eta(t).to(like.dtype), like) if isinstance(eta, PiecewiseConstant) else eta
 
 
 @dataclass(frozen=True)
@@ -170,25 +179,80 @@ class Integrand:
     """Regression loss of the second head of a direct reverse process; not part of the bound."""
 
 
+@dataclass(frozen=True)
+class _Interval:
+    """The step from t to s = t - 1/T for each example."""
+
+    s: NoiseLevel
+    t: NoiseLevel
+    midpoint: Tensor
+    """(s + t)/2, ``(B,)``, in double precision."""
+    middle: NoiseLevel | None
+    """The level there, if F(x, s) and F(x, t) are too close to be subtracted."""
+
+    @classmethod
+    def of(cls, process: NoisingProcess, index: Tensor, steps: int, like: Tensor) -> "_Interval":
+        """Return the steps from (index + 1)/T to index/T, for ``index`` ``(B,)``, float64."""
+        midpoint = (index + 0.5) / steps
+        s, t = process.level(index / steps, like), process.level((index + 1) / steps, like)
+        close = steps > _FINE_STEPS and like.dtype != torch.float64
+        subtract = process.transform.constant or not close
+        return cls(s, t, midpoint, None if subtract else process.level(midpoint, like))
+
+    def values(self, curve: Curve, at_t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return F(x, t) and F(x, s) - F(x, t), each ``(B, *event)``.
+
+        In very short steps the difference is -F'/T at the midpoint, correct to order 1/T³.
+
+        Args:
+            curve: t -> F(x, t).
+            at_t: F(x, t), if it has been computed already.
+        """
+        if self.middle is None and at_t is not None:
+            return at_t, curve.at(self.s) - at_t
+        if self.middle is None:
+            at_s, at_t = curve.at_both(self.s, self.t)
+            return at_t, at_s - at_t
+        value, rate = curve.with_derivative(self.middle)
+        change = expand(self.t.since(self.s), rate) * rate
+        return value + 0.5 * change, -change
+
+
+def _scaled_mean_error(
+    interval: _Interval,
+    true: tuple[Tensor, Tensor],
+    predicted: tuple[Tensor, Tensor],
+    coefficients: PosteriorCoefficients,
+) -> Tensor:
+    """Return Δmu/sqrt(v), ``(B, *event)``, from the :meth:`_Interval.values` of both curves."""
+    error_t, difference = true[0] - predicted[0], true[1] - predicted[1]
+    weighted = coefficients.target_weight * error_t + expand(interval.s.alpha, error_t) * difference
+    return weighted / coefficients.variance.sqrt()
+
+
 def discrete_errors(
     reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return ||Δmu||²/v at the step selected by u, its midpoint, and the loss of a second head.
 
-    The first two have shape ``(B,)``. Arguments are those of :func:`discrete_diffusion`.
+    The first two have shape ``(B,)``; the midpoint is in double precision. Arguments are those of
+    :func:`discrete_diffusion`.
     """
-    step = torch.floor(draw.u * steps).clamp(max=steps - 1)
-    midpoint = (step + 0.5) / steps
-    s, t = reverse.process.schedule(step / steps), reverse.process.schedule((step + 1) / steps)
-    true_s, true_t = curve.at_both(s, t)
-    eta_at = _eta_at(eta, midpoint, true_t)
-    predicted, regression = reverse.training_curve(true_t, draw.noise, t, eta_at, draw.coin)
-    predicted_s, predicted_t = predicted.at_both(s, t)
-    error_s, error_t = true_s - predicted_s, true_t - predicted_t
-    at_s = s.expand(true_t)
-    coefficients = posterior_coefficients(at_s, t.expand(true_t), eta_at)
-    mean_error = coefficients.target_weight * error_t + at_s.alpha * (error_s - error_t)
-    return sum_event(mean_error**2 / coefficients.variance), midpoint, regression
+    like = curve.like
+    index = torch.floor(_double(draw.u) * steps).clamp(max=steps - 1)
+    interval = _Interval.of(reverse.process, index, steps, like)
+    true = interval.values(curve)
+    eta_at = _eta_at(eta, interval.midpoint, like)
+    predicted, regression = reverse.training_curve(
+        true[0], draw.noise, interval.t, eta_at, draw.coin
+    )
+    step = posterior_coefficients(interval.s.expand(like), interval.t.expand(like), eta_at)
+    error = _scaled_mean_error(interval, true, interval.values(predicted), step)
+    return sum_event(error**2), interval.midpoint, regression
+
+
+def _double(u: Tensor) -> Tensor:
+    return u if u.device.type == "mps" else u.double()
 
 
 def discrete_diffusion(
@@ -214,9 +278,10 @@ def discrete_diffusion(
     square, midpoint, regression = discrete_errors(reverse, curve, draw, steps, eta)
     if variance_ratio is None:
         return Integrand(steps * square / 2, regression)
-    ratio = variance_ratio(midpoint)
+    ratio = variance_ratio(midpoint)  # in double precision, because it tends to 1 as 1/T
     excess = event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)
-    return Integrand(steps * 0.5 * (square / ratio + excess), regression)
+    bound = steps * 0.5 * (square / ratio + excess)
+    return Integrand(bound.to(square.dtype), regression)
 
 
 def continuous_errors(
@@ -320,21 +385,40 @@ def path_log_weight(
     decoder.check(x)
     markov = require_markov(reverse, f"steps={steps}")
     process = markov.process
-    t, curve = process.level(1.0, x), process.curve(x)
-    true_t = curve.at(t)
-    q = gaussian(true_t, t)
-    z = q.sample(standard_normal(true_t, source))
+    end, curve = process.level(1.0, x), process.curve(x)
+    at_t = curve.at(end)
+    q = gaussian(at_t, end)
+    z = q.sample(standard_normal(q.mean, source))
     log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
-    for index in range(steps, 0, -1):
-        s = process.level((index - 1) / steps, x)
-        midpoint = torch.full_like(t.t, (index - 0.5) / steps)
-        eta_at = _eta_at(eta, midpoint, z)
-        true_s = curve.at(s)
-        q = process.posterior_of(z, (true_s, true_t), s, t, eta_at)
-        p = markov.posterior(z, s, t, eta_at)
-        if variance_ratio is not None:
-            p = Gaussian(p.mean, p.std * expand(variance_ratio(midpoint), z).sqrt())
-        z = q.sample(standard_normal(z, source))
-        log_weight = log_weight + p.log_prob(z) - q.log_prob(z)
-        t, true_t = s, true_s
-    return log_weight + decoder.log_prob(x, z, t)
+    log_weight = _double(log_weight)
+    for index in range(steps - 1, -1, -1):
+        places = torch.full_like(_double(end.t), index)
+        interval = _Interval.of(process, places, steps, z)
+        s, t = interval.s, interval.t
+        eta_at = _eta_at(eta, interval.midpoint, z)
+        true = interval.values(curve, at_t)
+        predicted = interval.values(markov.curve(z, t, eta_at))
+        step = posterior_coefficients(s.expand(z), t.expand(z), eta_at)
+        error = _scaled_mean_error(interval, true, predicted, step)
+        noise = standard_normal(z, source)
+        z = process.posterior_from(z, *true, s, step).sample(noise)
+        at_t = true[0] + true[1]
+        ratio = None if variance_ratio is None else variance_ratio(interval.midpoint)
+        log_weight = log_weight + _log_ratio(error, noise, ratio)
+    return log_weight.to(x.dtype) + decoder.log_prob(x, z, process.level(0.0, x))
+
+
+def _log_ratio(error: Tensor, noise: Tensor, ratio: Tensor | None) -> Tensor:
+    """Return log p(z_s)/q(z_s) ``(B,)`` at z_s = mu + sqrt(v) noise, where p has variance r v.
+
+    Args:
+        error: Δmu/sqrt(v), the mean of q minus that of p, ``(B, *event)``.
+        noise: ``(B, *event)``.
+        ratio: r, ``(B,)``, in double precision; None means r = 1.
+    """
+    # The squares of noise cancel in the difference of the log-densities.
+    cross = sum_event(0.5 * error**2 + error * noise)
+    if ratio is None:
+        return -cross
+    own = 0.5 * (1 / ratio - 1) * sum_event(noise**2)
+    return -cross / ratio - own - 0.5 * event_size(noise) * torch.log(ratio)

@@ -42,14 +42,22 @@ def describe_value(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def one_line(error: object) -> str:
+    """Return a message as one line, with words of over 200 characters shortened."""
+    words = str(error).split()
+    return " ".join(word if len(word) <= 200 else f"{word[:60]}...{word[-30:]}" for word in words)
+
+
 def check_whole(name: str, value: object, least: int) -> None:
-    """Check that an argument is an integer of at least ``least``.
+    """Check that an argument is an integer of at least ``least`` and less than 2^64.
 
     Raises:
         UserError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name}={describe_value(value)}: give an integer of at least {least}")
+    if value >= 2**64:  # the limit of PyTorch's seeds
+        raise UserError(f"{name}={describe_value(value)}: give an integer of less than 2^64")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -16,11 +16,20 @@ score only if F = x.
 Step i of N is the time t = i/(N - 1). At step 0 the prediction is that of the decoder, z_0/alpha_0.
 A sampler that skips step 0 (DPM-Solver++) ends in ŷ, which differs from the data by dF/gamma' at
 t = 0. The difference is zero for an F that starts like sigma_t².
+
+The schedule is in double precision: at gamma = -13.3 beta is 3e-8, which 1 - beta rounds away in
+single precision. A scheduler that diffusers loads from a file is in single precision; to sample in
+few steps near the data, call :func:`to_diffusers` again.
 """
 
+import functools
 import inspect
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +37,10 @@ from torch import Tensor, nn
 from ndm.errors import UserError, check_whole
 from ndm.model import NDM
 from ndm.schedule import VariancePreserving
+from ndm.serialize import read_json, write_json
 from ndm.shapes import expand
+
+_STEPS_FILE = "steps.json"
 
 
 class DiffusersModel(nn.Module):
@@ -37,16 +49,37 @@ class DiffusersModel(nn.Module):
     Args:
         model: a model whose generator is that of a plain diffusion.
         steps: N, the number of training time steps of the scheduler.
+        event_shape: shape of one example of the data; by default that in the model's ``info``.
+            Pipelines need it.
     """
 
-    def __init__(self, model: NDM, steps: int = 1000):
+    def __init__(self, model: NDM, steps: int = 1000, event_shape: Sequence[int] | None = None):
         super().__init__()
         self.model, self.steps = model, steps
+        data = model.info.get("data")
+        if event_shape is None and isinstance(data, dict):
+            event_shape = data.get("event_shape")
+        self.event_shape = None if event_shape is None else tuple(event_shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.model.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.like.device
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """Shape of the latents, as diffusers names it: ``in_channels`` and ``sample_size``."""
+        if self.event_shape is None:
+            return _UnknownShape()
+        example = torch.empty(1, *self.event_shape)
+        _, channels, *size = self.model.transform.latent_shape(example)
+        square = len(size) == 2 and size[0] == size[1]
+        return SimpleNamespace(in_channels=channels, sample_size=size[0] if square else tuple(size))
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True) -> Any:
@@ -58,9 +91,76 @@ class DiffusersModel(nn.Module):
         prediction = torch.where(expand(level.t == 0, sample), decoded, prediction)
         return SimpleNamespace(sample=prediction) if return_dict else (prediction,)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the model into a folder. The options of diffusers are ignored."""
+        del options
+        self.model.save_pretrained(save_directory)
+        record = {"steps": self.steps, "event_shape": self.event_shape}
+        write_json(Path(save_directory) / _STEPS_FILE, record)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """Read a model from a folder of :meth:`save_pretrained`, in evaluation mode.
+
+        Args:
+            path: the folder.
+            torch_dtype: dtype of the weights; by default that of the file.
+            options: further options of diffusers, which are ignored.
+
+        Raises:
+            UserError: a file is missing, damaged or does not fit.
+        """
+        del options
+        record = read_json(Path(path) / _STEPS_FILE)
+        model = NDM.from_pretrained(path)
+        model = model if torch_dtype is None else model.to(torch_dtype)
+        steps, shape = record.get("steps"), record.get("event_shape")
+        check_whole("steps", steps, 2)
+        assert isinstance(steps, int) and (shape is None or isinstance(shape, list))
+        return cls(model, steps, shape).eval()
+
+
+class _UnknownShape(SimpleNamespace):
+    """The configuration of a model whose data have an unknown shape."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{name} is unknown, because the model has no description of its data: call"
+            " to_diffusers(..., event_shape=(C, H, W))"
+        )
+
+
+@functools.cache
+def _component() -> type[DiffusersModel]:
+    """Return the subclass of :class:`DiffusersModel` that pipelines save and load."""
+    from diffusers import ModelMixin
+
+    namespace = {"__module__": __name__, "__doc__": DiffusersModel.__doc__}
+    return cast(type[DiffusersModel], type("Component", (DiffusersModel, ModelMixin), namespace))
+
+
+def __getattr__(name: str) -> Any:
+    # When diffusers loads a pipeline, it looks up the class and its base in this module.
+    if name == "Component":
+        return _component()
+    if name == "ModelMixin":
+        from diffusers import ModelMixin
+
+        return ModelMixin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def to_diffusers(
-    model: NDM, scheduler: type, steps: int = 1000, **options: Any
+    model: NDM,
+    scheduler: type,
+    steps: int = 1000,
+    event_shape: Sequence[int] | None = None,
+    **options: Any,
 ) -> tuple[DiffusersModel, Any]:
     """Return a model for diffusers, and a scheduler that samples from it.
 
@@ -70,11 +170,14 @@ def to_diffusers(
         scheduler: a class of diffusers that takes ``trained_betas`` and ``prediction_type``, such
             as ``DDPMScheduler``.
         steps: N, the number of training time steps of the scheduler.
+        event_shape: shape of one example of the data; by default that in the model's ``info``.
+            Only pipelines need it.
         options: further arguments of the scheduler.
 
     Returns:
-        The model in evaluation mode, and the scheduler. If F is an encoder, they sample latents,
-        from which ``model.decoder.sample`` draws data.
+        The model in evaluation mode, and the scheduler; ``DDPMPipeline(model, scheduler)`` samples,
+        saves and loads them. If F is an encoder, they sample latents, from which
+        ``model.decoder.sample`` draws data.
 
     Raises:
         UserError: the model's generator is not that of a plain diffusion, or the scheduler does not
@@ -92,18 +195,35 @@ def to_diffusers(
             f"{type(model.schedule).__name__} is not variance preserving, which diffusers needs;"
             " train with another schedule"
         )
-    with torch.no_grad():
-        time = torch.linspace(0, 1, steps, dtype=torch.float64)
-        signal = model.schedule(time.to(model.like)).alpha.double().cpu() ** 2
-    before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
-    betas = (1 - signal / before).clamp(0, 0.999999).tolist()
+    betas = _betas(model, steps)
     parameters = inspect.signature(scheduler).parameters
     if not {"trained_betas", "prediction_type"} <= set(parameters):
         raise UserError(
             f"{scheduler.__name__} does not take trained_betas and prediction_type; use"
             " DDPMScheduler or DPMSolverMultistepScheduler"
         )
-    settings = {"num_train_timesteps": steps, "trained_betas": betas, "prediction_type": "sample"}
+    settings: dict[str, Any] = {
+        "num_train_timesteps": steps,
+        "trained_betas": betas.tolist(),
+        "prediction_type": "sample",
+    }
     if "clip_sample" in parameters:
         settings["clip_sample"] = False
-    return DiffusersModel(model, steps).eval(), scheduler(**settings | options)
+    made = scheduler(**settings | options)
+    changed = "trained_betas" in options or options.get("rescale_betas_zero_snr")
+    if not changed and hasattr(made, "alphas_cumprod"):
+        made.betas, made.alphas = betas, 1 - betas
+        made.alphas_cumprod = made.alphas.cumprod(0)
+    kind = _component() if "diffusers" in sys.modules else DiffusersModel
+    return kind(model, steps, event_shape).eval(), made
+
+
+@torch.no_grad()
+def _betas(model: NDM, steps: int) -> Tensor:
+    """Return beta_i = 1 - alpha_t²/alpha_s² of the N steps, ``(N,)``, float64."""
+    time = torch.linspace(0, 1, steps, dtype=torch.float64)
+    device = next((p.device for p in model.schedule.parameters()), time.device)
+    gamma = model.schedule.in_double(time.to(device)).gamma.cpu()
+    log_signal = nn.functional.logsigmoid(-gamma)
+    change = torch.cat([log_signal[:1], log_signal.diff()])
+    return (-torch.expm1(change)).clamp(0, 0.999999)

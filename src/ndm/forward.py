@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError
-from ndm.schedule import NoiseLevel, Schedule
+from ndm.schedule import NoiseLevel, Schedule, exact_pair
 from ndm.shapes import expand, sum_event
 from ndm.transform import Curve, Transform
 
@@ -57,10 +57,12 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class PosteriorCoefficients:
-    """Coefficients of q(z_s|z_t,x), in the shape of the levels."""
+    """Coefficients of q(z_s|z_t,x), in the shape and dtype of the levels."""
 
     k: Tensor
     """Weight of the noise part z_t - alpha_t F(x, t)."""
+    decay: Tensor
+    """1 - k, with the digits that k loses by rounding when s and t are close."""
     target_weight: Tensor
     """alpha_s - k alpha_t without cancellation: the weight of F in the mean if F is constant."""
     variance: Tensor
@@ -72,6 +74,8 @@ def posterior_coefficients(
 ) -> PosteriorCoefficients:
     """Return the coefficients of the posterior with v = eta² sigma_s² (1 - exp(gamma_s - gamma_t)).
 
+    They are computed in double precision, see :func:`ndm.schedule.exact_pair`.
+
     Args:
         s: the earlier level (closer to data).
         t: the later level.
@@ -80,6 +84,8 @@ def posterior_coefficients(
     Raises:
         UserError: eta is negative, or so large that v would exceed sigma_s².
     """
+    dtype = s.alpha.dtype
+    s, t = exact_pair(s, t)
     shrink = torch.expm1(s.gamma - t.gamma)  # in [-1, 0]
     relative_variance = eta**2 * shrink  # -v/sigma_s²
     if isinstance(eta, Tensor) or not 0 <= eta <= 1:  # an eta up to 1 is always in range
@@ -94,10 +100,12 @@ def posterior_coefficients(
     # Over a long step shrink may round to -1, where the gradient of log1p is infinite.
     off_pole = relative_variance.clamp(min=-1 + torch.finfo(relative_variance.dtype).eps)
     log_ratio = 0.5 * (s.gamma - t.gamma + torch.log1p(off_pole))  # log(k alpha_t / alpha_s)
+    k = s.sigma / t.sigma * (1 + relative_variance).sqrt()
     return PosteriorCoefficients(
-        k=s.sigma / t.sigma * (1 + relative_variance).sqrt(),
-        target_weight=-s.alpha * torch.expm1(log_ratio),
-        variance=-(s.sigma**2) * relative_variance,
+        k=k.to(dtype),
+        decay=(1 - k).to(dtype),
+        target_weight=(-s.alpha * torch.expm1(log_ratio)).to(dtype),
+        variance=(-(s.sigma**2) * relative_variance).to(dtype),
     )
 
 
@@ -114,9 +122,16 @@ class NoisingProcess(nn.Module, ABC):
         self.schedule, self.transform = schedule, transform
 
     def level(self, t: Tensor | float, like: Tensor) -> NoiseLevel:
-        """Return the noise level at ``t``, a number or ``(B,)``, for a batch ``like``."""
-        t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
-        return self.schedule(t.repeat(like.shape[0]) if t.dim() == 0 else t)
+        """Return the noise level at ``t``, a number or ``(B,)``, for a batch ``like``.
+
+        It has the dtype of ``like``. For differences of neighboring times give a number, or float64.
+        """
+        if isinstance(t, Tensor):
+            t = t.to(like.device)
+        else:
+            precise = like.dtype if like.device.type == "mps" else torch.float64
+            t = torch.as_tensor(t, dtype=precise, device=like.device)
+        return self.schedule.at(t.repeat(like.shape[0]) if t.dim() == 0 else t, like.dtype)
 
     @abstractmethod
     def curve(self, x: Tensor) -> Curve:
@@ -195,8 +210,18 @@ class ForwardProcess(NoisingProcess):
         eta: float | Tensor = 1.0,
     ) -> Gaussian:
         """Return q(z_s|z_t,x) from F(x, s) and F(x, t)."""
-        coefficients = posterior_coefficients(s.expand(z), t.expand(z), eta)
-        return self._posterior(z, transformed, s, t, coefficients.k, coefficients.variance)
+        at_s, at_t = transformed
+        step = posterior_coefficients(s.expand(z), t.expand(z), eta)
+        return self.posterior_from(z, at_t, at_s - at_t, s, step)
+
+    @staticmethod
+    def posterior_from(
+        z: Tensor, at_t: Tensor, difference: Tensor, s: NoiseLevel, step: PosteriorCoefficients
+    ) -> Gaussian:
+        """Return q(z_s|z_t,x) from F(x, t), F(x, s) - F(x, t) and the coefficients."""
+        # alpha_s F(x, s) + k (z - alpha_t F(x, t)) would round a short step away.
+        shift = step.target_weight * at_t + expand(s.alpha, z) * difference
+        return Gaussian(z - step.decay * z + shift, step.variance.sqrt())
 
     def posterior_with_variance(
         self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, variance: Tensor
@@ -208,22 +233,10 @@ class ForwardProcess(NoisingProcess):
         """
         if bool((variance < 0).any()) or bool((variance > s.sigma**2 * (1 + 1e-6)).any()):
             raise UserError("the posterior variance must lie between 0 and sigma_s²")
-        k = (s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma
-        transformed = self.curve(x).at_both(s, t)
-        return self._posterior(z, transformed, s, t, expand(k, z), expand(variance, z))
-
-    @staticmethod
-    def _posterior(
-        z: Tensor,
-        transformed: tuple[Tensor, Tensor],
-        s: NoiseLevel,
-        t: NoiseLevel,
-        k: Tensor,
-        variance: Tensor,
-    ) -> Gaussian:
-        at_s, at_t = transformed
+        k = expand((s.sigma**2 - variance).clamp(min=0).sqrt() / t.sigma, z)
+        at_s, at_t = self.curve(x).at_both(s, t)
         mean = expand(s.alpha, z) * at_s + k * (z - expand(t.alpha, z) * at_t)
-        return Gaussian(mean, variance.sqrt())
+        return Gaussian(mean, expand(variance, z).sqrt())
 
     def drift(self, z: Tensor, x: Tensor, level: NoiseLevel, eta: float = 1.0) -> Tensor:
         """Return the conditional reverse-time drift f(z, t, x), ``(B, *event)``.

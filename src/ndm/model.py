@@ -19,8 +19,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
-from ndm.elbo import Bound, BoundDraw, Eta, diffusion_integrand, prior_term, reconstruction_term
-from ndm.errors import UserError, check_whole
+from ndm.elbo import (
+    MOST_STEPS,
+    Bound,
+    BoundDraw,
+    Eta,
+    diffusion_integrand,
+    prior_term,
+    reconstruction_term,
+)
+from ndm.errors import UserError, check_whole, describe_value
 from ndm.forward import ForwardProcess, NoisingProcess
 from ndm.likelihood import Dequantization, LogLikelihood, log_likelihood
 from ndm.ode import OdeSettings
@@ -61,11 +69,11 @@ class DiffusionModel(Part, ABC):
     ):
         super().__init__()
         if steps is not None and (
-            isinstance(steps, bool) or not isinstance(steps, int) or steps < 1
+            isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS
         ):
             raise UserError(
-                f"steps={steps}: give the number of steps T, an integer of at least 1, or None for"
-                " continuous time"
+                f"steps={describe_value(steps)}: give the number of steps T, an integer of at least"
+                f" 1 and at most {MOST_STEPS}, or None for continuous time"
             )
         if not (isinstance(eta, (int, float)) and 0 < eta < math.inf):
             raise UserError(
@@ -194,6 +202,7 @@ class DiffusionModel(Part, ABC):
             torch.stack([bound.diffusion for bound in bounds]).mean(0),
             torch.stack([bound.reconstruction for bound in bounds]).mean(0),
             torch.stack(regressions).mean(0) if regressions else None,
+            None if draws is None else torch.stack([bound.total for bound in bounds], 1),
         )
 
     def forward(self, x: Tensor) -> Bound:

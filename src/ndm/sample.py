@@ -84,7 +84,8 @@ class Ancestral(Step):
     ) -> Tensor:
         posterior = require_markov(reverse, "ancestral sampling").posterior(z, s, t, self.eta)
         if self.variance_ratio is not None:
-            noise = noise * expand(self.variance_ratio((s.t + t.t) / 2), z).sqrt()
+            ratio = self.variance_ratio((s.exact_time + t.exact_time) / 2).to(z.dtype)
+            noise = noise * expand(ratio, z).sqrt()
         return posterior.sample(noise)
 
 
@@ -94,9 +95,10 @@ class Euler(Step):
     def __call__(
         self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor
     ) -> Tensor:
-        z_s = z + expand(s.t - t.t, z) * reverse.drift(z, t, self.eta)
+        span = t.since(s)
+        z_s = z - expand(span, z) * reverse.drift(z, t, self.eta)
         if self.eta:
-            z_s = z_s + expand(t.diffusion(self.eta) * (t.t - s.t).sqrt(), z) * noise
+            z_s = z_s + expand(t.diffusion(self.eta) * span.sqrt(), z) * noise
         return z_s
 
 
@@ -109,11 +111,11 @@ class Heun(Step):
     def __call__(
         self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor
     ) -> Tensor:
-        span = expand(s.t - t.t, z)
+        span = -expand(t.since(s), z)
         first = reverse.drift(z, t, self.eta)
         if self.eta:
             mean_square = 0.5 * (t.diffusion(self.eta) ** 2 + s.diffusion(self.eta) ** 2)
-            z = z + expand((mean_square * (t.t - s.t)).sqrt(), z) * noise
+            z = z + expand((mean_square * t.since(s)).sqrt(), z) * noise
         return z + 0.5 * span * (first + reverse.drift(z + span * first, s, self.eta))
 
 

@@ -12,6 +12,10 @@ matching ends at :math:`\alpha_1 = 0`, :math:`\gamma_1 = \infty`):
 
 .. math::
     e^{-\gamma}\gamma' = 2\alpha\omega/\sigma^3, \qquad 1/\gamma' = \alpha\sigma/(2\omega).
+
+Levels of neighboring times t - s = 1/T differ by as little as the rounding error of single
+precision. A :class:`RoundedLevel` therefore has its double-precision level too, and differences are
+taken between those.
 """
 
 import math
@@ -21,6 +25,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ndm.errors import UserError
 from ndm.parts import Part
@@ -43,6 +48,15 @@ class NoiseLevel:
     """d alpha/dt"""
     dsigma: Tensor
     """d sigma/dt"""
+
+    @property
+    def exact_time(self) -> Tensor:
+        """t before rounding, in double precision where it is known."""
+        return self.t
+
+    def since(self, earlier: "NoiseLevel") -> Tensor:
+        """Return the time from an earlier level to this one, in the shape and dtype of ``t``."""
+        return (self.exact_time - earlier.exact_time).to(self.t.dtype)
 
     @property
     def omega(self) -> Tensor:
@@ -70,27 +84,42 @@ class NoiseLevel:
 
     def expand(self, like: Tensor) -> "NoiseLevel":
         """Reshape every field to broadcast against ``like`` ``(B, *event)``."""
-        return NoiseLevel(
-            **{field.name: expand(getattr(self, field.name), like) for field in fields(self)}
-        )
+        return NoiseLevel(**{name: expand(getattr(self, name), like) for name in _NAMES})
 
     def detach(self) -> "NoiseLevel":
         """Detach every field, which cuts the gradient of a learned schedule."""
-        return NoiseLevel(
-            **{field.name: getattr(self, field.name).detach() for field in fields(self)}
-        )
+        return NoiseLevel(**{name: getattr(self, name).detach() for name in _NAMES})
 
     def rows(self, chosen: slice) -> "NoiseLevel":
         """Return the level of a slice of the batch."""
-        return NoiseLevel(
-            **{field.name: getattr(self, field.name)[chosen] for field in fields(self)}
-        )
+        return NoiseLevel(**{name: getattr(self, name)[chosen] for name in _NAMES})
 
     def cat(self, other: "NoiseLevel") -> "NoiseLevel":
         """Concatenate both levels along the batch, for one network call at two sets of times."""
-        names = [field.name for field in fields(self)]
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _NAMES}
         return NoiseLevel(**{name: torch.cat(pair) for name, pair in pairs.items()})
+
+
+_NAMES = tuple(field.name for field in fields(NoiseLevel))
+
+
+@dataclass(frozen=True)
+class RoundedLevel(NoiseLevel):
+    """A level in less than double precision that can also be computed in double precision."""
+
+    time: Tensor
+    """t before rounding, in the shape of ``t``."""
+    schedule: "Schedule"
+    """The schedule of the level."""
+
+    @property
+    def exact_time(self) -> Tensor:
+        return self.time.double()
+
+    def expand(self, like: Tensor) -> "RoundedLevel":
+        level = super().expand(like)
+        values = {name: getattr(level, name) for name in _NAMES}
+        return RoundedLevel(**values, time=expand(self.time, like), schedule=self.schedule)
 
 
 class Schedule(Part, ABC):
@@ -99,6 +128,40 @@ class Schedule(Part, ABC):
     @abstractmethod
     def forward(self, t: Tensor) -> NoiseLevel:
         """Return the noise level at times ``t`` ``(B,)`` in [0, 1], in the dtype of ``t``."""
+
+    def in_double(self, t: Tensor) -> NoiseLevel:
+        """Return the level at times ``t`` ``(B,)``, float64, with the parameters in float64 too."""
+        state = {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in (*self.named_parameters(), *self.named_buffers())
+        }
+        return functional_call(self, state, (t,)) if state else self(t)
+
+    def at(self, t: Tensor, dtype: torch.dtype) -> NoiseLevel:
+        """Return the level at times ``t`` ``(B,)`` of any precision, in ``dtype``.
+
+        It can be computed in double precision too, except on devices without it (MPS).
+        """
+        rounded = t.to(dtype)
+        level = self(rounded)
+        if dtype == torch.float64 or t.device.type == "mps":
+            return level
+        values = {name: getattr(level, name) for name in _NAMES}
+        return RoundedLevel(**values, time=t, schedule=self)
+
+
+def exact_pair(s: NoiseLevel, t: NoiseLevel) -> tuple[NoiseLevel, NoiseLevel]:
+    """Return two levels of the same shape in double precision, or unchanged if that is unknown."""
+    if not (isinstance(s, RoundedLevel) and isinstance(t, RoundedLevel)):
+        return s, t
+    # One call, so that nearly opposite gradients of a learned schedule are added before rounding.
+    times = torch.cat([s.exact_time.flatten(), t.exact_time.flatten()])
+    both = s.schedule.in_double(times)
+    parts = {name: getattr(both, name).chunk(2) for name in _NAMES}
+    return (
+        NoiseLevel(**{name: part[0].view_as(s.time) for name, part in parts.items()}),
+        NoiseLevel(**{name: part[1].view_as(t.time) for name, part in parts.items()}),
+    )
 
 
 class VariancePreserving(Schedule, ABC):

@@ -10,14 +10,12 @@ in. The ``config.yaml`` of a run, however, may name any class, and using the run
 use runs from people whose code you would run.
 """
 
-import errno
 import hashlib
 import importlib
 import inspect
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,17 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ndm.errors import ForeignModuleError, UserError
+from ndm.errors import ForeignModuleError, UserError, describe_value
 from ndm.parts import Part
+from ndm.readers import building_bounded_by, check_arguments, parse_json, read_text
+from ndm.writing import write_atomically
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = 1
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers for a full disk or quota, or a file that is too large."""
-# Parts of the message of the RuntimeError that torch.save raises on a full disk.
-_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")
-
-
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights."""
+# What a constructor raises for arguments from a damaged file, such as 10**18 channels.
+_CONSTRUCTOR_ERRORS = (
+    *(TypeError, ValueError, ArithmeticError, LookupError),
+    *(AttributeError, RuntimeError, MemoryError),
+)
 NAMESPACES = ("ndm", "ndm.nn", "ndm.variants", "ndm.quality")
 """Modules that export the public classes of models."""
 
@@ -122,74 +123,38 @@ def from_config(
     if not isinstance(config, Mapping):
         return config
     path, arguments = config.get("class_path"), config.get("init_args")
+    shown = describe_value(path).strip("'\"")
     if not isinstance(path, str) or not path.startswith("ndm.") or arguments is None:
         raise ForeignModuleError(
-            f"{where} is a {path}, which is not part of ndm and not imported from a model folder;"
+            f"{where} is a {shown}, which is not part of ndm and not imported from a model folder;"
             f" build it and pass modules={{'{where}': network}}"
         )
     if not _is_public(path):
         raise UserError(
-            f"{where} names {path}, which this version of ndm does not have; update ndm"
+            f"{where} names {shown}, which this version of ndm does not have; update ndm"
         )
     namespace, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(namespace), name)
     if not (isinstance(cls, type) and issubclass(cls, Part)):
         raise UserError(f"{where} names {path}, which is not a part of a model")
-    try:
-        built = {
-            key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()
-        }
-        return cls(**built)
-    except TypeError as error:
+    if not isinstance(arguments, Mapping):
         raise UserError(
-            f"{where}: {path} does not take the arguments of this file ({error}); load it with the"
-            " version of ndm that wrote it"
-        ) from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file next to ``path``, then rename it, so that no partial file remains.
-
-    This also holds after a power failure.
-
-    Args:
-        path: the file; its folder is created if needed.
-        write: writes the file at the path that it is called with.
-
-    Raises:
-        UserError: the folder cannot be created or written to, or the disk is full.
-    """
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; choose another name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+            f"{where}: the init_args of {path} are {describe_value(arguments)}; give an object with"
+            " its arguments"
         )
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that you can write to"
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
+    check_arguments(where, cls, arguments)
+    built = {key: from_config(value, f"{where}.{key}", replace) for key, value in arguments.items()}
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
+        return cls(**built)
+    except UserError as error:
+        if type(error) is not UserError or str(error).startswith(where):
             raise
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        advice = "is the disk full?"
-        if isinstance(error, OSError) and error.errno not in FULL:
-            advice = "choose another name, or a folder that you can write to"
-        raise UserError(f"cannot write {path}: {reason}; {advice}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"{where}: {error}") from error
+    except _CONSTRUCTOR_ERRORS as error:
+        raise UserError(
+            f"{where}: {path} does not take the arguments of this file ({_one_line(error)}); load"
+            " it with the version of ndm that wrote it"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
@@ -206,15 +171,17 @@ def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is missing, unreadable, or not a JSON object.
+        UserError: the file is missing, unreadable, not a JSON object, or exceeds a bound of
+            :mod:`ndm.readers`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON ({error}); it is damaged, or not a file of ndm"
+            f"{path} cannot be read as JSON ({_one_line(error)}); it is damaged, or not a file of"
+            " ndm"
         ) from error
     if not isinstance(data, dict):
         raise UserError(
@@ -281,20 +248,35 @@ def load_model(
     version = config.pop("format", None)
     if version != FORMAT:
         raise UserError(
-            f"{folder / CONFIG_NAME} has format {version}, but this version of ndm reads format"
+            f"{folder / CONFIG_NAME} has format {str(version)[:80]}, but this version of ndm reads format"
             f" {FORMAT}; update ndm"
         )
-    model = from_config(config.pop("model", None), "model", replace)
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"{folder / CONFIG_NAME} does not describe a model; it is damaged, or not a file of ndm"
-        )
-    weights = read_weights(folder / WEIGHTS_NAME, model.state_dict())
+    weights = _load_tensors(folder / WEIGHTS_NAME)
+    model = _build(config.pop("model", None), weights, folder / CONFIG_NAME, replace)
+    _check_tensors(folder / WEIGHTS_NAME, weights, model.state_dict())
     dtypes = {weights[name].dtype for name, _ in model.named_parameters()}
     if len(dtypes) == 1:
         model.to(dtype=dtypes.pop())
     model.load_state_dict(weights)
     return model, config
+
+
+def _build(
+    config: object,
+    weights: Mapping[str, Tensor],
+    path: Path,
+    replace: Mapping[str, nn.Module] | None,
+) -> nn.Module:
+    """Build the model of a description, no larger than its weights allow.
+
+    Raises:
+        UserError: the description is damaged.
+    """
+    with building_bounded_by(weights, str(path)):
+        model = from_config(config, "model", replace)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{path} does not describe a model; it is damaged, or not a file of ndm")
+    return model
 
 
 def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -305,21 +287,52 @@ def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
         expected: tensors with the names and shapes that the file must have.
 
     Raises:
-        UserError: the file is missing, damaged or does not fit.
+        UserError: the file is missing, damaged or does not fit, or weights are not finite.
     """
+    tensors = _load_tensors(path)
+    _check_tensors(path, tensors, expected)
+    return tensors
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
+        return load_file(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); it is truncated or damaged: copy it or train again"
+            f"{path} cannot be read ({_one_line(error)}); it is truncated or damaged: copy it or"
+            " train again"
         ) from error
+
+
+def _check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Check names, shapes, kinds of numbers, and that numbers are finite where they should be."""
     for name in {**expected, **tensors}:
         in_both = name in tensors and name in expected
         if not in_both or tensors[name].shape != expected[name].shape:
             raise UserError(
-                f"{path} does not fit its {CONFIG_NAME}: the tensor {name!r} is missing, unexpected"
-                " or has another shape"
+                f"{path} does not fit its {CONFIG_NAME}: the tensor {describe_value(name)} is"
+                " missing, unexpected or has another shape"
             )
-    return tensors
+        found, wanted = tensors[name], expected[name]
+        is_float = wanted.is_floating_point()
+        if found.dtype not in (FLOATS if is_float else (wanted.dtype,)):
+            raise UserError(
+                f"{path} does not fit its {CONFIG_NAME}: the tensor {describe_value(name)} has"
+                f" dtype {found.dtype} instead of {wanted.dtype}"
+            )
+        if not is_finite(found) and is_finite(wanted):
+            raise UserError(
+                f"{path}: the tensor {describe_value(name)} has values that are not finite; it is"
+                " damaged: copy it or train again"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite; integers are."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -10,7 +10,8 @@ from PIL import ExifTags, Image
 
 from cli.commands import rejected, run_command
 from ndm.apps.compress.archive import read_archive
-from ndm.apps.compress.items import Item, read_items, write_items
+from ndm.apps.compress.items import Item, read_items
+from ndm.apps.compress.restore import write_items
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
 from ndm.model import NDM

@@ -403,3 +403,11 @@ def test_files_left_by_a_killed_process_are_removed(finished: Path, tmp_path: Pa
     (run / "checkpoints/.last-abc.ckpt").write_bytes(bytes(1000))
     run_command("train --out", run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_long_words_of_a_message_are_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "x" * 230
+    line = rejected(capsys, ["train --config", name, "--out", tmp_path / "run"], "x" * 60 + "...")
+    assert "x" * 61 not in line

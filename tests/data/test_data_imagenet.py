@@ -47,6 +47,16 @@ def as_folders(root, pixels):
     return root
 
 
+def test_hidden_folders_are_skipped(tmp_path, pixels):
+    as_folders(tmp_path, pixels)
+    before = ImageNetOord(str(tmp_path)).describe()
+    for name in (".thumbnails/x.png", "sub/.ipynb_checkpoints/0000000.png"):
+        file = tmp_path / FOLDERS["train"] / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"no image")
+    assert ImageNetOord(str(tmp_path)).describe() == before
+
+
 def as_tars(root, pixels):
     """Write archives that are not sorted by name and contain hidden files of macOS."""
     root.mkdir(exist_ok=True)

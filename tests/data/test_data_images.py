@@ -143,7 +143,7 @@ def test_the_version_counts_ignored_files(tmp_path):
 def test_images_outside_the_split_folders_are_counted_as_ignored(tmp_path):
     flat(tmp_path / "train")
     flat(tmp_path / "test", count=2)
-    flat(tmp_path / "val", count=4)
+    flat(tmp_path / "more", count=4)
     description = ImageFolder(str(tmp_path)).describe()
     assert description.splits == {"train": 10, "test": 2}
     assert description.version == (
@@ -326,7 +326,8 @@ def test_numeric_columns_are_standardized(tmp_path, offline):
     source = HuggingFace(hub(tmp_path / "pets", offline), image_column=None, columns=["weight"])
     assert source.describe().event_shape == (1,) and source.describe().offset == (2.5,)
     x = source.split("test").__getitems__([0, 1, 2])
-    assert torch.allclose(source.to_source_units(x), torch.tensor([[0.0], [1.0], [2.0]]), atol=1e-6)
+    expected = torch.tensor([[0.0], [1.0], [2.0]])
+    assert torch.allclose(source.to_source_units(x).float(), expected, atol=1e-6)
 
 
 HUB_FAULTS = {

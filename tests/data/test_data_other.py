@@ -114,3 +114,53 @@ def test_unsuitable_data_are_rejected(
     source = make(tmp_path)
     with pytest.raises(UserError, match=culprit):
         read_like(source, str(tmp_path / file), source.describe())
+
+
+def test_rows_too_far_away_are_named_and_all_others_kept(tmp_path: Path) -> None:
+    source = table(tmp_path)
+    trained = source.describe()
+    rows = np.random.default_rng(1).normal(3, 2, (6, 3))
+    rows[1, 0], rows[4, 2] = 1e300, -9.97e36
+    csv = {"delimiter": ",", "header": "a,b,c", "comments": "", "fmt": "%.17g"}
+    np.savetxt(tmp_path / "new.csv", rows, **csv)  # type: ignore[arg-type]
+    np.savetxt(tmp_path / "good.csv", rows[[0, 2, 3, 5]], **csv)  # type: ignore[arg-type]
+    new, good = (
+        read_like(source, str(tmp_path / name), trained).splits["all"]
+        for name in ("new.csv", "good.csv")
+    )
+    assert torch.equal(new[[0, 2, 3, 5]], good[:])
+    assert new.unusable == {  # type: ignore[attr-defined]
+        1: "row 1 (the first is 0), column 'a' holds 1e+300",
+        4: "row 4 (the first is 0), column 'c' holds -9.97e+36",
+    }
+    np.savetxt(tmp_path / "bad.csv", rows[[1, 4]], **csv)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"row 0 .* check the units"):
+        read_like(source, str(tmp_path / "bad.csv"), trained)
+
+
+def test_columns_of_training_without_names_are_found_by_number_or_by_count(tmp_path: Path) -> None:
+    """``ndm sample`` writes only the columns of the model; other files have all."""
+    values = np.random.default_rng(0).normal(size=(30, 3))
+    np.save(tmp_path / "x.npy", values)
+    source = Table(str(tmp_path / "x.npy"), columns=[2, 0])
+    np.save(tmp_path / "chosen.npy", values[:, [2, 0]])
+    whole, chosen = (
+        read_like(source, str(tmp_path / name), source.describe()).splits["all"]
+        for name in ("x.npy", "chosen.npy")
+    )
+    assert torch.equal(whole[:], chosen[:])
+    with pytest.raises(UserError, match="only reorders the columns"):
+        Table(str(tmp_path / "x.npy"), columns=[2, 0, 1]).describe()
+
+
+def test_the_separator_and_decimal_mark_of_training_are_tried_first(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    plain = "\n".join(["a,b", *(",".join(map(repr, row)) for row in values.tolist())])
+    (tmp_path / "plain.csv").write_text(plain)
+    (tmp_path / "x.csv").write_text(plain.replace(",", ";").replace(".", ","))
+    source = Table(str(tmp_path / "x.csv"), separator=";", decimal=",")
+    first, second = (
+        read_like(source, str(tmp_path / name), source.describe()).splits["all"]
+        for name in ("x.csv", "plain.csv")
+    )
+    assert torch.equal(first[:], second[:])

@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +305,105 @@ def test_pickles_are_never_loaded(tmp_path):
     with pytest.raises(UserError, match="pickle"):
         Table(str(tmp_path / "t.npy")).describe()
     assert not (tmp_path / "sprung").exists()
+
+
+JULIAN = 2460000.5 + 0.01 * np.random.default_rng(1).normal(size=(60, 1))
+UNIX = 1.7e9 + np.random.default_rng(2).normal(size=(60, 1))
+
+
+@pytest.mark.parametrize("values", [JULIAN, UNIX, VALUES * 1e-30, VALUES * 1e30])
+def test_units_of_any_magnitude_are_restored_in_double_precision(tmp_path, values):
+    """Single precision has steps of 0.25 at Julian dates and of 128 at Unix times."""
+    path = write_npy(tmp_path / "t.npy", values)
+    source = Table(path, test_path=path)
+    back = source.to_source_units(all_examples(source, "train"))
+    assert back.dtype == torch.float64
+    np.testing.assert_allclose((back.numpy() - values) / values.std(axis=0), 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [20260101, -(2**40), 2**53 - 28])
+def test_whole_numbers_of_any_magnitude_are_restored_exactly(tmp_path, low):
+    values = low + np.random.default_rng(0).integers(0, 28, (50, 2))
+    path = write_npy(tmp_path / "t.npy", values)
+    source = Table(path, num_values=28, low=low, test_path=path)
+    back = source.to_source_units(all_examples(source, "train"))
+    assert back.dtype == torch.int64
+    assert np.array_equal(back.numpy(), values)
+    outside = write_npy(tmp_path / "u.npy", np.append(values, [[low - 1, low]], axis=0))
+    with pytest.raises(UserError, match=f"row 50 .*{low - 1}; allowed are {low} to {low + 27};"):
+        Table(outside, num_values=28, low=low).describe()
+
+
+@pytest.mark.parametrize(
+    ("column", "options", "culprit"),
+    [
+        (VALUES[:, 0] * 1e300, {}, "'b' holds values up to .*e\\+300.*unit"),
+        (VALUES[:, 0] * 1e-300, {}, "'b' holds values up to .*e-300"),
+        (np.append(VALUES[1:, 0], 9.97e36), {}, "'b' holds 9.97e\\+36 .*half of its values"),
+        (np.append(VALUES[1:, 0], 1e20), {"test": True}, "example 39 .*test split.*'b'.*1e\\+20"),
+        (VALUES[:, 0] + 1e16, {"standardize": False}, "holds 1e\\+16"),
+        (VALUES[:, 0] * 0.01 + 2460000.5, {"standardize": False}, "'b'.*single precision"),
+    ],
+)
+def test_values_that_lose_all_others_are_rejected(tmp_path, column, options, culprit):
+    values = VALUES.copy()
+    values[:, 1] = column
+    bad, good = write_csv(tmp_path / "bad.csv", values), write_csv(tmp_path / "good.csv")
+    train, test = (good, bad) if "test" in options else (bad, good)
+    standardize = options.get("standardize", True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*whole numbers.*")
+        with pytest.raises(UserError, match=culprit):
+            Table(train, test_path=test, standardize=standardize).describe()
+
+
+def test_heavy_tails_and_repeated_values_are_accepted(tmp_path):
+    heavy = np.random.default_rng(0).standard_cauchy((2000, 2)) ** 3
+    Table(write_npy(tmp_path / "heavy.npy", heavy), test_fraction=0.5).describe()
+    zeros = np.where(np.random.default_rng(0).random((2000, 1)) < 0.9, 0.0, 1e8)
+    Table(write_npy(tmp_path / "zeros.npy", zeros)).describe()
+
+
+def test_names_of_parquet_columns_are_stripped_and_unique(tmp_path):
+    table = pa.table([VALUES[:, 0], VALUES[:, 1], VALUES[:, 2]], names=["a", " b", "a "])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"\[0, 2\] have the same name 'a'"):
+        Table(str(tmp_path / "t.parquet")).describe()
+    source = Table(str(tmp_path / "t.parquet"), columns=["b"])
+    assert source.describe().columns == ("b",)
+
+
+def test_all_unusable_columns_of_parquet_are_listed(tmp_path):
+    columns = {"a": [1.5, 2.5], "s": ["x", "y"], "n": [1, 2], "b": [1.5, 2.5]}
+    path = write_parquet(tmp_path / "t.parquet", columns)
+    with pytest.raises(UserError, match=r"'s' .*'n' \(int64\).*--data.columns '\[a, b\]'"):
+        Table(path).describe()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i4", "?"])
+@pytest.mark.parametrize("options", [{}, {"columns": [3, 1]}, {"event_shape": [1, 2, 2]}])
+def test_integers_stay_in_their_file_and_equal_those_in_memory(tmp_path, dtype, options):
+    values = np.random.default_rng(0).integers(0, 2, (50, 4)).astype(dtype)
+    path = write_npy(tmp_path / "t.npy", values)
+    np.savez_compressed(tmp_path / "t.npz", values)
+    whole = write_npy(tmp_path / "f.npy", values.astype(float))
+    mapped, packed, memory = (
+        Table(name, num_values=2, **options) for name in (path, str(tmp_path / "t.npz"), whole)
+    )
+    assert mapped.describe().sha256 == memory.describe().sha256 == packed.describe().sha256
+    copied = pickle.loads(pickle.dumps(mapped.split("train")))
+    assert len(pickle.dumps(mapped.split("train"))) < 2000
+    for split in (mapped.split("train"), packed.split("train"), copied):
+        assert torch.equal(split[:], memory.split("train")[:])
+
+
+def test_a_table_of_bytes_needs_little_memory(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (4000, 4000), dtype=np.uint8)
+    path = write_npy(tmp_path / "t.npy", values)
+    del values
+    tracemalloc.start()
+    source = Table(path, num_values=256)
+    source.split("train").__getitems__(range(100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16e6 * 1.5

@@ -1,7 +1,9 @@
 """``ndm compress``, ``ndm decompress`` and ``ndm inspect``: lossless compression with a model."""
 
 import math
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,8 @@ from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archi
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import decode, encode
-from ndm.apps.compress.items import check_places, read_items, write_items
+from ndm.apps.compress.items import count_left_out, read_items
+from ndm.apps.compress.restore import check_places, complete_move, write_items
 from ndm.data import DataDescription
 from ndm.decoder import DiscretizedGaussian
 from ndm.device import pick_device
@@ -24,6 +27,7 @@ from ndm.model import DiffusionModel
 from ndm.serialize import CONFIG_NAME, fingerprint, write_atomically
 from ndm.train.config import Parser, parse
 from ndm.train.run import Run
+from ndm.writing import check_name
 
 
 def run_compress(arguments: Sequence[str]) -> None:
@@ -142,6 +146,9 @@ def compress(
     _check_output(Path(out), inputs)
     event_shape = description.event_shape
     items = read_items(inputs, event_shape, num_values, low)
+    left_out = count_left_out(inputs)
+    if left_out:
+        print(left_out)
     index = np.concatenate([item.values for item in items if item.values is not None])
     place = _device(device)
     network.to(place)
@@ -187,6 +194,7 @@ def _check_output(out: Path, inputs: Sequence[str]) -> None:
     Raises:
         UserError: it is.
     """
+    check_name(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the archive to write")
     if out.exists() and any(out.resolve().is_relative_to(Path(name).resolve()) for name in inputs):
@@ -241,9 +249,13 @@ def decompress(
             f"{archive} is damaged: its shape or values differ from those of its model; restore it"
             " from a copy"
         )
-    folder = Path(out)
+    folder, identity = Path(out), _identity(Path(archive))
+    check_name(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder")
+    if complete_move(found.items, folder, identity):
+        print(f"completed the interrupted restoration of {found.count} images to {folder}")
+        return
     check_places(found.items, folder)
     place = _device(device)
     chain = Chain(network.to(place), found.plan, found.event_shape, rows, place)
@@ -252,7 +264,7 @@ def decompress(
         wrong = np.flatnonzero(image_checksums(index) != found.checksums)
         if len(wrong):
             raise ValueError(f"image {wrong[0]} differs from its checksum")
-        paths = write_items(found.items, index, found.event_shape, found.low, folder)
+        paths = write_items(found.items, index, found.event_shape, found.low, folder, identity)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -261,6 +273,13 @@ def decompress(
             " on this machine; nothing was written"
         ) from error
     print(f"wrote {found.count} images in {len(paths)} files to {folder}; all checksums match")
+
+
+def _identity(archive: Path) -> str:
+    """Return the start of the checksum of an archive, which is at its end."""
+    with archive.open("rb") as file:
+        file.seek(-32, os.SEEK_END)
+        return file.read(8).hex()
 
 
 def inspect(archive: str) -> None:
@@ -281,9 +300,19 @@ def inspect(archive: str) -> None:
     width = shutil.get_terminal_size().columns - 30
     for item in found.items[:20]:
         array = "" if item.kind == "image" else f" {item.dtype} {item.shape}"
-        print(f"  {item.count:>8} in {item.name[:width]}{array}")
+        print(f"  {item.count:>8} in {_printable(item.name)[: max(width, 10)]}{array}")
     if len(found.items) > 20:
         print(f"  and {len(found.items) - 20} more")
+
+
+def _printable(name: str) -> str:
+    """Escape what a terminal cannot show, or obeys; names need not be valid UTF-8."""
+    escaped = (
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in name
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    return "".join(escaped).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _print_rates(archive: Archive, size: int) -> None:

@@ -1,6 +1,7 @@
 """``ndm evaluate``: bounds and likelihoods of a trained run, with errors, protocols and checks."""
 
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -49,8 +50,8 @@ class EvaluateSettings:
     split: str = "test"
     """Split of the data to measure."""
     data: str | None = None
-    """Measure other data instead of a split: a .npy, .npz, .csv or .parquet file in the units of
-    the training data or, for data with 256 values, a folder of images.
+    """Measure other data instead of a split: a .npy, .npz, .csv, .tsv, .csv.gz, .tsv.gz or .parquet
+    file in the units of the training data or, for data with 256 values, a folder of images.
     """
     nelbo: bool = False
     """Measure the NELBO."""
@@ -86,7 +87,9 @@ class EvaluateSettings:
     device: str = "auto"
     """Device: auto, cpu or cuda."""
     csv: str | None = None
-    """CSV file for the results of each example, in nats; for a likelihood -log p."""
+    """CSV file for the results of each example, in nats, and the standard error of its bounds. To
+    score examples use --nll, -log p of the likelihood: a bound from a few times t is much noisier.
+    """
     json: str | None = None
     """JSON file for all results and protocols."""
     markdown: str | None = None
@@ -184,12 +187,43 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
         progress=True,
         about={"run": str(folder), **description.about(split)},
     )
+    left_out = leave_out(evaluation)
+    if left_out and group.first:
+        warn_of_rows(settings.data, evaluation)
     train = source.split("train") if source is not None and settings.calibrate else None
     measurements = measure(evaluation, settings, train)
     if group.first:
         report(measurements, settings, description)
         if settings.csv is not None:
-            write_examples(Path(settings.csv), measurements, evaluation, description)
+            write_examples(Path(settings.csv), measurements, evaluation, description, left_out)
+
+
+def leave_out(evaluation: Evaluation) -> list[int]:
+    """Leave out examples too far from the training data to compute with; return their numbers.
+
+    Raises:
+        UserError: no example is left.
+    """
+    unusable = getattr(evaluation.data, "unusable", {})
+    usable = [number for number in evaluation.numbers if number not in unusable]
+    if not usable:
+        raise UserError(
+            f"all of the {len(evaluation.numbers)} examples are too far from the training data to"
+            f" compute with: {next(iter(unusable.values()))}; raise --limit"
+        )
+    left_out = [number for number in evaluation.numbers if number in unusable]
+    evaluation.numbers = usable
+    return left_out
+
+
+def warn_of_rows(path: str | None, evaluation: Evaluation) -> None:
+    """Print a warning that names the rows that are left out."""
+    rows: dict[int, str] = getattr(evaluation.data, "unusable", {})
+    shown = "; ".join(list(rows.values())[:3]) + ("; ..." if len(rows) > 3 else "")
+    _warn(
+        f"{path}: {len(rows)} of {len(evaluation.data)} rows are left out, because they are too far"
+        f" from the training data to compute with: {shown}"
+    )
 
 
 def warn_of_changed_data(stored: object, now: DataDescription) -> None:
@@ -262,7 +296,8 @@ def report(
     protocol = measurements[0].protocol
     print(text_table(measurements))
     limited = protocol.num_examples < protocol.split_size
-    part = f" of {protocol.split_size} (--limit)" if limited else ""
+    part = f" of {protocol.split_size}" if limited else ""
+    part += " (--limit)" if limited and settings.limit is not None else ""
     print(
         f"{protocol.num_examples}{part} examples of {description.name}/{protocol.about['split']},"
         f" seed {settings.seed}, {protocol.dtype}"
@@ -313,20 +348,29 @@ def write_examples(
     measurements: Sequence[Measurement],
     evaluation: Evaluation,
     description: DataDescription,
+    left_out: Sequence[int] = (),
 ) -> None:
     """Write one row per example: its index in the data, its file, if any, and all measurements.
 
-    Values are in nats; for continuous data, of the density in the units of the data.
+    Values are in nats; for continuous data, of the density in the units of the data. The column
+    after a bound has its standard error for each example. Cells of examples that are left out, and
+    of unknown errors, are empty.
     """
     where = getattr(evaluation.data, "where", None)
-    columns = [(one.values + description.log_scale).tolist() for one in measurements]
+    columns: dict[str, list[float | str]] = {}
+    for one in measurements:
+        columns[one.label] = (one.values + description.log_scale).tolist()
+        if one.errors is not None:
+            errors = one.errors.tolist()
+            columns[f"{one.label}, stderr"] = ["" if math.isnan(e) else e for e in errors]
+    found = dict(zip(evaluation.numbers, zip(*columns.values(), strict=True), strict=True))
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file)
-            labels = [one.label for one in measurements]
-            writer.writerow(["example", *(["file"] if where else []), *labels])
-            for number, values in zip(evaluation.numbers, zip(*columns, strict=True), strict=True):
+            writer.writerow(["example", *(["file"] if where else []), *columns])
+            for number in sorted([*found, *left_out]):
+                values = found.get(number, [""] * len(columns))
                 writer.writerow([number, *([where(number)] if where else []), *values])
 
     write_atomically(path, write)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ndm.errors import UserError, require
+from ndm.errors import UserError, one_line, require
 
 COMMANDS = {
     "train": "train a model, or resume an interrupted run",
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"ndm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ndm: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         advice = "; rerun the command to resume" if trains else ""
@@ -51,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename or "a path")
+            name = name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}"
+            print(
+                f"ndm: error: {name}: the name is too long; choose one of at most 255 bytes",
+                file=sys.stderr,
+            )
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = error.filename or error

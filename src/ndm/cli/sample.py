@@ -1,5 +1,6 @@
 """``ndm sample``: draw samples from a trained run."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription
+from ndm.data.delimited import looks_like_names
 from ndm.device import Precision, autocast, pick_device
 from ndm.errors import UserError, check_whole
 from ndm.serialize import write_atomically
@@ -97,7 +99,7 @@ def sample(
             progress=True,
             **options,
         )
-    _write(target, samples, description)
+    write_values(target, samples, description)
     print(f"wrote {n} samples to {target}")
 
 
@@ -117,28 +119,42 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _write(target: Path, samples: Tensor, description: DataDescription) -> None:
-    """Write samples ``(n, *event)`` in the format given by the suffix."""
+def write_values(target: Path, samples: Tensor, description: DataDescription) -> None:
+    """Write samples x ``(n, *event)`` in the format given by the suffix."""
     suffix = target.suffix.lower()
     if suffix == ".png":
         write_samples(target, samples)
         return
     values = description.to_source_units(samples).numpy()
-    if description.num_values is not None:
+    if description.num_values is None:
+        values = values.astype(np.float64)
+    else:
         least, most = (int(value or 0) for value in (description.low, description.high))
         values = values.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))
     if not suffix:
         write_images(target, to_pixels(samples)[..., : samples.shape[1]].transpose(0, 3, 1, 2))
     elif suffix == ".csv":
-        header = ",".join(description.columns)
-        write_atomically(target, lambda path: _write_table(path, values, header))
+        write_atomically(target, lambda path: _write_table(path, values, description.columns))
     else:
         write_atomically(target, lambda path: _write_array(path, values))
 
 
-def _write_table(path: Path, values: np.ndarray, header: str) -> None:
-    form = "%d" if np.issubdtype(values.dtype, np.integer) else "%.9g"
-    np.savetxt(path, values, form, ",", header=header, comments="", encoding="utf-8")
+def _write_table(path: Path, values: np.ndarray, columns: Sequence[str]) -> None:
+    """Write rows ``(n, D)`` so that :class:`ndm.data.Table` reads the same names and numbers."""
+    rows: list[list[Any]] = values.tolist()
+    if not columns and looks_like_names([str(cell) for cell in rows[0]]):
+        # Without a sign, a first row 0,1,2 would be read as the names of the columns.
+        rows[0] = [f"+{cell}" for cell in rows[0]]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if columns:
+            file.write(",".join(_quoted(name) for name in columns) + "\n")
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _quoted(name: str) -> str:
+    """Return a cell of a CSV file, in quotes if it needs them (csv leaves a lone \\r unquoted)."""
+    special = any(character in name for character in ',"\r\n')
+    return '"' + name.replace('"', '""') + '"' if special else name
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:

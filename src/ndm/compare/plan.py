@@ -32,11 +32,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from ndm.errors import UserError, check_choice, describe_value
 from ndm.model import DiffusionModel
 from ndm.train.config import Overrides, RunConfig, RunParts, find_config
+from ndm.train.yaml_reader import read_yaml
 from ndm.transform import Identity
 
 Budget = Literal["steps", "seconds", "parameters"]
@@ -82,12 +81,7 @@ def read_rows(
         UserError: the file is missing, invalid or incomplete.
     """
     path = find_config(str(path))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read as YAML ({' '.join(str(error).split())[:100]})"
-        ) from error
+    content = read_yaml(path)
     if (
         not isinstance(content, dict)
         or not isinstance(content.get("base"), str)

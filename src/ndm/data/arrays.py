@@ -10,15 +10,25 @@ density, so it raises an error instead of getting an arbitrary scale.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ndm.data.columns import column_label, number_text
+from ndm.data.mapped import IntegerRows
 from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded
 from ndm.decoder import to_grid
 from ndm.errors import UserError
+
+MOST_DEVIATIONS = 1e9
+"""The largest distance of a value from the mean, in standard deviations, that can be scored."""
+MOST_RAW = 1e15
+"""The largest value that is not standardized."""
+_LARGEST, _SMALLEST = 1e150, 1e-150  # deviations whose squares are doubles
+_MOST_SPREADS = 1e12  # of the middle half of a column, from its median
 
 
 class ArraySplit(EventDataset):
@@ -52,19 +62,19 @@ def kind_of(event_shape: tuple[int, ...]) -> Literal["image", "vector"]:
 def discrete(
     name: str,
     version: str,
-    arrays: Mapping[str, np.ndarray],
+    arrays: "Mapping[str, np.ndarray | IntegerRows]",
     num_values: int,
     low: float = 0.0,
     labels: Mapping[str, np.ndarray] | None = None,
     classes: Sequence[str] = (),
     columns: Sequence[str] | None = None,
 ) -> Loaded:
-    """Describe integer data and store them in memory.
+    """Describe integer data and store arrays in memory.
 
     Args:
         name: name of the data.
         version: version of the data.
-        arrays: split -> integers 0 ... num_values-1, ``(N, *event)``.
+        arrays: split -> integers 0 ... num_values-1, ``(N, *event)``, or rows with these levels.
         num_values: number of integer values.
         low: value of level 0 in the source's units.
         labels: split -> class index of each example.
@@ -77,8 +87,12 @@ def discrete(
     content = ContentHash()
     splits: dict[str, EventDataset] = {}
     for split, array in arrays.items():
-        array = np.ascontiguousarray(array, dtype=np.uint8 if num_values <= 256 else np.int32)
         content.split(split)
+        if isinstance(array, IntegerRows):
+            array.add_to(content)
+            splits[split] = array
+            continue
+        array = np.ascontiguousarray(array, dtype=np.uint8 if num_values <= 256 else np.int32)
         content.array(array)
         splits[split] = ArraySplit(
             torch.from_numpy(array),
@@ -129,33 +143,46 @@ def continuous(
         The description and the splits.
 
     Raises:
-        UserError: a dimension to be standardized is constant over the train split.
+        UserError: a dimension to be standardized is constant over the train split, or a value is
+            too far from the others, or too large, for the precision of the model.
     """
     event = _event_shape(arrays)
     offset, scale = np.zeros(event), np.ones(event)
     if standardize:
-        train = np.asarray(arrays["train"], dtype=np.float64)
-        offset, scale = train.mean(axis=0), train.std(axis=0)
-        constant = np.flatnonzero((train == train[0]).all(axis=0) | (scale == 0))
-        if len(constant):
-            index = int(constant[0])
-            column = _column(np.unravel_index(index, event), event, dimension_names)
-            value = float(train[0].reshape(-1)[index])
-            raise UserError(
-                f"{name}: column {column} is {value:g} in all {len(train)} rows of the train split"
-                " and cannot be standardized (a constant has no density); leave it out with"
-                " columns=, or give standardize=False"
-            )
-    content = ContentHash()
+        offset, scale = _standardization(name, np.asarray(arrays["train"]), dimension_names)
     splits: dict[str, EventDataset] = {}
+    for split, array in arrays.items():
+        array = np.asarray(array, dtype=np.float64)
+        x = (array - offset) / scale
+        _check_single(name, split, array, x, standardize, dimension_names)
+        splits[split] = ArraySplit(torch.from_numpy(x.astype(np.float32)))
+    description = describe_reals(name, version, arrays, low, high, dimension_names)
+    if standardize:
+        description = replace(
+            description,
+            offset=tuple(offset.reshape(-1).tolist()),
+            scale=tuple(scale.reshape(-1).tolist()),
+        )
+    return Loaded(description, splits)
+
+
+def describe_reals(
+    name: str,
+    version: str,
+    arrays: Mapping[str, np.ndarray],
+    low: float | None = None,
+    high: float | None = None,
+    dimension_names: Sequence[str] | None = None,
+) -> DataDescription:
+    """Describe real data that are not standardized; the arguments are those of :func:`continuous`."""
+    event = _event_shape(arrays)
+    content = ContentHash()
     sizes: dict[str, int] = {}
     for split, array in arrays.items():
-        array = np.ascontiguousarray(array, dtype=np.float64)
         content.split(split)
-        content.array(array)
-        splits[split] = ArraySplit(torch.from_numpy(((array - offset) / scale).astype(np.float32)))
+        content.array(np.ascontiguousarray(array, dtype=np.float64))
         sizes[split] = len(array)
-    description = DataDescription(
+    return DataDescription(
         name,
         version,
         kind_of(event),
@@ -166,10 +193,111 @@ def continuous(
         sizes,
         content.hexdigest(),
         columns=tuple(dimension_names or ()),
-        offset=tuple(offset.reshape(-1).tolist()) if standardize else (),
-        scale=tuple(scale.reshape(-1).tolist()) if standardize else (),
     )
-    return Loaded(description, splits)
+
+
+def _standardization(
+    name: str, train: np.ndarray, names: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and standard deviation of each dimension of the train split.
+
+    Raises:
+        UserError: a dimension is constant, or double precision cannot represent its spread.
+    """
+    event = train.shape[1:]
+    train = train.astype(np.float64, copy=False)
+    constant = (train == train[0]).all(axis=0)
+    if constant.any():
+        index = np.unravel_index(int(constant.argmax()), event)
+        value = number_text(train[(0, *index)])
+        raise UserError(
+            f"{name}: column {_column(index, event, names)} is {value} in all {len(train)} rows"
+            " of the train split and cannot be standardized (a constant has no density); leave it"
+            " out with columns=, or give standardize=False"
+        )
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        offset, scale = train.mean(axis=0), train.std(axis=0)
+        wrong = ~((scale > _SMALLEST) & (scale < _LARGEST) & np.isfinite(offset))
+    if wrong.any():
+        index = np.unravel_index(int(wrong.argmax()), event)
+        column = train.reshape(len(train), -1)[:, int(wrong.argmax())]
+        value = number_text(column[np.abs(column).argmax()])
+        raise UserError(
+            f"{name}: column {_column(index, event, names)} holds values up to {value}, whose"
+            " squares double precision cannot represent; remove the rows that are fill values, or"
+            " write the column in another unit"
+        )
+    _check_fill_values(name, train, names)
+    return offset, scale
+
+
+def _check_fill_values(name: str, train: np.ndarray, names: Sequence[str] | None) -> None:
+    """Check that no value is so far from the others that standardizing would make those equal.
+
+    Raises:
+        UserError: one is; for example, 9.97e36 for a missing value.
+    """
+    event = train.shape[1:]
+    flat = train.reshape(len(train), -1)
+    for number in range(flat.shape[1]):
+        column = flat[:, number]
+        if np.ptp(column) < 1e3 * MOST_DEVIATIONS * np.spacing(np.abs(column).min()):
+            continue
+        low, middle, high = np.quantile(column, (0.25, 0.5, 0.75))
+        away = np.abs(column - middle)
+        worst = int(away.argmax())
+        if 0 < _MOST_SPREADS * (high - low) < away[worst]:
+            label = _column(np.unravel_index(number, event), event, names)
+            raise UserError(
+                f"{name}: column {label} holds {number_text(column[worst])} in the train split,"
+                f" but half of its values are from {number_text(low)} to {number_text(high)};"
+                " remove the row if this is a fill value, or transform the column (log)"
+            )
+
+
+def _check_single(
+    name: str,
+    split: str,
+    values: np.ndarray,
+    x: np.ndarray,
+    standardized: bool,
+    names: Sequence[str] | None,
+) -> None:
+    """Check that single precision can represent the examples x ``(N, *event)`` of a split.
+
+    Raises:
+        UserError: a value is too large, or different values of a dimension become equal.
+    """
+    event = values.shape[1:]
+    beyond = too_large(x, standardized)
+    if beyond.any():
+        row, *position = np.unravel_index(int(beyond.argmax()), x.shape)
+        what = f"{MOST_DEVIATIONS:g} standard deviations from the mean of the train split"
+        raise UserError(
+            f"{name}: example {row} (the first is 0) of the {split} split, column"
+            f" {_column(position, event, names)}, holds {number_text(values[(row, *position)])},"
+            f" beyond {what if standardized else format(MOST_RAW, 'g')}; drop or fix the row"
+        )
+    if standardized or len(x) < 2:
+        return
+    spread = x.std(axis=0)
+    step = np.spacing(np.abs(x).max(axis=0).astype(np.float32))
+    coarse = (spread > 0) & (step > spread)
+    if coarse.any():
+        index = np.unravel_index(int(coarse.argmax()), event)
+        raise UserError(
+            f"{name}: column {_column(index, event, names)} of the {split} split has a standard"
+            f" deviation of {spread[index]:.3g} at values up to"
+            f" {number_text(np.abs(x).max(axis=0)[index])}, which single precision does not"
+            " resolve; leave standardize at true"
+        )
+
+
+def too_large(x: np.ndarray, standardized: bool) -> np.ndarray:
+    """Return where examples x are too large for computations in single precision."""
+    limit = MOST_DEVIATIONS if standardized else MOST_RAW
+    result: np.ndarray = ~(np.abs(x) <= limit)
+    return result
 
 
 def check_values(
@@ -178,6 +306,7 @@ def check_values(
     names: Sequence[str] | None,
     low: float | None = None,
     high: float | None = None,
+    first: int = 0,
 ) -> None:
     """Check that all values are finite and inside the declared range.
 
@@ -187,6 +316,7 @@ def check_values(
         names: names of the dimensions of the flattened example, or None.
         low: least allowed value, or None.
         high: greatest allowed value, or None.
+        first: number of the first row, for the message.
 
     Raises:
         UserError: a value is not finite or out of range; the message contains the value, its row
@@ -198,7 +328,7 @@ def check_values(
     if low is not None or high is not None:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
         advice = (
-            f"allowed are {least:g} to {most:g}; fix the data, or declare their range with"
+            f"allowed are {number_text(least)} to {number_text(most)}; fix the data, or declare their range with"
             " num_values=, low= and high="
         )
         rules.append(((array < least) | (array > most), advice))
@@ -207,8 +337,8 @@ def check_values(
             row, *position = np.unravel_index(int(wrong.argmax()), array.shape)
             value = array[(row, *position)]
             raise UserError(
-                f"{where}: row {row} (the first is 0), column"
-                f" {_column(position, array.shape[1:], names)} holds {value:g}; {advice}"
+                f"{where}: row {first + row} (the first is 0), column"
+                f" {_column(position, array.shape[1:], names)} holds {number_text(value)}; {advice}"
             )
 
 
@@ -217,10 +347,12 @@ def _column(
 ) -> str:
     """Return the name of a dimension of the example, or its number or numbers, for messages."""
     if names:
-        return repr(names[int(np.ravel_multi_index(tuple(position), tuple(event)))])
+        return column_label(names[int(np.ravel_multi_index(tuple(position), tuple(event)))])
     numbers = tuple(int(number) for number in position)
     return str(numbers[0] if len(numbers) == 1 else numbers)
 
 
-def _event_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    return tuple(int(size) for size in next(iter(arrays.values())).shape[1:])
+def _event_shape(arrays: "Mapping[str, np.ndarray | IntegerRows]") -> tuple[int, ...]:
+    first = next(iter(arrays.values()))
+    shape = first.event if isinstance(first, IntegerRows) else first.shape[1:]
+    return tuple(int(size) for size in shape)

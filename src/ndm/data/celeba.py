@@ -11,11 +11,12 @@ files. This source sorts the files by the numbers in their names; the last 3,000
 import re
 from pathlib import Path
 
+from ndm.data.files import check_no_splits, is_folder
 from ndm.data.folder import FileImages, image_files
 from ndm.data.images import check_image_arguments, describe_size, encoded
 from ndm.data.release import check_content, check_sha256_argument, describe_release
 from ndm.data.source import DataSource, Loaded
-from ndm.errors import UserError
+from ndm.errors import UserError, describe_value
 
 COUNTS = {"train": 27_000, "test": 3_000}
 
@@ -42,10 +43,18 @@ class CelebAHQ(DataSource):
 
     def load(self) -> Loaded:
         folder = Path(self.path)
-        if not folder.is_dir():
-            raise UserError(f"path={self.path!r} is not a directory; give the folder of the images")
+        if not is_folder(folder):
+            raise UserError(
+                f"path={describe_value(self.path)} is not a directory; give the folder of the images"
+            )
         files = sorted(
             image_files(folder), key=lambda file: _natural(file.relative_to(folder).as_posix())
+        )
+        check_no_splits(
+            folder,
+            [file.relative_to(folder).as_posix() for file in files],
+            "move all images into one folder, or use ImageFolder",
+            top=True,
         )
         if len(files) < 2:
             raise UserError(
@@ -58,7 +67,9 @@ class CelebAHQ(DataSource):
         name, addition = describe_release(
             f"celebahq{self.size}", found, COUNTS, self.partial, str(folder)
         )
-        splits = {split: FileImages(part, 3, self.size, None) for split, part in parts.items()}
+        splits = {
+            split: FileImages(part, 3, self.size, None, folder) for split, part in parts.items()
+        }
         version = f"image folder, train and test by file order{addition}{describe_size(self.size)}"
         return check_content(encoded(name, version, splits), self.sha256, str(folder))
 

@@ -3,19 +3,30 @@ r"""A folder of image files, with or without one subfolder per class.
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-Subfolders ``train`` and ``test`` are the splits; without them, a fixed split is drawn class by
-class. Files are sorted by name, so the split does not depend on the file system.
+Subfolders named like splits (``train`` and ``test``, ``Training``, ``val``, ``seg_train``) are the
+splits; without them, a fixed split is drawn class by class. Files are sorted by name, so the split
+does not depend on the file system. Hidden files and folders are skipped, links followed.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ndm.data.images import EncodedImages, check_image_arguments, describe_size, encoded
+from ndm.data.files import (
+    Files,
+    check_disjoint,
+    check_no_splits,
+    describe_ignored,
+    find_files,
+    find_splits,
+    is_folder,
+)
+from ndm.data.images import EncodedImages, OnError, check_image_arguments, describe_size, encoded
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_classes, check_split_arguments, describe_split, draw_split
-from ndm.errors import UserError
+from ndm.errors import UserError, describe_value
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 """Suffixes of image files, in upper or lower case; other files are ignored."""
@@ -29,13 +40,19 @@ class FileImages(EncodedImages):
         channels: 1 for gray, 3 for color.
         size: side of the center square, or None.
         labels: class index of each example, or None.
+        root: the folder of the files, below which they have their names.
     """
 
     def __init__(
-        self, files: Sequence[Path], channels: int, size: int | None, labels: np.ndarray | None
+        self,
+        files: Sequence[Path],
+        channels: int,
+        size: int | None,
+        labels: np.ndarray | None,
+        root: Path | None = None,
     ):
         super().__init__(channels, size, labels)
-        self.files = list(files)
+        self.files, self.root = list(files), root
 
     def __len__(self) -> int:
         return len(self.files)
@@ -43,8 +60,19 @@ class FileImages(EncodedImages):
     def where(self, index: int) -> str:
         return str(self.files[index])
 
+    def name_of(self, index: int) -> str:
+        file = self.files[index]
+        return file.relative_to(self.root).as_posix() if self.root else str(file)
+
     def read(self, index: int) -> bytes:
         return self.files[index].read_bytes()
+
+    def without(self, indices: Collection[int]) -> "FileImages":
+        left_out = set(indices)
+        rest = [index for index in range(len(self)) if index not in left_out]
+        labels = None if self.labels is None else self.labels[rest].numpy()
+        files = [self.files[index] for index in rest]
+        return FileImages(files, self.channels, self.size, labels, self.root)
 
 
 class ImageFolder(DataSource):
@@ -60,6 +88,11 @@ class ImageFolder(DataSource):
         seed: seed of that split.
         class_folders: whether each subfolder is a class. By default it is if every image lies
             directly in a subfolder.
+        splits: name of each split -> the subfolder that holds it, for example ``{train: training,
+            test: validation}``; ``{}`` if no subfolder is a split. By default the subfolders that
+            are named like splits; ``val`` is the split ``validation``.
+        on_error: raise an error for images that cannot be used, or skip them; the description names
+            those that are skipped, and they enter its checksum.
     """
 
     def __init__(
@@ -70,52 +103,89 @@ class ImageFolder(DataSource):
         test_fraction: float = 0.2,
         seed: int = 0,
         class_folders: bool | None = None,
+        splits: Mapping[str, str] | None = None,
+        on_error: OnError = "raise",
     ):
-        check_image_arguments(channels, size)
+        check_image_arguments(channels, size, on_error)
         check_split_arguments(test_fraction, seed)
+        if splits and (
+            "train" not in splits or not all(isinstance(name, str) for name in splits.values())
+        ):
+            raise UserError(
+                f"splits={describe_value(splits)}: give a mapping from train and other splits to"
+                " subfolders, {} for no split folders, or leave it out"
+            )
         self.path = path
         self.channels = channels
         self.size = size
         self.test_fraction = test_fraction
         self.seed = seed
         self.class_folders = class_folders
+        self.splits = splits
+        self.on_error = on_error
 
     def load(self) -> Loaded:
         folder = Path(self.path)
-        if not folder.is_dir():
-            raise UserError(f"path={self.path!r} is not a directory; give the folder of the images")
-        roots = _split_folders(folder)
-        has_splits = "test" in roots
-        files = {split: some_image_files(root) for split, root in roots.items()}
-        ignored = _describe_ignored(folder, files)
-        by_class = self._is_by_class(roots, files)
-        classes: list[str] = []
-        labels = {split: np.zeros(len(part), dtype=int) for split, part in files.items()}
-        if by_class:
-            classes = sorted({place.name for root in roots.values() for place in _subfolders(root)})
-            for split, root in roots.items():
-                names = [file.relative_to(root).parts[0] for file in files[split]]
-                labels[split] = np.array([classes.index(name) for name in names])
-            check_classes(
-                labels if has_splits else {"all images": labels["train"]},
-                classes,
-                str(folder),
-                "fill or remove the subfolders of that name, or give class_folders=False",
+        if not is_folder(folder):
+            raise UserError(
+                f"path={describe_value(self.path)} is not a directory; give the folder of the images"
             )
-        drawn = "own train and test folders"
-        if not has_splits:
+        own = find_splits(folder, self.splits)
+        roots = {split: folder / name for split, name in own.items()} or {"train": folder}
+        trees = {split: find_files(root) for split, root in roots.items()}
+        check_disjoint(trees)
+        files = {split: _images_of(tree) for split, tree in trees.items()}
+        if self.splits is None and not own:
+            relative = [file.relative_to(folder).as_posix() for file in files["train"]]
+            check_no_splits(folder, relative, "give path= to their parent, or splits={}")
+        ignored = _describe_ignored(folder, files, trees)
+        labels, classes = self._labels(folder, files, trees)
+        if own:
+            *first, last = own.values()
+            others = f"{', '.join(first)} and " if first else ""
+            drawn = f"own {others}{last} folders"
+        else:
+            drawn = "stratified " if classes else ""
+            drawn += describe_split(self.test_fraction, self.seed)
             parts = draw_split(labels["train"], classes, str(folder), self.test_fraction, self.seed)
             images, indices = files["train"], labels["train"]
             files = {split: [images[index] for index in part] for split, part in parts.items()}
             labels = {split: indices[part] for split, part in parts.items()}
-            drawn = "stratified " if by_class else ""
-            drawn += describe_split(self.test_fraction, self.seed)
-        splits = {}
-        for split in ("train", "test"):
-            of_split = labels[split] if by_class else None
-            splits[split] = FileImages(files[split], self.channels, self.size, of_split)
+        splits = {
+            split: FileImages(
+                part, self.channels, self.size, labels[split] if classes else None, folder
+            )
+            for split, part in files.items()
+        }
         version = f"image folder, {drawn}{describe_size(self.size)}{ignored}"
-        return encoded(folder.resolve().name, version, splits, classes)
+        name = folder.resolve().name
+        return encoded(name, version, splits, classes, on_error=self.on_error)
+
+    def _labels(
+        self, folder: Path, files: Mapping[str, Sequence[Path]], trees: Mapping[str, Files]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Return the class index of each file of each split, and the classes if there are any.
+
+        Raises:
+            UserError: a class has no image in a split.
+        """
+        labels = {split: np.zeros(len(part), dtype=int) for split, part in files.items()}
+        roots = {split: tree.root for split, tree in trees.items()}
+        if not self._is_by_class(roots, files):
+            return labels, []
+        classes = sorted(
+            {name for tree in trees.values() for name in tree.folders if "/" not in name}
+        )
+        for split, root in roots.items():
+            names = [file.relative_to(root).parts[0] for file in files[split]]
+            labels[split] = np.array([classes.index(name) for name in names])
+        check_classes(
+            {"all images": labels["train"]} if roots == {"train": folder} else labels,
+            classes,
+            str(folder),
+            "fill or remove the subfolders of that name, or give class_folders=False",
+        )
+        return labels, classes
 
     def _is_by_class(self, roots: Mapping[str, Path], files: Mapping[str, Sequence[Path]]) -> bool:
         """Return whether the subfolders are classes.
@@ -139,13 +209,8 @@ class ImageFolder(DataSource):
 
 
 def image_files(root: Path) -> list[Path]:
-    """Return the image files under a folder, sorted by name, without hidden files."""
-    files = [
-        file
-        for file in root.rglob("*")
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
-    ]
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+    """Return the image files under a folder, sorted by name; see :func:`find_files`."""
+    return find_files(root).ending_in(SUFFIXES)
 
 
 def some_image_files(root: Path) -> list[Path]:
@@ -154,46 +219,28 @@ def some_image_files(root: Path) -> list[Path]:
     Raises:
         UserError: it has none.
     """
-    files = image_files(root)
+    return _images_of(find_files(root))
+
+
+def _images_of(tree: Files) -> list[Path]:
+    files = tree.ending_in(SUFFIXES)
     if not files:
         raise UserError(
-            f"{root} has no images; give a folder of files that end in {' '.join(SUFFIXES)}, in"
-            " subfolders or not"
+            f"{tree.root} has no images; give a folder of files that end in {' '.join(SUFFIXES)},"
+            " in subfolders or not"
         )
     return files
 
 
-def _split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders ``train`` and ``test`` if they exist, otherwise the folder as ``train``.
-
-    Raises:
-        UserError: only one of them exists.
-    """
-    roots = {split: folder / split for split in ("train", "test") if (folder / split).is_dir()}
-    if len(roots) == 1:
-        (found,) = roots
-        raise UserError(
-            f"{folder} has a subfolder {found} but not both train and test; add the other, or give"
-            f" path= to {found}"
-        )
-    return roots or {"train": folder}
-
-
-def _describe_ignored(folder: Path, files: Mapping[str, Sequence[Path]]) -> str:
+def _describe_ignored(
+    folder: Path, files: Mapping[str, Sequence[Path]], trees: Mapping[str, Files]
+) -> str:
     """Count the visible files that are not examples, for a description's version."""
-    examples = {file for part in files.values() for file in part}
-    count = sum(
-        path not in examples
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        for path in folder.rglob("*")
-    )
-    if not count:
-        return ""
-    return f", {count} other file{'s' if count > 1 else ''} ignored"
-
-
-def _subfolders(root: Path) -> list[Path]:
-    return [
-        folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-    ]
+    used = {os.path.realpath(tree.root) for tree in trees.values()}
+    others = sum(len(tree.names) + tree.others - len(files[split]) for split, tree in trees.items())
+    repeated = sum(tree.repeated for tree in trees.values())
+    if os.path.realpath(folder) not in used:
+        known = {place for tree in trees.values() for place in tree.places}
+        rest = find_files(folder, known)
+        others += len(rest.names) + rest.others
+    return describe_ignored(others, repeated)

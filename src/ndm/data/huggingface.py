@@ -8,17 +8,18 @@ Requires the extra ``hub``. The checksum covers the encoded images or the values
 it does not depend on caches or library versions. Images are decoded when needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ndm.data.arrays import check_values, continuous
-from ndm.data.images import EncodedImages, check_image_arguments, describe_size, encoded
+from ndm.data.arrow import arrow_columns
+from ndm.data.files import is_folder
+from ndm.data.images import EncodedImages, OnError, check_image_arguments, describe_size, encoded
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_classes
-from ndm.data.table import arrow_columns
 from ndm.errors import UserError, describe_value, require
 
 
@@ -46,11 +47,25 @@ class ColumnImages(EncodedImages):
     def where(self, index: int) -> str:
         return f"{self.name}: image {index}"
 
+    def name_of(self, index: int) -> str:
+        return f"image {index}"
+
     def read(self, index: int) -> bytes:
         (image,) = self.dataset[index].values()
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise OSError("it is empty")
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        if image["bytes"] is not None:
+            return image["bytes"]
+        file = Path(image["path"])
+        if file.exists() and not file.is_file():
+            raise OSError("it is not a regular file")
+        return file.read_bytes()
+
+    def without(self, indices: Collection[int]) -> "ColumnImages":
+        left_out = set(indices)
+        rest = [index for index in range(len(self)) if index not in left_out]
+        labels = None if self.labels is None else self.labels[rest].numpy()
+        return ColumnImages(self.dataset.select(rest), self.name, self.channels, self.size, labels)
 
 
 class HuggingFace(DataSource):
@@ -71,6 +86,8 @@ class HuggingFace(DataSource):
             keep their size, which must be the same for all.
         label_column: column of the classes, each of which must occur in every split. By default
             the data have no classes.
+        on_error: raise an error for images that cannot be used, or skip them; the description names
+            those that are skipped, and they enter its checksum.
     """
 
     def __init__(
@@ -84,8 +101,9 @@ class HuggingFace(DataSource):
         channels: int = 3,
         size: int | None = None,
         label_column: str | None = None,
+        on_error: OnError = "raise",
     ):
-        check_image_arguments(channels, size)
+        check_image_arguments(channels, size, on_error)
         if (image_column is None) == (not columns) or isinstance(columns, str):
             raise UserError(
                 f"image_column={describe_value(image_column)} and"
@@ -107,13 +125,14 @@ class HuggingFace(DataSource):
         self.channels = channels
         self.size = size
         self.label_column = label_column
+        self.on_error = on_error
 
     def load(self) -> Loaded:
         require("datasets", "datasets", "hub")
         import datasets
 
         tables = self._tables(datasets)
-        name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        name = Path(self.name).resolve().name if is_folder(self.name) else self.name
         version = "" if self.config is None else f"config {self.config}, "
         version += f"revision {self.revision or 'not pinned'}"
         labels, classes = self._labels(tables, datasets) if self.label_column else ({}, [])
@@ -126,7 +145,8 @@ class HuggingFace(DataSource):
             images = self._images(table, datasets)
             where = f"{self.name}: split {split!r}"
             splits[split] = ColumnImages(images, where, self.channels, self.size, labels.get(split))
-        return encoded(name, version + describe_size(self.size), splits, classes)
+        version += describe_size(self.size)
+        return encoded(name, version, splits, classes, on_error=self.on_error)
 
     def _numbers(self, tables: Mapping[str, Any], columns: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the columns of numbers of each split, ``(N, D)``."""

@@ -29,6 +29,7 @@ from typing import Literal
 
 import numpy as np
 
+from ndm.data.files import find_files
 from ndm.data.images import NUM_VALUES, EncodedImages, encoded
 from ndm.data.mapped import MappedSplit, StoredArray, find_array
 from ndm.data.release import check_content, check_sha256_argument, describe_release
@@ -54,7 +55,7 @@ class TarImages(EncodedImages):
         try:
             with tarfile.open(file, "r:") as archive:
                 for member in archive:
-                    if member.isfile() and _is_png(Path(member.name).name):
+                    if member.isfile() and _is_png(member.name):
                         members.append((os.fsencode(member.name), member.offset_data, member.size))
                     # A million entries would take a gigabyte.
                     archive.members.clear()  # type: ignore[attr-defined]
@@ -96,14 +97,9 @@ class PngFolder(EncodedImages):
     def __init__(self, folder: Path):
         super().__init__(3, None, None)
         self.folder = folder
-        found = [
-            Path(root).relative_to(folder) / name
-            for root, _, names in os.walk(folder)
-            for name in names
-            if _is_png(name)
-        ]
+        found = [os.fsencode(name) for name in find_files(folder).names if _is_png(name)]
         # A million names take less memory than a million paths.
-        self._names = np.array(sorted(os.fsencode(name) for name in found), dtype=np.bytes_)
+        self._names = np.array(sorted(found), dtype=np.bytes_)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -166,7 +162,7 @@ class ImageNetOord(DataSource):
         for split, images in splits.items():
             if not len(images):
                 raise UserError(f"{folder}: {names[split]} has no PNG files")
-            (height, width), _ = images.inspect(0)
+            height, width = images.size_of(0)
             if (height, width) != (self.resolution, self.resolution):
                 raise UserError(
                     f"{images.where(0)} is {width} x {height}; resolution={self.resolution}"
@@ -247,9 +243,9 @@ class ImageNetChrabaszcz(DataSource):
             int(match[1]): file
             for place in places
             for file in place.glob("*.npz")
-            if (match := _BATCH.fullmatch(file.name))
+            if (match := _BATCH.fullmatch(file.name)) and file.is_file()
         }
-        test = [file for place in places for file in place.glob("val_data.npz")]
+        test = [file for place in places for file in place.glob("val_data.npz") if file.is_file()]
         if train and test and sorted(train) == list(range(1, len(train) + 1)):
             return {"train": [train[number] for number in sorted(train)], "test": test[:1]}
         pickles = ("train_data_batch_1", "val_data")
@@ -294,7 +290,9 @@ def _check(resolution: object, sha256: str | None) -> None:
 
 
 def _is_png(name: str) -> bool:
-    return name.lower().endswith(".png") and not name.startswith(".")
+    """Return whether a path ends in .png and has no hidden part."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return name.lower().endswith(".png") and not any(part.startswith(".") for part in parts)
 
 
 def _is_complete(file: Path) -> bool:

@@ -3,35 +3,59 @@ r"""Images that stay encoded until needed: the common part of image folders and 
 .. math::
     x = (2k + 1)/256 - 1, \qquad k \in \{0, \dots, 255\} .
 
-Reading a source checks the header of every image and adds its bytes to the checksum; pixels are
-decoded batch by batch. Images with more than 8 bits per value raise an error, because decoding
-would silently drop bits. Transparency is dropped. ``channels`` converts color to gray, or gray to
-three equal channels. Photographs are turned upright according to their EXIF data.
+Reading a source decodes every image once, reports all that are damaged together, and adds their
+bytes to the checksum; later, pixels are decoded batch by batch. Images with more than 8 bits per
+value raise an error, because decoding would silently drop bits. Transparency is dropped, and
+counted in the description. ``channels`` converts color to gray, or gray to three equal channels.
+Photographs are turned upright according to their EXIF data.
 """
 
 import hashlib
-import io
-import struct
-import zlib
+import os
+import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ndm.data.formats import (
+    ImageError,
+    check_png,
+    different_sizes,
+    drops_transparency,
+    open_image,
+    unusable_images,
+)
 from ndm.data.source import ContentHash, DataDescription, EventDataset, Loaded
+from ndm.data.splits import check_classes
 from ndm.decoder import to_grid
-from ndm.errors import UserError, check_whole, describe_value, require
+from ndm.errors import UserError, check_choice, check_whole, describe_value, require
 
 if TYPE_CHECKING:
     from PIL import Image
 
 NUM_VALUES = 256
+OnError = Literal["raise", "skip"]
+"""What to do with images that cannot be used."""
 _MODES = {1: "L", 3: "RGB"}
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
+_LONGEST_LIST = 100  # names of skipped images in a description
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :meth:`EncodedImages.inspect` found."""
+
+    shape: tuple[int, int]
+    """(height, width) of the upright image."""
+    sha256: bytes
+    """SHA-256 of the encoded bytes."""
+    transparent: bool
+    """Whether a pixel is not opaque; False if the image was not decoded."""
 
 
 class EncodedImages(EventDataset):
@@ -59,6 +83,18 @@ class EncodedImages(EventDataset):
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of an image; may raise OSError."""
 
+    def name_of(self, index: int) -> str:
+        """Return the name of an image within the data, which does not depend on their place."""
+        return self.where(index)
+
+    def without(self, indices: Collection[int]) -> "EncodedImages":
+        """Return the split without some images.
+
+        Raises:
+            NotImplementedError: this kind of storage does not support it.
+        """
+        raise NotImplementedError
+
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         pixels = np.stack([self.decode(int(index)) for index in indices])
         return to_grid(torch.from_numpy(pixels), NUM_VALUES)
@@ -72,45 +108,66 @@ class EncodedImages(EventDataset):
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(io.BytesIO(self.read(index))) as image:
+            with open_image(self._read(index)) as image:
                 pixels = upright(image).convert(_MODES[self.channels])
                 if self.size is not None:
                     pixels = ImageOps.fit(pixels, (self.size, self.size), Image.Resampling.BICUBIC)
-        except _DECODING_ERRORS as error:
-            raise _unreadable(self.where(index), error) from error
+        except ImageError as error:
+            raise unusable_images([(self.where(index), str(error))], len(self)) from error
         shape = (pixels.height, pixels.width, self.channels)
         return np.asarray(pixels).reshape(shape).transpose(2, 0, 1)
 
-    def inspect(self, index: int) -> tuple[tuple[int, int], bytes]:
-        """Check an image without decoding its pixels.
-
-        Returns:
-            The (height, width) of the upright image, and the SHA-256 of its bytes.
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Return the (height, width) of an upright image by its header.
 
         Raises:
-            UserError: the image cannot be read, or has more than 8 bits per value.
+            UserError: the header is damaged.
         """
-        from PIL import Image
-
-        kind = Image.Transpose
-        sideways = (kind.ROTATE_90, kind.ROTATE_270, kind.TRANSPOSE, kind.TRANSVERSE)
         try:
-            data = self.read(index)
-            with Image.open(io.BytesIO(data)) as image:
-                mode, (width, height) = image.mode, image.size
-                if _turn(image) in sideways:
-                    width, height = height, width
-                image.verify()
-        except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
-            raise _unreadable(self.where(index), error) from error
-        # Pillow opens a color PNG of 16 bits as 8 bits, so read the depth from the file.
-        deep_png = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
-        if deep_png or mode.startswith("I") or mode == "F":
-            raise UserError(
-                f"{self.where(index)} has more than 8 bits per value; convert it to 8 bits, or use"
-                " Table with num_values=65536"
-            )
-        return (height, width), hashlib.sha256(data).digest()
+            with open_image(self._read(index)) as image:
+                width, height = upright_size(image)
+                return height, width
+        except ImageError as error:
+            raise unusable_images([(self.where(index), str(error))], len(self)) from error
+
+    def inspect(self, index: int, expected: tuple[int, int] | None = None) -> Inspection:
+        """Check an image. It is decoded unless its size shows that it does not fit.
+
+        Args:
+            index: index of the image.
+            expected: the (height, width) of all images if :attr:`size` is None.
+
+        Raises:
+            ImageError: the image cannot be read, is too large, or has more than 8 bits per value.
+        """
+        data = self._read(index)
+        digest = hashlib.sha256(data).digest()
+        with open_image(data) as image:
+            width, height = upright_size(image)
+            shape = (height, width)
+            if self.size is None and expected is not None and shape != expected:
+                return Inspection(shape, digest, False)
+            if image.format == "PNG":
+                check_png(data)
+            image.load()
+            return Inspection(shape, digest, drops_transparency(image))
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self.read(index)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ImageError(f"it cannot be read as an image: {reason}") from error
+
+
+def upright_size(image: "Image.Image") -> tuple[int, int]:
+    """Return the (width, height) that :func:`upright` gives, without decoding."""
+    from PIL import Image
+
+    width, height = image.size
+    kind = Image.Transpose
+    sideways = (kind.ROTATE_90, kind.ROTATE_270, kind.TRANSPOSE, kind.TRANSVERSE)
+    return (height, width) if _turn(image) in sideways else (width, height)
 
 
 def upright(image: "Image.Image") -> "Image.Image":
@@ -132,7 +189,7 @@ def _turn(image: "Image.Image") -> "Image.Transpose | None":
     try:
         # Image.getexif, because the override for PNG decodes the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except _DECODING_ERRORS:
+    except Exception:  # of any kind, for damaged data
         return None
     kind = Image.Transpose
     turns = {
@@ -147,12 +204,14 @@ def _turn(image: "Image.Image") -> "Image.Transpose | None":
     return turns.get(orientation) if isinstance(orientation, int) else None
 
 
-def check_image_arguments(channels: int, size: int | None) -> None:
-    """Check ``channels`` and ``size``.
+def check_image_arguments(channels: int, size: int | None, on_error: str = "raise") -> None:
+    """Check ``channels``, ``size`` and ``on_error``.
 
     Raises:
-        UserError: ``channels`` is neither 1 nor 3, or ``size`` is not a whole number of at least 1.
+        UserError: ``channels`` is neither 1 nor 3, ``size`` is not a whole number of at least 1, or
+            ``on_error`` is neither raise nor skip.
     """
+    check_choice("on_error", on_error, ("raise", "skip"))
     if channels not in _MODES:
         raise UserError(f"channels={describe_value(channels)}: give 1 (gray) or 3 (color)")
     if size is not None:
@@ -164,8 +223,35 @@ def describe_size(size: int | None) -> str:
     return "" if size is None else f", center square scaled to {size} x {size} (bicubic)"
 
 
+def described_size(version: str) -> int | None:
+    """Return the ``size`` that :func:`describe_size` wrote into a version, or None."""
+    found = re.search(r", center square scaled to (\d+) x \1 \(bicubic\)", version)
+    return None if found is None else int(found[1])
+
+
+@dataclass
+class _Findings:
+    """What was found in the images of all splits."""
+
+    unusable: list[tuple[str, str]] = field(default_factory=list)
+    """Place and reason."""
+    skipped: list[str] = field(default_factory=list)
+    """Names, if unusable images are skipped."""
+    first: tuple[str, tuple[int, int]] | None = None
+    """Place and (height, width) of the first image, or of what the images must fit."""
+    misfits: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
+    """Place and (height, width) of images of another size."""
+    transparent: int = 0
+    """Number of images with transparency."""
+
+
 def encoded(
-    name: str, version: str, splits: Mapping[str, EncodedImages], classes: Sequence[str] = ()
+    name: str,
+    version: str,
+    splits: Mapping[str, EncodedImages],
+    classes: Sequence[str] = (),
+    expected: tuple[int, int] | None = None,
+    on_error: OnError | None = None,
 ) -> Loaded:
     """Check and describe splits of encoded images.
 
@@ -174,63 +260,109 @@ def encoded(
         version: version of the data.
         splits: split -> images, all with the same ``channels`` and ``size``.
         classes: the declared classes.
+        expected: the (height, width) that a model requires of images with ``size`` None.
+        on_error: raise an error for images that cannot be used, or skip them; the description names
+            those that are skipped, and they enter its checksum. None if the source has no choice.
 
     Returns:
         The description and the splits.
 
     Raises:
-        UserError: there are no images, one cannot be read, or sizes differ and ``size`` is None.
+        UserError: there are no images, some cannot be used, or sizes differ and ``size`` is None.
     """
     require("PIL", "pillow", "data")
-    content = ContentHash()
-    first: tuple[str, tuple[int, int]] | None = None
+    content, found, bad = ContentHash(), _Findings(), dict[str, list[int]]()
     channels, size = next((images.channels, images.size) for images in splits.values())
-    sizes = {split: len(images) for split, images in splits.items()}
-    with tqdm(
-        total=sum(sizes.values()),
-        desc=f"checking {name}",
-        unit="image",
-        delay=2,
-        disable=None,
-        leave=False,
-    ) as progress:
+    if size is None and expected is not None:
+        found.first = ("", expected)
+    total = sum(len(images) for images in splits.values())
+    bar: dict[str, Any] = {"unit": "image", "delay": 2, "disable": None, "leave": False}
+    with tqdm(total=total, desc=f"checking {name}", **bar) as progress:
         for split, images in splits.items():
             content.split(split)
-            for index in range(len(images)):
-                shape, digest = images.inspect(index)
-                content.digest(digest)
-                first = first or (images.where(index), shape)
-                if size is None and shape != first[1]:
-                    raise _different_sizes(*first, images.where(index), shape)
+            bad[split] = []
+            for index in _inspected(images, content, found, on_error == "skip"):
                 progress.update()
-    if first is None:
+                if index is not None:
+                    bad[split].append(index)
+    if found.unusable and on_error != "skip":
+        raise unusable_images(found.unusable, total, on_error is not None)
+    if found.misfits:
+        raise different_sizes(found.first or ("", (0, 0)), found.misfits)
+    if found.skipped:
+        splits = _without(splits, bad, classes, name)
+    if found.first is None:
         raise UserError(f"{name} has no images in its splits {', '.join(splits)}")
-    event = (channels, *(first[1] if size is None else (size, size)))
     description = DataDescription(
         name,
-        version,
+        version + _describe_findings(found),
         "image",
-        event,
+        (channels, *(found.first[1] if size is None else (size, size))),
         NUM_VALUES,
         0.0,
         NUM_VALUES - 1.0,
-        sizes,
+        {split: len(images) for split, images in splits.items()},
         content.hexdigest(),
         tuple(classes),
     )
     return Loaded(description, dict(splits))
 
 
-def _different_sizes(
-    first: str, shape: tuple[int, int], other: str, other_shape: tuple[int, int]
-) -> UserError:
-    (height, width), (other_height, other_width) = shape, other_shape
-    return UserError(
-        f"images differ in size: {first} is {width} x {height}, {other} is {other_width} x"
-        f" {other_height} (width x height); give size= to crop and scale all to one square"
-    )
+def _inspected(
+    images: EncodedImages, content: ContentHash, found: _Findings, skip: bool
+) -> Iterator[int | None]:
+    """Inspect a split, and yield the index of each image that cannot be used, otherwise None."""
+    for index in range(len(images)):
+        try:
+            one = images.inspect(index, None if found.first is None else found.first[1])
+        except ImageError as error:
+            found.unusable.append((images.where(index), str(error)))
+            if skip:
+                found.skipped.append(images.name_of(index))
+                content.digest(b"skipped " + os.fsencode(images.name_of(index)) + b"\n")
+            yield index
+            continue
+        content.digest(one.sha256)
+        found.first = found.first or (images.where(index), one.shape)
+        found.transparent += one.transparent
+        if images.size is None and one.shape != found.first[1]:
+            found.misfits.append((images.where(index), one.shape))
+        yield None
 
 
-def _unreadable(where: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
-    return UserError(f"{where} cannot be read as an image ({reason}); replace or remove it")
+def _without(
+    splits: Mapping[str, EncodedImages],
+    bad: Mapping[str, Collection[int]],
+    classes: Sequence[str],
+    name: str,
+) -> dict[str, EncodedImages]:
+    """Return the splits without the images at the indices ``bad``.
+
+    Raises:
+        UserError: a split is empty then, or has no example of a class.
+    """
+    rest = {split: images.without(bad[split]) for split, images in splits.items()}
+    advice = "replace the images that cannot be used"
+    for split, images in rest.items():
+        if not len(images):
+            raise UserError(f"{name}: all images of the split {split!r} are skipped; {advice}")
+    if classes:
+        labels = {
+            split: images.labels.numpy()
+            for split, images in rest.items()
+            if images.labels is not None
+        }
+        check_classes(labels, classes, name, advice)
+    return rest
+
+
+def _describe_findings(found: _Findings) -> str:
+    text = ""
+    if found.transparent:
+        plural = "s" if found.transparent > 1 else ""
+        text += f", transparency of {found.transparent} image{plural} dropped"
+    if found.skipped:
+        count, names = len(found.skipped), found.skipped[:_LONGEST_LIST]
+        more = f" and {count - len(names)} more" if count > len(names) else ""
+        text += f", {count} image{'s' if count > 1 else ''} skipped: {', '.join(names)}{more}"
+    return text

@@ -10,7 +10,7 @@ place. Arrays compressed by ``numpy.savez_compressed`` are first expanded, once,
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +36,8 @@ _DAMAGE = (
 )
 ROWS = 4096
 """Rows read at a time for the checksum."""
+BLOCK = 2**20
+"""Integers of a table converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,94 @@ class MappedSplit(EventDataset):
     def __getstate__(self) -> dict[str, Any]:
         # A pickled map would contain the data.
         return {**self.__dict__, "_maps": None}
+
+
+class IntegerRows(EventDataset):
+    """Rows of an array of integers, which may stay in its file; each batch is converted when read.
+
+    Args:
+        array: integers ``(N, ...)``, in memory or a ``numpy.memmap``.
+        event: shape of an example, with as many values as a row.
+        low: the least integer, level 0.
+        num_values: number of integer values.
+        rows: numbers of the rows, in order; all by default.
+        columns: numbers of the columns of a table ``(N, D)``; all by default.
+    """
+
+    def __init__(
+        self,
+        array: np.ndarray,
+        event: tuple[int, ...],
+        low: int,
+        num_values: int,
+        rows: np.ndarray | None = None,
+        columns: Sequence[int] | None = None,
+    ):
+        self.array, self.event, self.low, self.num_values = array, event, low, num_values
+        self.rows = rows
+        self.columns = None if columns is None else list(columns)
+
+    def __len__(self) -> int:
+        return len(self.array) if self.rows is None else len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        levels = self._levels(self._values(np.asarray(indices, dtype=np.int64)))
+        return to_grid(torch.from_numpy(levels), self.num_values)
+
+    def take(self, rows: np.ndarray) -> "IntegerRows":
+        """Return some of the rows."""
+        chosen = rows if self.rows is None else self.rows[rows]
+        return IntegerRows(self.array, self.event, self.low, self.num_values, chosen, self.columns)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of the first row of each block, and its integers, ``(n, *event)``."""
+        size = max(1, BLOCK // max(1, int(np.prod(self.array.shape[1:], dtype=np.int64))))
+        for start in range(0, len(self), size):
+            yield start, self._values(np.arange(start, min(start + size, len(self))))
+
+    def add_to(self, content: ContentHash) -> None:
+        """Add the levels to a checksum as one array ``(N, *event)``, uint8 or int32."""
+        content.begin_array(self._dtype.name, (len(self), *self.event))
+        for _, values in self.blocks():
+            content.rows(self._levels(values))
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype("u1" if self.num_values <= 256 else "<i4")
+
+    def _values(self, indices: np.ndarray) -> np.ndarray:
+        """Return the integers of rows, ``(n, *event)``, in the dtype of the array."""
+        values = self.array[indices if self.rows is None else self.rows[indices]]
+        values = values if self.columns is None else values[:, self.columns]
+        return np.asarray(values).reshape(len(indices), *self.event)
+
+    def _levels(self, values: np.ndarray) -> np.ndarray:
+        """Return integers as levels 0 ... num_values-1, contiguous."""
+        if self.low:
+            values = values.astype(np.int64) - self.low
+        return np.ascontiguousarray(values, dtype=self._dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled map would contain the data.
+        state, array = dict(self.__dict__), self.array
+        if isinstance(array, np.memmap) and array.base is not None and array.filename:
+            state["array"] = _Mapped(Path(array.filename), array.ndim)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        array = state["array"]
+        self.__dict__.update(state)
+        if isinstance(array, _Mapped):
+            mapped = np.load(array.file, mmap_mode="r", allow_pickle=False)
+            self.array = mapped[:, None] if mapped.ndim < array.ndim else mapped
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """The ``.npy`` file of a mapped array."""
+
+    file: Path
+    ndim: int
 
 
 def find_array(file: Path, key: str, cache: Path) -> StoredArray:

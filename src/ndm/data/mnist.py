@@ -9,6 +9,7 @@ KMNIST and EMNIST (with its files renamed) use the same format.
 """
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -124,34 +125,41 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _read_idx(file: Path, magic: int) -> np.ndarray:
-    """Read the bytes of an IDX file in the shape that its header declares."""
+    """Read the bytes of an IDX file in the shape that its header declares.
+
+    No more is read than the header declares, and nothing if the file is too small for it.
+    """
+    rank = magic % 256
+    size = 4 * (1 + rank)
     try:
-        data = file.read_bytes()
-        if file.suffix == ".gz":
-            data = gzip.decompress(data)
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            header = stream.read(size)
+            if len(header) < size:
+                raise UserError(
+                    f"{file} is truncated: it ends inside its header, after {len(header)} bytes;"
+                    " download it again"
+                )
+            found, *sizes = struct.unpack(f">{1 + rank}I", header)
+            if found != magic:
+                word = "images" if magic == 2051 else "labels"
+                raise UserError(
+                    f"{file} begins with the magic number {found}, but IDX {word} begin with"
+                    f" {magic}; check the names of the files"
+                )
+            count = math.prod(sizes)
+            # No byte of a gzip file holds more than 1,032.
+            fits = count <= 1032 * file.stat().st_size
+            data = stream.read(count + 1) if fits else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{file} cannot be read or is damaged ({' '.join(str(error).split())}); download it"
             " again"
         ) from error
-    rank = magic % 256
-    if len(data) < 4 * (1 + rank):
-        raise UserError(
-            f"{file} is truncated: it ends inside its header, after {len(data)} bytes; download it"
-            " again"
-        )
-    found, *sizes = struct.unpack(f">{1 + rank}I", data[: 4 * (1 + rank)])
-    if found != magic:
-        word = "images" if magic == 2051 else "labels"
-        raise UserError(
-            f"{file} begins with the magic number {found}, but IDX {word} begin with {magic}; check"
-            " the names of the files"
-        )
-    values = np.frombuffer(data, dtype=np.uint8, offset=4 * (1 + rank))
-    if len(values) != int(np.prod(sizes, dtype=np.int64)):
+    if len(data) != count:
         shape = " x ".join(str(size) for size in sizes)
+        follow = f"{len(data)} follow" if len(data) < count else "more follow"
         raise UserError(
             f"{file} is truncated or damaged: its header declares {shape} bytes, but"
-            f" {len(values)} follow; download it again"
+            f" {follow if fits else 'fewer follow'}; download it again"
         )
-    return values.reshape(sizes)
+    return np.frombuffer(data, dtype=np.uint8).reshape(sizes)

@@ -8,6 +8,8 @@ with the b and a, or the least value and number of levels L, of the training dat
 rows of a file in order, or the images of a folder sorted by name.
 """
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +17,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ndm.data.arrays import ArraySplit, continuous, discrete
+from ndm.data.arrays import ArraySplit, describe_reals, discrete, too_large
+from ndm.data.columns import column_label, number_text
+from ndm.data.delimited import is_text_file
 from ndm.data.folder import FileImages, some_image_files
-from ndm.data.images import NUM_VALUES, encoded
+from ndm.data.images import NUM_VALUES, described_size, encoded
 from ndm.data.source import DataDescription, DataSource, Loaded
-from ndm.data.table import Table
+from ndm.data.table import Rows, Table
 from ndm.errors import UserError
 
 ALL = "all"
 """Name of the only split of new data."""
+
+
+class NewRows(ArraySplit):
+    """New real rows.
+
+    Args:
+        values: float32 examples ``(N, *event)``.
+        unusable: the number of each row that is too far from the training data to compute with, and
+            a description of its value. These examples are 0 in ``values``.
+    """
+
+    def __init__(self, values: torch.Tensor, unusable: Mapping[int, str]):
+        super().__init__(values)
+        self.unusable = dict(unusable)
 
 
 def read_like(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
@@ -33,13 +51,13 @@ def read_like(source: DataSource | None, path: str, trained: DataDescription) ->
         source: the source of the training data, if available. A :class:`ndm.data.Table` defines how
             to read a file; the ``size`` of a source of images defines how to crop and scale them.
             The training data themselves are not read.
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file, or a folder of images with 256
-            values. If the training data had named columns, the columns of CSV and Parquet files are
-            found by name; NumPy's files have no names.
+        path: a file that :class:`ndm.data.Table` reads, or a folder of images with 256 values. If
+            the training data had named columns, the columns of text and Parquet files are found by
+            name; NumPy's files have no names.
         trained: description of the training data.
 
     Returns:
-        The description, and the only split ``"all"``.
+        The description, and the only split ``"all"``; real rows are :class:`NewRows`.
 
     Raises:
         UserError: the file or folder is missing, cannot be read, or does not fit the model.
@@ -66,9 +84,11 @@ def _images(source: DataSource | None, folder: Path, trained: DataDescription) -
             f"{folder} is a folder, for images with 256 values, but the model was trained on"
             f" {trained.name}; give a file of rows"
         )
-    size = getattr(source, "size", None)
-    images = FileImages(some_image_files(folder), trained.event_shape[0], size, None)
-    return encoded(folder.resolve().name, "image folder", {ALL: images})
+    size = getattr(source, "size", None) or described_size(trained.version)
+    channels, height, width = trained.event_shape
+    images = FileImages(some_image_files(folder), channels, size, None, folder)
+    name = folder.resolve().name
+    return encoded(name, "image folder", {ALL: images}, expected=(height, width))
 
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
@@ -80,17 +100,85 @@ def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loa
     if trained.columns:
         has_names = Path(path).suffix.lower() not in (".npy", ".npz")
         table.columns = list(trained.columns) if has_names else None
-    array, _ = table.read(path)
-    name, version = Path(path).stem, Path(path).name
+        table.header = table.header or "auto"
+    rows = _read(table, path, trained)
+    name, version = Path(path).stem, Path(path).name + (rows.version and f" ({rows.version})")
     if trained.num_values is not None:
-        least = trained.low or 0.0
-        return discrete(name, version, {ALL: array - int(least)}, trained.num_values, least)
-    plain = continuous(name, version, {ALL: array}, False, trained.low, trained.high)
-    if not trained.scale or plain.description.event_shape != trained.event_shape:
-        return plain
-    offset, scale = (
-        np.array(values).reshape(trained.event_shape) for values in (trained.offset, trained.scale)
-    )
-    values = torch.from_numpy(((array - offset) / scale).astype(np.float32))
-    description = replace(plain.description, offset=trained.offset, scale=trained.scale)
-    return Loaded(description, {ALL: ArraySplit(values)})
+        least = int(trained.low or 0)
+        levels = rows.take(None, least)
+        return discrete(name, version, {ALL: levels}, trained.num_values, float(least))
+    array = np.asarray(rows.values)
+    offset, scale = np.zeros(rows.event), np.ones(rows.event)
+    standardized = bool(trained.scale) and rows.event == trained.event_shape
+    if standardized:
+        offset, scale = (
+            np.array(values).reshape(trained.event_shape)
+            for values in (trained.offset, trained.scale)
+        )
+    with np.errstate(over="ignore"):
+        x = (array - offset) / scale
+    unusable = _take_out(array, x, standardized, rows.names, path)
+    description = describe_reals(name, version, {ALL: array}, trained.low, trained.high)
+    if standardized:
+        description = replace(description, offset=trained.offset, scale=trained.scale)
+    return Loaded(description, {ALL: NewRows(torch.from_numpy(x.astype(np.float32)), unusable)})
+
+
+def _read(table: Table, path: str, trained: DataDescription) -> Rows:
+    """Read a file as the training data were, or else as ``ndm sample`` writes one.
+
+    Without names, a file of as many columns as the model has all of them in the model's order.
+    """
+    if not trained.columns and table.columns is not None:
+        whole = copy(table)
+        whole.columns = None
+        with contextlib.suppress(UserError):
+            rows = _read(whole, path, trained)
+            if rows.event == trained.event_shape:
+                return rows
+    try:
+        rows = table.read(path, trained.columns)
+        if rows.event == trained.event_shape or not is_text_file(path):
+            return rows
+        problem = None
+    except UserError as error:
+        problem = error
+    if is_text_file(path) and (table.separator, table.decimal) != ("auto", "."):
+        other = copy(table)
+        other.separator, other.decimal = "auto", "."
+        with contextlib.suppress(UserError):
+            return other.read(path, trained.columns)
+    if problem is not None:
+        raise problem
+    return rows
+
+
+def _take_out(
+    values: np.ndarray,
+    x: np.ndarray,
+    standardized: bool,
+    names: Sequence[str] | None,
+    path: str,
+) -> dict[int, str]:
+    """Set examples x ``(N, *event)`` to 0 if they are too large to compute with.
+
+    Returns:
+        The number of each such row, and a description of its largest value.
+
+    Raises:
+        UserError: all are.
+    """
+    beyond = too_large(x, standardized).reshape(len(x), -1)
+    unusable = {}
+    for row in np.flatnonzero(beyond.any(axis=1)).tolist():
+        column = int(np.abs(x[row]).argmax())
+        label = column_label(names[column] if names else column)
+        value = number_text(values[row].reshape(-1)[column])
+        unusable[row] = f"row {row} (the first is 0), column {label} holds {value}"
+    if len(unusable) == len(x):
+        raise UserError(
+            f"{path}: {unusable[0]}, and every row holds such a value, too far from the training"
+            " data to compute with; check the units"
+        )
+    x[list(unusable)] = 0.0
+    return unusable

@@ -19,7 +19,7 @@ import hashlib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,15 @@ from ndm.decoder import from_grid
 from ndm.errors import UserError, describe_value
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True)
@@ -81,19 +90,21 @@ class DataDescription:
         return {"data": self.name, "split": split, "data_sha256": self.sha256}
 
     def to_source_units(self, x: Tensor) -> Tensor:
-        """Convert x ``(..., *event)`` to v, in the shape and dtype of x.
+        """Convert x ``(..., *event)`` to v, in the shape of x.
 
-        Discrete data become low + level; standardization is undone.
+        Discrete data become low + level, int64. For continuous data standardization is undone, in
+        float64, because single precision cannot represent, for example, 2460000.01. Data that are
+        not standardized are returned unchanged.
         """
         if self.num_values is not None:
-            return (from_grid(x, self.num_values) + (self.low or 0.0)).to(x.dtype)
+            return from_grid(x, self.num_values) + int(self.low or 0)
         if not self.scale:
             return x
         offset, scale = (
             torch.tensor(values, dtype=torch.float64, device=x.device).reshape(self.event_shape)
             for values in (self.offset, self.scale)
         )
-        return (x.double() * scale + offset).to(x.dtype)
+        return x.double() * scale + offset
 
     def to_dict(self) -> dict[str, object]:
         """Return all fields in a form that JSON can store."""
@@ -115,12 +126,42 @@ class DataDescription:
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in values.items()
             }
-            return cls(**values)
+            description = cls(**values)
         except (TypeError, ValueError) as error:
             raise UserError(
                 "the model has no description of its data; save it with"
                 " info={'data': description.to_dict()}"
             ) from error
+        wrong = next((name for name, holds in description._checks() if not holds), None)
+        if wrong is not None:
+            raise UserError(
+                f"the description of the data is damaged: {wrong} is"
+                f" {describe_value(values.get(wrong))}; restore the model from a copy"
+            )
+        return description
+
+    def _checks(self) -> Iterator[tuple[str, bool]]:
+        """Yield the names of the fields, and whether they can be true; a file may be damaged."""
+        for name in ("name", "version", "sha256"):
+            yield name, isinstance(getattr(self, name), str)
+        yield "kind", self.kind in ("image", "vector")
+        shape, most = self.event_shape, 2**31
+        yield "event_shape", isinstance(shape, tuple) and 1 <= len(shape) <= 8
+        yield "event_shape", all(_is_whole(size, 1) for size in shape) and math.prod(shape) < most
+        yield "num_values", self.num_values is None or _is_whole(self.num_values, 2)
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            yield name, value is None or _is_number(value)
+        splits = self.splits
+        yield "splits", isinstance(splits, dict) and all(_is_whole(n, 0) for n in splits.values())
+        for name in ("classes", "columns"):
+            yield name, isinstance(getattr(self, name), tuple)
+            yield name, all(isinstance(label, (str, int)) for label in getattr(self, name))
+        for name in ("offset", "scale"):
+            values = getattr(self, name)
+            yield name, isinstance(values, tuple) and len(values) in (0, math.prod(shape))
+            yield name, all(_is_number(value) for value in values)
+        yield "scale", all(value > 0 for value in self.scale)
 
 
 class EventDataset(Dataset[Tensor], ABC):

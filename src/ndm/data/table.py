@@ -1,4 +1,4 @@
-r"""Tables of numbers: NumPy arrays, CSV and Parquet.
+r"""Tables of numbers: NumPy arrays, CSV, TSV and Parquet.
 
 .. math::
     \text{with num_values: } x = (2(v - v_{\min}) + 1)/L - 1, \qquad
@@ -6,38 +6,88 @@ r"""Tables of numbers: NumPy arrays, CSV and Parquet.
 
 A table is continuous unless ``num_values`` is given. Columns stored as integers then raise an
 error: a density can be arbitrarily large at whole numbers, so its likelihood would be meaningless.
-Store them as floating-point numbers to treat them as continuous anyway. A column of a CSV file that
-holds only whole numbers causes a warning. Files that contain pickles or objects raise an error.
+Store them as floating-point numbers to treat them as continuous anyway. A column of a text file
+that holds only whole numbers causes a warning. Files that contain pickles or objects raise an
+error. Integers of a ``.npy`` file stay in the file. :mod:`ndm.data.delimited` defines what text
+files mean.
 """
 
-import csv
 import math
+import struct
+import tokenize
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 
 from ndm.data.arrays import check_values, continuous, discrete
+from ndm.data.arrow import read_parquet
+from ndm.data.columns import Column, choose_columns, list_line, number_text
+from ndm.data.delimited import SUFFIXES as TEXT_SUFFIXES
+from ndm.data.delimited import Dialect, read_text_table
+from ndm.data.mapped import IntegerRows
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_split_arguments, describe_split, draw_split
-from ndm.errors import UserError, check_whole, describe_value, require
+from ndm.errors import UserError, check_whole, describe_value
 
-if TYPE_CHECKING:
-    import pyarrow
-
-SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
+SUFFIXES = (".npy", ".npz", *TEXT_SUFFIXES, ".parquet")
 """Suffixes of the files that can be read."""
+MOST_VALUES = 2**24
+"""The largest number of integer values: single precision distinguishes no more."""
+_DAMAGE = (
+    ValueError,
+    EOFError,
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    SyntaxError,
+    tokenize.TokenError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file, checked, in its units."""
+
+    values: np.ndarray | IntegerRows
+    """Float64 values ``(N, *event)``, or integers."""
+    names: list[str] | None
+    """Names of the columns, if the file has them."""
+    version: str = ""
+    """How a text file was read."""
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        if isinstance(self.values, IntegerRows):
+            return self.values.event
+        return tuple(self.values.shape[1:])
+
+    def take(self, rows: np.ndarray | None, low: float) -> "np.ndarray | IntegerRows":
+        """Return some rows, or all; whole numbers minus ``low``."""
+        if isinstance(self.values, IntegerRows):
+            return self.values if rows is None else self.values.take(rows)
+        return (self.values if rows is None else self.values[rows]) - low
 
 
 class Table(DataSource):
     """Rows of a file, ``(D,)``, or examples of an array of any rank, ``(N, *event)``.
 
     Args:
-        path: a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file. The first row of a CSV file
-            contains the column names if any of its cells is not a number.
+        path: a ``.npy``, ``.npz``, ``.csv``, ``.tsv``, ``.csv.gz``, ``.tsv.gz`` or ``.parquet``
+            file.
         columns: names (or numbers, from 0) of the columns to use, in this order; all by default.
         test_path: file of the test split; by default a split is drawn.
         test_fraction: fraction of the rows in the drawn test split.
@@ -51,12 +101,16 @@ class Table(DataSource):
         key: name of the array in a ``.npz`` file with several.
         event_shape: shape of one example if it differs from that in the file, for example (1, 28,
             28) for rows of 784 values.
+        header: whether the first row of a text file has the column names: true, false, or auto if
+            it has text, or consecutive numbers from 0 or 1, above numbers.
+        separator: character between the cells of a text file, tab, or auto.
+        decimal: decimal mark of a text file, a point or a comma.
     """
 
     def __init__(
         self,
         path: str,
-        columns: Sequence[str | int] | None = None,
+        columns: Sequence[Column] | str | None = None,
         test_path: str | None = None,
         test_fraction: float = 0.2,
         seed: int = 0,
@@ -66,21 +120,21 @@ class Table(DataSource):
         standardize: bool = True,
         key: str | None = None,
         event_shape: Sequence[int] | None = None,
+        header: Literal["auto"] | bool = "auto",
+        separator: str = "auto",
+        decimal: str = ".",
     ):
         check_split_arguments(test_fraction, seed)
-        if num_values is not None:
-            check_whole("num_values", num_values, 2)
-            least = 0 if low is None else low
-            if least != math.floor(least) or (high is not None and high != least + num_values - 1):
-                raise UserError(
-                    f"num_values={num_values} with low={low} and high={high}: discrete values are"
-                    " whole numbers low ... low + num_values - 1; give"
-                    f" high={math.floor(least) + num_values - 1} or leave it out"
-                )
-        elif low is not None and high is not None and not low < high:
-            raise UserError(f"low={low} and high={high}: low must be less than high")
+        _check_range(num_values, low, high)
+        Dialect(header, separator, decimal)
+        if isinstance(columns, str):
+            parts = [part.strip() for part in columns.strip("[]").split(",")]
+            raise UserError(
+                f"columns={describe_value(columns)}: give a list, such as --data.columns"
+                f" {list_line(parts)}"
+            )
         if columns is not None and (
-            isinstance(columns, str) or not columns or len(set(columns)) < len(columns)
+            not columns or len({(type(one), one) for one in columns}) < len(columns)
         ):
             raise UserError(
                 f"columns={describe_value(columns)}: give a list of at least one column, each once,"
@@ -97,100 +151,136 @@ class Table(DataSource):
         self.standardize = standardize
         self.key = key
         self.event_shape = event_shape
+        self.header = header
+        self.separator = separator
+        self.decimal = decimal
 
     def load(self) -> Loaded:
-        array, names = self.read(self.path)
+        rows = self.read(self.path)
+        least = 0 if self.num_values is None else int(self.low or 0)
+        version = f"{Path(self.path).name}{rows.version and f' ({rows.version})'}"
         if self.test_path is None:
-            labels = np.zeros(len(array), dtype=int)
+            count = len(rows.values)
+            labels = np.zeros(count, dtype=int)
             parts = draw_split(labels, (), self.path, self.test_fraction, self.seed)
-            arrays = {split: array[part] for split, part in parts.items()}
-            version = f"{Path(self.path).name}, {describe_split(self.test_fraction, self.seed)}"
+            arrays = {split: rows.take(part, least) for split, part in parts.items()}
+            version += f", {describe_split(self.test_fraction, self.seed)}"
         else:
-            test, test_names = self.read(self.test_path)
-            if test.shape[1:] != array.shape[1:] or test_names != names:
-                train_columns = describe_value(names or array.shape[1:])
-                test_columns = describe_value(test_names or test.shape[1:])
+            test = self.read(self.test_path, rows.names or ())
+            if test.event != rows.event or test.names != rows.names:
+                train_columns = describe_value(rows.names or rows.event)
+                test_columns = describe_value(test.names or test.event)
                 raise UserError(
                     f"{self.test_path} has the columns {test_columns} but {self.path} has"
                     f" {train_columns}; both must have the same"
                 )
-            arrays = {"train": array, "test": test}
-            version = f"{Path(self.path).name} and {Path(self.test_path).name}"
+            arrays = {"train": rows.take(None, least), "test": test.take(None, least)}
+            version += f" and {Path(self.test_path).name}{test.version and f' ({test.version})'}"
         if self.columns is not None:
             version += ", columns " + " ".join(str(column) for column in self.columns)
         name = Path(self.path).stem
         if self.num_values is None:
+            if rows.version and isinstance(rows.values, np.ndarray):
+                _warn_of_whole_numbers(rows.values, rows.names, self.path)
             version += ", standardized" if self.standardize else ""
-            return continuous(name, version, arrays, self.standardize, self.low, self.high, names)
-        least = self.low or 0
-        levels = {split: part - least for split, part in arrays.items()}
-        return discrete(name, version, levels, self.num_values, float(least), columns=names)
+            reals = {split: np.asarray(part) for split, part in arrays.items()}
+            return continuous(
+                name, version, reals, self.standardize, self.low, self.high, rows.names
+            )
+        return discrete(name, version, arrays, self.num_values, float(least), columns=rows.names)
 
-    def read(self, path: str) -> tuple[np.ndarray, list[str] | None]:
+    def read(self, path: str, expected: Sequence[str] = ()) -> Rows:
         """Read and check the values of a file, in its units.
 
-        Returns:
-            The values, ``(N, *event)``, and the names of the columns if the file has them.
+        Args:
+            path: the file.
+            expected: column names; a first row of a text file that contains them has the names.
 
         Raises:
             UserError: the file is missing, damaged or not as declared.
         """
         file = Path(path)
-        if file.suffix.lower() not in SUFFIXES:
+        suffix = next((one for one in SUFFIXES if file.name.lower().endswith(one)), None)
+        if suffix is None:
             raise UserError(f"{path} ends in {file.suffix!r}; tables end in {', '.join(SUFFIXES)}")
         if not file.is_file():
             raise UserError(f"{path} does not exist or is not a file; check the path")
-        if file.suffix.lower() == ".csv":
-            array, names = _read_csv(file, self.columns)
-            if self.num_values is None:
-                _warn_of_whole_numbers(array, names, path)
-        elif file.suffix.lower() == ".parquet":
-            array, names = _read_parquet(file, self.columns, integers=self.num_values is not None)
+        names, version = None, ""
+        positions = None
+        if suffix in TEXT_SUFFIXES:
+            dialect = Dialect(self.header, self.separator, self.decimal)
+            columns = None if isinstance(self.columns, str) else self.columns
+            text = read_text_table(file, columns, dialect, expected)
+            array, names, version = text.values, text.names, text.version
+        elif suffix == ".parquet":
+            array, names = read_parquet(file, self._list, integers=self.num_values is not None)
         else:
-            array, names = self._read_numpy(file), None
+            array, positions = self._read_numpy(file)
+        width = array.shape[1:] if positions is None else (len(positions),)
         if not array.size:
             raise UserError(
                 f"{path} is empty (shape {array.shape}); give a table with at least one row and"
                 " column"
             )
+        event = self._event(path, width)
+        if array.dtype.kind in "biu":
+            assert self.num_values is not None
+            least = int(self.low or 0)
+            integers = IntegerRows(array, event, least, self.num_values, columns=positions)
+            for first, block in integers.blocks():
+                most = least + self.num_values - 1
+                check_values(block.reshape(-1, *width), path, names, least, most, first)
+            return Rows(integers, names, version)
+        array = array if positions is None else array[:, positions]
+        self._check_reals(array, path, names)
+        return Rows(array.reshape(len(array), *event), names, version)
+
+    @property
+    def _list(self) -> Sequence[Column] | None:
+        return None if isinstance(self.columns, str) else self.columns
+
+    def _check_reals(self, array: np.ndarray, path: str, names: Sequence[str] | None) -> None:
+        """Check the range of values stored as real numbers; discrete ones must be whole."""
         if self.num_values is None:
             check_values(array, path, names, self.low, self.high)
-        else:
-            least = self.low or 0
-            check_values(array, path, names, least, least + self.num_values - 1)
-            if array.dtype.kind == "f" and (array != np.round(array)).any():
-                index = int((array != np.round(array)).argmax())
-                position = np.unravel_index(index, array.shape)
-                raise UserError(
-                    f"{path}: row {position[0]} (the first is 0) holds {array[position]:g}, but"
-                    f" with num_values={self.num_values} values must be whole numbers; leave out"
-                    " num_values= for continuous data"
-                )
-        if self.event_shape is not None:
-            have, shape = math.prod(array.shape[1:]), tuple(self.event_shape)
-            if math.prod(shape) != have:
-                raise UserError(
-                    f"event_shape={shape} is {math.prod(shape)} values, but an example of {path}"
-                    f" has {have}; make them equal"
-                )
-            array = array.reshape(len(array), *self.event_shape)
-        return array, names
+            return
+        least = int(self.low or 0)
+        check_values(array, path, names, least, least + self.num_values - 1)
+        if (array != np.round(array)).any():
+            index = int((array != np.round(array)).argmax())
+            position = np.unravel_index(index, array.shape)
+            raise UserError(
+                f"{path}: row {position[0]} (the first is 0) holds {number_text(array[position])},"
+                f" but with num_values={self.num_values} values must be whole numbers; leave out"
+                " num_values= for continuous data"
+            )
 
-    def _read_numpy(self, file: Path) -> np.ndarray:
+    def _event(self, path: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of an example.
+
+        Raises:
+            UserError: it has another number of values than those in the file.
+        """
+        if self.event_shape is None:
+            return stored
+        have, shape = math.prod(stored), tuple(self.event_shape)
+        if math.prod(shape) != have:
+            raise UserError(
+                f"event_shape={shape} is {math.prod(shape)} values, but an example of {path}"
+                f" has {have}; make them equal"
+            )
+        return shape
+
+    def _read_numpy(self, file: Path) -> tuple[np.ndarray, list[int] | None]:
+        """Return an array, integers of ``.npy`` files mapped into memory, and the chosen columns.
+
+        Float arrays become float64.
+        """
         try:
-            with file.open("rb") as stream:
-                data = np.load(stream, allow_pickle=False)
-                if isinstance(data, np.lib.npyio.NpzFile):
-                    keys = list(data.files)
-                    if self.key not in keys and (self.key is not None or len(keys) != 1):
-                        raise UserError(
-                            f"key={self.key!r}: {file} holds the arrays {', '.join(keys)}; choose"
-                            " one of them with key="
-                        )
-                    data = data[self.key or keys[0]]
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            if isinstance(error, UserError):
-                raise
+            data = _load_numpy(file, self.key)
+        except UserError:
+            raise
+        except _DAMAGE as error:
             raise UserError(
                 f"{file} cannot be read ({_one_line(error)}); write it again with plain numbers, no"
                 " objects or pickles"
@@ -206,20 +296,75 @@ class Table(DataSource):
                 f"{file} holds integers ({data.dtype}), which have no density; give num_values="
                 " (256 for bytes), or store floating-point numbers to treat them as continuous"
             )
-        data = data.astype(np.float64) if data.dtype.kind == "f" else data.astype(np.int64)
-        if self.columns is not None:
-            if data.ndim != 2:
-                raise UserError(
-                    f"columns={describe_value(self.columns)}: {file} holds an array of shape"
-                    f" {data.shape}, not rows and columns; leave columns= out"
-                )
-            data = data[:, _positions(self.columns, None, data.shape[1], str(file))]
-        return data
+        data = data.astype(np.float64) if data.dtype.kind == "f" else data
+        if self._list is None:
+            return data, None
+        if data.ndim != 2:
+            raise UserError(
+                f"columns={describe_value(self.columns)}: {file} holds an array of shape"
+                f" {data.shape}, not rows and columns; leave columns= out"
+            )
+        return data, choose_columns(self._list, None, data.shape[1], str(file))
+
+
+def _load_numpy(file: Path, key: str | None) -> np.ndarray:
+    """Return the array of a ``.npy`` file, mapped into memory, or that of a ``.npz`` file."""
+    with file.open("rb") as stream:
+        magic = stream.read(6)
+        stream.seek(0)
+        if magic == np.lib.format.MAGIC_PREFIX:
+            try:
+                mapped: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+            except ValueError:  # for example, an empty array cannot be mapped
+                mapped = np.load(stream, allow_pickle=False)
+            return mapped
+        data = np.load(stream, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            return np.asarray(data)
+        keys = list(data.files)
+        if key not in keys and (key is not None or len(keys) != 1):
+            raise UserError(
+                f"key={key!r}: {file} holds the arrays {', '.join(keys)}; choose one of them with"
+                " key="
+            )
+        return np.asarray(data[key or keys[0]])
+
+
+def _check_range(num_values: int | None, low: float | None, high: float | None) -> None:
+    """Check the declared range of the values.
+
+    Raises:
+        UserError: the arguments contradict each other, or a double cannot count the values.
+    """
+    for name, value in (("low", low), ("high", high)):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name}={value}: give a finite number, or leave it out")
+    if num_values is None:
+        if low is not None and high is not None and not low < high:
+            raise UserError(f"low={low} and high={high}: low must be less than high")
+        return
+    check_whole("num_values", num_values, 2)
+    if num_values > MOST_VALUES:
+        raise UserError(f"num_values={num_values}: give at most {MOST_VALUES} (2**24)")
+    least = 0 if low is None else low
+    if least != math.floor(least) or (high is not None and high != least + num_values - 1):
+        raise UserError(
+            f"num_values={num_values} with low={low} and high={high}: discrete values are"
+            " whole numbers low ... low + num_values - 1; give"
+            f" high={math.floor(least) + num_values - 1} or leave it out"
+        )
+    if abs(least) + num_values > 2**53:
+        raise UserError(
+            f"low={number_text(least)}: a double counts whole numbers up to 2**53 only; subtract a"
+            " constant from the data"
+        )
 
 
 def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path: str) -> None:
-    found = np.flatnonzero((array == np.round(array)).all(axis=0) & (array != array[0]).any(axis=0))
-    whole = [names[i] if names else i for i in found.tolist()]
+    array = array.reshape(len(array), -1)
+    whole_columns = (array == np.round(array)).all(axis=0) & (array != array[0]).any(axis=0)
+    whole_columns &= np.abs(array).min(axis=0) < 2**52  # above, every double is a whole number
+    whole = [names[i] if names else i for i in np.flatnonzero(whole_columns).tolist()]
     if whole:
         warnings.warn(
             f"{path}: in the columns {describe_value(whole)} all values are whole numbers, where a"
@@ -227,134 +372,6 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
             " leave these out with columns=",
             stacklevel=2,
         )
-
-
-def arrow_columns(
-    table: "pyarrow.Table", columns: Sequence[str | int] | None, where: str, integers: bool = False
-) -> tuple[np.ndarray, list[str]]:
-    """Convert columns of an Arrow table to numbers; missing values become NaN.
-
-    Args:
-        table: the table.
-        columns: names or numbers of the columns; all if None.
-        where: name of the table, for messages.
-        integers: whether columns may hold integers or booleans.
-
-    Returns:
-        The values, ``(N, D)``, float64, and the names of the columns.
-
-    Raises:
-        UserError: a column is missing, or does not hold such numbers.
-    """
-    import pyarrow
-
-    positions = _positions(columns, table.column_names, table.num_columns, where)
-    names = [table.column_names[position] for position in positions]
-    values = []
-    for name in names:
-        kind, types = table.schema.field(name).type, pyarrow.types
-        if not (
-            types.is_integer(kind)
-            or types.is_floating(kind)
-            or types.is_boolean(kind)
-            or types.is_decimal(kind)
-        ):
-            raise UserError(
-                f"{where}: column {name!r} holds {kind}, not numbers; choose the columns to use"
-                " with columns="
-            )
-        if not integers and (types.is_integer(kind) or types.is_boolean(kind)):
-            raise UserError(
-                f"{where}: column {name!r} holds integers ({kind}), which have no density; leave it"
-                " out with columns=, store floating-point numbers to treat it as continuous, or use"
-                " a Table of only such columns with num_values="
-            )
-        values.append(table[name].cast(pyarrow.float64(), safe=False).to_numpy())
-    return np.stack(values, axis=1) if values else np.empty((table.num_rows, 0)), names
-
-
-def _read_parquet(
-    file: Path, columns: Sequence[str | int] | None, integers: bool
-) -> tuple[np.ndarray, list[str]]:
-    require("pyarrow", "pyarrow", "data")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read as Parquet ({_one_line(error)}); write it again"
-        ) from error
-    return arrow_columns(table, columns, str(file), integers)
-
-
-def _read_csv(
-    file: Path, columns: Sequence[str | int] | None
-) -> tuple[np.ndarray, list[str] | None]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = [row for row in csv.reader(lines) if row]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read as CSV in UTF-8 ({_one_line(error)}); write it again"
-        ) from error
-    names = None
-    if rows and not all(_is_number(cell) for cell in rows[0]):
-        names, rows = [cell.strip() for cell in rows[0]], rows[1:]
-    if not rows:
-        raise UserError(f"{file} has no rows of numbers; give a table with at least two")
-    width = len(names or rows[0])
-    for index, row in enumerate(rows):
-        if len(row) != width:
-            raise UserError(
-                f"{file}: row {index} (the first is 0) has {len(row)} cells instead of {width};"
-                " fix or drop it"
-            )
-    positions = _positions(columns, names, width, str(file))
-    if columns is not None:
-        rows = [[row[position] for position in positions] for row in rows]
-    try:
-        array = np.array(rows, dtype=np.float64)
-    except ValueError as error:
-        index, position, cell = next(
-            (index, position, cell)
-            for index, row in enumerate(rows)
-            for position, cell in zip(positions, row, strict=True)
-            if not _is_number(cell)
-        )
-        column = repr(names[position]) if names else position
-        raise UserError(
-            f"{file}: row {index} (the first is 0), column {column} holds"
-            f" {describe_value(cell)}, not a number; fix it, or choose the columns to use with"
-            " columns="
-        ) from error
-    return array, [names[position] for position in positions] if names else None
-
-
-def _positions(
-    columns: Sequence[str | int] | None, names: Sequence[str] | None, width: int, where: str
-) -> list[int]:
-    """Return the numbers of the chosen columns."""
-    available = list(names or [])
-    positions = []
-    for column in range(width) if columns is None else columns:
-        if isinstance(column, int) and 0 <= column < width:
-            positions.append(column)
-        elif column in available:
-            positions.append(available.index(str(column)))
-        else:
-            have = describe_value(available) if available else f"0 to {width - 1} (it has no names)"
-            raise UserError(f"{where} has no column {column!r}; its columns are: {have}")
-    return positions
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _one_line(error: Exception) -> str:

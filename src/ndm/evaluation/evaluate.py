@@ -42,6 +42,8 @@ from ndm.evaluation.measurement import (
     model_fields,
     neighbor_error,
     standard_error,
+    strata_error,
+    weights_error,
 )
 from ndm.evaluation.processes import Processes
 from ndm.evaluation.tables import flat_record
@@ -133,14 +135,16 @@ class Evaluation:
                 x, steps=horizon, draws=draws, generator=source, positions=positions, **fitted
             )
             # Double precision before the sum, so that the terms in the record add up to the bound.
-            return Bound(
+            of_batch = Bound(
                 bound.prior.cpu().double(),
                 bound.diffusion.cpu().double(),
                 bound.reconstruction.cpu().double(),
             ).terms()
+            assert bound.draws is not None
+            return {**of_batch, "error": strata_error(bound.draws.cpu().double())}
 
         values = self._measure(terms, "bound" if horizon is None else f"bound, T = {horizon}")
-        total = values.pop("nelbo")
+        total, errors = values.pop("nelbo"), values.pop("error")
         by_place = total[torch.from_numpy(np.argsort(order))]
         protocol = BoundProtocol(
             **self._shared(started),
@@ -156,6 +160,7 @@ class Evaluation:
             steps=horizon,
             as_trained=horizon == self.model.steps,
             fitted=bool(fitted),
+            errors=errors,
             terms={name: float(value.mean()) for name, value in values.items()},
         )
 
@@ -192,9 +197,12 @@ class Evaluation:
                     model.reverse_process, model.decoder, x, steps, source, **options
                 )
                 paths.append(path.cpu().double())
-            return {"nelbo": math.log(samples) - torch.logsumexp(torch.stack(paths), 0)}
+            log_weights = torch.stack(paths, 1)
+            nelbo = math.log(samples) - torch.logsumexp(log_weights, 1)
+            return {"nelbo": nelbo, "error": weights_error(log_weights)}
 
-        values = self._measure(weights, f"importance-weighted bound, T = {steps}")["nelbo"]
+        found = self._measure(weights, f"importance-weighted bound, T = {steps}")
+        values = found["nelbo"]
         protocol = BoundProtocol(
             **self._shared(started),
             **self._calibration.describe(*calibration),
@@ -209,6 +217,7 @@ class Evaluation:
             steps=steps,
             importance_samples=samples,
             fitted=bool(fitted),
+            errors=found["error"],
         )
 
     def nll(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 import ndm
@@ -130,6 +131,8 @@ class Measurement:
     """Whether it is a bound in the discrete or continuous time of training."""
     fitted: bool = False
     """Whether the reverse variance, or eta, was fitted on training data."""
+    errors: Tensor | None = field(default=None, repr=False)
+    """Standard error of each example's estimate, ``(N,)``, nats; None if it cannot be estimated."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """Means of the terms of the bound, nats; they add up to the result."""
 
@@ -199,6 +202,33 @@ class Measurement:
         samples = self.importance_samples
         record |= {} if samples is None else {"importance_samples": samples}
         return {**record, **self.terms_bpd(), **self.protocol.to_dict()}
+
+
+def strata_error(values: Tensor) -> Tensor:
+    """Return the standard error of each example's mean over K equal strata of [0, 1], ``(N,)``.
+
+    The time of every stratum k is (k + p)/K, with one random position p for each example. The
+    differences of neighboring strata contain the noise, the ends of [0, 1] the variance of p.
+
+    Args:
+        values: ``(N, K)``; the result is NaN if K = 1.
+    """
+    count = values.shape[1]
+    if count == 1:
+        return torch.full_like(values[:, 0], math.nan)
+    noise = values.diff(dim=1).square().mean(1) / (2 * count)
+    position = (values[:, -1] - values[:, 0]).square() / (12 * count**2)
+    return (noise + position).sqrt()
+
+
+def weights_error(log_weights: Tensor) -> Tensor:
+    """Return the standard error of log (1/K) sum_k w_k, to first order in its variance, ``(N,)``.
+
+    Args:
+        log_weights: log w_k, ``(N, K)``; the result is NaN if K = 1.
+    """
+    relative = torch.softmax(log_weights, 1) * log_weights.shape[1]
+    return relative.std(1) / math.sqrt(log_weights.shape[1])
 
 
 def standard_error(values: Tensor) -> float:

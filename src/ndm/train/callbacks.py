@@ -1,11 +1,15 @@
 """Lightning callbacks for training: moving average, last checkpoint, pictures, progress bar."""
 
+import contextlib
 import logging
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -85,6 +89,47 @@ class FinalCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
 
 
+class Interrupts(Callback):
+    """Callback that ends training between two batches after Ctrl-C, and at once after a second one.
+
+    An interruption at any other place may be lost, or leave messages of what was interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Defer interruptions while the trainer runs; without effect outside the main thread."""
+        earlier = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        if not main or earlier is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending:
+            raise KeyboardInterrupt
+        self.pending = True
+
+    def _end(self) -> None:
+        if self.pending:
+            raise KeyboardInterrupt
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """End training if it was interrupted."""
+        self._end()
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """End validation and training if it was interrupted."""
+        self._end()
+
+
 class SamplePictures(Callback):
     """Callback that draws samples while training, with the averaged weights if there are any.
 
@@ -114,6 +159,8 @@ class SamplePictures(Callback):
         try:
             self.draw(model, step)
         except (UserError, torch.OutOfMemoryError) as error:
+            if not Path(trainer.default_root_dir, "logs").is_dir():
+                raise  # the folder of the run was removed
             reason = " ".join(str(error).split())[:200]
             print(f"ndm: warning: no samples at step {step}: {reason}", file=sys.stderr)
         finally:
@@ -161,5 +208,6 @@ def quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*your dataloader is not resumable.*",
         ".*Checkpoint directory .* exists.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message=message)

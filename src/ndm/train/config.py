@@ -4,6 +4,7 @@ It is read from YAML files and command-line options (jsonargparse). Values have 
 the command line, without the ``init_args`` of classes: ``model.predictor.network.channels``.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from ndm.data import DataSource
 from ndm.errors import UserError, check_whole
 from ndm.model import DiffusionModel
 from ndm.train.settings import TrainSettings
+from ndm.train.yaml_reader import MODE, BoundError, check_text, check_yaml, load_value, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -53,7 +55,7 @@ class RunConfig:
         """Check the seed.
 
         Raises:
-            UserError: it is not an integer of at least 0.
+            UserError: it is not an integer of at least 0 and less than 2^64.
         """
         check_whole("seed", self.arguments.seed, 0)
 
@@ -115,7 +117,10 @@ class RunConfig:
 
 
 class Parser(ArgumentParser):
-    """A parser whose help texts are plain text, although they come from docstrings."""
+    """A parser of bounded YAML whose help is plain text, although it comes from docstrings."""
+
+    def __init__(self, *args: Any, parser_mode: str = MODE, **options: Any):
+        super().__init__(*args, parser_mode=parser_mode, **options)
 
     def format_help(self, formatter: Any = None) -> str:
         """Return the help without the markup of docstrings."""
@@ -184,7 +189,7 @@ def parse(
         UserError: the parser rejects an option.
     """
     try:
-        return parser.parse_args(_with_paths(options), namespace=base)
+        return parser.parse_args(_checked(_with_paths(options)), namespace=base)
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(f"{_reason(error)} (see {parser.prog} --help)") from error
 
@@ -245,14 +250,10 @@ def read_values(path: Path) -> dict[str, Any]:
         UserError: the file is missing or damaged.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = read_yaml(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist; {path.parent} is not a run of ndm train"
-        ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read; restore it, or train into another folder"
         ) from error
     if not isinstance(config, dict):
         raise UserError(
@@ -290,6 +291,31 @@ def _with_paths(options: Sequence[str]) -> list[str]:
         elif index and resolved[index - 1] == "--config":
             resolved[index] = str(find_config(option))
     return resolved
+
+
+def _checked(options: Sequence[str]) -> Sequence[str]:
+    """Return the options, after checking configuration files and values that are YAML.
+
+    Raises:
+        UserError: one is not within the bounds of :mod:`ndm.train.yaml_reader`.
+    """
+    for index, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if not (equals and option.startswith("--")):
+            name, value = options[index - 1] if index else "option", option
+        if name == "--config":
+            # Not a pipe, which can be read only once; the parser checks it as well.
+            if Path(value).is_file():
+                read_yaml(Path(value), load_value)
+            continue
+        try:
+            check_text(value)
+            if value.lstrip().startswith(("{", "[")):
+                with contextlib.suppress(yaml.MarkedYAMLError, yaml.reader.ReaderError):
+                    check_yaml(value)
+        except BoundError as error:
+            raise UserError(f"{name[:80]}: {error}") from error
+    return options
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:

@@ -1,6 +1,8 @@
 """Training with Lightning's trainer."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ndm.errors import UserError
 from ndm.model import DiffusionModel
 from ndm.serialize import write_atomically
-from ndm.train.callbacks import EMA, FinalCheckpoint, ProgressBar, SamplePictures, quiet_lightning
+from ndm.train.callbacks import (
+    EMA,
+    FinalCheckpoint,
+    Interrupts,
+    ProgressBar,
+    SamplePictures,
+    quiet_lightning,
+)
+from ndm.train.checkpoint import check_resumable, damaged
 from ndm.train.config import RunParts
 from ndm.train.module import TrainingModule
 from ndm.train.results import draw_samples
@@ -25,13 +35,33 @@ from ndm.train.settings import TrainSettings
 class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoint writer that writes a temporary file in the same folder and renames it.
 
-    Lightning's default copies from /tmp, which may be on another disk.
+    Lightning's default copies from /tmp, which may be on another disk. A run whose folder was
+    removed is not written anew without its configuration.
+
+    Args:
+        run: the run.
     """
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self._run = run
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
+        if not self._run.logs_path.is_dir():  # created when training starts
+            raise self._run.removed()
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Callback that saves a checkpoint at fixed steps; it takes no paths from a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
 
 
 def make_trainer(
@@ -47,7 +77,7 @@ def make_trainer(
     """
     checkpoint = run.checkpoint_path
     callbacks: list[Callback] = [
-        ModelCheckpoint(
+        LastCheckpoint(
             checkpoint.parent,
             checkpoint.stem,
             every_n_train_steps=settings.checkpoint_every,
@@ -55,6 +85,7 @@ def make_trainer(
         ),
         FinalCheckpoint(checkpoint),
         LearningRateMonitor(),
+        Interrupts(),
         *extra,
     ]
     if progress:
@@ -86,7 +117,7 @@ def make_trainer(
         use_distributed_sampler=False,
         benchmark=True,  # all batches have the same size
         default_root_dir=run.folder,
-        plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints()],
+        plugins=None if "fsdp" in settings.strategy else [AtomicCheckpoints(run)],
     )
 
 
@@ -101,11 +132,13 @@ def fit(parts: RunParts, run: Run, seed: int) -> bool:
         KeyboardInterrupt: the run was interrupted.
     """
     quiet_lightning()
-    settings, first_step = parts.settings, 0
+    settings, first_step, checkpoint = parts.settings, 0, None
     pictures: list[Callback] = []
     if settings.sample_every:
 
         def draw(model: DiffusionModel, step: int) -> None:
+            if not run.logs_path.is_dir():
+                raise run.removed()
             draw_samples(parts, model, run.samples_path(step), seed)
 
         pictures.append(SamplePictures(settings.sample_every, draw))
@@ -118,18 +151,80 @@ def fit(parts: RunParts, run: Run, seed: int) -> bool:
             " train.devices, train.strategy"
         ) from error
     if run.checkpoint_path.exists():
-        first_step = run.checkpoint()["global_step"]
+        checkpoint = run.checkpoint()
+        first_step = checkpoint["global_step"]
+    validation = parts.data.split(settings.validation_split) if settings.validate_every else None
+    module = TrainingModule(parts.model, settings, seed, parts.data.split("train"), validation)
+    if checkpoint is not None:
+        check_resumable(run.checkpoint_path, checkpoint, module, trainer)
         if trainer.is_global_zero:
             print(f"{run.folder}: resuming from step {first_step} of {settings.steps}", flush=True)
     if first_step < settings.steps:
-        validation = (
-            parts.data.split(settings.validation_split) if settings.validate_every else None
-        )
-        module = TrainingModule(parts.model, settings, seed, parts.data.split("train"), validation)
-        try:
-            trainer.fit(
-                module, ckpt_path=run.checkpoint_path if first_step else None, weights_only=True
-            )
-        except SystemExit as error:  # Lightning turns Ctrl-C into an exit
-            raise KeyboardInterrupt from error
+        _train(trainer, module, run, resume=checkpoint is not None)
     return trainer.is_global_zero
+
+
+def _train(trainer: Trainer, module: TrainingModule, run: Run, resume: bool) -> None:
+    """Run the trainer, and explain what the user can fix.
+
+    Raises:
+        UserError: the checkpoint cannot be restored, the folder was removed, or another process
+            ended.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    interrupts = next(one for one in trainer.callbacks if isinstance(one, Interrupts))  # type: ignore[attr-defined]
+    try:
+        with interrupts.deferred(), _quiet_threads():
+            trainer.fit(
+                module, ckpt_path=run.checkpoint_path if resume else None, weights_only=True
+            )
+        if interrupts.pending:  # after the last batch
+            raise KeyboardInterrupt
+    except SystemExit as error:  # Lightning turns Ctrl-C into an exit
+        raise KeyboardInterrupt from error
+    except UserError:
+        raise
+    except OSError as error:
+        if run.logs_path.is_dir():
+            raise
+        raise run.removed() from error
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not _is_lost(error):
+            raise
+        if interrupts.pending:
+            raise KeyboardInterrupt from error
+        raise UserError(
+            "another process of this training ended or does not answer; see its error message, and"
+            " rerun the command to resume"
+        ) from error
+    except (TypeError, ValueError, LookupError, AttributeError, MisconfigurationException) as error:
+        if not resume or module.started:
+            raise
+        reason = f"{type(error).__name__} while restoring it: {error}"
+        raise damaged(run.checkpoint_path, reason) from error
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Print no traceback of a thread that cannot write: its logger raises the error again."""
+    earlier = threading.excepthook
+
+    def show(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            earlier(arguments)
+
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = earlier
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether the error says that a process of distributed training cannot be reached."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return "gloo" in text or any(
+        f"Connection {end}" in text for end in ("reset", "closed", "refused")
+    )

@@ -52,6 +52,7 @@ class TrainingModule(LightningModule):
         self._earlier, self._started = 0.0, time.perf_counter()
         self._terms = training_terms(model)
         self._watch = Watch()
+        self.started = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the training time so far, in seconds, over all resumptions of the run.
@@ -185,7 +186,7 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Compile the bound, if set: the model is on its device now, with restored weights."""
-        self._started = time.perf_counter()
+        self._started, self.started = time.perf_counter(), True
         if not self.settings.compile:
             return
         if "fsdp" in self.settings.strategy:

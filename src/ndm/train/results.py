@@ -28,6 +28,9 @@ def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
 
     Returns:
         The metrics.
+
+    Raises:
+        UserError: a file cannot be written, or the folder of the run was removed.
     """
     model, data, settings = parts.model, parts.data, parts.settings
     description = data.describe().to_dict()
@@ -45,13 +48,19 @@ def write_results(parts: RunParts, run: Run, seed: int) -> dict[str, Any]:
         "training_steps": settings.steps,
         "training_seconds": round(seconds, 1),
     }
+    if not run.checkpoint_path.exists():
+        raise run.removed()
     try:
         draw(parts, run, seed)
     except (UserError, torch.OutOfMemoryError) as error:  # still write the metrics
+        if isinstance(error.__cause__, OSError):  # as a full disk, after which a rerun draws them
+            raise
         print(
             f"ndm: warning: {run.folder} has no pictures: {' '.join(str(error).split())[:200]}",
             file=sys.stderr,
         )
+    if not run.checkpoint_path.exists():
+        raise run.removed()
     write_json(run.metrics_path, metrics)
     return metrics
 

@@ -22,18 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from ndm.data import DataDescription, DataSource
-from ndm.errors import ForeignModuleError, UserError
+from ndm.errors import ForeignModuleError, UserError, describe_value
 from ndm.evaluation.processes import started_first
 from ndm.model import DiffusionModel
 from ndm.serialize import CONFIG_NAME, WEIGHTS_NAME, read_json, read_weights, write_json
+from ndm.train.checkpoint import check_finite, read_checkpoint
 from ndm.train.config import RunConfig, add_data, add_model, build_section, flat, read_values
 from ndm.train.settings import FINAL_SETTINGS, MACHINE_SETTINGS
 
 METRICS = "metrics.json"
+_SAME_DATA = ("kind", "event_shape", "num_values", "low", "high", "columns", "classes", "splits")
+"""What data have in common on resuming, besides the checksum of their values."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Run:
     def checkpoint_path(self) -> Path:
         """The path of the last checkpoint."""
         return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def logs_path(self) -> Path:
+        """The folder of the logs."""
+        return self.folder / "logs"
 
     @property
     def model_path(self) -> Path:
@@ -82,7 +89,14 @@ class Run:
         Raises:
             UserError: the file is missing or damaged.
         """
-        return read_json(self.metrics_path)
+        metrics = read_json(self.metrics_path)
+        bits = metrics.get("nelbo_bpd")
+        if isinstance(bits, bool) or not isinstance(bits, float | int):
+            raise UserError(
+                f"{self.metrics_path} is damaged: nelbo_bpd is {describe_value(bits)}; restore it,"
+                f" or delete it and evaluate again: ndm train --out {self.folder}"
+            )
+        return metrics
 
     def data(self) -> DataSource:
         """Build the data source of the configuration.
@@ -134,6 +148,23 @@ class Run:
         )
         return model.eval()
 
+    def removed(self) -> UserError:
+        """Return the error for a folder that was removed while it was trained into."""
+        return UserError(
+            f"{self.folder} was removed or renamed while it trained; rerun the command to train"
+            " again"
+        )
+
+    def _remove_partial_files(self) -> None:
+        """Remove the temporary files of a killed process; no other process may train."""
+        model = [self.model_path / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        pictures = [self.folder / name for name in ("samples.png", "transform.png")]
+        pictures.append(self.folder / "samples" / "step-*.png")
+        records = [self.config_path, self.data_path, self.metrics_path, self.checkpoint_path]
+        for path in (*model, *pictures, *records):
+            for partial in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+                partial.unlink(missing_ok=True)
+
     def _new_model(self) -> DiffusionModel:
         model: DiffusionModel = build_section(self.config_path, "model", add_model)
         return model
@@ -144,18 +175,7 @@ class Run:
         Raises:
             UserError: the file is truncated, damaged or not a checkpoint of a run.
         """
-        path = self.checkpoint_path
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if not {"global_step", "state_dict"} <= set(content):
-                raise ValueError("it is not a checkpoint of a run")
-        except Exception as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(
-                f"the checkpoint {path} is truncated or damaged ({reason}); restore it, or delete"
-                " it to restart the run"
-            ) from error
-        return content
+        return read_checkpoint(self.checkpoint_path)
 
     def load_weights(self, model: DiffusionModel) -> dict[str, Any]:
         """Load the weights of the last checkpoint into a model: the moving average, if there is one.
@@ -167,9 +187,14 @@ class Run:
             UserError: the checkpoint is damaged, or belongs to another model.
         """
         checkpoint = self.checkpoint()
-        weights = checkpoint["state_dict"].items()
+        weights = {
+            name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()
+        }
+        own = model.state_dict()
+        if weights.keys() == own.keys():
+            check_finite(self.checkpoint_path, weights, own)
         try:
-            model.load_state_dict({name.removeprefix("model."): value for name, value in weights})
+            model.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(
                 f"the checkpoint {self.checkpoint_path} does not fit the model of its"
@@ -212,22 +237,36 @@ class Run:
         """Write the description of the data, or on resuming check that the data are the same.
 
         Raises:
-            UserError: the run was started with other data.
+            UserError: the run was started with other data, or their description is lost.
         """
         now = data.describe()
-        if self.checkpoint_path.exists() and self.data_path.exists():
-            then = DataDescription.from_dict(read_json(self.data_path))
-            if then.sha256 != now.sha256:
-                raise UserError(
-                    f"{now.name} changed since {self.folder} was started (sha256"
-                    f" {then.sha256[:12]} then, {now.sha256[:12]} now), so the test split may"
-                    " contain training examples; restore the data, or choose another --out"
-                )
+        if self.checkpoint_path.exists():
+            _check_same(self._recorded_data(), now, self.folder)
         elif started_first():
-            if not self.checkpoint_path.exists():
-                # Left by an earlier training whose checkpoint was deleted.
-                shutil.rmtree(self.model_path, ignore_errors=True)
+            # Left by an earlier training whose checkpoint was deleted.
+            shutil.rmtree(self.model_path, ignore_errors=True)
             write_json(self.data_path, now.to_dict())
+
+    def _recorded_data(self) -> DataDescription:
+        """Read the description of the data that the last checkpoint was trained on.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        advice = f"restore it, or delete {self.checkpoint_path} to restart the run"
+        if not self.data_path.exists():
+            raise UserError(
+                f"{self.data_path} is missing, so nothing shows whether the data are those of the"
+                f" checkpoint; {advice}"
+            )
+        recorded = read_json(self.data_path)
+        try:
+            description = DataDescription.from_dict(recorded)
+        except UserError as error:
+            raise UserError(f"{self.data_path} is damaged; {advice}") from error
+        if not isinstance(description.sha256, str):
+            raise UserError(f"{self.data_path} is damaged: sha256 is no text; {advice}")
+        return description
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -248,12 +287,10 @@ class Run:
                 f"--out {self.folder} cannot be created: {error.strerror or error}; choose a folder"
                 " that you can write to"
             ) from error
-        lock, checkpoint = FileLock(self.folder / ".lock"), self.checkpoint_path
-        partial_checkpoints = f".{checkpoint.stem}-*{checkpoint.suffix}"
+        lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
-            for partial in checkpoint.parent.glob(partial_checkpoints):  # of a killed process
-                partial.unlink(missing_ok=True)
+            self._remove_partial_files()
         except Timeout as error:
             raise UserError(
                 f"{self.folder}: another process is training into this folder; wait for it to end,"
@@ -269,3 +306,24 @@ class Run:
             yield
         finally:
             lock.release()
+
+
+def _check_same(then: DataDescription, now: DataDescription, folder: Path) -> None:
+    """Check that the data of a run have not changed.
+
+    Raises:
+        UserError: they have.
+    """
+    fix = "restore the data, or choose another --out"
+    if then.sha256 != now.sha256:
+        raise UserError(
+            f"{now.name} changed since {folder} was started (sha256 {then.sha256[:12]} then,"
+            f" {now.sha256[:12]} now), so the test split may contain training examples; {fix}"
+        )
+    for name in _SAME_DATA:
+        old, new = getattr(then, name), getattr(now, name)
+        if old != new:
+            raise UserError(
+                f"{now.name} changed since {folder} was started: {name} was {describe_value(old)}"
+                f" and is {describe_value(new)}; {fix}"
+            )

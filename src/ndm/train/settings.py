@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ndm.device import Precision
-from ndm.errors import UserError, check_choice
+from ndm.errors import UserError, check_choice, describe_value
 
 Optimizer = Literal["adamw", "soap", "muon"]
 Decay = Literal["cosine", "constant"]
@@ -30,6 +30,8 @@ FINAL_SETTINGS = (
     "sample_steps",
 )
 """Settings of the final evaluation and pictures: they may change until the run is finished."""
+MOST, MOST_WORKERS = 2**31 - 1, 2**16
+"""Greatest integers: of steps, examples and times, and of processes and threads."""
 
 
 @dataclass
@@ -137,11 +139,14 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise UserError(
-                    f"train.{name}={getattr(self, name)}: give an integer of at least 1"
+                    f"train.{name}={describe_value(getattr(self, name))}: give an integer of at least 1"
                 )
+        self._check_most()
         for name in ("warmup", "workers", "gradient_clip", "weight_decay", "transform_rate"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"train.{name}={getattr(self, name)}: give a number of at least 0")
+                raise UserError(
+                    f"train.{name}={describe_value(getattr(self, name))}: give a number of at least 0"
+                )
         for name in (
             "threads",
             "sample_every",
@@ -152,7 +157,7 @@ class TrainSettings:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(
-                    f"train.{name}={getattr(self, name)}: give an integer of at least 1, or null"
+                    f"train.{name}={describe_value(getattr(self, name))}: give an integer of at least 1, or null"
                 )
         if self.validate_every is not None and self.validate_every > self.steps:
             raise UserError(
@@ -166,6 +171,13 @@ class TrainSettings:
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema={self.ema}: give a decay in [0, 1), such as 0.999")
         self._check_sharding()
+
+    def _check_most(self) -> None:
+        for name, value in vars(self).items():
+            most = MOST_WORKERS if name in ("devices", "nodes", "threads", "workers") else MOST
+            if isinstance(value, int) and value > most:
+                shown = describe_value(value)
+                raise UserError(f"train.{name}={shown}: give an integer of at most {most:,}")
 
     def _check_sharding(self) -> None:
         if "fsdp" not in self.strategy:

@@ -36,9 +36,8 @@ def train_run(run: Run, config: RunConfig) -> dict[str, Any] | None:
     run.check(config)
     if run.finished:
         metrics = run.metrics()
-        bits = float(metrics.get("nelbo_bpd", "nan"))
         print(
-            f"{run.folder} is finished: {bits:.4f} bits/dim on {metrics.get('split')}; nothing to"
+            f"{run.folder} is finished: {metrics['nelbo_bpd']:.4f} bits/dim on {metrics.get('split')}; nothing to"
             " do (choose another --out to train again)"
         )
         return metrics

@@ -20,22 +20,28 @@ bytes      content
 import hashlib
 import itertools
 import json
+import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ndm.apps.compress.chain import Plan
 from ndm.apps.compress.coder import Coded
-from ndm.apps.compress.items import Item
+from ndm.apps.compress.items import MOST_AXES, Item
 from ndm.errors import UserError
+from ndm.readers import parse_json, read_bytes
+from ndm.writing import shortened
 
 MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 1
 _START = struct.Struct("<8sIIIIII")
-_LARGEST_HEADER = 2**26
+_LARGEST_HEADER, _LARGEST_ITEM = 2**26, 2**15
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def image_checksums(index: np.ndarray) -> np.ndarray:
     It is the first byte of the SHA-256 of the levels as 2-byte numbers. It only identifies a wrong
     image: the decoder verifies the whole by ending on the initial bits.
     """
-    digests = [hashlib.sha256(row.tobytes()).digest() for row in index.astype("<u2")]
+    digests = [hashlib.sha256(row.astype("<u2").tobytes()).digest() for row in index]
     return np.array([digest[0] for digest in digests], dtype=np.uint8)
 
 
@@ -109,9 +115,10 @@ def read_archive(path: Path) -> Archive:
         UserError: the file is missing, damaged, not an archive, or from a later version.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        data = read_bytes(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shortened(path)} cannot be read: {reason}; check the path") from error
     try:
         return unpack(data)
     except _LaterVersionError as error:
@@ -148,14 +155,16 @@ def unpack(data: bytes) -> Archive:
         raise ValueError("its checksum is wrong")
     edges = np.cumsum([_START.size, *sizes]).tolist()
     text, plan, checksums, places, bits = (data[a:b] for a, b in itertools.pairwise(edges))
-    header: dict[str, Any] = json.loads(_inflate(text).decode())
+    header = _read_header(text, images)
     shape = tuple(_whole(size, 1, 2**24) for size in header["event_shape"])
+    num_values = _whole(header["num_values"], 2, 2**16)
     items = tuple(Item.from_dict(item) for item in header["items"])
     if sum(item.count for item in items) != images or not items or not images:
         raise ValueError("its items do not add up")
-    if len({item.name for item in items}) != len(items):
-        raise ValueError("a name occurs twice")
-    if not isinstance(header["model"], str) or len(header["model"]) != 64:
+    for item in items:
+        item.check_shape(shape, num_values)
+    _check_places(items)
+    if not isinstance(header["model"], str) or not _FINGERPRINT.fullmatch(header["model"]):
         raise ValueError("its model fingerprint is missing")
     coded = Coded(
         words=np.frombuffer(bits, dtype="<u4").astype(np.uint32),
@@ -165,7 +174,7 @@ def unpack(data: bytes) -> Archive:
     return Archive(
         fingerprint=header["model"],
         event_shape=shape,
-        num_values=_whole(header["num_values"], 2, 2**16),
+        num_values=num_values,
         low=_whole(header["low"], -(2**31), 2**31),
         plan=Plan.unpack(plan),
         items=items,
@@ -174,13 +183,39 @@ def unpack(data: bytes) -> Archive:
     )
 
 
-def _inflate(data: bytes) -> bytes:
-    """Decompress the header up to a maximum size."""
+def _read_header(text: bytes, images: int) -> dict[str, Any]:
+    """Read a header, in time and memory that follow the number of images.
+
+    Each item has at least one image, two brackets and at most 14 commas outside of its names.
+    """
     stream = zlib.decompressobj()
-    text = stream.decompress(data, _LARGEST_HEADER)
-    if not stream.eof:
+    most = min(_LARGEST_HEADER, _LARGEST_ITEM * (images + 1))
+    content = stream.decompress(text, most)
+    if not stream.eof or stream.unused_data:
         raise ValueError("its header is too long")
-    return text
+    plain = _STRING.sub(b"", content)
+    if plain.count(b",") > 14 * images + 32:
+        raise ValueError("its header is too long")
+    header = parse_json(content.decode(), most_containers=2 * images + 3)
+    if not isinstance(header, dict) or len(header["event_shape"]) > MOST_AXES:
+        raise ValueError("its header is damaged")
+    return header
+
+
+def _check_places(items: Sequence[Item]) -> None:
+    """Check that no two items are written to one place, or one into the file of another.
+
+    Raises:
+        ValueError: they are.
+    """
+    if len({item.name for item in items}) != len(items):
+        raise ValueError("a name occurs twice")
+    arrays = {item.place for item in items if item.kind == "npz"}
+    files = [item.place for item in items if item.kind != "npz"]
+    places = arrays.union(files)
+    folders = {parent.as_posix() for place in places for parent in PurePosixPath(place).parents}
+    if len(places) != len(arrays) + len(files) or places & folders:
+        raise ValueError("two items have one place")
 
 
 def _whole(value: object, least: int, most: int) -> int:

@@ -42,7 +42,7 @@ class Rows(EventDataset):
         return len(self.index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        values = self.values[torch.from_numpy(self.index[list(indices)])]
+        values = self.values[torch.from_numpy(self.index[list(indices)].astype(np.int64))]
         return values.reshape(-1, *self.event_shape).float()
 
 

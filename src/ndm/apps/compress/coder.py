@@ -191,7 +191,8 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
             with _progress_bar("compressing", len(index), progress) as bar:
                 for number in batch_numbers(len(index), plan.batch):
                     part = batch(number, len(index), plan.batch)
-                    levels, call = index[part].reshape(-1), number * chain.calls
+                    levels = index[part].reshape(-1).astype(np.int64)
+                    call = number * chain.calls
                     _encode_batch(chain, stack, levels, rounding, call, clock)
                     bar.update(part.stop - part.start)
                     rate = 32 * (len(stack) - room) / (part.stop * chain.dims)

@@ -1,24 +1,37 @@
 """Conversion of images, folders of images, ``.npy`` and ``.npz`` arrays to levels and back."""
 
 import itertools
-import tempfile
-import zipfile
-import zlib
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from ndm.apps.compress.arrays import Grid, read_arrays
+from ndm.data.files import check_regular, describe_ignored, find_files, is_folder
 from ndm.data.folder import SUFFIXES
-from ndm.data.images import upright
+from ndm.data.formats import (
+    ImageError,
+    check_png,
+    has_hidden_channels,
+    open_image,
+    unusable_images,
+)
+from ndm.data.images import upright, upright_size
 from ndm.errors import UserError, describe_value
 
 KINDS = ("image", "npy", "npz")
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-_LONGEST_NAME = 1000
+_LONGEST_NAME, _LONGEST_PART = 1000, 255
+INPUTS = (*SUFFIXES, ".npy", ".npz")
+"""Suffixes of the files that are taken from folders."""
+MOST_AXES = 8
+"""Most axes of an array in an archive."""
+MOST_VALUES = 2**31
+"""Most values of an archive, which are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +75,18 @@ class Item:
         Raises:
             ValueError: ``values`` is not such a description; TypeError likewise.
         """
+        if values.keys() - {"name", "kind", "count", "dtype", "shape", "key", "mode"}:
+            raise ValueError("an item is damaged")
         fields: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v
-            for name, v in values.items()
-            if name != "values"
+            name: tuple(v) if isinstance(v, list) else v for name, v in values.items()
         }
         item = cls(**fields)
         strings = (item.name, item.kind, item.dtype, item.key, item.mode)
         are_strings = all(isinstance(text, str) for text in strings)
         if not are_strings or item.kind not in KINDS or item.dtype not in _DTYPES:
             raise ValueError("an item is damaged")
+        if not isinstance(item.shape, tuple) or len(item.shape) > MOST_AXES:
+            raise ValueError("a shape is damaged")
         are_sizes = all(
             isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**40
             for size in (item.count, *item.shape)
@@ -80,8 +95,38 @@ class Item:
             raise ValueError("a size is out of range")
         if item.kind == "npz" and not (item.key and item.name.endswith(f"/{item.key}")):
             raise ValueError("an array has no name")
+        try:
+            os.fsencode(item.place)  # Names of files need not be valid UTF-8, keys must.
+            item.key.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a name has characters that are not allowed") from error
         item.check_name()
         return item
+
+    def check_shape(self, event_shape: tuple[int, ...], num_values: int) -> None:
+        """Check that the item can hold its images.
+
+        Args:
+            event_shape: shape of one image.
+            num_values: number of values of a pixel.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.kind == "image":
+            channels = {"L": 1, "RGB": 3}.get(self.mode)
+            fits = len(event_shape) == 3 and event_shape[0] == channels
+            fits = fits and self.count == 1 and num_values == 256 and not (self.shape or self.key)
+        else:
+            is_gray = len(event_shape) == 3 and event_shape[0] == 1
+            shapes = [event_shape, event_shape[1:]] if is_gray else [event_shape]
+            fits = any(
+                self.shape == (self.count, *shape) or (self.count == 1 and self.shape == shape)
+                for shape in shapes
+            )
+            fits = fits and not self.mode and (self.kind == "npz" or not self.key)
+        if not fits:
+            raise ValueError("an item does not fit its images")
 
     def check_name(self) -> None:
         """Check that the name stays inside the output folder, on every operating system.
@@ -102,7 +147,10 @@ class Item:
 def read_items(
     paths: Sequence[str], event_shape: tuple[int, ...], num_values: int, low: int
 ) -> list[Item]:
-    """Read files and folders of files.
+    """Read files and folders of files. Hidden files in folders are skipped, and links followed.
+
+    The files of a folder have their names below it. If two folders have files of the same name, the
+    names begin with the folder.
 
     Args:
         paths: images, folders of images, ``.npy``, ``.npz``.
@@ -113,225 +161,176 @@ def read_items(
     Raises:
         UserError: a file is missing, cannot be read, or does not fit the model.
     """
+    reader = _Reader(Grid(event_shape, num_values, low))
+    files = _list_files(paths)
     items: list[Item] = []
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            found = sorted(
-                file
-                for file in path.rglob("*")
-                if file.is_file() and file.suffix.lower() in (*SUFFIXES, ".npy", ".npz")
-            )
-            if not found:
-                raise UserError(
-                    f"the folder {path} holds no images or arrays"
-                    f" ({', '.join((*SUFFIXES, '.npy', '.npz'))})"
-                )
-            for file in found:
-                name = file.relative_to(path).as_posix()
-                items += _read_file(file, name, event_shape, num_values, low)
-        else:
-            items += _read_file(path, path.name, event_shape, num_values, low)
+    failures: list[tuple[str, str]] = []
+    for path, name in files:
+        try:
+            items += reader.read(path, name)
+        except ImageError as error:
+            failures.append((str(path), str(error)))
+    if failures:
+        raise unusable_images(failures, len(files))
     for item in items:
         try:
             item.check_name()
         except ValueError as error:
             raise UserError(f"{describe_value(item.name)}: {error}; rename it") from error
+        check_lengths(item)
     names = sorted(item.name for item in items)
     for name, following in itertools.pairwise(names):
         if name == following:
             raise UserError(
-                f"{name} would be written twice; give files with different names, or a folder that"
-                " contains them"
+                f"{describe_value(name)} would be written twice; give files with different names,"
+                " or a folder that contains them"
             )
     return items
 
 
-def _read_file(
-    path: Path, name: str, event_shape: tuple[int, ...], num_values: int, low: int
-) -> list[Item]:
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            return [_array_item(path, name, "npy", "", array, event_shape, num_values, low)]
-        if suffix == ".npz":
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                if not file.files or {"file", "allow_pickle"} & set(file.files):
-                    raise UserError(
-                        f"{path} holds no arrays, or one with a name that NumPy cannot write (file,"
-                        " allow_pickle); rename it"
-                    )
-                return [
-                    _array_item(
-                        path, f"{name}/{key}", "npz", key, file[key], event_shape, num_values, low
-                    )
-                    for key in file.files
-                ]
-        return [_image_item(path, name, event_shape, num_values)]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path") from error
-    except UserError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        UnidentifiedImageError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(
-            f"{path} cannot be read as an image or array ({' '.join(str(error).split())[:80]});"
-            " replace or remove it"
-        ) from error
+def count_left_out(paths: Sequence[str]) -> str:
+    """Count the visible files in folders that are no images or arrays, as text; empty if none."""
+    trees = [find_files(Path(text)) for text in paths if is_folder(text)]
+    taken = sum(len(tree.ending_in(INPUTS)) for tree in trees)
+    others = sum(len(tree.names) + tree.others for tree in trees) - taken
+    return describe_ignored(others, sum(tree.repeated for tree in trees)).removeprefix(", ")
 
 
-def _image_item(path: Path, name: str, event_shape: tuple[int, ...], num_values: int) -> Item:
-    if num_values != 256:
-        raise UserError(
-            f"{path}: image files have 256 values per pixel but the model {num_values}; give whole"
-            " numbers in a .npy file"
-        )
-    with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise UserError(f"{path} has several frames; only single images can be compressed")
-        if image.mode not in ("L", "RGB"):
-            raise UserError(
-                f"{path} has mode {image.mode}; only gray (L) and RGB images of 8 bits can be"
-                " restored exactly, so convert it first"
-            )
-        # Turned upright, because the restored image has no EXIF data.
-        pixels, mode = np.asarray(upright(image)), image.mode
-    events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-    if events.shape != event_shape:
-        raise UserError(
-            f"{path} is an image of shape {events.shape} (channels, height, width), but the model"
-            f" requires {event_shape}"
-        )
-    # The file photo.jpg is restored as photo.jpg.png.
-    output = name if PurePosixPath(name).suffix.lower() == ".png" else f"{name}.png"
-    return Item(output, "image", 1, mode=mode, values=events.reshape(1, -1).astype(np.int64))
-
-
-def _array_item(
-    path: Path,
-    name: str,
-    kind: str,
-    key: str,
-    array: np.ndarray,
-    event_shape: tuple[int, ...],
-    num_values: int,
-    low: int,
-) -> Item:
-    if array.dtype.name not in _DTYPES:
-        raise UserError(
-            f"{path}: the array has dtype {array.dtype}; give whole numbers from {low} to"
-            f" {low + num_values - 1}"
-        )
-    plain = event_shape[1:] if len(event_shape) == 3 and event_shape[0] == 1 else event_shape
-    fits = any(shape in (array.shape, array.shape[1:]) for shape in (event_shape, plain))
-    if not fits or not array.size:
-        raise UserError(
-            f"{path}: the array has shape {array.shape}; the model requires (N,"
-            f" {', '.join(map(str, event_shape))})"
-        )
-    rows = array.reshape(-1, int(np.prod(event_shape)))
-    outside = rows[(rows < low) | (rows > low + num_values - 1)]
-    if outside.size:
-        raise UserError(
-            f"{path}: the value {describe_value(outside.flat[0].item())} is not among the model's"
-            f" {low} to {low + num_values - 1}"
-        )
-    levels = rows.astype(np.int64) - low
-    return Item(name, kind, len(rows), array.dtype.name, array.shape, key, values=levels)
-
-
-def check_places(items: Sequence[Item], folder: Path) -> list[str]:
-    """Return the output files of items, below a folder, and check that none exists.
+def _list_files(paths: Sequence[str]) -> list[tuple[Path, str]]:
+    """Return the files, with their names in the archive.
 
     Raises:
-        UserError: one exists already.
+        UserError: a path does not exist, is a pipe or the like, or is a folder without files.
     """
-    places = list(dict.fromkeys(item.place for item in items))
-    for place in places:
-        if (folder / place).exists():
-            raise UserError(f"{folder / place} exists already; choose another folder")
-    return places
+    folders: dict[int, list[tuple[Path, str]]] = {}
+    files: dict[int, tuple[Path, str]] = {}
+    for number, path in enumerate(map(Path, paths)):
+        if not is_folder(path):
+            check_regular(path)
+            files[number] = (path, path.name)
+            continue
+        # Sorted as paths: the files of a folder before those of folders whose names begin with it.
+        found = sorted(find_files(path).ending_in(INPUTS))
+        if not found:
+            raise UserError(f"the folder {path} holds no images or arrays ({', '.join(INPUTS)})")
+        folders[number] = [(file, file.relative_to(path).as_posix()) for file in found]
+    names = [name for part in folders.values() for _, name in part]
+    if len(set(names)) < len(names):
+        places = {number: os.path.abspath(paths[number]) for number in folders}  # noqa: PTH100
+        common = os.path.commonpath(places.values())
+        for number, part in folders.items():
+            prefix = Path(places[number]).relative_to(common)
+            folders[number] = [(file, (prefix / name).as_posix()) for file, name in part]
+    return [
+        pair
+        for number in range(len(paths))
+        for pair in (folders[number] if number in folders else [files[number]])
+    ]
 
 
-def write_items(
-    items: Sequence[Item], index: np.ndarray, event_shape: tuple[int, ...], low: int, folder: Path
-) -> list[Path]:
-    """Write all files into a folder, or none if one of them fails.
+class _Reader:
+    """Reads the files that fit a model.
 
     Args:
-        items: descriptions in the order of the images.
-        index: levels of all images, ``(N, D)``.
-        event_shape: shape of one image.
-        low: least value of a pixel.
-        folder: the output folder, created if missing.
+        grid: the arrays that the model takes.
+    """
 
-    Returns:
-        The paths of the files.
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self.room = MOST_VALUES
+
+    def read(self, path: Path, name: str) -> list[Item]:
+        """Return the items of a file.
+
+        Raises:
+            UserError: the file is missing, or does not fit the model.
+            ImageError: the file is damaged, or is an image that cannot be restored exactly.
+        """
+        try:
+            if path.suffix.lower() not in (".npy", ".npz"):
+                return [self._image(path, name)]
+            kind = path.suffix.lower()[1:]
+            return [
+                Item(
+                    f"{name}/{array.key}" if kind == "npz" else name,
+                    kind,
+                    len(array.levels),
+                    array.dtype.name,
+                    array.shape,
+                    array.key,
+                    values=array.levels,
+                )
+                for array in read_arrays(path, self.grid, self.reserve)
+            ]
+        except (UserError, ImageError, MemoryError):
+            raise
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist; check the path") from error
+        # zipfile and its decoders raise errors of any kind for damaged files.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:80]
+            raise ImageError(f"it cannot be read as an image or array: {reason}") from error
+
+    def reserve(self, values: int) -> None:
+        """Count values before they are read.
+
+        Raises:
+            UserError: they do not fit into one archive.
+        """
+        self.room -= values
+        if self.room < 0:
+            raise UserError(
+                f"the inputs hold more than {MOST_VALUES:,} values; compress them in several parts"
+            )
+
+    def _image(self, path: Path, name: str) -> Item:
+        if self.grid.num_values != 256:
+            raise UserError(
+                f"{path}: image files have 256 values per pixel but the model"
+                f" {self.grid.num_values}; give whole numbers in a .npy file"
+            )
+        data = path.read_bytes()
+        with open_image(data) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ImageError("it has several frames; only single images can be compressed")
+            if image.mode not in ("L", "RGB"):
+                raise ImageError(
+                    f"it has mode {image.mode}; only gray (L) and RGB images of 8 bits can be"
+                    " restored exactly"
+                )
+            if image.has_transparency_data:
+                raise ImageError("it has a transparent color, which cannot be restored")
+            if has_hidden_channels(image):
+                raise ImageError("it has more channels than can be restored")
+            width, height = upright_size(image)
+            shape = (len(image.getbands()), height, width)
+            if shape != self.grid.event_shape:
+                raise UserError(
+                    f"{path} is an image of shape {shape} (channels, height, width), but the model"
+                    f" requires {self.grid.event_shape}"
+                )
+            self.reserve(math.prod(shape))
+            if image.format == "PNG":
+                check_png(data)
+            # Turned upright, because the restored image has no EXIF data.
+            pixels, mode = np.asarray(upright(image)), image.mode
+        events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+        # The file photo.jpg is restored as photo.jpg.png.
+        output = name if PurePosixPath(name).suffix.lower() == ".png" else f"{name}.png"
+        levels = np.ascontiguousarray(events).reshape(1, -1)
+        return Item(output, "image", 1, mode=mode, values=levels)
+
+
+def check_lengths(item: Item) -> None:
+    """Check that a file system can hold the name of an item's file.
 
     Raises:
-        UserError: a file exists already, or cannot be written.
-        ValueError: the descriptions do not fit the images.
+        UserError: a part of the name is longer than 255 bytes.
     """
-    places = check_places(items, folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-            temporary, start = Path(name), 0
-            archives: dict[str, dict[str, np.ndarray]] = {}
-            for item in items:
-                rows = index[start : start + item.count]
-                start += item.count
-                (temporary / item.place).parent.mkdir(parents=True, exist_ok=True)
-                if item.kind == "image":
-                    _write_image(temporary / item.place, rows, event_shape, item.mode)
-                    continue
-                array = (rows.astype(np.int64) + low).reshape(item.shape).astype(item.dtype)
-                if item.kind == "npy":
-                    _save(temporary / item.place, array)
-                else:
-                    archives.setdefault(item.place, {})[item.key] = array
-            for place, arrays in archives.items():
-                with (temporary / place).open("wb") as file:
-                    np.savez_compressed(file, allow_pickle=False, **arrays)
-            _move(temporary, folder, places)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
-    return [folder / place for place in places]
-
-
-def _move(source: Path, target: Path, places: Sequence[str]) -> None:
-    """Move files from one folder to another; if one fails, delete those already moved."""
-    moved: list[Path] = []
-    try:
-        for place in places:
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            (source / place).replace(target / place)
-            moved.append(target / place)
-    except OSError:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def _write_image(path: Path, rows: np.ndarray, event_shape: tuple[int, ...], mode: str) -> None:
-    pixels = rows.reshape(event_shape).astype(np.uint8)
-    channels = {"L": 1, "RGB": 3}.get(mode)
-    if pixels.ndim != 3 or pixels.shape[0] != channels:
-        raise ValueError("an image does not have the shape of its mode")
-    image = Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0))
-    image.save(path, format="PNG", optimize=True)
+    for part in item.place.split("/"):
+        size = len(os.fsencode(part))
+        if size > _LONGEST_PART:
+            raise UserError(
+                f"{describe_value(part)} would be restored under a name of {size} bytes, more than"
+                f" the {_LONGEST_PART} bytes that file systems take; rename it"
+            )
