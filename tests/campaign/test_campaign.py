@@ -50,7 +50,7 @@ def test_signals_hangs_and_memory_are_found(monkeypatch: pytest.MonkeyPatch) -> 
         return 0
 
     assert run(lambda: os.abort()).verdict == "signal"  # type: ignore[func-returns-value]
-    assert run(lambda: len(bytearray(2**28)) - 2**28).verdict == "memory"
+    assert run(lambda: len(b"x" * 2**28) - 2**28).verdict == "memory"
     assert run(lambda: 0).verdict == "worked"
     monkeypatch.setattr(trials, "SECONDS", 0.3)
     assert run(sleep).verdict == "hang"

@@ -204,9 +204,9 @@ def test_user_examples_are_evaluated_one_by_one(
     assert (found["data"], found["split"], found["num_examples"]) == ("x", "all", 100)
     with csv_file.open() as file:
         head, *rows = csv.reader(file)
-    assert head[0] == "example" and len(head) == 3
+    assert head[0] == "example" and len(head) == 4  # two numbers, and the error of the first
     assert [row[0] for row in rows] == [str(n) for n in range(100)]
-    for column, key in ((1, "nelbo_nats_source_units"), (2, "nll_nats_source_units")):
+    for column, key in ((1, "nelbo_nats_source_units"), (3, "nll_nats_source_units")):
         assert np.mean([float(row[column]) for row in rows]) == pytest.approx(found[key], rel=1e-6)
     of_model = evaluate(table_run / "model", tmp_path / "g.json", "--draws 2 --data", examples)
     assert of_model["nelbo_bpd"] == pytest.approx(expected["nelbo_bpd"], rel=1e-5)
