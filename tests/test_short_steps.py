@@ -36,6 +36,7 @@ from ndm.transform import (
     Transform,
 )
 from oracles import F64, Points, randomized
+from train.test_compilation import compiled, losses_and_gradients, training_terms
 
 
 class OwnSchedule(VariancePreserving):
@@ -219,11 +220,11 @@ def test_path_weights_of_short_steps_are_those_of_double_precision(
 
 
 def test_a_path_weight_is_the_ratio_of_the_densities_of_its_path() -> None:
-    """Against torch.distributions, with another r in each step."""
+    """Against torch.distributions; the midpoint of step i of 3 lies in part 2 i + 1 of 6."""
     steps, count = 3, 6
     _, model = both_precisions("network", schedule="flow")
     process, predictor, x = model.process, model.predictor, data(count)
-    ratio = PiecewiseConstant(torch.tensor([3.0, 0.4, 1.7], dtype=F64))
+    ratio = PiecewiseConstant(torch.tensor([0.7, 3.0, 2.2, 0.4, 1.2, 1.7], dtype=F64))
     source = ExampleGenerators(0, range(count), 1)
     with torch.no_grad():
         found = path_log_weight(
@@ -244,7 +245,7 @@ def test_a_path_weight_is_the_ratio_of_the_densities_of_its_path() -> None:
             s = process.level(index / steps, x)
             true = process.posterior(z, x, s, t, 0.9)
             guess = process.posterior(z, predictor(z, t), s, t, 0.9)
-            wide = guess.std * ratio.values[index].sqrt()
+            wide = guess.std * ratio.values[2 * index + 1].sqrt()
             z = true.sample(standard_normal(x, source))
             of_model = Normal(guess.mean, wide.expand_as(z)).log_prob(z)
             log_weight += (of_model - Normal(true.mean, true.std.expand_as(z)).log_prob(z)).sum(1)
@@ -289,3 +290,21 @@ def test_every_step_of_a_sampler_has_its_own_variance_ratio(parts: int) -> None:
         with torch.no_grad():
             draws.append(sampler(reverse, z, torch.Generator().manual_seed(0)))
     assert not torch.equal(*draws)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("steps", [10, 100_000])
+@pytest.mark.parametrize("schedule", ["linear", "learned"])
+def test_the_compiled_bound_of_discrete_time_is_one_graph(schedule: str, steps: int) -> None:
+    model, _ = both_precisions("gated", schedule=schedule, steps=steps)
+    x = data(8).float()
+    terms = training_terms(model)
+    torch.compiler.reset()
+    expected = losses_and_gradients(model, terms, x)
+    found = losses_and_gradients(model, compiled(terms, fullgraph=True, backend="aot_eager"), x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = 1e-6 + float(value.abs().max())
+        torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=2e-3, msg=name)
+    on_meta = model.to("meta")
+    training_terms(on_meta)(x.to("meta"), on_meta.draw(x.to("meta"))).loss.backward()

@@ -16,6 +16,7 @@ import yaml
 from cli.commands import arguments, exit_code, run_command
 from conftest import TINY
 from ndm.cli.main import main
+from ndm.evaluation.evaluate import Evaluation
 from ndm.evaluation.relations import check_relations
 from ndm.train.run import Run
 
@@ -218,3 +219,56 @@ def test_user_examples_are_evaluated_one_by_one(
     capsys.readouterr()
     assert exit_code("evaluate", table_run, "--data", examples, "--split train") == 2
     assert "split=train does not go with data=" in capsys.readouterr().err
+
+
+def test_every_column_of_the_scores_has_its_own_label(digits_run: Path, tmp_path: Path) -> None:
+    """The labels are not in alphabetical order: T = 5 stands before T = 10."""
+    file = tmp_path / "scores.csv"
+    measures = "--nelbo --nll --steps 5,10 --iw 2 --calibrate --draws 2 --limit 9"
+    options = f"{measures} --solver rk4 --nodes 8 --csv"
+    record = evaluate(digits_run, tmp_path / "e.json", options, file)
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["example"] for row in rows] == [str(n) for n in Evaluated(digits_run).numbers(9)]
+    labels = [one["label"] for one in record["measurements"]]
+    assert labels != sorted(labels)
+    errors = [f"{label}, stderr" for label in labels if label.startswith("NELBO")]
+    assert set(rows[0]) == {"example", *labels, *errors}
+    for one in record["measurements"]:
+        values = [float(row[one["label"]]) for row in rows]
+        assert np.mean(values) == pytest.approx(one["nats"], rel=1e-6), one["label"]
+    for name in errors:
+        assert all(float(row[name]) > 0 for row in rows)
+
+
+def test_the_error_of_an_example_is_unknown_with_one_draw(table_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.csv"
+    run_command("evaluate", table_run, "--nelbo --draws 1 --limit 5 --csv", file)
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["NELBO, continuous time, stderr"] for row in rows} == {""}
+
+
+def test_calibration_fits_on_the_train_split(digits_run: Path, tmp_path: Path) -> None:
+    run = Evaluated(digits_run)
+    options = "--nelbo --steps 4 --calibrate --draws 2 --limit 40"
+    record = evaluate(digits_run, tmp_path / "e.json", options)
+    on_train, on_test = (run.calibrated(4, split) for split in ("train", "test"))
+    assert record["nelbo_discrete_calibrated_nats"]["4"] == pytest.approx(on_train, rel=1e-6)
+    assert on_train != pytest.approx(on_test, rel=1e-5), "the splits must make a difference"
+    continuous = run.calibrated(None, "train")
+    assert record["nelbo_calibrated_nats"] == pytest.approx(continuous, rel=1e-6)
+
+
+class Evaluated:
+    """A run evaluated in Python, with the settings of the test of calibration."""
+
+    def __init__(self, folder: Path):
+        self.model, self.data = Run(folder).model(), Run(folder).data()
+
+    def numbers(self, limit: int) -> list[int]:
+        return Evaluation(self.model, self.data.split("test"), limit=limit).numbers
+
+    def calibrated(self, steps: int | None, split: str) -> float:
+        evaluation = Evaluation(self.model, self.data.split("test"), limit=40)
+        return evaluation.nelbo(steps, 2, self.data.split(split)).nats

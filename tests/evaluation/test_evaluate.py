@@ -15,6 +15,8 @@ from ndm.evaluation.measurement import (
     LikelihoodProtocol,
     Measurement,
     neighbor_error,
+    strata_error,
+    weights_error,
 )
 from ndm.evaluation.relations import check_relations
 from ndm.evaluation.tables import flat_record, markdown_table
@@ -85,6 +87,77 @@ def test_neighbor_error_of_independent_values_is_the_usual_standard_error() -> N
     trend = torch.linspace(0, 1, 1001, dtype=F64)
     assert neighbor_error(trend) < 1e-4, "a trend over the order is not noise"
     assert math.isnan(neighbor_error(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("draws", [4, 16])
+@pytest.mark.parametrize("steps", [None, 500])
+def test_the_standard_error_of_each_example_is_calibrated(steps: int | None, draws: int) -> None:
+    """Against the spread over seeds of the same examples."""
+    model, data = toy_model(), points(12)
+    found = [Evaluation(model, data, seed=seed).nelbo(steps, draws) for seed in range(200)]
+    values = torch.stack([one.values for one in found])
+    errors = torch.stack([one.errors for one in found])  # type: ignore[arg-type]
+    ratio = values.std(0) / errors.square().mean(0).sqrt()
+    assert float(ratio.log().mean().exp()) == pytest.approx(1, abs=0.15)
+    assert bool(((ratio > 0.6) & (ratio < 1.5)).all())
+
+
+def test_the_error_of_an_example_contains_noise_and_the_position_of_its_times() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 3 * torch.randn(4000, 16, dtype=F64, generator=generator)
+    rms = float(strata_error(noise).square().mean().sqrt())
+    assert rms == pytest.approx(3 / math.sqrt(16), rel=0.04)
+    # A slope of 1 over [0, 1] moves by p/K, which has the variance 1/(12 K²).
+    position = torch.rand(4000, 1, dtype=F64, generator=generator)
+    slope = (torch.arange(16, dtype=F64) + position) / 16
+    rms = float(strata_error(slope).square().mean().sqrt())
+    assert rms == pytest.approx(float(slope.mean(1).std()), rel=0.3)
+    assert bool(strata_error(noise[:, :1]).isnan().all())
+
+
+def test_the_error_of_a_weighted_bound_is_calibrated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_weights = 0.3 * torch.randn(4000, 64, dtype=F64, generator=generator)
+    spread = (torch.logsumexp(log_weights, 1) - math.log(64)).std()
+    rms = weights_error(log_weights).square().mean().sqrt()
+    assert float(rms) == pytest.approx(float(spread), rel=0.05)
+    torch.testing.assert_close(weights_error(log_weights - 1e5), weights_error(log_weights))
+    assert bool(weights_error(log_weights[:, :1]).isnan().all())
+
+
+def test_the_seed_of_a_likelihood_draws_its_latents() -> None:
+    """With the exact trace the latents are the only random numbers."""
+    model, data = toy_model(), points(6)
+    settings = OdeSettings(solver="rk4", nodes=8, probes="exact")
+    first, again, other = (
+        Evaluation(model, data, seed=seed).nll(settings=settings).values for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert float((first - other).abs().min()) > 1e-3
+    pairs = Evaluation(model, data, seed=1).nll(2, settings=settings).values
+    assert float((pairs - first).abs().min()) > 1e-6, "the second sample is another one"
+
+
+def test_the_standard_error_of_a_likelihood_is_that_of_its_weighted_values() -> None:
+    """A wide decoder: one sample of z_0 varies much more than the mean of many weights."""
+    measured = Evaluation(wide_model(), points(40)).nll(
+        16, settings=OdeSettings(solver="rk4", nodes=8, probes="exact")
+    )
+    expected = float(measured.values.std() / math.sqrt(40))
+    assert measured.stderr == pytest.approx(expected, rel=1e-12)
+    protocol = measured.protocol
+    assert isinstance(protocol, LikelihoodProtocol)
+    one_sample = protocol.one_sample_bpd_stderr
+    assert one_sample is not None and one_sample != pytest.approx(measured.bpd_stderr, rel=0.01)
+    assert protocol.one_sample_bpd > measured.bpd + 0.01
+    assert measured.numbers()["nats_stderr"] == measured.stderr
+    assert flat_record([measured])["nll_nats_stderr"] == measured.stderr
+
+
+def wide_model() -> NDM:
+    schedule, predictor = LinearLogSNRSchedule(-1.0, 3.0), Predictor(network(4))
+    transform = randomized(NetworkTransform(network(3)), 0.1)
+    return NDM(schedule, transform, predictor, GaussianDecoder()).double()
 
 
 def test_few_steps_are_all_visited_equally_often() -> None:

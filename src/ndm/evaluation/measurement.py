@@ -227,8 +227,10 @@ def weights_error(log_weights: Tensor) -> Tensor:
     Args:
         log_weights: log w_k, ``(N, K)``; the result is NaN if K = 1.
     """
-    relative = torch.softmax(log_weights, 1) * log_weights.shape[1]
-    return relative.std(1) / math.sqrt(log_weights.shape[1])
+    count = log_weights.shape[1]
+    if count == 1:
+        return torch.full_like(log_weights[:, 0], math.nan)
+    return (torch.softmax(log_weights, 1) * count).std(1) / math.sqrt(count)
 
 
 def standard_error(values: Tensor) -> float:
