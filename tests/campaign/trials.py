@@ -5,6 +5,7 @@ code 2. A traceback, a signal, a hang, too much memory or another output fails.
 """
 
 import contextlib
+import mmap
 import os
 import resource
 import signal
@@ -14,10 +15,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 SECONDS, MEMORY = 20.0, 2**30
-"""Limits of a trial: seconds, and bytes of memory beyond those of the parent."""
+"""Limits of a trial: seconds, and bytes of memory beyond those it starts with."""
 LONGEST_LINE = 300
 
 
@@ -38,17 +38,18 @@ class Outcome:
 
 def run(action: Callable[[], int]) -> Outcome:
     """Run an action that returns an exit code in a forked child, and judge what it does."""
-    with tempfile.TemporaryFile() as output:
-        before = _memory()
+    with tempfile.TemporaryFile() as output, mmap.mmap(-1, 8) as shared:
         child = os.fork()
         if child == 0:
+            # A fork drops the pages of mapped libraries, so that only the child knows its start.
+            shared[:] = _peak(resource.getrusage(resource.RUSAGE_SELF)).to_bytes(8, "little")
             _run_child(action, output.fileno())
         status, usage, hung = _wait(child)
+        grown = _peak(usage) - int.from_bytes(shared[:], "little")
         output.seek(0)
         text = output.read().decode(errors="replace")
     if hung:
         return Outcome("hang", f"over {SECONDS:g} s")
-    grown = usage.ru_maxrss * 1024 - before
     if grown > MEMORY:
         return Outcome("memory", f"{grown / 2**20:.0f} MiB more than before")
     if os.WIFSIGNALED(status):
@@ -107,10 +108,9 @@ def _wait(child: int) -> tuple[int, resource.struct_rusage, bool]:
         time.sleep(0.002)
 
 
-def _memory() -> int:
-    """Memory of this process, bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _peak(usage: resource.struct_rusage) -> int:
+    """The most memory a process held at once, bytes."""
+    return usage.ru_maxrss * 1024
 
 
 def table(rows: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
