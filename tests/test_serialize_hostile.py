@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -170,6 +171,7 @@ def test_a_hostile_description_is_rejected_in_one_line(
 
 def test_the_description_itself_is_accepted(folder: Path, tmp_path: Path) -> None:
     run_command("sample", folder, "--n 1 --steps 2 --out", tmp_path / "s.npy")
+    assert len(np.load(tmp_path / "s.npy")) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,15 @@ def describe_value(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def one_line(error: object) -> str:
-    """Return a message as one line, with words of over 200 characters shortened."""
-    words = str(error).split()
-    return " ".join(word if len(word) <= 200 else f"{word[:60]}...{word[-30:]}" for word in words)
+def one_line(text: object, most: int | None = None) -> str:
+    """Return a text, such as the message of an error, as one line of at most ``most`` characters."""
+    return " ".join(str(text).split())[:most]
+
+
+def without_long_words(text: str) -> str:
+    """Return a line with words of over 200 characters shortened."""
+    words = (w if len(w) <= 200 else f"{w[:60]}...{w[-30:]}" for w in text.split())
+    return " ".join(words)
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -49,7 +49,7 @@ import torchdiffeq
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ndm.errors import UserError, check_choice, check_whole
+from ndm.errors import UserError, check_choice, check_whole, one_line
 from ndm.forward import Gaussian, NoisingProcess
 from ndm.random import RandomSource, standard_normal
 from ndm.random import uniform as uniform_noise
@@ -225,7 +225,7 @@ def solve_ode(
             )
         except AssertionError as error:
             # torchdiffeq asserts that its step is not too small and its state finite.
-            reason = " ".join(str(error).split())[:80]
+            reason = one_line(error, 80)
             raise UserError(
                 f"the ODE cannot be solved by {solver} with rtol={rtol:g}, atol={atol:g} in"
                 f" {_name(z.dtype)} ({reason}); raise the tolerances, use float64, or a solver with"

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ndm.errors import ForeignModuleError, UserError, describe_value
+from ndm.errors import ForeignModuleError, UserError, describe_value, one_line
 from ndm.parts import Part
 from ndm.readers import building_bounded_by, check_arguments, parse_json, read_text
 from ndm.writing import write_atomically
@@ -152,13 +152,9 @@ def from_config(
         raise UserError(f"{where}: {error}") from error
     except _CONSTRUCTOR_ERRORS as error:
         raise UserError(
-            f"{where}: {path} does not take the arguments of this file ({_one_line(error)}); load"
+            f"{where}: {path} does not take the arguments of this file ({one_line(error, 100)}); load"
             " it with the version of ndm that wrote it"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]
 
 
 def write_json(path: Path, data: object) -> None:
@@ -180,7 +176,7 @@ def read_json(path: Path) -> dict[str, object]:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON ({_one_line(error)}); it is damaged, or not a file of"
+            f"{path} cannot be read as JSON ({one_line(error, 100)}); it is damaged, or not a file of"
             " ndm"
         ) from error
     if not isinstance(data, dict):
@@ -248,8 +244,8 @@ def load_model(
     version = config.pop("format", None)
     if version != FORMAT:
         raise UserError(
-            f"{folder / CONFIG_NAME} has format {str(version)[:80]}, but this version of ndm reads format"
-            f" {FORMAT}; update ndm"
+            f"{folder / CONFIG_NAME} has format {str(version)[:80]}, but this version of ndm reads"
+            f" format {FORMAT}; update ndm"
         )
     weights = _load_tensors(folder / WEIGHTS_NAME)
     model = _build(config.pop("model", None), weights, folder / CONFIG_NAME, replace)
@@ -303,7 +299,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({_one_line(error)}); it is truncated or damaged: copy it or"
+            f"{path} cannot be read ({one_line(error, 100)}); it is truncated or damaged: copy it or"
             " train again"
         ) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ndm.errors import UserError
+from ndm.errors import UserError, one_line
 
 try:
     import fcntl
@@ -99,7 +99,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        reason = getattr(error, "strerror", None) or one_line(error, 100)
         advice = "is the disk full?"
         if isinstance(error, OSError) and error.errno not in FULL:
             advice = "choose another name, or a folder that you can write to"
@@ -159,13 +159,18 @@ def delete_abandoned(folder: Path, prefix: str, suffix: str = "") -> None:
                 os.close(handle)
 
 
+def allowed_mode(mode: int) -> int:
+    """Return the permissions of a new file or folder: ``mode`` without those the user masks."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
+
+
 def _finish(temporary: Path, target: Path) -> None:
     """Rename a complete temporary file."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    temporary.chmod(allowed_mode(0o666))
     temporary.replace(target)
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from campaign.mutations import mutate
 from campaign.trials import Outcome, run, table
 from ndm.cli.main import main as ndm
-from ndm.errors import UserError, one_line
+from ndm.errors import UserError, one_line, without_long_words
 from ndm.train.config import RunConfig
 
 TRAIN = {
@@ -207,7 +207,7 @@ def _as_command(action: Callable[[], object]) -> int:
     try:
         action()
     except UserError as error:
-        print(f"ndm: error: {one_line(error)}", file=sys.stderr)
+        print(f"ndm: error: {without_long_words(one_line(error))}", file=sys.stderr)
         return 2
     return 0
 

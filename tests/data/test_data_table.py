@@ -359,9 +359,11 @@ def test_values_that_lose_all_others_are_rejected(tmp_path, column, options, cul
 
 def test_heavy_tails_and_repeated_values_are_accepted(tmp_path):
     heavy = np.random.default_rng(0).standard_cauchy((2000, 2)) ** 3
-    Table(write_npy(tmp_path / "heavy.npy", heavy), test_fraction=0.5).describe()
+    source = Table(write_npy(tmp_path / "heavy.npy", heavy), test_fraction=0.5)
+    assert source.describe().splits == {"train": 1000, "test": 1000}
     zeros = np.where(np.random.default_rng(0).random((2000, 1)) < 0.9, 0.0, 1e8)
-    Table(write_npy(tmp_path / "zeros.npy", zeros)).describe()
+    x = Table(write_npy(tmp_path / "zeros.npy", zeros)).split("train")[:]
+    assert len(x.unique()) == 2
 
 
 def test_names_of_parquet_columns_are_stripped_and_unique(tmp_path):

@@ -198,6 +198,7 @@ def test_integers_out_of_range_are_rejected(
 def test_the_greatest_seed_trains(write_config: ConfigWriter, tmp_path: Path) -> None:
     options = f"--seed {2**64 - 1} --train.steps 2"
     run_command("train --config", write_config(), "--out", tmp_path / "run", options)
+    assert Run(tmp_path / "run").metrics()["training_steps"] == 2
 
 
 def test_partial_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:

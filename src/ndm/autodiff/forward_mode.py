@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from ndm.autodiff.functorch import NOTHING, ONE_JVP, RULES, Nesting, nesting
 from ndm.autodiff.rules import Convolution, GroupNorm, SiLU, standardized
-from ndm.errors import ForwardModeError
+from ndm.errors import ForwardModeError, one_line
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """Anything that maps ``(x, t)`` of shapes ``(B, *event)`` and ``(B,)`` to ``(B, *event)``."""
@@ -92,7 +92,7 @@ def time_derivative(
 
 def _explained(error: Exception, name: str, around: Nesting) -> ForwardModeError:
     what = f"the network {name} works but cannot be differentiated in t"
-    reason = " ".join(str(error).split())[:160]
+    reason = one_line(error, 160)
     if around == NOTHING:
         return ForwardModeError(
             f"{what} by forward-mode AD ({reason}); train in discrete time (steps=T), which"

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ndm.errors import UserError, one_line, require
+from ndm.errors import UserError, one_line, require, without_long_words
 
 COMMANDS = {
     "train": "train a model, or resume an interrupted run",
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"ndm: error: {one_line(error)}", file=sys.stderr)
+        print(f"ndm: error: {without_long_words(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         advice = "; rerun the command to resume" if trains else ""
@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            name = str(error.filename or "a path")
-            name = name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}"
+            from ndm.writing import shortened
+
+            name = shortened(error.filename or "a path")
             print(
                 f"ndm: error: {name}: the name is too long; choose one of at most 255 bytes",
                 file=sys.stderr,
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ndm: error: the disk is full ({place}); free some space", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if not (
             isinstance(error, MemoryError)
             or "out of memory" in reason

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ndm.device import pick_device
-from ndm.errors import UserError
+from ndm.errors import UserError, one_line
 from ndm.evaluation.evaluate import Evaluation
 from ndm.serialize import read_json, write_json
 from ndm.train.config import RunConfig
@@ -166,7 +166,7 @@ def _attempt(job: Job) -> str | None:
             if job.measures is not None:
                 _measure(job, job.measures)
     except UserError as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     except torch.OutOfMemoryError as error:
         return (
             f"out of memory ({' '.join(str(error).split())[:80]}); lower train.batch_size or raise"

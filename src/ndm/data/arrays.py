@@ -328,8 +328,8 @@ def check_values(
     if low is not None or high is not None:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
         advice = (
-            f"allowed are {number_text(least)} to {number_text(most)}; fix the data, or declare their range with"
-            " num_values=, low= and high="
+            f"allowed are {number_text(least)} to {number_text(most)}; fix the data, or declare"
+            " their range with num_values=, low= and high="
         )
         rules.append(((array < least) | (array > most), advice))
     for wrong, advice in rules:

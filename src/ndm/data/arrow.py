@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ndm.data.columns import Column, choose_columns, clean, column_label, listed, or_choose
-from ndm.errors import UserError, require
+from ndm.errors import UserError, one_line, require
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,7 +29,7 @@ def read_parquet(
         # A file of its own: names such as x=1 in the path are no columns.
         table = pyarrow.parquet.ParquetFile(file).read()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(f"{file} cannot be read as Parquet ({reason}); write it again") from error
     return arrow_columns(table, columns, str(file), integers)
 

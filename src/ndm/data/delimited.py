@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ndm.data.columns import Column, choose_columns, clean, column_label, listed, or_choose, short
-from ndm.errors import UserError, describe_value, require
+from ndm.errors import UserError, describe_value, one_line, require
 
 if TYPE_CHECKING:
     import pyarrow
@@ -121,7 +121,7 @@ def read_text_table(
     separator = _separator(file, dialect)
     rows = _first_rows(file, separator)
     if not rows:
-        raise UserError(f"{file} has no rows of numbers; give a table with at least two")
+        raise _no_rows(file)
     first = [clean(cell) for cell in rows[0]]
     if dialect.header == "auto":
         has_names = bool(expected) and {clean(name) for name in expected} <= set(first)
@@ -139,7 +139,7 @@ def read_text_table(
     positions = choose_columns(columns, names, len(first), str(file))
     cells = _cells(file, separator, len(first), positions, has_names)
     if not cells.num_rows:
-        raise UserError(f"{file} has no rows of numbers; give a table with at least two")
+        raise _no_rows(file)
     chosen = [names[position] for position in positions] if names else None
     values = _numbers(cells, chosen or positions, dialect.decimal, str(file))
     version = "first row: names" if has_names else "first row: data"
@@ -192,6 +192,10 @@ def _check_widths(rows: Sequence[Sequence[str]], has_names: bool, where: str) ->
             raise _ragged(where, index - has_names, len(row), len(rows[0]))
 
 
+def _no_rows(file: Path) -> UserError:
+    return UserError(f"{file} has no rows of numbers; give a table with at least two")
+
+
 def _ragged(where: str, index: int, count: int, width: int) -> UserError:
     return UserError(
         f"{where}: row {index} (the first is 0) has {count} cells instead of {width}; fix or drop"
@@ -204,7 +208,7 @@ def _has_names(rows: Sequence[Sequence[str]], decimal: str) -> bool | None:
     first, body = rows[0], rows[1:]
     kinds = [_kind(cell, decimal) for cell in first]
     below = [_kinds_below(body, index, decimal) for index in range(len(first))]
-    if _consecutive(first):
+    if looks_like_names(first):
         real = all("real" in kinds_below for kinds_below in below)
         return True if len(first) > 2 or real or not body else None
     if "text" not in kinds:
@@ -241,14 +245,9 @@ def is_number(cell: str, decimal: str = ".") -> bool:
 
 
 def looks_like_names(cells: Sequence[str]) -> bool:
-    """Return whether cells that are all numbers may be taken for names in a first row."""
-    return _consecutive(cells)
-
-
-def _consecutive(cells: Sequence[str]) -> bool:
     """Return whether cells are whole numbers 0, 1, ... or 1, 2, ..., after an empty one or not.
 
-    pandas writes an empty cell as the name of the index.
+    In a first row they may be taken for names. pandas writes an empty cell as the name of the index.
     """
     cells = [cell.strip() for cell in cells]
     cells = cells[1:] if len(cells) > 1 and not cells[0] else cells
@@ -342,7 +341,8 @@ def _unusable(
     other = "," if decimal == "." else "."
     if is_number(cell, other) and not is_number(cell, decimal):
         fix = f"give decimal='{other}' if that is its decimal mark (--data.decimal '{other}')"
-    text = f"{where}: row {row} (the first is 0), column {column_label(label)} holds {short(cell)}, {what}"
+    place = f"{where}: row {row} (the first is 0), column {column_label(label)}"
+    text = f"{place} holds {short(cell)}, {what}"
     if len(wrong) > 1:
         more = [f"{column_label(one)} ({short(wrong[one][1])})" for one in list(wrong)[1:]]
         text += f"; {len(more)} more columns hold such values: {listed(more)}"
@@ -373,10 +373,8 @@ def _reading(file: Path) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         if "Empty CSV" in str(error):
-            raise UserError(
-                f"{file} has no rows of numbers; give a table with at least two"
-            ) from error
-        reason = " ".join(str(error).split())[:120]
+            raise _no_rows(file) from error
+        reason = one_line(error, 120)
         raise UserError(
             f"{file} cannot be read as CSV in UTF-8 ({reason}); write it again"
         ) from error

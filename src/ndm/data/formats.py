@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ndm.errors import UserError
+from ndm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +53,7 @@ def open_image(data: bytes) -> "Iterator[Image.Image]":
         raise
     # The decoders raise errors of any kind for damaged files.
     except Exception as error:
-        reason = " ".join(str(error).split()).replace(" <_io.BytesIO object at", "")
+        reason = one_line(error).replace(" <_io.BytesIO object at", "")
         raise ImageError(f"it cannot be read as an image: {_shorten(reason)}") from error
 
 

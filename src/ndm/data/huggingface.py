@@ -20,7 +20,7 @@ from ndm.data.files import is_folder
 from ndm.data.images import EncodedImages, OnError, check_image_arguments, describe_size, encoded
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_classes
-from ndm.errors import UserError, describe_value, require
+from ndm.errors import UserError, describe_value, one_line, require
 
 
 class ColumnImages(EncodedImages):
@@ -181,7 +181,7 @@ class HuggingFace(DataSource):
                 )
             # The client raises errors of many libraries, all about names, network or files.
             except Exception as error:
-                text = " ".join(f"{type(error).__name__}: {error}".split())
+                text = one_line(f"{type(error).__name__}: {error}")
                 raise UserError(
                     f"split {theirs!r} of data set {self.name!r} cannot be loaded; check name,"
                     f" config, revision and splits, and the network ({text[:300]})"

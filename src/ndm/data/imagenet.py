@@ -34,7 +34,7 @@ from ndm.data.images import NUM_VALUES, EncodedImages, encoded
 from ndm.data.mapped import MappedSplit, StoredArray, find_array
 from ndm.data.release import check_content, check_sha256_argument, describe_release
 from ndm.data.source import ContentHash, DataDescription, DataSource, Loaded
-from ndm.errors import UserError, describe_value, require
+from ndm.errors import UserError, describe_value, one_line, require
 
 Resolution = Literal[32, 64]
 OORD = {"train": 1_281_149, "test": 49_999}
@@ -60,7 +60,7 @@ class TarImages(EncodedImages):
                     # A million entries would take a gigabyte.
                     archive.members.clear()  # type: ignore[attr-defined]
         except (tarfile.TarError, OSError, EOFError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"{file} is truncated, damaged or not a plain tar archive ({reason}); download it"
                 " again, or unpack it"

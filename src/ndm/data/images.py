@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 NUM_VALUES = 256
 OnError = Literal["raise", "skip"]
 """What to do with images that cannot be used."""
-_MODES = {1: "L", 3: "RGB"}
+CHANNELS = {"L": 1, "RGB": 3}
+"""Pillow's mode -> channels of an image."""
+_MODES = {channels: mode for mode, channels in CHANNELS.items()}
 _LONGEST_LIST = 100  # names of skipped images in a description
 
 

@@ -33,7 +33,7 @@ from ndm.data.delimited import Dialect, read_text_table
 from ndm.data.mapped import IntegerRows
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_split_arguments, describe_split, draw_split
-from ndm.errors import UserError, check_whole, describe_value
+from ndm.errors import UserError, check_whole, describe_value, one_line
 
 SUFFIXES = (".npy", ".npz", *TEXT_SUFFIXES, ".parquet")
 """Suffixes of the files that can be read."""
@@ -282,7 +282,7 @@ class Table(DataSource):
             raise
         except _DAMAGE as error:
             raise UserError(
-                f"{file} cannot be read ({_one_line(error)}); write it again with plain numbers, no"
+                f"{file} cannot be read ({one_line(error, 160)}); write it again with plain numbers, no"
                 " objects or pickles"
             ) from error
         if data.dtype.kind not in "biuf" or data.ndim == 0:
@@ -372,7 +372,3 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
             " leave these out with columns=",
             stacklevel=2,
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

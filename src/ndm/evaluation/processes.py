@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ndm.errors import UserError
+from ndm.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def processes() -> Iterator[Processes]:
         # Values are gathered on the CPU. Processes may finish hours apart, hence the long timeout.
         group = dist.new_group(timeout=timedelta(days=7))
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(
             f"WORLD_SIZE is set but the processes cannot be joined ({reason}); start them with"
             " torchrun, or unset it"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError, check_whole
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import LayerNorm, attend, check_dropout, check_outputs, zeroed
+from ndm.nn.layers import LayerNorm, attend, check_dropout, check_outputs, expected_channels, zeroed
 from ndm.parts import Part
 
 
@@ -151,9 +151,7 @@ class DiT(Part):
         channels = self.image_channels + self.context
         is_image = x.dim() == 4 and x.shape[1] == channels
         if not is_image or x.shape[2] % self.patch or x.shape[3] % self.patch:
-            expected = str(self.image_channels)
-            if self.context:
-                expected += f" + {self.context} of context"
+            expected = expected_channels(self.image_channels, self.context)
             raise UserError(
                 f"the transformer takes images (B, {expected}, H, W) whose sides are multiples of"
                 f" {self.patch}, got a batch of shape {tuple(x.shape)}; set image_channels and"

@@ -169,6 +169,11 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def expected_channels(image_channels: int, context: int) -> str:
+    """Return the channels that a network takes, for a message."""
+    return f"{image_channels} + {context} of context" if context else str(image_channels)
+
+
 def check_dropout(dropout: float) -> float:
     """Return a dropout probability, or raise :class:`UserError` if it is not in [0, 1)."""
     if not 0 <= dropout < 1:

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from ndm.errors import UserError, check_choice, check_whole
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
 from ndm.nn.fused import norm_silu
-from ndm.nn.layers import Attention, Norm, check_dropout, check_outputs, doubled, make_norm, zeroed
+from ndm.nn.layers import (
+    Attention,
+    Norm,
+    check_dropout,
+    check_outputs,
+    doubled,
+    expected_channels,
+    make_norm,
+    zeroed,
+)
 from ndm.parts import Part
 
 
@@ -184,9 +193,7 @@ class UNet(Part):
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.image_channels + self.context:
-            expected = str(self.image_channels)
-            if self.context:
-                expected += f" + {self.context} of context"
+            expected = expected_channels(self.image_channels, self.context)
             raise UserError(
                 f"the U-Net takes images (B, {expected}, H, W), got a batch of shape"
                 f" {tuple(x.shape)}; set image_channels to fit the data, and context to 0, or to"

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from ndm.data import EventDataset
-from ndm.errors import UserError, check_choice, check_whole
+from ndm.errors import UserError, check_choice, check_whole, one_line
 
 Scale = Literal["bytes", "unit", "symmetric"]
 
@@ -173,7 +173,7 @@ def _features(module: nn.Module, x: Tensor, name: str) -> Tensor:
         with warnings.catch_warnings(action="ignore"):
             features = module(x)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[-160:]
+        reason = one_line(error)[-160:]
         raise UserError(
             f"the feature network {name} cannot take images of shape {tuple(x.shape[1:])},"
             f" {str(x.dtype).removeprefix('torch.')} ({reason}); set its input format: scale, size"

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
 from torch import nn
 
-from ndm.errors import UserError
+from ndm.errors import UserError, one_line
 from ndm.model import DiffusionModel
 
 MOVES_EVERY = 0.5
@@ -161,7 +161,7 @@ class SamplePictures(Callback):
         except (UserError, torch.OutOfMemoryError) as error:
             if not Path(trainer.default_root_dir, "logs").is_dir():
                 raise  # the folder of the run was removed
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             print(f"ndm: warning: no samples at step {step}: {reason}", file=sys.stderr)
         finally:
             model.train(training)

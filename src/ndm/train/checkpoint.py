@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ndm.errors import UserError, describe_value
+from ndm.errors import UserError, describe_value, one_line
 from ndm.serialize import is_finite
 
 if TYPE_CHECKING:  # importing Lightning takes seconds
@@ -41,7 +41,7 @@ _MACHINE = ("lr", "fused", "foreach", "capturable", "differentiable", "step", "p
 
 def damaged(path: Path, reason: str) -> UserError:
     """Return the error for a checkpoint that cannot be used."""
-    short = " ".join(reason.split())
+    short = one_line(reason)
     short = short if len(short) <= 140 else short[:137] + "..."
     return UserError(
         f"the checkpoint {path} is truncated or damaged ({short}); restore it, or delete it to"
@@ -162,14 +162,7 @@ def _check_weights(own: Mapping[str, Tensor], found: Mapping[str, Any], where: s
     """
     _same_keys(found, own, where)
     for name, expected in own.items():
-        value = found[name]
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise ValueError(f"{where}.{name} is not a tensor")
-        if (value.shape, value.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(
-                f"{where}.{name} is {value.dtype} {tuple(value.shape)} instead of"
-                f" {expected.dtype} {tuple(expected.shape)}"
-            )
+        value = _same_kind(found[name], expected, f"{where}.{name}")
         if not is_finite(value) and is_finite(expected):
             raise ValueError(f"{where}.{name} has values that are not finite")
 
@@ -306,13 +299,7 @@ def _check_state(found: Any, new: Any, parameter: Tensor, step: int, where: str)
     if not isinstance(new, Tensor):
         _equal(found, new, where)
         return
-    if not isinstance(found, Tensor) or found.layout != torch.strided:
-        raise ValueError(f"{where} is not a tensor")
-    if (found.shape, found.dtype) != (new.shape, new.dtype):
-        raise ValueError(
-            f"{where} is {found.dtype} {tuple(found.shape)} instead of {new.dtype}"
-            f" {tuple(new.shape)}"
-        )
+    found = _same_kind(found, new, where)
     dense = _strides(torch.empty_like(found, device="meta")) == _strides(found)
     if not dense or (new.shape == parameter.shape and _strides(found) != _strides(new)):
         raise ValueError(f"{where} has other strides than its parameter: {found.stride()}")
@@ -320,6 +307,18 @@ def _check_state(found: Any, new: Any, parameter: Tensor, step: int, where: str)
         raise ValueError(f"{where} has values that are not finite")
     if where.endswith(".step") and not 0 < float(found) <= step:
         raise ValueError(f"{where} is {float(found):g} after {step} steps")
+
+
+def _same_kind(found: Any, expected: Tensor, where: str) -> Tensor:
+    """Return a value that must be a tensor of the expected type and shape."""
+    if not isinstance(found, Tensor) or found.layout != torch.strided:
+        raise ValueError(f"{where} is not a tensor")
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise ValueError(
+            f"{where} is {found.dtype} {tuple(found.shape)} instead of {expected.dtype}"
+            f" {tuple(expected.shape)}"
+        )
+    return found
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -19,18 +19,19 @@ def check_parts(parts: RunParts) -> None:
         UserError: they do not.
     """
     model, settings = parts.model, parts.settings
-    _check_decoder(model, parts.data.describe())
-    if settings.horizontal_flips and not is_image(parts.data.describe().event_shape):
+    description = parts.data.describe()
+    _check_decoder(model, description)
+    if settings.horizontal_flips and not is_image(description.event_shape):
         raise UserError(
-            f"train.horizontal_flips: {parts.data.describe().name} holds no images but examples of"
-            f" shape {tuple(parts.data.describe().event_shape)}; set it to false"
+            f"train.horizontal_flips: {description.name} holds no images but examples of shape"
+            f" {tuple(description.event_shape)}; set it to false"
         )
     splits = ["train", settings.evaluation_split]
     if settings.validate_every:
         splits.append(settings.validation_split)
     for split in splits:
         if len(parts.data.split(split)) == 0:
-            raise UserError(f"{parts.data.describe().name}: the split {split!r} is empty")
+            raise UserError(f"{description.name}: the split {split!r} is empty")
     # One bound shows whether the shapes of the networks fit, before Lightning sets up.
     state = torch.random.get_rng_state()
     model.eval()

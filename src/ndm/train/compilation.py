@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ndm.elbo import BoundDraw
+from ndm.errors import one_line
 from ndm.model import DiffusionModel
 
 
@@ -95,7 +96,7 @@ def try_compiling(
         model.zero_grad()
         trial(terms).backward()  # raises errors that are not the compiler's
         if speak:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
             print(
                 f"train.compile: compilation failed ({reason}); training continues uncompiled",
                 file=sys.stderr,

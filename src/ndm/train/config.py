@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ndm.data import DataSource
-from ndm.errors import UserError, check_whole
+from ndm.errors import UserError, check_whole, one_line
 from ndm.model import DiffusionModel
 from ndm.train.settings import TrainSettings
 from ndm.train.yaml_reader import MODE, BoundError, check_text, check_yaml, load_value, read_yaml
@@ -196,7 +196,7 @@ def parse(
 
 def _reason(error: Exception) -> str:
     """Shorten a parser's message to the full name of the option and what is wrong with it."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     text = re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
     for noise in (
         r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ",

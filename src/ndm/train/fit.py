@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ndm.errors import UserError
+from ndm.errors import UserError, one_line
 from ndm.model import DiffusionModel
 from ndm.serialize import write_atomically
 from ndm.train.callbacks import (
@@ -145,7 +145,7 @@ def fit(parts: RunParts, run: Run, seed: int) -> bool:
     try:
         trainer = make_trainer(settings, run, extra=pictures)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"cannot train with these settings on this machine: {reason}; see train.accelerator,"
             " train.devices, train.strategy"

@@ -138,15 +138,11 @@ class TrainSettings:
             "evaluation_draws",
         ):
             if getattr(self, name) < 1:
-                raise UserError(
-                    f"train.{name}={describe_value(getattr(self, name))}: give an integer of at least 1"
-                )
+                raise self._wrong(name, "an integer of at least 1")
         self._check_most()
         for name in ("warmup", "workers", "gradient_clip", "weight_decay", "transform_rate"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(
-                    f"train.{name}={describe_value(getattr(self, name))}: give a number of at least 0"
-                )
+                raise self._wrong(name, "a number of at least 0")
         for name in (
             "threads",
             "sample_every",
@@ -156,9 +152,7 @@ class TrainSettings:
             "sample_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(
-                    f"train.{name}={describe_value(getattr(self, name))}: give an integer of at least 1, or null"
-                )
+                raise self._wrong(name, "an integer of at least 1, or null")
         if self.validate_every is not None and self.validate_every > self.steps:
             raise UserError(
                 f"train.validate_every={self.validate_every} is more than train.steps={self.steps};"
@@ -178,6 +172,10 @@ class TrainSettings:
             if isinstance(value, int) and value > most:
                 shown = describe_value(value)
                 raise UserError(f"train.{name}={shown}: give an integer of at most {most:,}")
+
+    def _wrong(self, name: str, allowed: str) -> UserError:
+        value = describe_value(getattr(self, name))
+        return UserError(f"train.{name}={value}: give {allowed}")
 
     def _check_sharding(self) -> None:
         if "fsdp" not in self.strategy:

@@ -37,8 +37,8 @@ def train_run(run: Run, config: RunConfig) -> dict[str, Any] | None:
     if run.finished:
         metrics = run.metrics()
         print(
-            f"{run.folder} is finished: {metrics['nelbo_bpd']:.4f} bits/dim on {metrics.get('split')}; nothing to"
-            " do (choose another --out to train again)"
+            f"{run.folder} is finished: {metrics['nelbo_bpd']:.4f} bits/dim on"
+            f" {metrics.get('split')}; nothing to do (choose another --out to train again)"
         )
         return metrics
     torch.manual_seed(config.seed)

@@ -20,8 +20,8 @@ from ndm.data.formats import (
     open_image,
     unusable_images,
 )
-from ndm.data.images import upright, upright_size
-from ndm.errors import UserError, describe_value
+from ndm.data.images import CHANNELS, upright, upright_size
+from ndm.errors import UserError, describe_value, one_line
 
 KINDS = ("image", "npy", "npz")
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -114,7 +114,7 @@ class Item:
             ValueError: it cannot.
         """
         if self.kind == "image":
-            channels = {"L": 1, "RGB": 3}.get(self.mode)
+            channels = CHANNELS.get(self.mode)
             fits = len(event_shape) == 3 and event_shape[0] == channels
             fits = fits and self.count == 1 and num_values == 256 and not (self.shape or self.key)
         else:
@@ -268,7 +268,7 @@ class _Reader:
             raise UserError(f"{path} does not exist; check the path") from error
         # zipfile and its decoders raise errors of any kind for damaged files.
         except Exception as error:
-            reason = " ".join(str(error).split())[:80]
+            reason = one_line(error, 80)
             raise ImageError(f"it cannot be read as an image or array: {reason}") from error
 
     def reserve(self, values: int) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from ndm.apps.compress.items import Item, check_lengths
+from ndm.data.images import CHANNELS
 from ndm.errors import UserError, describe_value
-from ndm.writing import delete_abandoned, lock
+from ndm.writing import allowed_mode, delete_abandoned, lock
 
 
 def check_places(items: Sequence[Item], folder: Path) -> list[str]:
@@ -149,9 +150,7 @@ def _hidden_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _replace(source: Path, target: Path) -> bool:
     """Rename a folder to a missing or empty one; return whether the file system allows it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    source.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o777 & ~umask)
+    source.chmod(target.stat().st_mode & 0o7777 if target.exists() else allowed_mode(0o777))
     try:
         source.rename(target)
     except OSError:
@@ -227,7 +226,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 def _write_image(path: Path, rows: np.ndarray, event_shape: tuple[int, ...], mode: str) -> None:
     pixels = rows.reshape(event_shape).astype(np.uint8)
-    channels = {"L": 1, "RGB": 3}.get(mode)
+    channels = CHANNELS.get(mode)
     if pixels.ndim != 3 or pixels.shape[0] != channels or rows.max(initial=0) > 255:
         raise ValueError("an image does not have the shape of its mode")
     image = Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0))
