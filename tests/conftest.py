@@ -1,5 +1,6 @@
 """Shared set-up of the tests."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by commands in the background
 
 TINY: dict[str, Any] = {
     "data": {

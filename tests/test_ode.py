@@ -181,12 +181,12 @@ def test_hutchinson_is_unbiased_and_its_variance_falls_with_the_probes(probe: st
     reverse = image_process()
     z = torch.randn(1, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(3))
     exact = ode_log_prob(reverse, z, OdeSettings(solver="rk4", nodes=8, probes="exact")).log_p
-    many, variance = z.expand(256, 1, 4, 4), []
+    many, variance = z.expand(144, 1, 4, 4), []
     for probes in (1, 4):
         settings = OdeSettings(solver="rk4", nodes=8, probes=probes, probe=probe)  # type: ignore[arg-type]
-        found = ode_log_prob(reverse, many, settings, ExampleGenerators(probes, range(256))).log_p
+        found = ode_log_prob(reverse, many, settings, ExampleGenerators(probes, range(144))).log_p
         assert float(found.std()) > 1e-2
-        assert abs(float(found.mean() - exact)) < 4 * float(found.std()) / 16
+        assert abs(float(found.mean() - exact)) < 4 * float(found.std()) / 12
         variance.append(float(found.var()))
     assert 2.4 < variance[0] / variance[1] < 6.5
 

@@ -5,7 +5,7 @@ command line prints only the message and exits with code 2. Any exception that i
 :class:`UserError` is a bug and keeps its traceback.
 """
 
-import importlib
+import importlib.util
 from collections.abc import Sequence
 
 
@@ -47,10 +47,17 @@ def one_line(text: object, most: int | None = None) -> str:
     return " ".join(str(text).split())[:most]
 
 
-def without_long_words(text: str) -> str:
-    """Return a line with words of over 200 characters shortened."""
-    words = (w if len(w) <= 200 else f"{w[:60]}...{w[-30:]}" for w in text.split())
-    return " ".join(words)
+def shorten_line(text: str, most: int = 300) -> str:
+    """Return one line of at most ``most`` characters: long words are cut, then the middle."""
+    for longest in (200, 100, 60):
+        line = " ".join(
+            word if len(word) <= longest else f"{word[: longest // 4]}...{word[-longest // 2 :]}"
+            for word in text.split()
+        )
+        if len(line) <= most:
+            return line
+    end = line[-most // 2 :].partition(" ")[2]
+    return f"{line[: most - len(end) - 5].rstrip()} ... {end}"
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -78,10 +85,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def require(module: str, package: str, extra: str) -> None:
-    """Check that an optional package can be imported.
+    """Check that an optional package is installed, without importing it.
 
     Args:
-        module: the module to import.
+        module: the module that is needed.
         package: the package that contains it.
         extra: the extra of ``ndm`` that installs the package.
 
@@ -89,6 +96,8 @@ def require(module: str, package: str, extra: str) -> None:
         MissingExtraError: the package is not installed.
     """
     try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(package, extra) from error
+        found = importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package that contains the module
+        found = False
+    if not found:
+        raise MissingExtraError(package, extra)

@@ -2,11 +2,11 @@
 
     PYTHONPATH=tests python -m campaign.campaign --files 20000 --kills 60 --seed 0
 
-prints a table of what was tried and what failed, and exits with 1 if anything did. It takes a
-minute for about 500 files or 4 kills.
+prints a table of what was tried and what failed, and exits with 1 if anything did.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,9 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,13 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from campaign.mutations import mutate
 from campaign.trials import Outcome, run, table
+from ndm.cli.main import fail
 from ndm.cli.main import main as ndm
-from ndm.errors import UserError, one_line, without_long_words
+from ndm.errors import UserError
 from ndm.train.config import RunConfig
 
 TRAIN = {
@@ -207,71 +212,139 @@ def _as_command(action: Callable[[], object]) -> int:
     try:
         action()
     except UserError as error:
-        print(f"ndm: error: {without_long_words(one_line(error))}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 
-def kill_and_resume(config: Path, folder: Path, chance: random.Random) -> tuple[int, float]:
-    """Train, killing the process at random moments, until it ends; return kills and seconds."""
+def kill_and_resume(config: Path, folder: Path, chance: random.Random, longest: float) -> int:
+    """Train, killing the process at random moments, until it ends; return the number of kills.
+
+    Each of the first four starts is killed after up to ``longest`` seconds.
+    """
     command = [sys.executable, "-m", "ndm.cli", "train", "--config", str(config)]
     command += ["--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started, kills = time.monotonic(), 0
+    kills = 0
     while True:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            _, errors = process.communicate(
-                timeout=chance.uniform(2.0, 14.0) if kills < 4 else None
-            )
+            limit = chance.uniform(0.3, 1.0) * longest if kills < 4 else None
+            _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
             continue
         assert process.returncode == 0, errors.decode()[-400:]
-        return kills, time.monotonic() - started
+        return kills
 
 
 def kill_campaign(folder: Path, kills: int, seed: int) -> list[Outcome]:
     """Kill and resume trainings until there were so many kills; compare the weights bit by bit."""
     config = folder / "vectors.yaml"
     expected = load_file(folder / "vectors" / "model" / "model.safetensors")
+    started = time.monotonic()
+    kill_and_resume(config, folder / "timed", random.Random(), 1e6)
+    longest = time.monotonic() - started
     outcomes: list[Outcome] = []
     chance = random.Random(f"kills {seed}")
-    while len(outcomes) < kills:
-        out = folder / f"killed-{len(outcomes)}"
-        count, _ = kill_and_resume(config, out, chance)
-        found = load_file(out / "model" / "model.safetensors")
-        same = all(torch.equal(found[name], value) for name, value in expected.items())
-        leftover = [path for path in out.rglob(".*") if path.name != ".lock"]
-        verdict = Outcome("worked") if same else Outcome("wrong", "the weights differ")
-        if leftover:
-            verdict = Outcome("wrong", f"{leftover[0]} was left")
-        outcomes += [verdict] * max(count, 1)
+    with tqdm(total=kills, desc="kills", disable=None) as bar:
+        while len(outcomes) < kills:
+            out = folder / f"killed-{bar.n}"
+            count = kill_and_resume(config, out, chance, longest)
+            outcomes += [_compare(out, expected)] * count
+            bar.update(count)
+            shutil.rmtree(out)
     return outcomes
 
 
-def campaign(files: int, kills: int, seed: int) -> list[tuple[str, list[Outcome]]]:
+def _compare(out: Path, expected: dict[str, torch.Tensor]) -> Outcome:
+    """Compare the weights of a resumed run bit by bit, and look for files left behind."""
+    found = load_file(out / "model" / "model.safetensors")
+    if not all(torch.equal(found[name], value) for name, value in expected.items()):
+        return Outcome("wrong", "the weights differ")
+    leftover = [path for path in out.rglob(".*") if path.name != ".lock"]
+    return Outcome("wrong", f"{leftover[0]} was left") if leftover else Outcome("worked")
+
+
+def restore_campaign(folder: Path, kills: int, seed: int) -> list[Outcome]:
+    """Kill ``ndm decompress`` at random moments: all files or none, and a rerun restores all."""
+    expected = _pixels(folder / "images" / "test")
+    chance = random.Random(f"restore {seed}")
+
+    def restore(out: Path) -> int:
+        model = str(folder / "pictures" / "model")
+        return ndm(["decompress", str(folder / "archive.ndm"), "--model", model, "-o", str(out)])
+
+    started = time.monotonic()
+    assert run(lambda: restore(folder / "restored")).verdict == "worked"
+    longest = time.monotonic() - started
+    outcomes = []
+    for number in tqdm(range(kills), desc="kills of decompress", disable=None):
+        out = folder / f"restored-{number}"
+        if number % 2:
+            out.mkdir()
+            (out / "mine.txt").write_text("mine")
+
+        def killed(out: Path = out, moment: float = chance.uniform(0.0, longest)) -> int:
+            killer = threading.Timer(moment, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            killer.start()
+            return restore(out)
+
+        run(killed)
+        found = _pixels(out) if out.exists() else []
+        again = run(partial(restore, out)) if found != expected else Outcome("worked")
+        if number % 2 == 0 and found not in ([], expected):
+            again = Outcome("wrong", f"{len(found)} of {len(expected)} files were restored")
+        if again.passed and _pixels(out) != expected:
+            again = Outcome("wrong", "a rerun restored other files")
+        outcomes.append(again if again.verdict != "rejected" else Outcome("output", "rejected"))
+        shutil.rmtree(out)
+    return outcomes
+
+
+_KINDS: list[Kind] = []
+"""What the worker processes try; they inherit it."""
+
+
+def _trial(seed: int, index: int) -> Outcome:
+    """Run one trial, and print a failure at once."""
+    kind, label = _KINDS[index % len(_KINDS)], f"{seed} {index}"
+    outcome = kind.trial(label)
+    if not outcome.passed:
+        print(f"{kind.name}, trial {label!r}: {outcome.verdict}: {outcome.detail}", flush=True)
+    return outcome
+
+
+def damage_campaign(
+    kinds: Sequence[Kind], files: int, seed: int, workers: int
+) -> list[tuple[str, list[Outcome]]]:
+    """Try damaged files of all kinds in turn, in several processes."""
+    _KINDS[:] = kinds
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        outcomes = list(
+            tqdm(
+                pool.map(partial(_trial, seed), range(files), chunksize=4),
+                total=files,
+                desc="files",
+                disable=None,
+            )
+        )
+    return [(kind.name, outcomes[at :: len(kinds)]) for at, kind in enumerate(kinds)]
+
+
+def campaign(
+    files: int, kills: int, seed: int, workers: int = 1
+) -> list[tuple[str, list[Outcome]]]:
     """Run the campaign and print failures as they occur."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds = prepare(folder)
-        rows: list[tuple[str, list[Outcome]]] = [(kind.name, []) for kind in kinds]
-        for index in range(files):
-            at = index % len(kinds)
-            label = f"{seed} {index}"
-            outcome = kinds[at].trial(label)
-            rows[at][1].append(outcome)
-            if not outcome.passed:
-                print(
-                    f"{kinds[at].name}, trial {label!r}: {outcome.verdict}: {outcome.detail}",
-                    flush=True,
-                )
+        rows = damage_campaign(prepare(folder), files, seed, workers)
         if kills:
             rows.append(("training, kill -9", kill_campaign(folder, kills, seed)))
+            rows.append(("decompress, kill -9", restore_campaign(folder, kills, seed)))
     return rows
 
 
@@ -281,10 +354,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=20_000, help="number of damaged files")
     parser.add_argument("--kills", type=int, default=60, help="number of kills while training")
     parser.add_argument("--seed", type=int, default=0, help="seed of the damage")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     started = time.monotonic()
-    rows = campaign(options.files, options.kills, options.seed)
+    rows = campaign(options.files, options.kills, options.seed, options.workers)
     print(table(rows))
     print(f"seed {options.seed}, {time.monotonic() - started:.0f} s")
     return int(any(not one.passed for _, outcomes in rows for one in outcomes))

@@ -39,6 +39,7 @@ def rejected(
     lines = error.strip().splitlines()
     assert len(lines) == 1, error
     assert lines[0].startswith("ndm: error: ") and "Traceback" not in error
+    assert len(lines[0]) <= 300, lines[0]
     for culprit in culprits:
         assert culprit in lines[0], lines[0]
     return lines[0]

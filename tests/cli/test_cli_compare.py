@@ -78,7 +78,7 @@ def test_a_comparison_runs_end_to_end_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     comparison(tmp_path)
-    options = "--seeds 2 --horizons 3,5 --calibrate --nll --limit 20 --draws 2"
+    options = "--seeds 2 --horizons 3,5 --calibrate --nll --limit 6 --draws 2"
     record = compare(tmp_path, options)
     summary = {row["name"]: row for row in record["summary"]}
     assert list(summary) == ["Plain", "Plain, widened", "Learned F", "Direct"]

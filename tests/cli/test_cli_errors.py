@@ -4,6 +4,7 @@ import gzip
 import os
 import signal
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from cli.commands import arguments, rejected, run_command
 from conftest import TINY
+from ndm.cli.main import fail
 from ndm.errors import UserError
 from ndm.serialize import write_atomically
 
@@ -409,5 +411,29 @@ def test_long_words_of_a_message_are_shortened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "x" * 230
-    line = rejected(capsys, ["train --config", name, "--out", tmp_path / "run"], "x" * 60 + "...")
-    assert "x" * 61 not in line
+    line = rejected(capsys, ["train --config", name, "--out", tmp_path / "run"], "x...x", "digits")
+    assert "x" * 70 not in line
+
+
+@pytest.mark.parametrize("words", [[], ["x" * 400], ["some words"] * 40, ["y" * 59] * 9])
+def test_a_long_message_keeps_its_start_and_its_end(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail(" ".join(["start:", *words, "give 1"])) == 2
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert line.startswith("ndm: error: start:") and line.endswith("give 1") and len(line) <= 300
+    assert bool(words) == (" ... " in line or "x...x" in line or len(line) > 290)
+
+
+def test_bad_data_are_reported_without_importing_lightning(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n1,x\n2,y\n")
+    command = ["train", "--config", "transport", "--data", "ndm.data.Table"]
+    command += ["--data.path", str(table), "--out", str(tmp_path / "run")]
+    program = (
+        "import sys; from ndm.cli.main import main; code = main(sys.argv[1:]);"
+        "print('lightning.pytorch' in sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert "'b'" in done.stderr

@@ -8,11 +8,12 @@ traceback.
 
 import argparse
 import errno
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ndm.errors import UserError, one_line, require, without_long_words
+from ndm.errors import UserError, one_line, require, shorten_line
 
 COMMANDS = {
     "train": "train a model, or resume an interrupted run",
@@ -41,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"ndm: error: {without_long_words(one_line(error))}", file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         advice = "; rerun the command to resume" if trains else ""
         print(f"\nndm: interrupted{advice}", file=sys.stderr)
@@ -55,16 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ndm.writing import shortened
 
             name = shortened(error.filename or "a path")
-            print(
-                f"ndm: error: {name}: the name is too long; choose one of at most 255 bytes",
-                file=sys.stderr,
-            )
-            return 2
+            return fail(f"{name}: the name is too long; choose one of at most 255 bytes")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = error.filename or error
-        print(f"ndm: error: the disk is full ({place}); free some space", file=sys.stderr)
-        return 2
+        return fail(f"the disk is full ({place}); free some space")
     except (MemoryError, RuntimeError) as error:
         reason = one_line(error)
         if not (
@@ -77,8 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advice = "lower train.batch_size or raise train.accumulate"
         else:
             advice = "lower " + ("--rows" if "compress" in arguments[0] else "--batch_size")
-        print(f"ndm: error: out of memory; {advice} ({reason[:100]})", file=sys.stderr)
-        return 2
+        return fail(f"out of memory; {advice} ({reason[:100]})")
+
+
+def fail(error: object) -> int:
+    """Print an error as one line of at most 300 characters, and return the exit code 2."""
+    start = "ndm: error: "
+    print(start + shorten_line(str(error), 300 - len(start)), file=sys.stderr)
+    return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -126,27 +127,11 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     Raises:
         UserError: an argument or an input is wrong.
     """
-    # Imported here, because importing Lightning takes seconds.
-    from ndm.cli.compare import run_compare
-    from ndm.cli.compress import run_compress, run_decompress, run_inspect
-    from ndm.cli.evaluate import run_evaluate
-    from ndm.cli.quality import run_quality
-    from ndm.cli.reproduce import run_reproduce
-    from ndm.cli.sample import run_sample
-    from ndm.cli.train import run_train
-
-    commands = {
-        "train": run_train,
-        "sample": run_sample,
-        "evaluate": run_evaluate,
-        "quality": run_quality,
-        "compare": run_compare,
-        "reproduce": run_reproduce,
-        "compress": run_compress,
-        "decompress": run_decompress,
-        "inspect": run_inspect,
-    }
-    commands[name]([_underscored(argument) for argument in arguments])
+    # Imported here, because a command imports only what it needs, and reports errors soon.
+    modules = {"decompress": "compress", "inspect": "compress"}
+    module = importlib.import_module(f"ndm.cli.{modules.get(name, name)}")
+    run: Callable[[Sequence[str]], None] = getattr(module, f"run_{name}")
+    run([_underscored(argument) for argument in arguments])
 
 
 def _underscored(argument: str) -> str:

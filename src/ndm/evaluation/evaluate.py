@@ -339,11 +339,12 @@ class Evaluation:
         order = torch.tensor(np.argsort(numbers))
         values = {name: value[order] for name, value in values.items()}
         main = next(iter(values)) if "nelbo" not in values else "nelbo"
-        bad = int((~values[main].isfinite()).sum())
+        bad = (~values[main].isfinite()).nonzero().flatten().tolist()
         if bad:
             raise UserError(
-                f"the {what} of {bad} of {len(numbers)} examples is not finite; if training"
-                " diverged, lower train.learning_rate"
+                f"the {what} of {len(bad)} of {len(numbers)} examples is not finite, first of"
+                f" example {sorted(numbers)[bad[0]]}; if training diverged, lower"
+                " train.learning_rate"
             )
         return values
 

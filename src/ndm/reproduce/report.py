@@ -205,7 +205,10 @@ class Report:
             ]
             failures = run_all(jobs, self.settings.jobs)
             if failures:
-                raise UserError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+                names, reason = ", ".join(failures), next(iter(failures.values()))
+                raise UserError(
+                    f"{len(failures)} of {len(jobs)} runs failed ({names}); the first: {reason}"
+                )
         return {name: self.train(name, config) for name, config in configs.items()}
 
     def train(self, name: str, config: RunConfig) -> tuple[DiffusionModel, DataSource]:

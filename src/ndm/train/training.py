@@ -12,7 +12,6 @@ from ndm.model import DiffusionModel
 from ndm.serialize import to_config, write_atomically
 from ndm.train.checks import check_parts, describe
 from ndm.train.config import RunConfig, flat
-from ndm.train.fit import fit
 from ndm.train.results import describe_results, write_results
 from ndm.train.run import Run
 
@@ -56,6 +55,9 @@ def train_run(run: Run, config: RunConfig) -> dict[str, Any] | None:
             write_atomically(run.config_path, lambda path: path.write_text(text, encoding="utf-8"))
             print(describe(parts, run.folder), flush=True)
         run.record_data(parts.data)
+        # Imported here: Lightning takes seconds, and errors of the data need not wait for it.
+        from ndm.train.fit import fit
+
         if not fit(parts, run, config.seed):
             return None
         metrics = write_results(parts, run, config.seed)
