@@ -13,6 +13,10 @@ class UserError(ValueError):
     """A wrong value, file or combination that the user can fix; the message is one line."""
 
 
+class DataWarning(UserWarning):
+    """Data can be used, but perhaps not as the user meant; the message is one line."""
+
+
 class MissingExtraError(UserError, ImportError):
     """An optional package is needed but not installed.
 

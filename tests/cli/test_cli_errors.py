@@ -6,7 +6,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from cli.commands import arguments, rejected, run_command
 from conftest import TINY
 from ndm.cli.main import fail
-from ndm.errors import UserError
+from ndm.errors import DataWarning, UserError
 from ndm.serialize import write_atomically
 
 ConfigWriter = Callable[..., Path]
@@ -437,3 +438,17 @@ def test_bad_data_are_reported_without_importing_lightning(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
     assert "'b'" in done.stderr
+
+
+def test_warnings_are_one_line_and_those_of_others_are_hidden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(arguments: Sequence[str]) -> None:
+        warnings.warn("some\nwhere: give x", DataWarning, stacklevel=2)
+        warnings.warn("of another library", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr("ndm.cli.sample.run_sample", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        run_command("sample")
+    assert capsys.readouterr().err == "ndm: warning: some where: give x\n"

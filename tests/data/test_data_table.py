@@ -409,3 +409,13 @@ def test_a_table_of_bytes_needs_little_memory(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16e6 * 1.5
+
+
+def test_an_array_of_python_2_is_read_without_a_warning(tmp_path: Path) -> None:
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (3L, 2L), }"
+    header = header.ljust(117) + b"\n"
+    values = np.arange(6.0).reshape(3, 2) + 0.5
+    prefix = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    (tmp_path / "old.npy").write_bytes(prefix + header + values.tobytes())
+    found = Table(str(tmp_path / "old.npy"), standardize=False, test_fraction=0.34).describe()
+    assert found.splits == {"train": 2, "test": 1}

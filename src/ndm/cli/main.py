@@ -7,13 +7,15 @@ traceback.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
-from ndm.errors import UserError, one_line, require, shorten_line
+from ndm.errors import DataWarning, UserError, one_line, require, shorten_line
 
 COMMANDS = {
     "train": "train a model, or resume an interrupted run",
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     trains = arguments[:1] in (["train"], ["compare"], ["reproduce"])
     try:
-        return _dispatch(arguments)
+        with _own_warnings():
+            return _dispatch(arguments)
     except UserError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -73,6 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             advice = "lower " + ("--rows" if "compress" in arguments[0] else "--batch_size")
         return fail(f"out of memory; {advice} ({reason[:100]})")
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Print warnings of this library as one line, and hide those of others, which name its code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: object) -> None:
+        if issubclass(category, DataWarning):
+            print(f"ndm: warning: {one_line(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def fail(error: object) -> int:

@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ndm.data import npy
 from ndm.data.source import ContentHash, EventDataset
 from ndm.decoder import to_grid
 from ndm.errors import UserError
@@ -201,7 +202,7 @@ class IntegerRows(EventDataset):
         array = state["array"]
         self.__dict__.update(state)
         if isinstance(array, _Mapped):
-            mapped = np.load(array.file, mmap_mode="r", allow_pickle=False)
+            mapped = npy.load(array.file, mmap_mode="r")
             self.array = mapped[:, None] if mapped.ndim < array.ndim else mapped
 
 
@@ -275,7 +276,7 @@ def _stored(file: Path, start: int, end: int) -> StoredArray:
     """Locate the array of an ``.npy`` file that begins at ``start`` and ends before ``end``."""
     with file.open("rb") as stream:
         stream.seek(start)
-        shape, fortran, dtype = _header(stream)
+        shape, fortran, dtype = npy.read_header(stream)
         offset = stream.tell()
     if dtype.hasobject:
         raise UserError(
@@ -293,16 +294,6 @@ def _stored(file: Path, start: int, end: int) -> StoredArray:
             " download it again"
         )
     return StoredArray(file, offset, tuple(shape))
-
-
-def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    return read(stream)
 
 
 def _expand(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:

@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 
+from ndm.data import npy
 from ndm.data.arrays import check_values, continuous, discrete
 from ndm.data.arrow import read_parquet
 from ndm.data.columns import Column, choose_columns, list_line, number_text
@@ -33,7 +34,7 @@ from ndm.data.delimited import Dialect, read_text_table
 from ndm.data.mapped import IntegerRows
 from ndm.data.source import DataSource, Loaded
 from ndm.data.splits import check_split_arguments, describe_split, draw_split
-from ndm.errors import UserError, check_whole, describe_value, one_line
+from ndm.errors import DataWarning, UserError, check_whole, describe_value, one_line
 
 SUFFIXES = (".npy", ".npz", *TEXT_SUFFIXES, ".parquet")
 """Suffixes of the files that can be read."""
@@ -314,11 +315,11 @@ def _load_numpy(file: Path, key: str | None) -> np.ndarray:
         stream.seek(0)
         if magic == np.lib.format.MAGIC_PREFIX:
             try:
-                mapped: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+                mapped: np.ndarray = npy.load(file, mmap_mode="r")
             except ValueError:  # for example, an empty array cannot be mapped
-                mapped = np.load(stream, allow_pickle=False)
+                mapped = npy.load(stream)
             return mapped
-        data = np.load(stream, allow_pickle=False)
+        data = npy.load(stream)
         if not isinstance(data, np.lib.npyio.NpzFile):
             return np.asarray(data)
         keys = list(data.files)
@@ -370,5 +371,6 @@ def _warn_of_whole_numbers(array: np.ndarray, names: Sequence[str] | None, path:
             f"{path}: in the columns {describe_value(whole)} all values are whole numbers, where a"
             " density can be arbitrarily large; give num_values= if all columns are like this, or"
             " leave these out with columns=",
+            DataWarning,
             stacklevel=2,
         )

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ndm.data.npy import read_header
 from ndm.errors import UserError, describe_value
 
 PART = 2**24
@@ -126,7 +127,7 @@ def _read(
     reserve: Callable[[int], None],
 ) -> StoredLevels:
     """Read one array from a stream of ``size`` bytes."""
-    shape, fortran, dtype = _header(stream)
+    shape, fortran, dtype = read_header(stream)
     grid.check_header(path, shape, dtype)
     count = math.prod(shape)
     if count * dtype.itemsize > size - stream.tell():
@@ -154,23 +155,3 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
             raise ValueError("it is truncated")
         data += more
     return data
-
-
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read the header of an ``.npy`` file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_2_0
-        if version == (1, 0):
-            read = np.lib.format.read_array_header_1_0
-        shape, fortran, dtype = read(stream)
-    # The header is Python source, and NumPy's reader raises errors of any kind.
-    except Exception as error:
-        raise ValueError("its header is damaged") from error
-    if any(size < 0 or size >= 2**40 for size in shape) or len(shape) > 64:
-        raise ValueError("its header declares a size out of range")
-    return shape, fortran, dtype
