@@ -204,7 +204,7 @@ def test_path_weights_of_short_steps_are_those_of_double_precision(
     transform: str, fine: int, steps: int, fitted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over 1/100,000 of the schedule, by differences of F or by its derivative."""
-    monkeypatch.setattr("ndm.elbo._FINE_STEPS", fine)
+    monkeypatch.setattr("ndm.elbo._SHORTEST", 1 / fine)
     count, weights = 16, []
     ratio = PiecewiseConstant(1 + torch.tensor([0.02, 0.01], dtype=F64)) if fitted else None
     for model in both_precisions(transform, schedule="short"):

@@ -37,6 +37,7 @@ from ndm.schedule import (
     Schedule,
     VariancePreserving,
 )
+from ndm.time_grid import TimeGrid
 from ndm.time_sampling import (
     ImportanceTimeSampler,
     LowDiscrepancyTimeSampler,
@@ -127,6 +128,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "SeparableTransform",
+    "TimeGrid",
     "TimeSampler",
     "TorchSDE",
     "Transform",

@@ -4,7 +4,7 @@ r"""The variational bound, term by term and example by example.
     -\log p(x) \le \underbrace{KL(q(z_1|x)\,\|\,N(0,I))}_{\text{prior}} + L_{\text{diffusion}}
                    + \underbrace{E_{q(z_0|x)}[-\log p(x|z_0)]}_{\text{reconstruction}}
 
-Discrete time, T steps, s = (i-1)/T, t = i/T (NDM, Algorithm 1):
+Discrete time, T steps, s = t_{i-1}, t = t_i, by default t_i = i/T (NDM, Algorithm 1):
 
 .. math::
     L_{\text{diffusion}} = T\, E_i \frac{\|\Delta\mu\|^2}{2 v}, \qquad
@@ -58,6 +58,7 @@ from ndm.random import RandomSource, standard_normal
 from ndm.reverse import MarkovReverse, Reverse, require_markov
 from ndm.schedule import NoiseLevel
 from ndm.shapes import event_size, expand, sum_event
+from ndm.time_grid import Steps, TimeGrid, as_grid
 from ndm.time_sampling import PiecewiseConstant
 from ndm.transform import Curve
 
@@ -129,9 +130,7 @@ def reconstruction_term(
     return -decoder.log_prob(x, process.first_marginal(x, level, curve).sample(noise), level)
 
 
-MOST_STEPS = 10**7
-"""Largest T. Single precision draws at most 2**24 times."""
-_FINE_STEPS = 4096  # the largest T at which F(x, s) - F(x, t) has enough digits in float32
+_SHORTEST = 1 / 4096  # the shortest step at which F(x, s) - F(x, t) has enough digits in float32
 Eta = float | PiecewiseConstant
 """Stochasticity of the reverse process: a number or a function of time."""
 
@@ -181,7 +180,7 @@ class Integrand:
 
 @dataclass(frozen=True)
 class _Interval:
-    """The step from t to s = t - 1/T for each example."""
+    """The step from t_{i+1} = t to t_i = s for each example."""
 
     s: NoiseLevel
     t: NoiseLevel
@@ -191,18 +190,20 @@ class _Interval:
     """The level there, if F(x, s) and F(x, t) are too close to be subtracted."""
 
     @classmethod
-    def of(cls, process: NoisingProcess, index: Tensor, steps: int, like: Tensor) -> "_Interval":
-        """Return the steps from (index + 1)/T to index/T, for ``index`` ``(B,)``, float64."""
-        midpoint = (index + 0.5) / steps
-        s, t = process.level(index / steps, like), process.level((index + 1) / steps, like)
-        close = steps > _FINE_STEPS and like.dtype != torch.float64
+    def of(
+        cls, process: NoisingProcess, index: Tensor, grid: TimeGrid, like: Tensor
+    ) -> "_Interval":
+        """Return the steps from t_{i+1} to t_i, for the indices i ``(B,)``, float64."""
+        midpoint = grid.middle(index)
+        s, t = process.level(grid.at(index), like), process.level(grid.at(index + 1), like)
+        close = grid.shortest < _SHORTEST and like.dtype != torch.float64
         subtract = process.transform.constant or not close
         return cls(s, t, midpoint, None if subtract else process.level(midpoint, like))
 
     def values(self, curve: Curve, at_t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return F(x, t) and F(x, s) - F(x, t), each ``(B, *event)``.
 
-        In very short steps the difference is -F'/T at the midpoint, correct to order 1/T³.
+        In very short steps the difference is -F' (t - s) at the midpoint, to order (t - s)³.
 
         Args:
             curve: t -> F(x, t).
@@ -231,16 +232,16 @@ def _scaled_mean_error(
 
 
 def discrete_errors(
-    reverse: MarkovReverse, curve: Curve, draw: Draw, steps: int, eta: Eta = 1.0
+    reverse: MarkovReverse, curve: Curve, draw: Draw, steps: Steps, eta: Eta = 1.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return ||Δmu||²/v at the step selected by u, its midpoint, and the loss of a second head.
+    """Return Δmu/sqrt(v) at the step selected by u, its midpoint, and the loss of a second head.
 
-    The first two have shape ``(B,)``; the midpoint is in double precision. Arguments are those of
-    :func:`discrete_diffusion`.
+    The error has shape ``(B, *event)``; the midpoint ``(B,)`` is in double precision. Arguments are
+    those of :func:`discrete_diffusion`.
     """
-    like = curve.like
-    index = torch.floor(_double(draw.u) * steps).clamp(max=steps - 1)
-    interval = _Interval.of(reverse.process, index, steps, like)
+    like, grid = curve.like, as_grid(steps)
+    index = torch.floor(_double(draw.u) * grid.steps).clamp(max=grid.steps - 1)
+    interval = _Interval.of(reverse.process, index, grid, like)
     true = interval.values(curve)
     eta_at = _eta_at(eta, interval.midpoint, like)
     predicted, regression = reverse.training_curve(
@@ -248,7 +249,7 @@ def discrete_errors(
     )
     step = posterior_coefficients(interval.s.expand(like), interval.t.expand(like), eta_at)
     error = _scaled_mean_error(interval, true, interval.values(predicted), step)
-    return sum_event(error**2), interval.midpoint, regression
+    return error, interval.midpoint, regression
 
 
 def _double(u: Tensor) -> Tensor:
@@ -259,7 +260,7 @@ def discrete_diffusion(
     reverse: MarkovReverse,
     curve: Curve,
     draw: Draw,
-    steps: int,
+    steps: Steps,
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
@@ -271,17 +272,22 @@ def discrete_diffusion(
         reverse: the reverse process.
         curve: t -> F(x, t) at the data.
         draw: u and noise.
-        steps: T.
+        steps: T, or the time grid.
         eta: eta of the posterior; positive, because the bound of DDIM (eta = 0) is infinite.
-        variance_ratio: r, the ratio of the reverse variance to v; None means r = 1.
+        variance_ratio: r, the ratio of the reverse variance to v, for all dimensions or for each;
+            None means r = 1.
     """
-    square, midpoint, regression = discrete_errors(reverse, curve, draw, steps, eta)
+    error, midpoint, regression = discrete_errors(reverse, curve, draw, steps, eta)
+    steps = as_grid(steps).steps
     if variance_ratio is None:
-        return Integrand(steps * square / 2, regression)
+        return Integrand(steps * sum_event(error**2) / 2, regression)
     ratio = variance_ratio(midpoint)  # in double precision, because it tends to 1 as 1/T
-    excess = event_size(draw.noise) * (torch.log(ratio) + 1 / ratio - 1)
-    bound = steps * 0.5 * (square / ratio + excess)
-    return Integrand(bound.to(square.dtype), regression)
+    excess = torch.log(ratio) + 1 / ratio - 1
+    if ratio.dim() == 1:
+        cost = sum_event(error**2) / ratio + event_size(error) * excess
+    else:
+        cost = sum_event(error**2 / ratio + excess)
+    return Integrand((steps * 0.5 * cost).to(error.dtype), regression)
 
 
 def continuous_errors(
@@ -310,7 +316,7 @@ def diffusion_integrand(
     reverse: Reverse,
     curve: Curve,
     draw: Draw,
-    steps: int | None = None,
+    steps: Steps | None = None,
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
 ) -> Integrand:
@@ -320,7 +326,7 @@ def diffusion_integrand(
         reverse: the reverse process.
         curve: t -> F(x, t) at the data.
         draw: u and noise.
-        steps: T; None for continuous time.
+        steps: T or a time grid; None for continuous time.
         eta: stochasticity, positive.
         variance_ratio: r, for discrete time only; None means r = 1.
 
@@ -328,7 +334,9 @@ def diffusion_integrand(
         UserError: eta or steps is out of range, or continuous time is combined with a variance
             ratio.
     """
-    _check_steps_and_eta(steps, eta)
+    _check_eta(eta)
+    if steps is not None:
+        steps = as_grid(steps)
     if steps is None and variance_ratio is not None:
         raise UserError(
             "variance_ratio needs discrete time: in continuous time the bound is infinite for"
@@ -337,22 +345,15 @@ def diffusion_integrand(
         )
     if steps is None:
         return continuous_diffusion(reverse, curve, draw, eta)
-    markov = require_markov(reverse, f"steps={steps}")
+    markov = require_markov(reverse, f"steps={steps.steps}")
     return discrete_diffusion(markov, curve, draw, steps, eta, variance_ratio)
 
 
-def _check_steps_and_eta(steps: int | None, eta: Eta) -> None:
+def _check_eta(eta: Eta) -> None:
     if not isinstance(eta, PiecewiseConstant) and not eta > 0:
         raise UserError(
             f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0,"
             " eta=1 for DDPM"
-        )
-    if steps is not None and (
-        isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS
-    ):
-        raise UserError(
-            f"steps={steps}: give an integer from 1 to {MOST_STEPS} for discrete time, or None for"
-            " continuous time"
         )
 
 
@@ -360,7 +361,7 @@ def path_log_weight(
     reverse: Reverse,
     decoder: Decoder,
     x: Tensor,
-    steps: int,
+    steps: Steps,
     source: RandomSource = None,
     eta: Eta = 1.0,
     variance_ratio: PiecewiseConstant | None = None,
@@ -373,7 +374,7 @@ def path_log_weight(
         reverse: the reverse process.
         decoder: p(x|z_0).
         x: data ``(B, *event)``.
-        steps: T; the predictor is evaluated T times.
+        steps: T, or the time grid; the predictor is evaluated T times.
         source: source of randomness.
         eta: eta of the posterior.
         variance_ratio: r, the ratio of the reverse variance to v; None means r = 1.
@@ -381,9 +382,10 @@ def path_log_weight(
     Returns:
         ``(B,)``, nats.
     """
-    _check_steps_and_eta(steps, eta)
+    _check_eta(eta)
+    grid = as_grid(steps)
     decoder.check(x)
-    markov = require_markov(reverse, f"steps={steps}")
+    markov = require_markov(reverse, f"steps={grid.steps}")
     process = markov.process
     end, curve = process.level(1.0, x), process.curve(x)
     at_t = curve.at(end)
@@ -391,9 +393,9 @@ def path_log_weight(
     z = q.sample(standard_normal(q.mean, source))
     log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
     log_weight = _double(log_weight)
-    for index in range(steps - 1, -1, -1):
+    for index in range(grid.steps - 1, -1, -1):
         places = torch.full_like(_double(end.t), index)
-        interval = _Interval.of(process, places, steps, z)
+        interval = _Interval.of(process, places, grid, z)
         s, t = interval.s, interval.t
         eta_at = _eta_at(eta, interval.midpoint, z)
         true = interval.values(curve, at_t)
@@ -414,11 +416,12 @@ def _log_ratio(error: Tensor, noise: Tensor, ratio: Tensor | None) -> Tensor:
     Args:
         error: Δmu/sqrt(v), the mean of q minus that of p, ``(B, *event)``.
         noise: ``(B, *event)``.
-        ratio: r, ``(B,)``, in double precision; None means r = 1.
+        ratio: r, ``(B,)`` or ``(B, *event)``, in double precision; None means r = 1.
     """
     # The squares of noise cancel in the difference of the log-densities.
-    cross = sum_event(0.5 * error**2 + error * noise)
+    cross = 0.5 * error**2 + error * noise
     if ratio is None:
-        return -cross
-    own = 0.5 * (1 / ratio - 1) * sum_event(noise**2)
-    return -cross / ratio - own - 0.5 * event_size(noise) * torch.log(ratio)
+        return -sum_event(cross)
+    ratio = expand(ratio, error) if ratio.dim() == 1 else ratio
+    own = 0.5 * ((1 / ratio - 1) * noise**2 + torch.log(ratio))
+    return -sum_event(cross / ratio + own)

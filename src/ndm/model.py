@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import (
-    MOST_STEPS,
     Bound,
     BoundDraw,
     Eta,
@@ -40,6 +39,7 @@ from ndm.sample import Method, Sampler, Step, make_sampler
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
 from ndm.shapes import sample_shape
+from ndm.time_grid import MOST_STEPS, Steps
 from ndm.time_sampling import LowDiscrepancyTimeSampler, PiecewiseConstant, TimeSampler, TimeSamples
 from ndm.transform import Curve, Transform
 
@@ -152,7 +152,7 @@ class DiffusionModel(Part, ABC):
         self,
         x: Tensor,
         *,
-        steps: int | Literal["trained"] | None = "trained",
+        steps: Steps | Literal["trained"] | None = "trained",
         draws: int | None = None,
         generator: RandomSource = None,
         positions: Tensor | None = None,
@@ -163,7 +163,8 @@ class DiffusionModel(Part, ABC):
 
         Args:
             x: data ``(B, *event)``, on the decoder's grid if the decoder is discrete.
-            steps: T, None for continuous time, or ``"trained"`` for the steps of the model.
+            steps: T or a :class:`ndm.TimeGrid`, None for continuous time, or ``"trained"`` for the
+                steps of the model.
             draws: None draws one time for each example by the time sampler, for training. A number
                 K averages over K times, one in each of K equal strata and independent between
                 examples, so that total.std()/sqrt(B) is the standard error of total.mean().
@@ -248,7 +249,7 @@ class DiffusionModel(Part, ABC):
         x: Tensor,
         curve: Curve,
         draw: BoundDraw,
-        steps: int | None,
+        steps: Steps | None,
         eta: Eta,
         variance_ratio: PiecewiseConstant | None,
         prior: Tensor | None = None,
@@ -270,7 +271,7 @@ class DiffusionModel(Part, ABC):
         shape: int | Sequence[int],
         method: Method | str | Sampler | None = None,
         *,
-        steps: int | None = None,
+        steps: Steps | None = None,
         eta: float | None = None,
         solver: str | None = None,
         rtol: float = 1e-4,
@@ -285,7 +286,7 @@ class DiffusionModel(Part, ABC):
             shape: ``(B, *event)`` of the data, or only B for a model whose ``info`` describes them.
             method: ``ancestral``, ``ddim``, ``sde``, ``ode``, a name of :attr:`samplers`, or a
                 sampler. The default is ``ancestral``, or ``sde`` for models without discrete time.
-            steps: steps of the time grid; by default T, or 100 in continuous time.
+            steps: steps of the time grid, or the grid; by default T, or 100 in continuous time.
             eta: stochasticity for ``ancestral`` and ``sde``; by default that of the model.
             solver: see :func:`ndm.sample.make_sampler`.
             rtol: relative tolerance of an adaptive solver.
@@ -326,7 +327,7 @@ class DiffusionModel(Part, ABC):
     def _sampler(
         self,
         method: Method | str | Sampler | None,
-        steps: int | None,
+        steps: Steps | None,
         eta: float | None,
         solver: str | None,
         rtol: float,

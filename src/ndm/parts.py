@@ -1,6 +1,8 @@
 """The base class of all parts of a model, whose arguments can be shown and saved, and checks."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -104,3 +106,14 @@ def check_data(x: object, model: nn.Module) -> None:
         )
     if first.dtype != x.dtype:
         raise UserError(f"x has dtype {x.dtype} and the model {first.dtype}: use x.to(model.like)")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and restore its mode at the end."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

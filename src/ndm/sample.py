@@ -26,6 +26,7 @@ from ndm.random import standard_normal
 from ndm.reverse import Reverse, require_markov
 from ndm.schedule import NoiseLevel
 from ndm.shapes import expand
+from ndm.time_grid import Steps, TimeGrid, as_grid
 from ndm.time_sampling import PiecewiseConstant
 
 Method = Literal["ancestral", "ddim", "sde", "ode"]
@@ -85,7 +86,7 @@ class Ancestral(Step):
         posterior = require_markov(reverse, "ancestral sampling").posterior(z, s, t, self.eta)
         if self.variance_ratio is not None:
             ratio = self.variance_ratio((s.exact_time + t.exact_time) / 2).to(z.dtype)
-            noise = noise * expand(ratio, z).sqrt()
+            noise = noise * (expand(ratio, z) if ratio.dim() == 1 else ratio).sqrt()
         return posterior.sample(noise)
 
 
@@ -141,22 +142,29 @@ class Sampler(ABC):
 
 
 class GridSampler(Sampler):
-    """A sampler that repeats a step on a uniform grid of times from 1 to 0.
+    """A sampler that repeats a step on a grid of times from 1 to 0.
 
     Args:
         step: the step.
-        steps: number of steps.
+        steps: number of equal steps, or the time grid.
     """
 
-    def __init__(self, step: Step, steps: int):
+    def __init__(self, step: Step, steps: Steps):
         if not isinstance(step, Step):
             given = f"the class {step.__name__}" if isinstance(step, type) else repr(step)
             raise UserError(f"step is {given}: give a step, such as ndm.Ancestral()")
-        check_whole("steps", steps, 1)
-        self.step, self.steps = step, steps
+        if not isinstance(steps, TimeGrid):
+            check_whole("steps", steps, 1)
+        self.step, self.grid = step, as_grid(steps)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.grid.steps
 
     def __repr__(self) -> str:
-        return f"GridSampler({self.step!r}, {self.steps})"
+        grid = self.steps if self.grid.times is None else self.grid
+        return f"GridSampler({self.step!r}, {grid})"
 
     def __call__(
         self,
@@ -183,10 +191,11 @@ class GridSampler(Sampler):
         for index in tqdm(
             indices, desc="sampling", unit="step", disable=hidden, delay=1, leave=False
         ):
-            s = reverse.process.level(index / self.steps, z)
+            time = float(self.grid.at(torch.tensor(index, dtype=torch.float64)))
+            s = reverse.process.level(time, z)
             noise = standard_normal(z, generator) if self.step.eta else z
             z, t = self.step(reverse, z, t, s, noise), s
-            yield index / self.steps, z
+            yield time, z
 
 
 class AdaptiveODE(Sampler):
@@ -286,7 +295,7 @@ class TorchSDE(Sampler):
 
 def make_sampler(
     method: str = "ancestral",
-    steps: int = 100,
+    steps: Steps = 100,
     eta: float | None = None,
     solver: str | None = None,
     rtol: float = 1e-4,
@@ -296,7 +305,7 @@ def make_sampler(
 
     Args:
         method: ``ancestral``, ``ddim``, ``sde`` or ``ode``.
-        steps: number of steps of the grid; ignored by ``dopri5``.
+        steps: number of steps, or the time grid; ignored by ``dopri5``.
         eta: stochasticity, for ``ancestral`` and ``sde``; default 1.
         solver: for ``sde``: euler (default), heun, torchsde-euler or torchsde-srk; for ``ode``:
             heun (default), euler or dopri5.
@@ -323,6 +332,6 @@ def make_sampler(
     if solver == "dopri5":
         return AdaptiveODE(solver, rtol, atol)
     if solver and solver.startswith("torchsde-"):
-        return TorchSDE(steps, solver.removeprefix("torchsde-"), eta)
+        return TorchSDE(as_grid(steps).steps, solver.removeprefix("torchsde-"), eta)
     step = Heun(eta) if (solver or solvers[0]) == "heun" else Euler(eta)
     return GridSampler(step, steps)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ndm.errors import UserError
 from ndm.parts import Part
+from ndm.time_grid import TimeGrid
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,40 @@ class TimeSamples:
 
 
 class PiecewiseConstant:
-    """A function of time that is constant on each of n equal parts of [0, 1].
+    """A function of time that is constant on each of n parts of [0, 1].
 
     For example an eta or a reverse variance, fitted in each part.
 
     Args:
-        values: the n values, ``(n,)``, from t = 0 to t = 1.
+        values: the n values from t = 0 to t = 1, ``(n,)``, or ``(n, *event)`` for a value of each
+            dimension.
+        grid: the ends of the parts; by default the parts are equal.
 
     Raises:
-        UserError: values is empty, not a vector, or not positive and finite.
+        UserError: values is empty, not positive and finite, or does not fit the grid.
     """
 
-    def __init__(self, values: Tensor):
-        is_vector = values.dim() == 1 and len(values) > 0
-        if not is_vector or not (
+    def __init__(self, values: Tensor, grid: TimeGrid | None = None):
+        if not (values.dim() and values.numel()) or not (
             values.requires_grad or bool((values.isfinite() & (values > 0)).all())
         ):
-            raise UserError("values: give a non-empty vector of positive, finite values")
-        self.values = values
+            raise UserError("values: give positive, finite values, at least one")
+        if grid is not None and grid.steps != len(values):
+            raise UserError(
+                f"values: give one for each of the {grid.steps} parts, not {len(values)}"
+            )
+        self.values, self.grid = values, grid
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Return the values at times ``t`` ``(B,)`` in [0, 1], with the dtype and device of t."""
-        part = (t * len(self.values)).long().clamp(0, len(self.values) - 1)
+        """Return the values at times ``t`` ``(B,)`` in [0, 1], with the dtype and device of t.
+
+        The result is ``(B,)``, or ``(B, *event)`` with a value of each dimension.
+        """
+        if self.grid is None or self.grid.times is None:
+            part = (t * len(self.values)).long()
+        else:
+            part = torch.bucketize(t.double(), self.grid.times.to(t.device), right=True) - 1
+        part = part.clamp(0, len(self.values) - 1)
         return self.values.to(t)[part]
 
 

@@ -11,10 +11,12 @@ import yaml
 from PIL import Image
 
 import ndm
-from cli.commands import exit_code, run_command
+from cli.commands import exit_code, rejected, run_command
 from conftest import TINY
 from ndm.cli.main import COMMANDS, main
 from ndm.data import Digits
+from ndm.evaluation.calibrate import Fit, fitted_sampler
+from ndm.train.run import Run
 from ndm.viz import write_images
 
 
@@ -228,3 +230,20 @@ def test_a_user_network_works_with_every_command(
     capsys.readouterr()
     assert exit_code("sample", run / "model", "--n 4 --out", tmp_path / "y.npy") == 2
     assert "OwnNetwork, which is not part of ndm" in capsys.readouterr().err
+
+
+def test_samples_of_a_fitted_grid_are_those_of_the_fitted_sampler(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fitted.npy"
+    run_command("sample", digits_run, "--n 3 --steps 4 --grid fitted --seed 5 --out", out)
+    run = Run(digits_run)
+    model, data = run.model(), run.data()
+    fit = Fit(data.split("train"), grid="fitted", variance="dimension")
+    sampler = fitted_sampler(model, fit, 4)
+    assert sampler.grid.times is not None and sampler.steps == 4
+    expected = model.sample((3, 1, 8, 8), sampler, seed=5, batch_size=256)
+    np.testing.assert_array_equal(np.load(out), data.describe().to_source_units(expected).numpy())
+    for options, culprit in (("--method ode", "method=ode"), ("--eta 0.5", "eta")):
+        command = ["sample", digits_run, "--grid fitted --out", tmp_path / "x.npy", options]
+        rejected(capsys, command, "grid=fitted", culprit)

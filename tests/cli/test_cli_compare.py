@@ -21,6 +21,7 @@ from conftest import TINY
 from ndm.cli.main import main
 from ndm.compare.plan import build, plan_rows, read_rows
 from ndm.compare.tables import cell, markdown, mean_and_error, summarize
+from ndm.evaluation.calibrate import Fit
 from ndm.evaluation.evaluate import Evaluation
 from ndm.train.run import Run
 
@@ -315,7 +316,7 @@ def test_densities_are_in_the_units_of_the_data_and_variances_are_fitted_on_the_
     expected = {
         "continuous": evaluation.nelbo(None, 2),
         "T = 3": evaluation.nelbo(3, 2),
-        "T = 3, fitted variance": evaluation.nelbo(3, 2, data.split("train"), 128),
+        "T = 3, fitted variance": evaluation.nelbo(3, 2, Fit(data.split("train"), 128)),
     }
     assert found == pytest.approx(
         {name: one.nats + data.describe().log_scale for name, one in expected.items()}, rel=1e-6

@@ -16,6 +16,7 @@ import yaml
 from cli.commands import arguments, exit_code, run_command
 from conftest import TINY
 from ndm.cli.main import main
+from ndm.evaluation.calibrate import Fit, GridKind, VarianceKind
 from ndm.evaluation.evaluate import Evaluation
 from ndm.evaluation.relations import check_relations
 from ndm.train.run import Run
@@ -255,6 +256,14 @@ def test_calibration_fits_on_the_train_split(digits_run: Path, tmp_path: Path) -
     record = evaluate(digits_run, tmp_path / "e.json", options)
     on_train, on_test = (run.calibrated(4, split) for split in ("train", "test"))
     assert record["nelbo_discrete_calibrated_nats"]["4"] == pytest.approx(on_train, rel=1e-6)
+    simple = evaluate(digits_run, tmp_path / "s.json", f"{options} --grid equal --variance step")
+    by_step = run.calibrated(4, "train", grid="equal", variance="step")
+    assert simple["nelbo_discrete_calibrated_nats"]["4"] == pytest.approx(by_step, rel=1e-6)
+    assert on_train < by_step
+    protocols = {one["label"]: one for one in record["measurements"]}
+    times = protocols["NELBO, T = 4, fitted reverse process"]["times"]
+    assert times[0] == 0 and times[-1] == 1 and len(times) == 5
+    assert protocols["NELBO, T = 4"]["times"] is None
     assert on_train != pytest.approx(on_test, rel=1e-5), "the splits must make a difference"
     continuous = run.calibrated(None, "train")
     assert record["nelbo_calibrated_nats"] == pytest.approx(continuous, rel=1e-6)
@@ -269,6 +278,13 @@ class Evaluated:
     def numbers(self, limit: int) -> list[int]:
         return Evaluation(self.model, self.data.split("test"), limit=limit).numbers
 
-    def calibrated(self, steps: int | None, split: str) -> float:
+    def calibrated(
+        self,
+        steps: int | None,
+        split: str,
+        grid: GridKind = "fitted",
+        variance: VarianceKind = "dimension",
+    ) -> float:
         evaluation = Evaluation(self.model, self.data.split("test"), limit=40)
-        return evaluation.nelbo(steps, 2, self.data.split(split)).nats
+        fit = Fit(self.data.split(split), grid=grid, variance=variance)
+        return evaluation.nelbo(steps, 2, fit).nats

@@ -71,6 +71,22 @@ def test_the_fitted_variance_ratio_minimizes_every_part(steps: int) -> None:
     torch.testing.assert_close(at_best, steps * torch.log1p(excess), rtol=1e-9, atol=0)
 
 
+def test_the_variance_ratio_of_each_dimension_minimizes_its_cost() -> None:
+    ndm, data, steps = model(), points(200), 3
+    ratio = best_variance_ratio(ndm, data, steps, by_dimension=True, batch_size=64)
+    assert ratio.values.shape == (steps, 2)
+    at_best = bound_of(ndm, data, steps, steps, variance_ratio=ratio)
+    torch.testing.assert_close(at_best, steps * 0.5 * ratio.values.log().sum(1), rtol=1e-9, atol=0)
+    for dimension in range(2):
+        for factor in (0.9, 1.1):
+            values = ratio.values.clone()
+            values[:, dimension] *= factor
+            other = PiecewiseConstant(values)
+            assert bool((bound_of(ndm, data, steps, steps, variance_ratio=other) > at_best).all())
+    shared = best_variance_ratio(ndm, data, steps, batch_size=64)
+    torch.testing.assert_close(ratio.values.mean(1), shared.values)
+
+
 def test_the_fitted_eta_minimizes_every_part() -> None:
     ndm, data = model(randomized(NetworkTransform(network(3)), 0.6)), points(200)
     eta = best_eta(ndm, data, bins=6, batch_size=64)
@@ -86,18 +102,21 @@ def test_for_the_identity_the_best_eta_is_one() -> None:
     torch.testing.assert_close(eta.values, torch.ones(3, dtype=F64))
 
 
-def test_a_widened_step_costs_the_divergence_of_two_gaussians() -> None:
+@pytest.mark.parametrize("by_dimension", [False, True])
+def test_a_widened_step_costs_the_divergence_of_two_gaussians(by_dimension: bool) -> None:
     ndm, steps = model(), 5
     x, noise = torch.randn(2, 30, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     u = (torch.arange(30, dtype=F64) + 0.5) / 30
-    scale = PiecewiseConstant(torch.tensor([1.5, 0.7, 2.0, 1.0, 3.0], dtype=F64))
+    values = torch.tensor([1.5, 0.7, 2.0, 1.0, 3.0], dtype=F64)
+    values = torch.stack([values, values.flip(0)], 1) if by_dimension else values
+    scale = PiecewiseConstant(values)
     found = diffusion(ndm.process, ndm.predictor, x, u, noise, steps, 0.8, variance_ratio=scale)
     step = torch.floor(u * steps)
     s, t = ndm.schedule(step / steps), ndm.schedule((step + 1) / steps)
     z = ndm.process.marginal(x, t).sample(noise)
     q = ndm.process.posterior(z, x, s, t, 0.8)
     p = ndm.process.posterior(z, ndm.predictor(z, t), s, t, 0.8)
-    wide = p.std * scale.values[step.long()][:, None].sqrt()
+    wide = p.std * scale.values[step.long()].reshape(30, -1).sqrt()
     true, model_step = Normal(q.mean, q.std.expand_as(z)), Normal(p.mean, wide.expand_as(z))
     expected = kl_divergence(true, model_step).sum(1)
     torch.testing.assert_close(found, steps * expected, rtol=1e-7, atol=1e-9)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
+from ndm.evaluation.calibrate import Fit
 from ndm.evaluation.evaluate import Evaluation, evaluate_bound
 from ndm.evaluation.measurement import (
     BoundProtocol,
@@ -330,11 +331,11 @@ def test_a_fit_is_computed_once_per_number_of_steps() -> None:
             return super().__getitems__(indices)
 
     train = Counting(points(20).x)
-    evaluation = Evaluation(toy_model(), points(5))
-    fitted = [evaluation.nelbo(3, 3, train), evaluation.nelbo_iw(3, 2, train)]
+    evaluation, fit = Evaluation(toy_model(), points(5)), Fit(train)
+    fitted = [evaluation.nelbo(3, 3, fit), evaluation.nelbo_iw(3, 2, fit)]
     assert train.calls == 1
     assert [one.name for one in fitted] == ["nelbo_discrete_calibrated", "nelbo_iw_calibrated"]
-    evaluation.nelbo(None, 2, train)
+    evaluation.nelbo(None, 2, fit)
     assert train.calls == 2
 
 

@@ -15,8 +15,8 @@ from ndm.cli.parsing import run_parser, step_numbers
 from ndm.data import DataDescription, DataSource, EventDataset
 from ndm.data.other import ALL, read_like
 from ndm.device import pick_device
-from ndm.elbo import MOST_STEPS
 from ndm.errors import UserError, check_whole
+from ndm.evaluation.calibrate import Fit, GridKind, VarianceKind
 from ndm.evaluation.evaluate import Evaluation
 from ndm.evaluation.measurement import Measurement
 from ndm.evaluation.processes import Processes, processes
@@ -25,6 +25,7 @@ from ndm.evaluation.tables import flat_record, markdown_table, text_table
 from ndm.likelihood import Dequantization
 from ndm.ode import OdeSettings
 from ndm.serialize import write_atomically, write_json
+from ndm.time_grid import MOST_STEPS
 from ndm.train.config import parse
 from ndm.train.run import Run
 
@@ -35,8 +36,8 @@ FLAGS = {
     ),
     "nll": "measure the negative log-likelihood under the generative ODE",
     "calibrate": (
-        "repeat the NELBOs with the best reverse variance of each step, or the best eta, fitted on"
-        " the train split"
+        "repeat the NELBOs with the best reverse process, fitted on the train split: times and"
+        " variance of the T steps, or eta in continuous time"
     ),
 }
 
@@ -59,6 +60,12 @@ class EvaluateSettings:
     """Measure the negative log-likelihood."""
     calibrate: bool = False
     """Repeat the NELBOs with a fitted reverse process."""
+    grid: GridKind = "fitted"
+    """Times of the T steps with --calibrate: fitted to the model, or equal."""
+    variance: VarianceKind = "dimension"
+    """Reverse variance with --calibrate: one for each step and dimension of the latents, or one for
+    each step.
+    """
     steps: str = ""
     """Measure discrete-time NELBOs with these numbers of steps T, such as 10,50,100,1000."""
     iw: int = 1
@@ -250,10 +257,12 @@ def measure(
             print(text, file=sys.stderr, flush=True)
 
     fitted_eta = _check_reverse(evaluation, settings)
-    fits = [None] if train is None else [None, train]
+    fits: list[Fit | None] = [None]
+    if train is not None:
+        fits.append(Fit(train, grid=settings.grid, variance=settings.variance))
     for fit in fits:
         if settings.nelbo and (fit is None or evaluation.model.steps or fitted_eta):
-            add(evaluation.nelbo(draws=settings.draws, calibrate_on=fit))
+            add(evaluation.nelbo(draws=settings.draws, fit=fit))
         for steps in settings.horizons():
             if not (settings.nelbo and steps == evaluation.model.steps):
                 add(evaluation.nelbo(steps, settings.draws, fit))

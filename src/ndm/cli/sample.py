@@ -13,6 +13,8 @@ from ndm.data import DataDescription
 from ndm.data.delimited import looks_like_names
 from ndm.device import Precision, autocast, pick_device
 from ndm.errors import UserError, check_whole
+from ndm.evaluation.calibrate import Fit, GridKind, fitted_sampler
+from ndm.sample import Sampler
 from ndm.serialize import write_atomically
 from ndm.train.config import parse
 from ndm.train.run import Run
@@ -36,6 +38,7 @@ def sample(
     n: int = 64,
     method: str | None = None,
     steps: int | None = None,
+    grid: GridKind = "equal",
     seed: int = 0,
     eta: float | None = None,
     solver: str | None = None,
@@ -56,6 +59,8 @@ def sample(
         method: ancestral (DDPM), ddim, sde, ode, or transport for a TransportNDM. By default
             transport for a TransportNDM, sde for a model without discrete time, else ancestral.
         steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
+        grid: times of the steps of ancestral sampling: equal, or fitted on the train split together
+            with the variance of each step, which samples better in few steps.
         seed: random seed; the same seed and batch size give the same samples.
         eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 is deterministic.
         solver: euler, heun, torchsde-euler or torchsde-srk for sde; heun, euler or dopri5 for ode.
@@ -83,6 +88,13 @@ def sample(
             f"--out {out}: samples of {description.name} have the shape {description.event_shape}"
             " and do not fit into rows of a table; give a .npy file"
         )
+    chosen: str | Sampler | None = method
+    if grid == "fitted":
+        _check_fitted(method or model.default_method, eta)
+        train = Run(Path(run)).data().split("train")
+        fit = Fit(train, grid="fitted", variance="dimension")
+        chosen = fitted_sampler(model, fit, steps or model.steps or 100, progress=True)
+        steps = None
     options: dict[str, Any] = {
         "steps": steps,
         "eta": eta,
@@ -93,7 +105,7 @@ def sample(
     with autocast(model.like.device, precision):
         samples = model.sample(
             (n, *description.event_shape),
-            method,
+            chosen,
             seed=seed,
             batch_size=batch_size,
             progress=True,
@@ -101,6 +113,23 @@ def sample(
         )
     write_values(target, samples, description)
     print(f"wrote {n} samples to {target}")
+
+
+def _check_fitted(method: str, eta: float | None) -> None:
+    """Check the options of a fitted grid.
+
+    Raises:
+        UserError: it does not go with another option.
+    """
+    if method != "ancestral":
+        raise UserError(
+            f"grid=fitted does not go with method={method}: use --method ancestral, or leave grid"
+            " out"
+        )
+    if eta is not None:
+        raise UserError(
+            "grid=fitted has the eta of the model, which it is fitted for: leave eta out"
+        )
 
 
 def _check_target(target: Path) -> None:

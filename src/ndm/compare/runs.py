@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ndm.device import pick_device
 from ndm.errors import UserError, one_line
+from ndm.evaluation.calibrate import Fit
 from ndm.evaluation.evaluate import Evaluation
 from ndm.serialize import read_json, write_json
 from ndm.train.config import RunConfig
@@ -209,7 +210,7 @@ def _measure(job: Job, wanted: Measures) -> None:
     if wanted.calibrate:
         for steps in wanted.horizons:
             found[f"T = {steps}, fitted variance"] = evaluation.nelbo(
-                steps, wanted.draws, train, _CALIBRATION
+                steps, wanted.draws, Fit(train, _CALIBRATION)
             )
     if wanted.nll and model.reverse_process.serves_every_eta:
         found["NLL"] = evaluation.nll()

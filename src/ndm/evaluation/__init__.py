@@ -3,5 +3,13 @@
 from ndm.evaluation.calibrate import best_eta, best_variance_ratio
 from ndm.evaluation.evaluate import Evaluation, evaluate_bound
 from ndm.evaluation.tables import Measurement
+from ndm.evaluation.time_grids import best_grid
 
-__all__ = ["Evaluation", "Measurement", "best_eta", "best_variance_ratio", "evaluate_bound"]
+__all__ = [
+    "Evaluation",
+    "Measurement",
+    "best_eta",
+    "best_grid",
+    "best_variance_ratio",
+    "evaluate_bound",
+]

@@ -6,6 +6,9 @@ Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)`, the cost of a step,
 .. math::
     r = 1 + u, \qquad \text{with the value } \tfrac D2 \log(1 + u) \le \tfrac D2 u .
 
+With one r and one u for each dimension the value is :math:`\tfrac12 \sum_d \log(1 + u_d)`, which is
+lower, because the logarithm is concave.
+
 Continuous time: with :math:`c = \Delta\dot F/\gamma' - \tfrac12 \Delta F`, the integrand,
 :math:`\tfrac12 e^{-\gamma}\gamma' [\|c\|^2/\eta^2 - c \cdot \Delta F + \tfrac14 \eta^2 \|\Delta F\|^2]`,
 has its minimum at
@@ -19,9 +22,9 @@ on the training split, so that results on the test split stay fair. The fit of r
 Analytic-DPM (Bao et al. 2022); the fit of eta is ours.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,13 +32,21 @@ from tqdm import tqdm
 
 from ndm.data import EventDataset, spread
 from ndm.elbo import Draw, continuous_errors, discrete_errors
-from ndm.errors import UserError, check_whole
+from ndm.errors import UserError, check_choice, check_whole
+from ndm.evaluation.time_grids import best_grid
 from ndm.model import DiffusionModel
+from ndm.parts import evaluation_mode
 from ndm.random import ExampleGenerators, standard_normal, uniform
 from ndm.reverse import require_markov
+from ndm.sample import Ancestral, GridSampler
 from ndm.shapes import event_size, sum_event
+from ndm.time_grid import Steps, TimeGrid, as_grid
 from ndm.time_sampling import PiecewiseConstant
 
+GridKind = Literal["equal", "fitted"]
+VarianceKind = Literal["step", "dimension"]
+GRID_EXAMPLES = 128
+"""The most examples to fit a time grid on."""
 _FIT = 20  # stream of noise
 
 
@@ -43,8 +54,9 @@ _FIT = 20  # stream of noise
 def best_variance_ratio(
     model: DiffusionModel,
     data: EventDataset,
-    steps: int,
+    steps: Steps,
     *,
+    by_dimension: bool = False,
     bins: int = 64,
     examples: int = 512,
     batch_size: int = 256,
@@ -56,8 +68,10 @@ def best_variance_ratio(
     Args:
         model: the model.
         data: examples to fit on, different from those to evaluate on.
-        steps: T.
-        bins: number of equal parts of [0, 1] with one r each; if T is smaller, each step has its r.
+        steps: T, or the time grid.
+        by_dimension: fit one r for each dimension of the latents instead of one for all.
+        bins: number of equal parts of [0, 1] with one r each; if T is smaller, or if the grid has
+            unequal steps, each step has its r.
         examples: number of examples to use, evenly spread over the data.
         batch_size: examples per batch.
         seed: seed of times and noise.
@@ -67,18 +81,20 @@ def best_variance_ratio(
         r(t), for the argument ``variance_ratio`` of :meth:`ndm.NDM.bound` and of
         :class:`ndm.sample.Ancestral`.
     """
-    check_whole("steps", steps, 1)
-
+    grid = as_grid(steps)
     reverse = require_markov(model.reverse_process, "a fitted reverse variance")
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        square, _, _ = discrete_errors(
-            reverse, model.process.curve(x), Draw(u, noise), steps, model.eta
+        error, _, _ = discrete_errors(
+            reverse, model.process.curve(x), Draw(u, noise), grid, model.eta
         )
-        return [square / event_size(noise)]
+        square = error.double() ** 2
+        return [square if by_dimension else sum_event(square) / event_size(noise)]
 
-    (excess,) = _means(model, data, errors, min(steps, bins), examples, batch_size, seed, progress)
-    return PiecewiseConstant(1 + excess)
+    equal = grid.times is None
+    parts = min(grid.steps, bins) if equal else grid.steps
+    (excess,) = _means(model, data, errors, parts, examples, batch_size, seed, progress)
+    return PiecewiseConstant(1 + excess, None if equal else grid)
 
 
 @torch.no_grad()
@@ -128,8 +144,8 @@ def _means(
 ) -> list[Tensor]:
     """Return means over the data of the results of ``errors(x, u, noise)``.
 
-    Each mean is ``(bins,)``, float64, one value for each part of [0, 1]. Each example has a random
-    time u in each part.
+    The results are ``(B, ...)`` and each mean ``(bins, ...)``, float64, one value for each part of
+    [0, 1]. Each example has a random time u in each part.
     """
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")
@@ -161,15 +177,29 @@ def _means(
     return list(torch.stack([torch.stack(part).sum(0) for part in sums], dim=1) / len(chosen))
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: DiffusionModel) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore its mode at the end."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How to fit a reverse process, and on which examples."""
+
+    data: EventDataset
+    """Examples to fit on, different from those to evaluate on."""
+    examples: int = 512
+    """Number of examples to use, evenly spread over the data."""
+    grid: GridKind = "equal"
+    """``fitted`` to fit the times of a process in discrete time, too."""
+    variance: VarianceKind = "step"
+    """``step`` for one reverse variance at each step, ``dimension`` for one at each dimension of
+    the latents.
+    """
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            UserError: one is unknown.
+        """
+        check_choice("grid", self.grid, get_args(GridKind))
+        check_choice("variance", self.variance, get_args(VarianceKind))
 
 
 class Calibration:
@@ -182,37 +212,63 @@ class Calibration:
 
     def __init__(self, model: DiffusionModel, **options: Any):
         self.model, self.options = model, options
-        self._fits: dict[tuple[int | None, int, int], dict[str, PiecewiseConstant]] = {}
+        self._fits: dict[tuple[int | None, Fit], dict[str, Any]] = {}
 
-    def fit(
-        self, steps: int | None, data: EventDataset | None, examples: int
-    ) -> dict[str, PiecewiseConstant]:
-        """Return the fitted argument of :meth:`ndm.NDM.bound` by its name; empty without data.
+    def fit(self, steps: int | None, fit: Fit | None) -> dict[str, Any]:
+        """Return arguments of :meth:`ndm.NDM.bound` by their names.
+
+        In discrete time they are ``steps`` and ``variance_ratio``, in continuous time ``steps``,
+        which is None, and ``eta``.
 
         Args:
-            steps: T to fit the reverse variance, None to fit eta in continuous time.
-            data: examples to fit on.
-            examples: number of them to use.
+            steps: T, None for continuous time.
+            fit: how to fit; None fits nothing and returns only ``steps``.
         """
-        if data is None:
-            return {}
-        key = (steps, id(data), examples)
+        if fit is None:
+            return {"steps": steps}
+        key = (steps, fit)
         if key not in self._fits:
-            options = {"examples": examples, **self.options}
-            if steps is None:
-                self._fits[key] = {"eta": best_eta(self.model, data, **options)}
+            options = {"examples": fit.examples, **self.options}
+            grid = None if steps is None else TimeGrid(steps)
+            if steps is not None and fit.grid == "fitted":
+                less = min(fit.examples, GRID_EXAMPLES)
+                grid = best_grid(self.model, fit.data, steps, **{**options, "examples": less})
+            if grid is None:
+                found: dict[str, Any] = {"eta": best_eta(self.model, fit.data, **options)}
             else:
-                ratio = best_variance_ratio(self.model, data, steps, **options)
-                self._fits[key] = {"variance_ratio": ratio}
+                by_dimension = fit.variance == "dimension"
+                found = {
+                    "variance_ratio": best_variance_ratio(
+                        self.model, fit.data, grid, by_dimension=by_dimension, **options
+                    )
+                }
+            self._fits[key] = {"steps": grid, **found}
         return self._fits[key]
 
-    def describe(
-        self, steps: int | None, data: EventDataset | None, examples: int
-    ) -> dict[str, Any]:
-        """Return the eta and the reverse variance of a bound, for its protocol."""
-        if data is None:
+    def describe(self, steps: int | None, fit: Fit | None) -> dict[str, Any]:
+        """Return the eta, the reverse variance and the times of a bound, for its protocol."""
+        if fit is None:
             return {"eta": self.model.eta, "reverse_variance": "v"}
-        fitted = f"fitted on {min(examples, len(data))} training examples"
+        fitted = f"fitted on {min(fit.examples, len(fit.data))} training examples"
         if steps is None:
             return {"eta": fitted, "reverse_variance": "v"}
-        return {"eta": self.model.eta, "reverse_variance": fitted}
+        by = "step and dimension" if fit.variance == "dimension" else "step"
+        grid = self.fit(steps, fit)["steps"]
+        return {
+            "eta": self.model.eta,
+            "reverse_variance": f"{fitted}, by {by}",
+            "times": None if grid.times is None else grid.tolist(),
+        }
+
+
+def fitted_sampler(model: DiffusionModel, fit: Fit, steps: int, **options: Any) -> GridSampler:
+    """Return ancestral sampling in T steps with fitted times and a fitted variance.
+
+    Args:
+        model: the model.
+        fit: what to fit, and on which examples.
+        steps: T.
+        options: arguments of :func:`best_variance_ratio`, such as ``seed`` and ``progress``.
+    """
+    found = Calibration(model, **options).fit(steps, fit)
+    return GridSampler(Ancestral(model.eta, found["variance_ratio"]), found["steps"])

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ndm.data import EventDataset, spread
 from ndm.elbo import Bound, bits_per_dim, path_log_weight
 from ndm.errors import UserError, check_whole
-from ndm.evaluation.calibrate import Calibration, evaluation_mode
+from ndm.evaluation.calibrate import Calibration, Fit
 from ndm.evaluation.measurement import (
     BoundProtocol,
     LikelihoodProtocol,
@@ -50,6 +50,7 @@ from ndm.evaluation.tables import flat_record
 from ndm.likelihood import Dequantization, latent
 from ndm.model import DiffusionModel
 from ndm.ode import ADAPTIVE_SOLVERS, OdeSettings, round_trip_error
+from ndm.parts import evaluation_mode
 from ndm.random import ExampleGenerators, part_seed, uniform
 
 _BOUND, _POSITIONS, _PATHS = 10, 11, 12  # streams of noise
@@ -100,17 +101,15 @@ class Evaluation:
         self,
         steps: int | str | None = "trained",
         draws: int = 16,
-        calibrate_on: EventDataset | None = None,
-        calibration_examples: int = 512,
+        fit: Fit | None = None,
     ) -> Measurement:
         """Measure the NELBO in discrete or continuous time.
 
         Args:
             steps: T; None for continuous time, ``"trained"`` for the T of the model.
             draws: K, times per example; raised to a multiple of T if T is smaller.
-            calibrate_on: fit the reverse variance (discrete time) or eta (continuous time) on these
-                examples and use it.
-            calibration_examples: number of them to use.
+            fit: fit the reverse process and use it: its variance in discrete time, and its times if
+                the fit says so; its eta in continuous time.
         """
         check_whole("draws", draws, 1)
         horizon = self.model.steps if steps == "trained" else steps
@@ -120,8 +119,7 @@ class Evaluation:
         if horizon is not None and horizon < draws:
             draws = math.ceil(draws / horizon) * horizon
         started = time.perf_counter()
-        calibration = (horizon, calibrate_on, calibration_examples)
-        fitted = self._calibration.fit(*calibration)
+        arguments = self._calibration.fit(horizon, fit)
         shuffler = np.random.default_rng(part_seed(self.seed, _POSITIONS))
         order = shuffler.permutation(len(self.numbers))
         place = dict(zip(self.numbers, order.tolist(), strict=True))
@@ -132,7 +130,7 @@ class Evaluation:
             positions = ((ranks + jitter) / len(self.numbers)).to(x)
             source = ExampleGenerators(self.seed, numbers, _BOUND)
             bound = self.model.bound(
-                x, steps=horizon, draws=draws, generator=source, positions=positions, **fitted
+                x, draws=draws, generator=source, positions=positions, **arguments
             )
             # Double precision before the sum, so that the terms in the record add up to the bound.
             of_batch = Bound(
@@ -148,7 +146,7 @@ class Evaluation:
         by_place = total[torch.from_numpy(np.argsort(order))]
         protocol = BoundProtocol(
             **self._shared(started),
-            **self._calibration.describe(*calibration),
+            **self._calibration.describe(horizon, fit),
             time_samples_per_example=draws,
         )
         return Measurement(
@@ -159,7 +157,7 @@ class Evaluation:
             protocol,
             steps=horizon,
             as_trained=horizon == self.model.steps,
-            fitted=bool(fitted),
+            fitted=fit is not None,
             errors=errors,
             terms={name: float(value.mean()) for name, value in values.items()},
         )
@@ -168,8 +166,7 @@ class Evaluation:
         self,
         steps: int,
         samples: int,
-        calibrate_on: EventDataset | None = None,
-        calibration_examples: int = 512,
+        fit: Fit | None = None,
     ) -> Measurement:
         """Measure the importance-weighted bound of the T-step model.
 
@@ -178,23 +175,20 @@ class Evaluation:
         Args:
             steps: T.
             samples: K, paths per example.
-            calibrate_on: fit the reverse variance on these examples and use it.
-            calibration_examples: number of them to use.
+            fit: fit the reverse process and use it.
         """
         check_whole("steps", steps, 1)
         check_whole("samples", samples, 1)
         started = time.perf_counter()
-        calibration = (steps, calibrate_on, calibration_examples)
-        fitted = self._calibration.fit(*calibration)
         model = self.model
-        options: dict[str, Any] = {"eta": model.eta, **fitted}
+        options = {"eta": model.eta, **self._calibration.fit(steps, fit)}
 
         def weights(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             paths = []
             for k in range(samples):
                 source = ExampleGenerators(self.seed, numbers, _PATHS, k)
                 path = path_log_weight(
-                    model.reverse_process, model.decoder, x, steps, source, **options
+                    model.reverse_process, model.decoder, x, source=source, **options
                 )
                 paths.append(path.cpu().double())
             log_weights = torch.stack(paths, 1)
@@ -205,7 +199,7 @@ class Evaluation:
         values = found["nelbo"]
         protocol = BoundProtocol(
             **self._shared(started),
-            **self._calibration.describe(*calibration),
+            **self._calibration.describe(steps, fit),
             nfe_mean=steps * samples,
         )
         return Measurement(
@@ -216,7 +210,7 @@ class Evaluation:
             protocol,
             steps=steps,
             importance_samples=samples,
-            fitted=bool(fitted),
+            fitted=fit is not None,
             errors=found["error"],
         )
 

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
@@ -70,6 +70,8 @@ class BoundProtocol(Protocol):
     """A number, or a description of the fit."""
     reverse_variance: str
     """``v``, the variance of the posterior, or a description of the fit."""
+    times: Sequence[float] | None = None
+    """The fitted times of a process in discrete time; None for equal steps."""
     time_samples_per_example: int | None = None
     """Times drawn for each example; None for whole paths."""
     nfe_mean: float | None = None

@@ -1,0 +1,195 @@
+r"""The best time grid of a trained model, found after training.
+
+With the fitted reverse variance (:mod:`ndm.evaluation.calibrate`) a step from t to s < t costs
+
+.. math::
+    c(s, t) = \tfrac D2 \log(1 + u(s, t)), \qquad u(s, t) = E\|\Delta\mu\|^2 / (D v) ,
+
+whatever the other steps are. Among all grids of T steps whose times are among M + 1 candidates, the
+best one is a shortest path (Watson et al. 2021):
+
+.. math::
+    C_0(0) = 0, \qquad C_k(t) = \min_{s < t}\, [C_{k-1}(s) + c(s, t)] , \qquad C_T(1) \to \min .
+
+All costs take one evaluation of the predictor at each candidate, and one of F at each pair of
+candidates if F depends on t. An example has the same noise at all candidates, so that the costs are
+smooth in time, and the shortest path does not follow their noise. The bound of the model on a fitted grid is valid, whatever data the
+fit used. Fit on the training split, so that results on the test split stay fair.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ndm.data import EventDataset, spread
+from ndm.errors import UserError, check_whole
+from ndm.forward import gaussian, posterior_coefficients
+from ndm.model import DiffusionModel
+from ndm.parts import evaluation_mode
+from ndm.random import ExampleGenerators, standard_normal
+from ndm.reverse import MarkovReverse, require_markov
+from ndm.shapes import event_size
+from ndm.time_grid import TimeGrid
+
+CANDIDATES = 64
+"""M, the default number of candidate steps, at least."""
+MOST_FITTED = 128
+"""The largest T to fit a grid for; more steps are close enough to continuous time."""
+_GRID = 21  # stream of noise
+_NUMBERS = 2**24  # most numbers at once: F at all candidates
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The cost of every step between two candidate times."""
+
+    candidates: TimeGrid
+    """The candidates t_0 ... t_M."""
+    costs: Tensor
+    """c(t_i, t_j), ``(M + 1, M + 1)``, nats, float64; infinite unless i < j."""
+
+    def best_grid(self, steps: int) -> TimeGrid:
+        """Return the grid of T steps with the least total cost.
+
+        Raises:
+            UserError: T is larger than the number of candidate steps.
+        """
+        check_whole("steps", steps, 1)
+        most = self.candidates.steps
+        if steps > most:
+            raise UserError(f"steps={steps}: give at most {most}, the number of candidate steps")
+        total = torch.full((most + 1,), torch.inf, dtype=torch.float64)
+        total[0] = 0.0
+        origins = []
+        for _ in range(steps):
+            total, origin = (total[:, None] + self.costs).min(0)
+            origins.append(origin)
+        path = [most]
+        for origin in reversed(origins):
+            path.append(int(origin[path[-1]]))
+        times = self.candidates.tolist()
+        return TimeGrid([times[index] for index in reversed(path)])
+
+
+def best_grid(
+    model: DiffusionModel,
+    data: EventDataset,
+    steps: int,
+    *,
+    candidates: int = CANDIDATES,
+    examples: int = 128,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> TimeGrid:
+    """Fit the times of the T-step model, for the reverse variance fitted to them.
+
+    Args:
+        model: the model.
+        data: examples to fit on, different from those to evaluate on.
+        steps: T; above :data:`MOST_FITTED` the grid has equal steps.
+        candidates: least number of candidate steps; raised to a multiple of T, so that the fit is
+            at least as good as equal steps.
+        examples: number of examples to use, evenly spread over the data.
+        batch_size: examples per batch, at most.
+        seed: seed of the noise.
+        progress: show a progress bar.
+
+    Returns:
+        The grid, for the argument ``steps`` of :meth:`ndm.NDM.bound`, :meth:`ndm.NDM.sample` and
+        :func:`ndm.evaluation.best_variance_ratio`.
+
+    Raises:
+        UserError: an argument is out of range, or the model is in continuous time only.
+    """
+    check_whole("steps", steps, 1)
+    check_whole("candidates", candidates, 1)
+    if not 1 < steps <= MOST_FITTED:
+        return TimeGrid(steps)
+    multiple = max(2, -(-candidates // steps))
+    costs = step_costs(
+        model,
+        data,
+        steps * multiple,
+        examples=examples,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return costs.best_grid(steps)
+
+
+@torch.no_grad()
+def step_costs(
+    model: DiffusionModel,
+    data: EventDataset,
+    candidates: int,
+    *,
+    examples: int = 128,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> StepCosts:
+    """Measure the cost of every step between two of M + 1 equally spaced times.
+
+    The arguments are those of :func:`best_grid`; ``candidates`` is M.
+    """
+    if len(data) == 0:
+        raise UserError("there is nothing to fit on: the split is empty")
+    for name, value in (("examples", examples), ("batch_size", batch_size)):
+        check_whole(name, value, 1)
+    reverse = require_markov(model.reverse_process, "a fitted time grid")
+    grid, chosen = TimeGrid(candidates), spread(len(data), examples)
+    dims = data[0].numel()
+    size = max(1, min(batch_size, _NUMBERS // (dims * (candidates + 1))))
+    sums = torch.zeros(candidates + 1, candidates + 1, dtype=torch.float64)
+    batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    bar = tqdm(
+        total=len(batches) * candidates,
+        desc=f"fitting {candidates} times",
+        unit="time",
+        disable=not progress,
+        delay=1,
+        leave=False,
+    )
+    with bar, evaluation_mode(model):
+        for batch in batches:
+            x = data.__getitems__(batch).to(model.like)
+            noise = standard_normal(
+                model.process.curve(x).like, ExampleGenerators(seed, batch, _GRID)
+            )
+            for j, squares in _squared_errors(reverse, model.eta, x, grid, noise):
+                sums[:j, j] += squares
+                bar.update()
+    excess = sums / len(chosen)
+    costs = torch.full_like(sums, torch.inf)
+    later = torch.ones_like(sums, dtype=torch.bool).triu(1)
+    latent = model.process.curve(data.__getitems__(chosen[:1]).to(model.like)).like
+    costs[later] = 0.5 * event_size(latent) * torch.log1p(excess[later])
+    return StepCosts(grid, costs)
+
+
+def _squared_errors(
+    reverse: MarkovReverse, eta: float, x: Tensor, grid: TimeGrid, noise: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield j and sum over the batch of ||Δmu||²/(D v) for the steps from t_j to all t_i, i < j."""
+    process, curve = reverse.process, reverse.process.curve(x)
+    levels = [process.level(time, x) for time in grid.tolist()]
+    true = torch.stack([curve.at(level) for level in levels])
+    dims = event_size(true[0])
+    for j in range(1, grid.steps + 1):
+        z = gaussian(true[j], levels[j]).sample(noise)
+        guess = reverse.curve(z, levels[j], eta)
+        error = true[: j + 1] - torch.stack([guess.at(level) for level in levels[: j + 1]])
+        index = torch.arange(j, dtype=torch.float64, device=x.device)
+        s = process.level(grid.at(index), index.to(x.dtype))
+        t = process.level(grid.at(torch.full_like(index, j)), index.to(x.dtype))
+        step = posterior_coefficients(s, t, eta)
+        shape = (-1, *[1] * (error.dim() - 1))
+        weight, alpha = step.target_weight.view(shape), s.alpha.view(shape)
+        mean_error = weight * error[j] + alpha * (error[:j] - error[j])
+        square = mean_error.flatten(1).square().sum(1).double() / (step.variance.double() * dims)
+        yield j, square.cpu()
