@@ -29,6 +29,14 @@ In discrete time the reverse process may have variance r v instead of v (Analyti
     KL(q(z_s|z_t,x)\,\|\,N(\hat\mu, r v I))
         = \frac{\|\Delta\mu\|^2}{2 r v} + \frac D2 \bigl(\log r + \tfrac1r - 1\bigr) .
 
+A predictor with a learned variance s² of its error (:class:`ndm.Predictor`) has its own r for each
+example and dimension, trained on this cost,
+
+.. math::
+    r = 1 + (\alpha_s - k\alpha_t)^2\, s^2(z_t, t) / v .
+
+A fitted r multiplies it.
+
 With K paths z drawn from q(.|x), the discrete-time model also has a bound that tightens with K
 (Burda et al. 2016):
 
@@ -55,9 +63,9 @@ from ndm.forward import (
     posterior_coefficients,
 )
 from ndm.random import RandomSource, standard_normal
-from ndm.reverse import MarkovReverse, Reverse, require_markov
+from ndm.reverse import Guess, MarkovReverse, Reverse, require_markov
 from ndm.schedule import NoiseLevel
-from ndm.shapes import event_size, expand, sum_event
+from ndm.shapes import expand, sum_event
 from ndm.time_grid import Steps, TimeGrid, as_grid
 from ndm.time_sampling import PiecewiseConstant
 from ndm.transform import Curve
@@ -154,7 +162,7 @@ class Draw:
     coin: Tensor | None = None
     """A uniform number ``(1,)`` for a direct reverse process with two heads.
 
-    See :meth:`ndm.reverse.MarkovReverse.training_curve`.
+    See :meth:`ndm.reverse.MarkovReverse.training_guess`.
     """
 
 
@@ -231,25 +239,43 @@ def _scaled_mean_error(
     return weighted / coefficients.variance.sqrt()
 
 
+@dataclass(frozen=True)
+class StepError:
+    """The error of one step for each example."""
+
+    error: Tensor
+    """Δmu/sqrt(v), ``(B, *event)``."""
+    midpoint: Tensor
+    """The time halfway, ``(B,)``, in double precision."""
+    regression: Tensor | None
+    """Loss of a second head, ``(B,)``, nats."""
+    excess: Tensor | None
+    """r - 1 of a learned reverse variance, ``(B, *event)``."""
+
+
 def discrete_errors(
     reverse: MarkovReverse, curve: Curve, draw: Draw, steps: Steps, eta: Eta = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return Δmu/sqrt(v) at the step selected by u, its midpoint, and the loss of a second head.
+) -> StepError:
+    """Return the error of the step selected by u.
 
-    The error has shape ``(B, *event)``; the midpoint ``(B,)`` is in double precision. Arguments are
-    those of :func:`discrete_diffusion`.
+    Arguments are those of :func:`discrete_diffusion`.
     """
     like, grid = curve.like, as_grid(steps)
     index = torch.floor(_double(draw.u) * grid.steps).clamp(max=grid.steps - 1)
     interval = _Interval.of(reverse.process, index, grid, like)
     true = interval.values(curve)
     eta_at = _eta_at(eta, interval.midpoint, like)
-    predicted, regression = reverse.training_curve(
-        true[0], draw.noise, interval.t, eta_at, draw.coin
-    )
+    guess = reverse.training_guess(true[0], draw.noise, interval.t, eta_at, draw.coin)
     step = posterior_coefficients(interval.s.expand(like), interval.t.expand(like), eta_at)
-    error = _scaled_mean_error(interval, true, interval.values(predicted), step)
-    return error, interval.midpoint, regression
+    error = _scaled_mean_error(interval, true, interval.values(guess.curve), step)
+    return StepError(error, interval.midpoint, guess.regression, _learned_excess(guess, step))
+
+
+def _learned_excess(guess: Guess, step: PosteriorCoefficients) -> Tensor | None:
+    """Return r - 1 of the learned reverse variance, ``(B, *event)``, or None."""
+    if guess.variance is None:
+        return None
+    return step.target_weight**2 / step.variance * guess.variance
 
 
 def _double(u: Tensor) -> Tensor:
@@ -277,17 +303,25 @@ def discrete_diffusion(
         variance_ratio: r, the ratio of the reverse variance to v, for all dimensions or for each;
             None means r = 1.
     """
-    error, midpoint, regression = discrete_errors(reverse, curve, draw, steps, eta)
-    steps = as_grid(steps).steps
-    if variance_ratio is None:
-        return Integrand(steps * sum_event(error**2) / 2, regression)
-    ratio = variance_ratio(midpoint)  # in double precision, because it tends to 1 as 1/T
-    excess = torch.log(ratio) + 1 / ratio - 1
-    if ratio.dim() == 1:
-        cost = sum_event(error**2) / ratio + event_size(error) * excess
-    else:
-        cost = sum_event(error**2 / ratio + excess)
-    return Integrand((steps * 0.5 * cost).to(error.dtype), regression)
+    found = discrete_errors(reverse, curve, draw, steps, eta)
+    error, steps = found.error, as_grid(steps).steps
+    # In double precision, because it tends to 1 as 1/T.
+    fitted = None if variance_ratio is None else _each(variance_ratio(found.midpoint), error)
+    cost = error**2
+    if found.excess is not None:  # log r + 1/r - 1 would cancel for r near 1
+        u = found.excess
+        factor = 1.0 if fitted is None else fitted
+        cost = cost / (factor * (1 + u)) + torch.log1p(u) - u / (1 + u)
+        if fitted is not None:
+            cost = cost + torch.log(fitted) + (1 / fitted - 1) / (1 + u)
+    elif fitted is not None:
+        cost = cost / fitted + torch.log(fitted) + 1 / fitted - 1
+    return Integrand((steps * 0.5 * sum_event(cost)).to(error.dtype), found.regression)
+
+
+def _each(ratio: Tensor, like: Tensor) -> Tensor:
+    """Return a ratio ``(B,)`` or ``(B, *event)`` in a shape that broadcasts against ``like``."""
+    return expand(ratio, like) if ratio.dim() == 1 else ratio
 
 
 def continuous_errors(
@@ -399,13 +433,17 @@ def path_log_weight(
         s, t = interval.s, interval.t
         eta_at = _eta_at(eta, interval.midpoint, z)
         true = interval.values(curve, at_t)
-        predicted = interval.values(markov.curve(z, t, eta_at))
+        guess = markov.guess(z, t, eta_at)
+        predicted = interval.values(guess.curve)
         step = posterior_coefficients(s.expand(z), t.expand(z), eta_at)
         error = _scaled_mean_error(interval, true, predicted, step)
         noise = standard_normal(z, source)
         z = process.posterior_from(z, *true, s, step).sample(noise)
         at_t = true[0] + true[1]
-        ratio = None if variance_ratio is None else variance_ratio(interval.midpoint)
+        ratio = None if variance_ratio is None else _each(variance_ratio(interval.midpoint), z)
+        learned = _learned_excess(guess, step)
+        if learned is not None:
+            ratio = (1 + learned.double()) * (1.0 if ratio is None else ratio)
         log_weight = log_weight + _log_ratio(error, noise, ratio)
     return log_weight.to(x.dtype) + decoder.log_prob(x, z, process.level(0.0, x))
 
@@ -416,12 +454,11 @@ def _log_ratio(error: Tensor, noise: Tensor, ratio: Tensor | None) -> Tensor:
     Args:
         error: Δmu/sqrt(v), the mean of q minus that of p, ``(B, *event)``.
         noise: ``(B, *event)``.
-        ratio: r, ``(B,)`` or ``(B, *event)``, in double precision; None means r = 1.
+        ratio: r, in double precision, broadcasts against ``error``; None means r = 1.
     """
     # The squares of noise cancel in the difference of the log-densities.
     cross = 0.5 * error**2 + error * noise
     if ratio is None:
         return -sum_event(cross)
-    ratio = expand(ratio, error) if ratio.dim() == 1 else ratio
     own = 0.5 * ((1 / ratio - 1) * noise**2 + torch.log(ratio))
     return -sum_event(cross / ratio + own)

@@ -495,6 +495,11 @@ class NDM(DiffusionModel):
         self.predictor, self.reverse = predictor, reverse
         _ = self.reverse_process  # it checks its kind
         predictor.check(self.process, decoder, reverse)
+        if predictor.learned_variance and steps is None:
+            raise UserError(
+                "learned_variance trains the reverse variance of discrete time: give steps, or"
+                " leave learned_variance out"
+            )
 
     @property
     def reverse_process(self) -> ReverseProcess:

@@ -12,6 +12,13 @@ sigma. The eps-form divides by alpha at t = 1. It estimates F(x, t) rather than 
 has to make up the difference unless F is the identity. For a direct reverse process the predictor
 returns ŷ instead of x̂, see :mod:`ndm.reverse`.
 
+With ``learned_variance`` a second output w estimates the variance of the prediction's error,
+
+.. math::
+    s^2(z, t) = \frac{\sigma^2}{\alpha^2 + \sigma^2}\, e^{w} \approx E[(x - \hat x)^2 | z] ,
+
+for the reverse variance of a process in discrete time, see :mod:`ndm.elbo`.
+
 For data on a grid of L values, :class:`ndm.RoundingPredictor` rounds the prediction at low noise.
 """
 
@@ -26,6 +33,7 @@ from ndm.errors import UserError, check_choice
 from ndm.forward import NoisingProcess
 from ndm.parts import Part, check_network, describe_output
 from ndm.schedule import NoiseLevel
+from ndm.shapes import expand
 
 Target = Literal["v", "eps", "x"]
 
@@ -33,9 +41,16 @@ Target = Literal["v", "eps", "x"]
 class DataPredictor(Part, ABC):
     """The base class of predictors x̂(z, t)."""
 
+    learned_variance: bool = False
+    """Whether :meth:`with_variance` estimates a variance."""
+
     @abstractmethod
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """Return x̂ for ``z`` ``(B, *event)`` at times ``(B,)``, in the shape and dtype of z."""
+
+    def with_variance(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor | None]:
+        """Return x̂ and the variance s² of its error, ``(B, *event)``, or None if it has none."""
+        return self(z, level), None
 
     def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         """Check that the predictor fits the other parts of a model.
@@ -61,19 +76,35 @@ class Predictor(DataPredictor):
     Args:
         network: an ``nn.Module`` that maps ``(B, *event)`` and ``(B,)`` to ``(B, *event)``.
         target: what the network predicts: ``"v"``, ``"eps"`` or ``"x"``.
+        learned_variance: the network has a second output, for the reverse variance in discrete
+            time; it returns ``(B, 2, *event)``.
     """
 
-    def __init__(self, network: nn.Module, target: Target = "v"):
+    def __init__(self, network: nn.Module, target: Target = "v", learned_variance: bool = False):
         super().__init__()
         check_choice("target", target, get_args(Target))
         check_network(network, "a predictor", "network(z, t)")
-        self.network, self.target = network, target
+        self.network, self.target, self.learned_variance = network, target, learned_variance
 
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        if self.learned_variance:
+            return self.with_variance(z, level)[0]
         return self.read(self._output(z, level, z.shape), z, level)
+
+    def with_variance(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor | None]:
+        if not self.learned_variance:
+            return self(z, level), None
+        output, log_factor = self.two_outputs(z, level)
+        share = expand(torch.sigmoid(level.gamma), z)  # sigma²/(alpha² + sigma²)
+        return self.read(output, z, level), share * torch.exp(log_factor.clamp(-20, 20))
 
     def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         super().check(process, decoder, reverse)
+        if self.learned_variance and reverse == "direct-score":
+            raise UserError(
+                "learned_variance does not go with reverse=direct-score, which needs the second"
+                " output of the network; use reverse=direct or tied"
+            )
         if self.target != "eps":
             return
         end = process.schedule(torch.ones(1, device=_device(process)))
@@ -100,7 +131,10 @@ class Predictor(DataPredictor):
         output = self.network(z, level.t)
         if not isinstance(output, Tensor) or output.shape != shape:
             found = describe_output(output)
-            advice = "for reverse=direct-score give a network of this library outputs=2"
+            advice = (
+                "for reverse=direct-score or learned_variance give a network of this library"
+                " outputs=2"
+            )
             if shape == z.shape:
                 advice = (
                     "give it as many output channels as input channels, or wrap a diffusers model"

@@ -41,13 +41,20 @@ another eta from both outputs, it is correct to first order in 1/T.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ndm.errors import UserError, check_choice
-from ndm.forward import ForwardProcess, Gaussian, NoisingProcess, drift_of, gaussian
+from ndm.forward import (
+    ForwardProcess,
+    Gaussian,
+    NoisingProcess,
+    drift_of,
+    gaussian,
+    posterior_coefficients,
+)
 from ndm.ode import LogDensity, OdeSettings, ode_log_prob
 from ndm.predictor import DataPredictor, Predictor
 from ndm.random import RandomSource
@@ -75,6 +82,11 @@ class Reverse(ABC):
     def serves_every_eta(self) -> bool:
         """Whether it can run with any eta, including eta = 0 (the ODE and DDIM)."""
         return True
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the variance of p(z_s|z_t) is learned, and depends on z_t."""
+        return False
 
     @property
     def exact_density(self) -> bool:
@@ -150,6 +162,18 @@ class Reverse(ABC):
         """
 
 
+class Guess(NamedTuple):
+    """What a reverse process puts in place of F(x, .) at z_t."""
+
+    curve: Curve
+    """The curve."""
+    regression: Tensor | None = None
+    """Loss of a second head, ``(B,)``, nats."""
+    variance: Tensor | None = None
+    """s², the variance of the error of the prediction, ``(B, *event)``; None if it is not learned.
+    """
+
+
 class MarkovReverse(Reverse):
     """A reverse process with posteriors p(z_s|z_t).
 
@@ -168,16 +192,20 @@ class MarkovReverse(Reverse):
             UserError: this reverse process cannot run with this eta.
         """
 
+    def guess(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Guess:
+        """Return :meth:`curve` with the variance of its error, if that is learned."""
+        return Guess(self.curve(z, level, eta))
+
     @abstractmethod
-    def training_curve(
+    def training_guess(
         self,
         transformed: Tensor,
         noise: Tensor,
         level: NoiseLevel,
         eta: float | Tensor,
         coin: Tensor | None = None,
-    ) -> tuple[Curve, Tensor | None]:
-        """Return the curve at z_t drawn from q(z_t|x) by ``noise``, and the loss of a second head.
+    ) -> Guess:
+        """Return the guess at z_t drawn from q(z_t|x) by ``noise``.
 
         Args:
             transformed: F(x, t), ``(B, *event)``.
@@ -188,13 +216,19 @@ class MarkovReverse(Reverse):
                 head; None means the odd examples train the bound and the even ones the head.
 
         Returns:
-            The curve, and ½ e^-gamma gamma' ||F - F̂||² ``(B,)`` in nats, or None without a second
-            head or without gradients.
+            The guess. Its regression is ½ e^-gamma gamma' ||F - F̂||², or None without a second head
+            or without gradients.
         """
 
     def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:
-        """Return p(z_s|z_t)."""
-        return self.process.posterior_of(z, self.curve(z, t, eta).at_both(s, t), s, t, eta)
+        """Return p(z_s|z_t), with the learned variance if there is one and eta is not 0."""
+        guess = self.guess(z, t, eta)
+        posterior = self.process.posterior_of(z, guess.curve.at_both(s, t), s, t, eta)
+        if guess.variance is None or (not isinstance(eta, Tensor) and eta == 0):
+            return posterior
+        step = posterior_coefficients(s.expand(z), t.expand(z), eta)
+        added = step.target_weight**2 * guess.variance
+        return Gaussian(posterior.mean, (step.variance + added).sqrt())
 
 
 def require_markov(reverse: Reverse, what: str) -> MarkovReverse:
@@ -248,18 +282,28 @@ class ReverseProcess(MarkovReverse):
         return self.kind == "direct-score" and torch.is_grad_enabled()
 
     @property
+    def learned_variance(self) -> bool:
+        return self.predictor.learned_variance
+
+    @property
     def serves_every_eta(self) -> bool:
         return self.kind != "direct" or self.process.transform.constant
 
     def curve(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Curve:
+        return self.guess(z, level, eta).curve
+
+    def guess(self, z: Tensor, level: NoiseLevel, eta: float | Tensor) -> Guess:
+        if self.kind in ("direct", "direct-score"):
+            self.check_eta(eta)
+        if self.kind == "direct-score":
+            return Guess(Constant(self._target(*self._two_headed.two(z, level), eta)))
+        prediction, variance = self.predictor.with_variance(z, level)
+        curve: Curve = Constant(prediction)
         if self.kind == "tied":
-            return self.process.curve(self.predictor(z, level))
-        if self.kind == "diffenc":
-            return _Shifted(self.process.transform, self.predictor(z, level), level)
-        self.check_eta(eta)
-        if self.kind == "direct":
-            return Constant(self.predictor(z, level))
-        return Constant(self._target(*self._two_headed.two(z, level), eta))
+            curve = self.process.curve(prediction)
+        elif self.kind == "diffenc":
+            curve = _Shifted(self.process.transform, prediction, level)
+        return Guess(curve, variance=variance)
 
     @property
     def _two_headed(self) -> Predictor:
@@ -271,17 +315,17 @@ class ReverseProcess(MarkovReverse):
             return target
         return transformed - (1 + self.eta**2) / (1 + eta**2) * (transformed - target)
 
-    def training_curve(
+    def training_guess(
         self,
         transformed: Tensor,
         noise: Tensor,
         level: NoiseLevel,
         eta: float | Tensor,
         coin: Tensor | None = None,
-    ) -> tuple[Curve, Tensor | None]:
+    ) -> Guess:
         z = gaussian(transformed, level).sample(noise)
         if not self.tosses:
-            return self.curve(z, level, eta), None
+            return self.guess(z, level, eta)
         parity = torch.arange(len(z), device=z.device) + (0 if coin is None else coin < 0.5)
         of_bound = (parity % 2).to(z)
         fixed = z.detach()
@@ -293,7 +337,7 @@ class ReverseProcess(MarkovReverse):
         error = sum_event((transformed.detach() - estimate) ** 2)
         regression = (1 - of_bound) * fixed_level.snr_decay * error
         y, f = (self._two_headed.read(output, z, level) for output in (first, second))
-        return Constant(self._target(y, f, eta)), regression
+        return Guess(Constant(self._target(y, f, eta)), regression)
 
     def continuous_error(
         self,
@@ -304,7 +348,7 @@ class ReverseProcess(MarkovReverse):
         coin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         value, derivative = curve.with_derivative(level)
-        guess, regression = self.training_curve(value, noise, level, eta, coin)
+        guess, regression, _ = self.training_guess(value, noise, level, eta, coin)
         guess_value, guess_derivative = guess.with_derivative(level)
         slope = (derivative - guess_derivative) * expand(level.inverse_dgamma, value)
         return slope - 0.5 * (1 + eta**2) * (value - guess_value), regression

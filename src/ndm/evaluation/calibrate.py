@@ -6,6 +6,7 @@ Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)`, the cost of a step,
 .. math::
     r = 1 + u, \qquad \text{with the value } \tfrac D2 \log(1 + u) \le \tfrac D2 u .
 
+A learned variance r' is multiplied by r, whose best value is then :math:`E[(1 + \Delta\mu^2/v)/r']`.
 With one r and one u for each dimension the value is :math:`\tfrac12 \sum_d \log(1 + u_d)`, which is
 lower, because the logarithm is concave.
 
@@ -85,10 +86,11 @@ def best_variance_ratio(
     reverse = require_markov(model.reverse_process, "a fitted reverse variance")
 
     def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        error, _, _ = discrete_errors(
-            reverse, model.process.curve(x), Draw(u, noise), grid, model.eta
-        )
-        square = error.double() ** 2
+        found = discrete_errors(reverse, model.process.curve(x), Draw(u, noise), grid, model.eta)
+        square = found.error.double() ** 2
+        if found.excess is not None:
+            learned = found.excess.double()
+            square = (square - learned) / (1 + learned)
         return [square if by_dimension else sum_event(square) / event_size(noise)]
 
     equal = grid.times is None

@@ -5,7 +5,8 @@ With the fitted reverse variance (:mod:`ndm.evaluation.calibrate`) a step from t
 .. math::
     c(s, t) = \tfrac D2 \log(1 + u(s, t)), \qquad u(s, t) = E\|\Delta\mu\|^2 / (D v) ,
 
-whatever the other steps are. Among all grids of T steps whose times are among M + 1 candidates, the
+whatever the other steps are, plus :math:`\tfrac D2 E \log r` with a learned variance r, which
+divides 1 + u. Among all grids of T steps whose times are among M + 1 candidates, the
 best one is a shortest path (Watson et al. 2021):
 
 .. math::
@@ -145,7 +146,7 @@ def step_costs(
     grid, chosen = TimeGrid(candidates), spread(len(data), examples)
     dims = data[0].numel()
     size = max(1, min(batch_size, _NUMBERS // (dims * (candidates + 1))))
-    sums = torch.zeros(candidates + 1, candidates + 1, dtype=torch.float64)
+    sums = torch.zeros(2, candidates + 1, candidates + 1, dtype=torch.float64)
     batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     bar = tqdm(
         total=len(batches) * candidates,
@@ -161,29 +162,35 @@ def step_costs(
             noise = standard_normal(
                 model.process.curve(x).like, ExampleGenerators(seed, batch, _GRID)
             )
-            for j, squares in _squared_errors(reverse, model.eta, x, grid, noise):
-                sums[:j, j] += squares
+            for j, squares, logs in _step_errors(reverse, model.eta, x, grid, noise):
+                sums[0, :j, j] += squares
+                sums[1, :j, j] += logs
                 bar.update()
-    excess = sums / len(chosen)
-    costs = torch.full_like(sums, torch.inf)
-    later = torch.ones_like(sums, dtype=torch.bool).triu(1)
+    excess, logs = sums / len(chosen)
+    costs = torch.full_like(excess, torch.inf)
+    later = torch.ones_like(excess, dtype=torch.bool).triu(1)
     latent = model.process.curve(data.__getitems__(chosen[:1]).to(model.like)).like
-    costs[later] = 0.5 * event_size(latent) * torch.log1p(excess[later])
+    costs[later] = 0.5 * event_size(latent) * (torch.log1p(excess) + logs)[later]
     return StepCosts(grid, costs)
 
 
-def _squared_errors(
+def _step_errors(
     reverse: MarkovReverse, eta: float, x: Tensor, grid: TimeGrid, noise: Tensor
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield j and sum over the batch of ||Δmu||²/(D v) for the steps from t_j to all t_i, i < j."""
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield j, and for the steps from t_j to all t_i, i < j, two sums over the batch, ``(j,)``.
+
+    They are the means over the dimensions of (1 + Δmu²/v)/r - 1 and of log r, where r is the
+    learned reverse variance, or 1.
+    """
     process, curve = reverse.process, reverse.process.curve(x)
     levels = [process.level(time, x) for time in grid.tolist()]
     true = torch.stack([curve.at(level) for level in levels])
     dims = event_size(true[0])
     for j in range(1, grid.steps + 1):
         z = gaussian(true[j], levels[j]).sample(noise)
-        guess = reverse.curve(z, levels[j], eta)
-        error = true[: j + 1] - torch.stack([guess.at(level) for level in levels[: j + 1]])
+        guess = reverse.guess(z, levels[j], eta)
+        at = [guess.curve.at(level) for level in levels[: j + 1]]
+        error = true[: j + 1] - torch.stack(at)
         index = torch.arange(j, dtype=torch.float64, device=x.device)
         s = process.level(grid.at(index), index.to(x.dtype))
         t = process.level(grid.at(torch.full_like(index, j)), index.to(x.dtype))
@@ -191,5 +198,11 @@ def _squared_errors(
         shape = (-1, *[1] * (error.dim() - 1))
         weight, alpha = step.target_weight.view(shape), s.alpha.view(shape)
         mean_error = weight * error[j] + alpha * (error[:j] - error[j])
-        square = mean_error.flatten(1).square().sum(1).double() / (step.variance.double() * dims)
-        yield j, square.cpu()
+        square = mean_error.square() / step.variance.view(shape)
+        if guess.variance is None:
+            yield j, (square.flatten(1).sum(1).double() / dims).cpu(), torch.zeros(j)
+            continue
+        learned = weight**2 / step.variance.view(shape) * guess.variance
+        square = (square - learned) / (1 + learned)
+        sums = [part.flatten(1).sum(1).double() / dims for part in (square, torch.log1p(learned))]
+        yield j, sums[0].cpu(), sums[1].cpu()

@@ -151,6 +151,11 @@ def make_plan(
         UserError: the model is in continuous time only, or a number of the plan is out of range.
     """
     require_markov(model.reverse_process, "lossless compression")
+    if model.reverse_process.learned_variance:
+        raise UserError(
+            "lossless compression needs a reverse variance that is the same for all images: train"
+            " without learned_variance"
+        )
     schedule = copy.deepcopy(model.schedule).double().cpu()
     with torch.no_grad():
         level = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
