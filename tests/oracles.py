@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from ndm.data import EventDataset
-from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
+from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.forward import ForwardProcess
 from ndm.model import DiffusionModel
 from ndm.predictor import DataPredictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import Step
 from ndm.schedule import NoiseLevel, Schedule
+from ndm.time_sampling import Draw
 from ndm.transform import Curve, Transform
 
 F64 = torch.float64

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import path_log_weight, prior_term, reconstruction_term
+from ndm.discrete_time import path_log_weight
+from ndm.elbo import prior_term, reconstruction_term
 from ndm.sample import Ancestral
 from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, Schedule
 from ndm.time_sampling import (

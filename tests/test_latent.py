@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from ndm.decoder import GaussianDecoder, NetworkDecoder
-from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
+from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.model import NDM
 from ndm.ode import OdeSettings
 from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, Schedule
+from ndm.time_sampling import Draw
 from ndm.transform import Encoder
 from oracles import (
     F64,

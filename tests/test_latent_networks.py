@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ndm.apps.compress.chain import Chain, Plan
 from ndm.data import Digits
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
-from ndm.elbo import Draw, diffusion_integrand
+from ndm.elbo import diffusion_integrand
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_variance_ratio
 from ndm.evaluation.evaluate import Evaluation
@@ -23,7 +23,7 @@ from ndm.predictor import Predictor
 from ndm.random import ExampleGenerators, standard_normal, uniform
 from ndm.reverse import ReverseProcess
 from ndm.schedule import LinearLogSNRSchedule, NoiseLevel
-from ndm.time_sampling import PiecewiseConstant
+from ndm.time_sampling import Draw, PiecewiseConstant
 from ndm.train.checks import check_parts
 from ndm.train.config import RunParts
 from ndm.train.settings import TrainSettings

@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 import ndm
 from evaluation.test_calibrate import points
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import path_log_weight
+from ndm.discrete_time import path_log_weight
 from ndm.errors import UserError
 from ndm.evaluation import best_variance_ratio
 from ndm.evaluation.time_grids import step_costs

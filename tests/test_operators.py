@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
+from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.model import NDM
@@ -19,6 +19,7 @@ from ndm.operators import Blur, Downsample, FadingMask, cosines
 from ndm.predictor import Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import CosineSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
+from ndm.time_sampling import Draw
 from ndm.transform import Transform
 from oracles import F64, cubature_points, gauss_times, gaussian_kl
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
-from ndm.elbo import Draw, diffusion_integrand
+from ndm.elbo import diffusion_integrand
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess, gaussian, posterior_coefficients
 from ndm.model import NDM
@@ -23,6 +23,7 @@ from ndm.schedule import (
     NoiseLevel,
     Schedule,
 )
+from ndm.time_sampling import Draw
 from ndm.transform import GatedTransform, Identity
 from oracles import F64, GaussianProblem, diffusion, randomized, slope
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import path_log_weight
+from ndm.discrete_time import path_log_weight
 from ndm.evaluation.calibrate import best_variance_ratio
 from ndm.forward import ForwardProcess, posterior_coefficients
 from ndm.model import NDM
@@ -204,7 +204,7 @@ def test_path_weights_of_short_steps_are_those_of_double_precision(
     transform: str, fine: int, steps: int, fitted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over 1/100,000 of the schedule, by differences of F or by its derivative."""
-    monkeypatch.setattr("ndm.elbo._SHORTEST", 1 / fine)
+    monkeypatch.setattr("ndm.discrete_time._SHORTEST", 1 / fine)
     count, weights = 16, []
     ratio = PiecewiseConstant(1 + torch.tensor([0.02, 0.01], dtype=F64)) if fitted else None
     for model in both_precisions(transform, schedule="short"):

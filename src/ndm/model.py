@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
-from ndm.elbo import (
-    Bound,
-    BoundDraw,
-    Eta,
-    diffusion_integrand,
-    prior_term,
-    reconstruction_term,
-)
+from ndm.elbo import Bound, BoundDraw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError, check_whole, describe_value
 from ndm.forward import ForwardProcess, NoisingProcess
 from ndm.likelihood import Dequantization, LogLikelihood, log_likelihood
@@ -40,7 +33,13 @@ from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
 from ndm.shapes import sample_shape
 from ndm.time_grid import MOST_STEPS, Steps
-from ndm.time_sampling import LowDiscrepancyTimeSampler, PiecewiseConstant, TimeSampler, TimeSamples
+from ndm.time_sampling import (
+    Eta,
+    LowDiscrepancyTimeSampler,
+    PiecewiseConstant,
+    TimeSampler,
+    TimeSamples,
+)
 from ndm.transform import Curve, Transform
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ndm.errors import UserError
 from ndm.parts import Part
+from ndm.shapes import expand
 from ndm.time_grid import TimeGrid
 
 
@@ -62,6 +63,51 @@ class PiecewiseConstant:
             part = torch.bucketize(t.double(), self.grid.times.to(t.device), right=True) - 1
         part = part.clamp(0, len(self.values) - 1)
         return self.values.to(t)[part]
+
+
+Eta = float | PiecewiseConstant
+"""Stochasticity of the reverse process: a number or a function of time."""
+
+
+def eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
+    """Return eta at times ``t`` ``(B,)``, in a shape that broadcasts against ``like``."""
+    return expand(eta(t).to(like.dtype), like) if isinstance(eta, PiecewiseConstant) else eta
+
+
+def check_eta(eta: Eta) -> None:
+    """Check the eta of a bound.
+
+    Raises:
+        UserError: it is not positive.
+    """
+    if not isinstance(eta, PiecewiseConstant) and not eta > 0:
+        raise UserError(
+            f"eta={eta}: the bound is infinite for a deterministic reverse process; use eta > 0,"
+            " eta=1 for DDPM"
+        )
+
+
+def as_double(u: Tensor) -> Tensor:
+    """Return ``u`` in double precision, which Apple's GPUs do not have."""
+    return u if u.device.type == "mps" else u.double()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The time and the noise drawn for each example."""
+
+    u: Tensor
+    """Uniform numbers in [0, 1), ``(B,)``.
+
+    In continuous time u is the time t, in discrete time it selects the step floor(uT) + 1.
+    """
+    noise: Tensor
+    """Standard normal, in the shape of F(x, t)."""
+    coin: Tensor | None = None
+    """A uniform number ``(1,)`` for a direct reverse process with two heads.
+
+    See :meth:`ndm.reverse.MarkovReverse.training_guess`.
+    """
 
 
 class TimeSampler(Part, ABC):

@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from evaluation.test_calibrate import model, points
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import Draw, discrete_errors, path_log_weight
+from ndm.discrete_time import discrete_errors, path_log_weight
 from ndm.errors import UserError
 from ndm.evaluation import best_grid, best_variance_ratio
 from ndm.evaluation.time_grids import StepCosts, step_costs
@@ -18,7 +18,7 @@ from ndm.random import ExampleGenerators, standard_normal
 from ndm.sample import Ancestral, GridSampler
 from ndm.schedule import LinearLogSNRSchedule
 from ndm.time_grid import TimeGrid
-from ndm.time_sampling import PiecewiseConstant
+from ndm.time_sampling import Draw, PiecewiseConstant
 from ndm.transform import Identity
 from oracles import COVARIANCE, F64, GaussianProblem, Points, constant, diffusion
 

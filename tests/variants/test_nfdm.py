@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ndm
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import Draw, diffusion_integrand, prior_term
+from ndm.elbo import diffusion_integrand, prior_term
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.ode import OdeSettings
@@ -23,6 +23,7 @@ from ndm.schedule import (
     NoiseLevel,
     Schedule,
 )
+from ndm.time_sampling import Draw
 from ndm.transform import Curve, GatedTransform, Identity, NetworkTransform, Transform
 from ndm.variants.nfdm import (
     NFDM,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ndm.apps.compress.chain import make_plan
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
-from ndm.elbo import path_log_weight
+from ndm.discrete_time import path_log_weight
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_eta, best_variance_ratio
 from ndm.evaluation.evaluate import Evaluation

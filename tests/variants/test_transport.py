@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ndm.decoder import GaussianDecoder
-from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
+from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.nn import MLP
 from ndm.sample import Euler, GridSampler, Heun
 from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.serialize import load_model, save_model
-from ndm.time_sampling import PiecewiseConstant
+from ndm.time_sampling import Draw, PiecewiseConstant
 from ndm.transform import Curve, SeparableTransform, Transform
 from ndm.variants.monotone import MonotoneMap, TransportMap
 from ndm.variants.nfdm import NetworkScale

@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.data import EventDataset, spread
-from ndm.elbo import Draw, continuous_errors, discrete_errors
+from ndm.discrete_time import discrete_errors
+from ndm.elbo import continuous_errors
 from ndm.errors import UserError, check_choice, check_whole
 from ndm.evaluation.time_grids import best_grid
 from ndm.model import DiffusionModel
@@ -42,7 +43,7 @@ from ndm.reverse import require_markov
 from ndm.sample import Ancestral, GridSampler
 from ndm.shapes import event_size, sum_event
 from ndm.time_grid import Steps, TimeGrid, as_grid
-from ndm.time_sampling import PiecewiseConstant
+from ndm.time_sampling import Draw, PiecewiseConstant
 
 GridKind = Literal["equal", "fitted"]
 VarianceKind = Literal["step", "dimension"]

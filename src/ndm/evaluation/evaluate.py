@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm.data import EventDataset, spread
-from ndm.elbo import Bound, bits_per_dim, path_log_weight
+from ndm.discrete_time import path_log_weight
+from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError, check_whole
 from ndm.evaluation.calibrate import Calibration, Fit
 from ndm.evaluation.measurement import (

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ndm.data import Mixture
-from ndm.elbo import Draw, diffusion_integrand, prior_term, reconstruction_term
+from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.model import DiffusionModel
 from ndm.ode import trace_times
 from ndm.random import part_seed
 from ndm.sample import Ancestral, Euler, GridSampler
+from ndm.time_sampling import Draw
 from ndm.variants.transport import TransportNDM
 
 MEANS, STD, WEIGHTS = (-1.5, 1.5), 0.5, (0.4, 0.6)

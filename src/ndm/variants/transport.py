@@ -49,7 +49,6 @@ import torch
 from torch import Tensor, nn
 
 from ndm.decoder import Decoder
-from ndm.elbo import Eta
 from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess, NoisingProcess
 from ndm.model import DiffusionModel
@@ -59,7 +58,7 @@ from ndm.random import RandomSource
 from ndm.reverse import Reverse
 from ndm.sample import Sampler
 from ndm.schedule import NoiseLevel, Schedule
-from ndm.time_sampling import PiecewiseConstant, TimeSampler
+from ndm.time_sampling import Eta, PiecewiseConstant, TimeSampler
 from ndm.transform import Curve, Transform
 from ndm.variants.interpolation import clock, follow
 from ndm.variants.monotone import Interpolant, TransportMap
