@@ -202,8 +202,12 @@ def _kinds(folder: Path, images: Path, model: str, archive: Path) -> list[Kind]:
 
 
 def _pixels(folder: Path) -> list[bytes]:
-    """The pixels of the images of a folder, in any order."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".png", ".jpg")]
+    """The pixels of the images of a folder, in any order; hidden folders are unfinished work."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".png", ".jpg") and not path.parent.name.startswith(".ndm-")
+    ]
     return sorted(np.asarray(Image.open(path).convert("RGB")).tobytes() for path in files)
 
 
@@ -323,15 +327,13 @@ def damage_campaign(
 ) -> list[tuple[str, list[Outcome]]]:
     """Try damaged files of all kinds in turn, in several processes."""
     _KINDS[:] = kinds
+    outcomes: list[Outcome] = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        outcomes = list(
-            tqdm(
-                pool.map(partial(_trial, seed), range(files), chunksize=4),
-                total=files,
-                desc="files",
-                disable=None,
-            )
-        )
+        found = pool.map(partial(_trial, seed), range(files), chunksize=4)
+        try:
+            outcomes.extend(tqdm(found, total=files, desc="files", disable=None))
+        except KeyboardInterrupt:  # show what was found so far
+            pool.shutdown(cancel_futures=True)
     return [(kind.name, outcomes[at :: len(kinds)]) for at, kind in enumerate(kinds)]
 
 
@@ -343,8 +345,8 @@ def campaign(
         folder = Path(name)
         rows = damage_campaign(prepare(folder), files, seed, workers)
         if kills:
-            rows.append(("training, kill -9", kill_campaign(folder, kills, seed)))
             rows.append(("decompress, kill -9", restore_campaign(folder, kills, seed)))
+            rows.append(("training, kill -9", kill_campaign(folder, kills, seed)))
     return rows
 
 
