@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
@@ -13,7 +13,7 @@ from ndm.likelihood import latent, log_likelihood
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.ode import OdeSettings
-from ndm.predictor import Predictor
+from ndm.predictor import DataPredictor, Predictor
 from ndm.random import ExampleGenerators
 from ndm.reverse import ReverseProcess
 from ndm.schedule import (
@@ -36,7 +36,7 @@ from oracles import (
 from test_ode import mixture, network_process
 
 
-class GridPredictor(nn.Module):
+class GridPredictor(DataPredictor):
     """E[x|z_t] of independent uniform values on a decoder's grid, for F = x."""
 
     def __init__(self, decoder: DiscretizedGaussian):

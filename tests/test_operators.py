@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import scipy.fft
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndm.decoder import GaussianDecoder
 from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
@@ -16,7 +16,7 @@ from ndm.model import NDM
 from ndm.nn import UNet
 from ndm.ode import OdeSettings, ode_log_prob
 from ndm.operators import Blur, Downsample, FadingMask, cosines
-from ndm.predictor import Predictor
+from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import CosineSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.time_sampling import Draw
@@ -141,7 +141,7 @@ def test_downsampling_interpolates_between_block_averages() -> None:
     torch.testing.assert_close(at_end, first - x)
 
 
-class Problem(nn.Module):
+class Problem(DataPredictor):
     """Gaussian pixels and a linear F as dense matrices; as a module it is the exact predictor."""
 
     def __init__(self, schedule: Schedule, transform: Transform, event: tuple[int, ...] = (4, 4)):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import diffusion_integrand
@@ -220,7 +220,7 @@ def test_the_second_head_trains_without_bias_and_leaves_the_bound_unchanged(
         without = diffusion_integrand(plain, curve, Draw(u, noise), steps).bound
     torch.testing.assert_close(found.bound, without, rtol=1e-12, atol=1e-12)
 
-    class First(nn.Module):
+    class First(DataPredictor):
         def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
             return model.predictor.two(z, level)[0]
 

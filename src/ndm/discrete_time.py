@@ -6,8 +6,8 @@ In the step from t to s the means of the posterior and of the reverse process di
     \Delta\mu = (\alpha_s - k\alpha_t)\,\Delta F_t + \alpha_s (\Delta F_s - \Delta F_t), \qquad
     \Delta F_t = F(x,t) - F(\hat x,t) .
 
-:mod:`ndm.elbo` computes the cost of the step from it. With K paths z drawn from q(.|x), the discrete-time model also has a bound that tightens with K
-(Burda et al. 2016):
+:mod:`ndm.elbo` computes the cost of the step from it. With K paths z drawn from q(.|x), the
+discrete-time model also has a bound that tightens with K (Burda et al. 2016):
 
 .. math::
     -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad
@@ -110,7 +110,7 @@ def discrete_errors(
 ) -> StepError:
     """Return the error of the step selected by u.
 
-    Arguments are those of :func:`discrete_diffusion`.
+    Arguments are those of :func:`ndm.elbo.discrete_diffusion`.
     """
     like, grid = curve.like, as_grid(steps)
     index = torch.floor(as_double(draw.u) * grid.steps).clamp(max=grid.steps - 1)

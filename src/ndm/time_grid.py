@@ -73,9 +73,8 @@ class TimeGrid:
         """Return the times t_i for indices i, integers in any dtype, in their shape."""
         if self.times is None:
             return index / self.steps
-        return self.times.to(index.device)[index.long()].to(
-            torch.promote_types(index.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(index.dtype, torch.float32)
+        return self.times.to(dtype).to(index.device)[index.long()]
 
     def middle(self, index: Tensor) -> Tensor:
         """Return the times halfway from t_i to t_{i+1}, in the shape of ``index``."""

@@ -60,7 +60,8 @@ class PiecewiseConstant:
         if self.grid is None or self.grid.times is None:
             part = (t * len(self.values)).long()
         else:
-            part = torch.bucketize(t.double(), self.grid.times.to(t.device), right=True) - 1
+            ends = self.grid.times.to(t.dtype).to(t.device)
+            part = torch.bucketize(t, ends, right=True) - 1
         part = part.clamp(0, len(self.values) - 1)
         return self.values.to(t)[part]
 

@@ -20,7 +20,7 @@ from ndm.apps.compress.coder import Coded, Stack, decode, encode, initial_words
 from ndm.apps.compress.items import Item
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
-from ndm.evaluation.calibrate import best_variance_ratio
+from ndm.evaluation.calibrate import Fit, best_variance_ratio
 from ndm.evaluation.evaluate import Evaluation
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
@@ -175,7 +175,7 @@ def test_the_rate_equals_the_bound(steps: int, width: float) -> None:
     index = np.clip(normal.round(), 0, 15).astype(np.int64)
     rows = Rows(index, model.decoder.values, shape)  # type: ignore[union-attr,arg-type]
     scale = best_variance_ratio(model, rows, steps).values
-    bound = Evaluation(model, rows).nelbo(steps, 50, rows)
+    bound = Evaluation(model, rows).nelbo(steps, 50, Fit(rows))
     coded = encode(Chain(model, make_plan(model, steps, 500, scale, width), shape), index)
     rate = 32 * (len(coded.words) - coded.initial) / index.size
     assert rate == pytest.approx(bound.bpd, rel=0.01)

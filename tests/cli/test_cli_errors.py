@@ -412,7 +412,9 @@ def test_long_words_of_a_message_are_shortened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "x" * 230
-    line = rejected(capsys, ["train --config", name, "--out", tmp_path / "run"], "x...x", "digits")
+    line = rejected(
+        capsys, ["train --config", name, "--out", tmp_path / "run"], "x...x", "checkerboard"
+    )
     assert "x" * 70 not in line
 
 

@@ -47,8 +47,6 @@ from ndm.time_sampling import Draw, PiecewiseConstant
 
 GridKind = Literal["equal", "fitted"]
 VarianceKind = Literal["step", "dimension"]
-GRID_EXAMPLES = 128
-"""The most examples to fit a time grid on."""
 _FIT = 20  # stream of noise
 
 
@@ -234,8 +232,7 @@ class Calibration:
             options = {"examples": fit.examples, **self.options}
             grid = None if steps is None else TimeGrid(steps)
             if steps is not None and fit.grid == "fitted":
-                less = min(fit.examples, GRID_EXAMPLES)
-                grid = best_grid(self.model, fit.data, steps, **{**options, "examples": less})
+                grid = best_grid(self.model, fit.data, steps, **self.options)
             if grid is None:
                 found: dict[str, Any] = {"eta": best_eta(self.model, fit.data, **options)}
             else:

@@ -37,8 +37,9 @@ from ndm.time_grid import TimeGrid
 
 CANDIDATES = 64
 """M, the default number of candidate steps, at least."""
-MOST_FITTED = 128
+MOST_FITTED = 64
 """The largest T to fit a grid for; more steps are close enough to continuous time."""
+_VALUES = 2**14  # numbers to average a cost over
 _GRID = 21  # stream of noise
 _NUMBERS = 2**24  # most numbers at once: F at all candidates
 
@@ -81,7 +82,7 @@ def best_grid(
     steps: int,
     *,
     candidates: int = CANDIDATES,
-    examples: int = 128,
+    examples: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,
@@ -94,7 +95,8 @@ def best_grid(
         steps: T; above :data:`MOST_FITTED` the grid has equal steps.
         candidates: least number of candidate steps; raised to a multiple of T, so that the fit is
             at least as good as equal steps.
-        examples: number of examples to use, evenly spread over the data.
+        examples: number of examples to use, evenly spread over the data; by default 16 to 128,
+            fewer if they have more dimensions, over which costs are averaged.
         batch_size: examples per batch, at most.
         seed: seed of the noise.
         progress: show a progress bar.
@@ -111,6 +113,9 @@ def best_grid(
     if not 1 < steps <= MOST_FITTED:
         return TimeGrid(steps)
     multiple = max(2, -(-candidates // steps))
+    if examples is None:
+        dims = data[0].numel() if len(data) else 1
+        examples = max(16, min(128, _VALUES // dims))
     costs = step_costs(
         model,
         data,

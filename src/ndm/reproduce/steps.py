@@ -20,6 +20,7 @@ import torch
 from ndm.data import DataDescription, DataSource
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError
+from ndm.evaluation.calibrate import Fit
 from ndm.evaluation.evaluate import Evaluation
 from ndm.evaluation.measurement import Measurement, standard_error
 from ndm.evaluation.tables import plus_minus
@@ -151,7 +152,7 @@ def _measure_bounds(
     train, test, about = data.split("train"), data.split("test"), data.describe().about("test")
     bound = Evaluation(model, test, report.seed, plan.limit, progress=True, about=about)
     for horizon in plan.horizons:
-        for fit in (None, train) if horizon in plan.fitted else (None,):
+        for fit in (None, Fit(train)) if horizon in plan.fitted else (None,):
             key = f"{name}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
             compute = partial(_measure, bound.nelbo, horizon, plan.draws, fit)
             results[key] = report.cache(f"nelbo-{key}", compute)

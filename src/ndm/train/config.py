@@ -5,6 +5,7 @@ the command line, without the ``init_args`` of classes: ``model.predictor.networ
 """
 
 import contextlib
+import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ndm.data import DataSource
+from ndm.data.columns import listed
 from ndm.errors import UserError, check_whole, one_line
 from ndm.model import DiffusionModel
 from ndm.train.settings import TrainSettings
 from ndm.train.yaml_reader import MODE, BoundError, check_text, check_yaml, load_value, read_yaml
+from ndm.writing import shortened
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -141,7 +144,8 @@ def config_parser(name: str = "train", **options: Any) -> ArgumentParser:
         action="config",
         help=(
             "configuration file (YAML with the sections data, model, train), or the name of an"
-            " included one, such as digits; later options override it"
+            " included one; later options override it. Included: "
+            + ", ".join(one for one in included_configs() if not one.startswith("compare-"))
         ),
     )
     parser.add_argument(
@@ -276,10 +280,19 @@ def find_config(name: str) -> Path:
     packaged = folder / (path.name if path.suffix == ".yaml" else f"{path.name}.yaml")
     if len(path.parts) == 1 and packaged.is_file():
         return packaged
-    names = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
+    names = included_configs()
+    meant = difflib.get_close_matches(path.stem, names, n=1)
+    question = f" (did you mean {meant[0]}?)" if meant else ""
     raise UserError(
-        f"there is no configuration {name}: give the path of a YAML file, or one of {names}"
+        f"there is no configuration {shortened(name)}{question}: give the path of a YAML file, or"
+        f" one of {listed(names, 80)} (see ndm train --help)"
     )
+
+
+def included_configs() -> list[str]:
+    """Return the names of the configurations that come with the library."""
+    folder = Path(str(files("ndm") / "configs"))
+    return sorted(one.stem for one in folder.glob("*.yaml"))
 
 
 def _with_paths(options: Sequence[str]) -> list[str]:
