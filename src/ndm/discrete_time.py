@@ -130,11 +130,6 @@ def _learned_excess(guess: Guess, step: PosteriorCoefficients) -> Tensor | None:
     return step.target_weight**2 / step.variance * guess.variance
 
 
-def broadcast_ratio(ratio: Tensor, like: Tensor) -> Tensor:
-    """Return a ratio ``(B,)`` or ``(B, *event)`` in a shape that broadcasts against ``like``."""
-    return expand(ratio, like) if ratio.dim() == 1 else ratio
-
-
 def path_log_weight(
     reverse: Reverse,
     decoder: Decoder,
@@ -184,11 +179,7 @@ def path_log_weight(
         noise = standard_normal(z, source)
         z = process.posterior_from(z, *true, s, step).sample(noise)
         at_t = true[0] + true[1]
-        ratio = (
-            None
-            if variance_ratio is None
-            else broadcast_ratio(variance_ratio(interval.midpoint), z)
-        )
+        ratio = None if variance_ratio is None else variance_ratio.broadcast(interval.midpoint, z)
         learned = _learned_excess(guess, step)
         if learned is not None:
             ratio = (1 + learned.double()) * (1.0 if ratio is None else ratio)

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from ndm.decoder import Decoder
-from ndm.discrete_time import broadcast_ratio, discrete_errors
+from ndm.discrete_time import discrete_errors
 from ndm.errors import UserError
 from ndm.forward import NoisingProcess
 from ndm.reverse import MarkovReverse, Reverse, require_markov
@@ -169,9 +169,7 @@ def discrete_diffusion(
     found = discrete_errors(reverse, curve, draw, steps, eta)
     error, steps = found.error, as_grid(steps).steps
     # In double precision, because it tends to 1 as 1/T.
-    fitted = (
-        None if variance_ratio is None else broadcast_ratio(variance_ratio(found.midpoint), error)
-    )
+    fitted = None if variance_ratio is None else variance_ratio.broadcast(found.midpoint, error)
     cost = error**2
     if found.excess is not None:  # log r + 1/r - 1 would cancel for r near 1
         u = found.excess

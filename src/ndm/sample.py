@@ -85,8 +85,8 @@ class Ancestral(Step):
     ) -> Tensor:
         posterior = require_markov(reverse, "ancestral sampling").posterior(z, s, t, self.eta)
         if self.variance_ratio is not None:
-            ratio = self.variance_ratio((s.exact_time + t.exact_time) / 2).to(z.dtype)
-            noise = noise * (expand(ratio, z) if ratio.dim() == 1 else ratio).sqrt()
+            ratio = self.variance_ratio.broadcast((s.exact_time + t.exact_time) / 2, z)
+            noise = noise * ratio.to(z.dtype).sqrt()
         return posterior.sample(noise)
 
 

@@ -65,6 +65,11 @@ class PiecewiseConstant:
         part = part.clamp(0, len(self.values) - 1)
         return self.values.to(t)[part]
 
+    def broadcast(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return the values at times ``t`` ``(B,)`` in a shape that broadcasts against ``like``."""
+        values = self(t)
+        return expand(values, like) if values.dim() == 1 else values
+
 
 Eta = float | PiecewiseConstant
 """Stochasticity of the reverse process: a number or a function of time."""
@@ -72,7 +77,7 @@ Eta = float | PiecewiseConstant
 
 def eta_at(eta: Eta, t: Tensor, like: Tensor) -> float | Tensor:
     """Return eta at times ``t`` ``(B,)``, in a shape that broadcasts against ``like``."""
-    return expand(eta(t).to(like.dtype), like) if isinstance(eta, PiecewiseConstant) else eta
+    return eta.broadcast(t, like).to(like.dtype) if isinstance(eta, PiecewiseConstant) else eta
 
 
 def check_eta(eta: Eta) -> None:

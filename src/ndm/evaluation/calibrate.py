@@ -229,21 +229,19 @@ class Calibration:
             return {"steps": steps}
         key = (steps, fit)
         if key not in self._fits:
-            options = {"examples": fit.examples, **self.options}
-            grid = None if steps is None else TimeGrid(steps)
-            if steps is not None and fit.grid == "fitted":
-                grid = best_grid(self.model, fit.data, steps, **self.options)
-            if grid is None:
-                found: dict[str, Any] = {"eta": best_eta(self.model, fit.data, **options)}
-            else:
-                by_dimension = fit.variance == "dimension"
-                found = {
-                    "variance_ratio": best_variance_ratio(
-                        self.model, fit.data, grid, by_dimension=by_dimension, **options
-                    )
-                }
-            self._fits[key] = {"steps": grid, **found}
+            self._fits[key] = self._compute(steps, fit)
         return self._fits[key]
+
+    def _compute(self, steps: int | None, fit: Fit) -> dict[str, Any]:
+        options = {"examples": fit.examples, **self.options}
+        if steps is None:
+            return {"steps": None, "eta": best_eta(self.model, fit.data, **options)}
+        grid = TimeGrid(steps)
+        if fit.grid == "fitted":
+            grid = best_grid(self.model, fit.data, steps, **self.options)
+        options["by_dimension"] = fit.variance == "dimension"
+        ratio = best_variance_ratio(self.model, fit.data, grid, **options)
+        return {"steps": grid, "variance_ratio": ratio}
 
     def describe(self, steps: int | None, fit: Fit | None) -> dict[str, Any]:
         """Return the eta, the reverse variance and the times of a bound, for its protocol."""

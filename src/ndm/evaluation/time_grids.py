@@ -34,6 +34,7 @@ from ndm.random import ExampleGenerators, standard_normal
 from ndm.reverse import MarkovReverse, require_markov
 from ndm.shapes import event_size
 from ndm.time_grid import TimeGrid
+from ndm.transform import Curve
 
 CANDIDATES = 64
 """M, the default number of candidate steps, at least."""
@@ -164,31 +165,29 @@ def step_costs(
     with bar, evaluation_mode(model):
         for batch in batches:
             x = data.__getitems__(batch).to(model.like)
-            noise = standard_normal(
-                model.process.curve(x).like, ExampleGenerators(seed, batch, _GRID)
-            )
-            for j, squares, logs in _step_errors(reverse, model.eta, x, grid, noise):
+            curve = reverse.process.curve(x)
+            noise = standard_normal(curve.like, ExampleGenerators(seed, batch, _GRID))
+            for j, squares, logs in _step_errors(reverse, model.eta, curve, grid, noise):
                 sums[0, :j, j] += squares
                 sums[1, :j, j] += logs
                 bar.update()
     excess, logs = sums / len(chosen)
     costs = torch.full_like(excess, torch.inf)
     later = torch.ones_like(excess, dtype=torch.bool).triu(1)
-    latent = model.process.curve(data.__getitems__(chosen[:1]).to(model.like)).like
-    costs[later] = 0.5 * event_size(latent) * (torch.log1p(excess) + logs)[later]
+    costs[later] = 0.5 * event_size(noise) * (torch.log1p(excess) + logs)[later]
     return StepCosts(grid, costs)
 
 
 def _step_errors(
-    reverse: MarkovReverse, eta: float, x: Tensor, grid: TimeGrid, noise: Tensor
+    reverse: MarkovReverse, eta: float, curve: Curve, grid: TimeGrid, noise: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield j, and for the steps from t_j to all t_i, i < j, two sums over the batch, ``(j,)``.
 
     They are the means over the dimensions of (1 + Δmu²/v)/r - 1 and of log r, where r is the
     learned reverse variance, or 1.
     """
-    process, curve = reverse.process, reverse.process.curve(x)
-    levels = [process.level(time, x) for time in grid.tolist()]
+    process = reverse.process
+    levels = [process.level(time, noise) for time in grid.tolist()]
     true = torch.stack([curve.at(level) for level in levels])
     dims = event_size(true[0])
     for j in range(1, grid.steps + 1):
@@ -196,9 +195,9 @@ def _step_errors(
         guess = reverse.guess(z, levels[j], eta)
         at = [guess.curve.at(level) for level in levels[: j + 1]]
         error = true[: j + 1] - torch.stack(at)
-        index = torch.arange(j, dtype=torch.float64, device=x.device)
-        s = process.level(grid.at(index), index.to(x.dtype))
-        t = process.level(grid.at(torch.full_like(index, j)), index.to(x.dtype))
+        index = torch.arange(j, dtype=torch.float64, device=noise.device)
+        s = process.level(grid.at(index), index.to(noise.dtype))
+        t = process.level(grid.at(torch.full_like(index, j)), index.to(noise.dtype))
         step = posterior_coefficients(s, t, eta)
         shape = (-1, *[1] * (error.dim() - 1))
         weight, alpha = step.target_weight.view(shape), s.alpha.view(shape)

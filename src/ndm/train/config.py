@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ndm.writing import shortened
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+_CONFIGS = Path(str(files("ndm") / "configs"))
 Overrides = Sequence[str] | Mapping[str, object]
 """Options as on the command line, ``["--train.steps", "100"]``, or a mapping from names to values,
 ``{"train.steps": 100}``.
@@ -276,8 +278,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    folder = Path(str(files("ndm") / "configs"))
-    packaged = folder / (path.name if path.suffix == ".yaml" else f"{path.name}.yaml")
+    packaged = _CONFIGS / (path.name if path.suffix == ".yaml" else f"{path.name}.yaml")
     if len(path.parts) == 1 and packaged.is_file():
         return packaged
     names = included_configs()
@@ -289,10 +290,10 @@ def find_config(name: str) -> Path:
     )
 
 
-def included_configs() -> list[str]:
+@cache
+def included_configs() -> tuple[str, ...]:
     """Return the names of the configurations that come with the library."""
-    folder = Path(str(files("ndm") / "configs"))
-    return sorted(one.stem for one in folder.glob("*.yaml"))
+    return tuple(sorted(one.stem for one in _CONFIGS.glob("*.yaml")))
 
 
 def _with_paths(options: Sequence[str]) -> list[str]:
