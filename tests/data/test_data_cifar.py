@@ -158,5 +158,5 @@ def test_an_incomplete_set_of_faces_is_rejected(tmp_path):
         CelebAHQ(faces(tmp_path / "a", [f"{i}.png" for i in range(10)])).describe()
     with pytest.raises(UserError, match="1 images"):
         CelebAHQ(faces(tmp_path / "b", ["0.png"]), partial=True).describe()
-    with pytest.raises(UserError, match="not a directory"):
+    with pytest.raises(UserError, match="not a folder"):
         CelebAHQ(str(tmp_path / "c")).describe()

@@ -344,7 +344,7 @@ def test_pipes_among_the_files_are_not_opened(tmp_path: Path) -> None:
 
 def test_a_path_that_is_too_long_is_rejected() -> None:
     for source in (ImageFolder("x" * 300), CelebAHQ("x" * 300)):
-        assert "not a directory" in rejection(source.describe)
+        assert "not a folder" in rejection(source.describe)
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def write_stray_image(root):
 
 
 FAULTS = {
-    "no folder": (lambda d: ImageFolder(str(d / "none")).describe(), ["none", "not a directory"]),
+    "no folder": (lambda d: ImageFolder(str(d / "none")).describe(), ["none", "not a folder"]),
     "no images": (lambda d: ImageFolder(flat(d, count=0)).describe(), ["no images", ".png"]),
     "unreadable": (
         lambda d: describe_after(lambda r: (flat(r), write(r / "04.png", b"hello")), d),

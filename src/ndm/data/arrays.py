@@ -174,7 +174,7 @@ def describe_reals(
     high: float | None = None,
     dimension_names: Sequence[str] | None = None,
 ) -> DataDescription:
-    """Describe real data that are not standardized; the arguments are those of :func:`continuous`."""
+    """Describe real data that are not standardized, with the arguments of :func:`continuous`."""
     event = _event_shape(arrays)
     content = ContentHash()
     sizes: dict[str, int] = {}

@@ -45,7 +45,7 @@ class CelebAHQ(DataSource):
         folder = Path(self.path)
         if not is_folder(folder):
             raise UserError(
-                f"path={describe_value(self.path)} is not a directory; give the folder of the images"
+                f"path={describe_value(self.path)} is not a folder; give the folder of the images"
             )
         files = sorted(
             image_files(folder), key=lambda file: _natural(file.relative_to(folder).as_posix())

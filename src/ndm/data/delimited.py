@@ -247,7 +247,8 @@ def is_number(cell: str, decimal: str = ".") -> bool:
 def looks_like_names(cells: Sequence[str]) -> bool:
     """Return whether cells are whole numbers 0, 1, ... or 1, 2, ..., after an empty one or not.
 
-    In a first row they may be taken for names. pandas writes an empty cell as the name of the index.
+    In a first row they may be taken for names. pandas writes an empty cell as the name of the
+    index.
     """
     cells = [cell.strip() for cell in cells]
     cells = cells[1:] if len(cells) > 1 and not cells[0] else cells

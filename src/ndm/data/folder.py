@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ndm.data.crops import CropKind, Cropping, make_cropping
 from ndm.data.files import (
     Files,
     check_disjoint,
@@ -41,6 +42,7 @@ class FileImages(EncodedImages):
         size: side of the center square, or None.
         labels: class index of each example, or None.
         root: the folder of the files, below which they have their names.
+        cropping: how examples are cropped from the images, or None.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class FileImages(EncodedImages):
         size: int | None,
         labels: np.ndarray | None,
         root: Path | None = None,
+        cropping: Cropping | None = None,
     ):
-        super().__init__(channels, size, labels)
+        super().__init__(channels, size, labels, cropping)
         self.files, self.root = list(files), root
 
     def __len__(self) -> int:
@@ -72,7 +75,7 @@ class FileImages(EncodedImages):
         rest = [index for index in range(len(self)) if index not in left_out]
         labels = None if self.labels is None else self.labels[rest].numpy()
         files = [self.files[index] for index in rest]
-        return FileImages(files, self.channels, self.size, labels, self.root)
+        return FileImages(files, self.channels, self.size, labels, self.root, self.cropping)
 
 
 class ImageFolder(DataSource):
@@ -81,8 +84,12 @@ class ImageFolder(DataSource):
     Args:
         path: the folder.
         channels: 1 for gray, 3 for color; images are converted.
-        size: crop every image to its center square and scale it to this side. By default images
-            keep their size, which must be the same for all.
+        size: crop every image to its center square and scale it to this side, or with ``crop`` the
+            side of the crops. By default images keep their size, which must be the same for all.
+        crop: take crops of images of any size instead of scaling them: ``center``, ``grid`` or
+            ``random`` (:mod:`ndm.data.crops`).
+        average: side of the blocks of pixels to average before cropping, 2 or 4 for photographs
+            that were JPEG files.
         test_fraction: fraction of each class in the test split, if the folder has no ``train`` and
             ``test``.
         seed: seed of that split.
@@ -100,6 +107,8 @@ class ImageFolder(DataSource):
         path: str,
         channels: int = 3,
         size: int | None = None,
+        crop: CropKind | None = None,
+        average: int = 1,
         test_fraction: float = 0.2,
         seed: int = 0,
         class_folders: bool | None = None,
@@ -107,6 +116,7 @@ class ImageFolder(DataSource):
         on_error: OnError = "raise",
     ):
         check_image_arguments(channels, size, on_error)
+        self.cropping = make_cropping(crop, size, average)
         check_split_arguments(test_fraction, seed)
         if splits and (
             "train" not in splits or not all(isinstance(name, str) for name in splits.values())
@@ -118,6 +128,8 @@ class ImageFolder(DataSource):
         self.path = path
         self.channels = channels
         self.size = size
+        self.crop = crop
+        self.average = average
         self.test_fraction = test_fraction
         self.seed = seed
         self.class_folders = class_folders
@@ -128,7 +140,7 @@ class ImageFolder(DataSource):
         folder = Path(self.path)
         if not is_folder(folder):
             raise UserError(
-                f"path={describe_value(self.path)} is not a directory; give the folder of the images"
+                f"path={describe_value(self.path)} is not a folder; give the folder of the images"
             )
         own = find_splits(folder, self.splits)
         roots = {split: folder / name for split, name in own.items()} or {"train": folder}
@@ -153,11 +165,17 @@ class ImageFolder(DataSource):
             labels = {split: indices[part] for split, part in parts.items()}
         splits = {
             split: FileImages(
-                part, self.channels, self.size, labels[split] if classes else None, folder
+                part,
+                self.channels,
+                self.size if self.cropping is None else None,
+                labels[split] if classes else None,
+                folder,
+                self.cropping,
             )
             for split, part in files.items()
         }
-        version = f"image folder, {drawn}{describe_size(self.size)}{ignored}"
+        kept = describe_size(self.size) if self.cropping is None else self.cropping.describe()
+        version = f"image folder, {drawn}{kept}{ignored}"
         name = folder.resolve().name
         return encoded(name, version, splits, classes, on_error=self.on_error)
 

@@ -140,7 +140,7 @@ def has_hidden_channels(image: "Image.Image") -> bool:
 def different_sizes(
     first: tuple[str, tuple[int, int]], misfits: Sequence[tuple[str, tuple[int, int]]]
 ) -> UserError:
-    """Name the first image of another size, (place, (height, width)); without a place, a model's."""
+    """Name the first image of another size than (place, (height, width)); a model has no place."""
     (place, (height, width)), (other, (other_height, other_width)) = first, misfits[0]
     more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
     other = ending(other, 90 if place else 140)

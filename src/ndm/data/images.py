@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ndm.data.crops import CroppedImages, Cropping
 from ndm.data.formats import (
     ImageError,
     check_png,
@@ -70,11 +71,19 @@ class EncodedImages(EventDataset):
         size: side of the center square to which images are cropped and scaled, or None to keep
             their size.
         labels: class index of each example, or None.
+        cropping: how examples are cropped from the images, whose ``size`` is then None.
     """
 
-    def __init__(self, channels: int, size: int | None, labels: np.ndarray | None):
+    def __init__(
+        self,
+        channels: int,
+        size: int | None,
+        labels: np.ndarray | None,
+        cropping: Cropping | None = None,
+    ):
         self.channels = channels
         self.size = size
+        self.cropping = cropping
         self.labels = None if labels is None else torch.from_numpy(labels).long()
 
     @abstractmethod
@@ -147,7 +156,11 @@ class EncodedImages(EventDataset):
         with open_image(data) as image:
             width, height = upright_size(image)
             shape = (height, width)
-            if self.size is None and expected is not None and shape != expected:
+            if self.cropping is not None:
+                problem = self.cropping.check_fits(height, width)
+                if problem:
+                    raise ImageError(problem)
+            elif self.size is None and expected is not None and shape != expected:
                 return Inspection(shape, digest, False)
             if image.format == "PNG":
                 check_png(data)
@@ -245,6 +258,8 @@ class _Findings:
     """Place and (height, width) of images of another size."""
     transparent: int = 0
     """Number of images with transparency."""
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    """(height, width) of the usable images of the current split."""
 
 
 def encoded(
@@ -274,15 +289,18 @@ def encoded(
     """
     require("PIL", "pillow", "data")
     content, found, bad = ContentHash(), _Findings(), dict[str, list[int]]()
-    channels, size = next((images.channels, images.size) for images in splits.values())
-    if size is None and expected is not None:
+    channels, size, cropping = next(
+        (images.channels, images.size, images.cropping) for images in splits.values()
+    )
+    if size is None and cropping is None and expected is not None:
         found.first = ("", expected)
+    shapes: dict[str, list[tuple[int, int]]] = {}
     total = sum(len(images) for images in splits.values())
     bar: dict[str, Any] = {"unit": "image", "delay": 2, "disable": None, "leave": False}
     with tqdm(total=total, desc=f"checking {name}", **bar) as progress:
         for split, images in splits.items():
             content.split(split)
-            bad[split] = []
+            bad[split], found.shapes = [], shapes.setdefault(split, [])
             for index in _inspected(images, content, found, on_error == "skip"):
                 progress.update()
                 if index is not None:
@@ -295,6 +313,19 @@ def encoded(
         splits = _without(splits, bad, classes, name)
     if found.first is None:
         raise UserError(f"{name} has no images in its splits {', '.join(splits)}")
+    examples: Mapping[str, EventDataset] = splits
+    if cropping is not None:
+        size = cropping.size
+        examples = {
+            split: CroppedImages(
+                images,
+                shapes[split],
+                cropping,
+                cropping.kind == "random" and split == "train",
+                NUM_VALUES,
+            )
+            for split, images in splits.items()
+        }
     description = DataDescription(
         name,
         version + _describe_findings(found),
@@ -303,11 +334,11 @@ def encoded(
         NUM_VALUES,
         0.0,
         NUM_VALUES - 1.0,
-        {split: len(images) for split, images in splits.items()},
+        {split: len(part) for split, part in examples.items()},
         content.hexdigest(),
         tuple(classes),
     )
-    return Loaded(description, dict(splits))
+    return Loaded(description, dict(examples))
 
 
 def _inspected(
@@ -327,7 +358,8 @@ def _inspected(
         content.digest(one.sha256)
         found.first = found.first or (images.where(index), one.shape)
         found.transparent += one.transparent
-        if images.size is None and one.shape != found.first[1]:
+        found.shapes.append(one.shape)
+        if images.size is None and images.cropping is None and one.shape != found.first[1]:
             found.misfits.append((images.where(index), one.shape))
         yield None
 

@@ -33,7 +33,7 @@ class MNIST(DataSource):
     """Images of the original IDX files, ``(1, height, width)``, 256 values, split as in the files.
 
     Args:
-        path: directory of the four files; its name becomes the name of the data.
+        path: folder of the four files; its name becomes the name of the data.
         classes: the labels to use, each of which must occur in both splits. By default the labels
             must be 0 ... 9, all present.
         limit_train: number of train images to use, from the first on; all by default. The classes

@@ -19,6 +19,7 @@ import torch
 
 from ndm.data.arrays import ArraySplit, describe_reals, discrete, too_large
 from ndm.data.columns import column_label, number_text
+from ndm.data.crops import described_cropping
 from ndm.data.delimited import is_text_file
 from ndm.data.folder import FileImages, some_image_files
 from ndm.data.images import NUM_VALUES, described_size, encoded
@@ -84,11 +85,14 @@ def _images(source: DataSource | None, folder: Path, trained: DataDescription) -
             f"{folder} is a folder, for images with 256 values, but the model was trained on"
             f" {trained.name}; give a file of rows"
         )
-    size = getattr(source, "size", None) or described_size(trained.version)
     channels, height, width = trained.event_shape
-    images = FileImages(some_image_files(folder), channels, size, None, folder)
+    cropping, size = described_cropping(trained.version), None
+    if cropping is None:
+        size = getattr(source, "size", None) or described_size(trained.version)
+    images = FileImages(some_image_files(folder), channels, size, None, folder, cropping)
+    version = "image folder" + ("" if cropping is None else cropping.describe())
     name = folder.resolve().name
-    return encoded(name, "image folder", {ALL: images}, expected=(height, width))
+    return encoded(name, version, {ALL: images}, expected=(height, width))
 
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:

@@ -283,8 +283,8 @@ class Table(DataSource):
             raise
         except _DAMAGE as error:
             raise UserError(
-                f"{file} cannot be read ({one_line(error, 160)}); write it again with plain numbers, no"
-                " objects or pickles"
+                f"{file} cannot be read ({one_line(error, 160)}); write it again with plain"
+                " numbers, no objects or pickles"
             ) from error
         if data.dtype.kind not in "biuf" or data.ndim == 0:
             raise UserError(
