@@ -28,14 +28,13 @@ from PIL import Image
 
 from ndm.apps.compress.archive import Archive, image_checksums, pack
 from ndm.apps.compress.chain import Chain
-from ndm.apps.compress.choose import choose_plan
+from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import FAR, NEAR, Clock, Coded, decode, encode
 from ndm.apps.compress.items import Item
 from ndm.data import spread
 from ndm.evaluation.evaluate import Evaluation
 from ndm.random import ExampleGenerators
 from ndm.serialize import fingerprint
-from ndm.time_sampling import PiecewiseConstant
 from ndm.train.run import Run
 
 FORMATS: dict[str, dict[str, object]] = {
@@ -149,7 +148,7 @@ def main() -> None:
 
     rows = Evaluation(model, split, limit=arguments.images)
     plain = rows.nelbo(plan.steps, 16)
-    bound = model_bound(rows, plan.steps, forecast.scale)
+    bound = model_bound(rows, forecast)
     net = 32 * (len(coded.words) - coded.initial) / values
     batches = [min(plan.batch, count - start) for start in range(0, count, plan.batch)]
     bare = sum(
@@ -187,19 +186,23 @@ def main() -> None:
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def model_bound(rows: Evaluation, steps: int, scale: torch.Tensor) -> float:
-    """Return the bound of the model that the archive uses, with its T and reverse variance.
+def model_bound(rows: Evaluation, forecast: Forecast) -> float:
+    """Return the bound of the model that the archive uses, with its times and reverse variance.
 
     It is in bits/dim and takes every step at least once for each image.
     """
+    steps = forecast.steps
     total, draws = 0.0, max(steps, math.ceil(16 / steps) * steps)
     with torch.no_grad():
         for start in range(0, len(rows.numbers), 64):
             part = rows.numbers[start : start + 64]
             x = rows.data.__getitems__(part)
-            generator, variance = ExampleGenerators(2, part), PiecewiseConstant(scale)
             bound = rows.model.bound(
-                x, steps=steps, draws=draws, generator=generator, scale=variance
+                x,
+                steps=forecast.grid,
+                draws=draws,
+                generator=ExampleGenerators(2, part),
+                variance_ratio=forecast.variance_ratio,
             )
             total += float(bound.total.sum())
     return total / len(rows.numbers) / rows.dims / math.log(2)

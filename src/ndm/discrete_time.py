@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ndm.curve import Curve
 from ndm.decoder import Decoder
 from ndm.forward import (
     Gaussian,
@@ -33,7 +34,6 @@ from ndm.schedule import NoiseLevel
 from ndm.shapes import expand, sum_event
 from ndm.time_grid import Steps, TimeGrid, as_grid
 from ndm.time_sampling import Draw, Eta, PiecewiseConstant, as_double, check_eta, eta_at
-from ndm.transform import Curve
 
 _SHORTEST = 1 / 4096  # the shortest step at which F(x, s) - F(x, t) has enough digits in float32
 
@@ -120,10 +120,10 @@ def discrete_errors(
     guess = reverse.training_guess(true[0], draw.noise, interval.t, eta_here, draw.coin)
     step = posterior_coefficients(interval.s.expand(like), interval.t.expand(like), eta_here)
     error = _scaled_mean_error(interval, true, interval.values(guess.curve), step)
-    return StepError(error, interval.midpoint, guess.regression, _learned_excess(guess, step))
+    return StepError(error, interval.midpoint, guess.regression, learned_excess(guess, step))
 
 
-def _learned_excess(guess: Guess, step: PosteriorCoefficients) -> Tensor | None:
+def learned_excess(guess: Guess, step: PosteriorCoefficients) -> Tensor | None:
     """Return r - 1 of the learned reverse variance, ``(B, *event)``, or None."""
     if guess.variance is None:
         return None
@@ -180,7 +180,7 @@ def path_log_weight(
         z = process.posterior_from(z, *true, s, step).sample(noise)
         at_t = true[0] + true[1]
         ratio = None if variance_ratio is None else variance_ratio.broadcast(interval.midpoint, z)
-        learned = _learned_excess(guess, step)
+        learned = learned_excess(guess, step)
         if learned is not None:
             ratio = (1 + learned.double()) * (1.0 if ratio is None else ratio)
         log_weight = log_weight + _log_ratio(error, noise, ratio)

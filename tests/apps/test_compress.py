@@ -20,14 +20,16 @@ from ndm.apps.compress.coder import Coded, Stack, decode, encode, initial_words
 from ndm.apps.compress.items import Item
 from ndm.decoder import DiscretizedGaussian, GaussianDecoder
 from ndm.errors import UserError
-from ndm.evaluation.calibrate import Fit, best_variance_ratio
-from ndm.evaluation.evaluate import Evaluation
+from ndm.evaluation.calibrate import best_variance_ratio
 from ndm.model import NDM
 from ndm.nn import MLP, UNet
 from ndm.predictor import Predictor
+from ndm.random import ExampleGenerators
 from ndm.reverse import ReverseKind
 from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, Schedule
 from ndm.serialize import fingerprint
+from ndm.time_grid import Steps, TimeGrid
+from ndm.time_sampling import PiecewiseConstant
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from oracles import randomized
 
@@ -49,6 +51,7 @@ def make_model(
     seed: int = 0,
     schedule: Schedule | None = None,
     gamma_0: float = -5.0,
+    learned_variance: bool = False,
 ) -> NDM:
     kinds: list[Transform] = [
         Identity(),
@@ -58,9 +61,14 @@ def make_model(
     transform = randomized(kinds[seed % 3], 0.02, seed).float()
     schedule = schedule or LinearLogSNRSchedule(gamma_0, 4.0)
     reverse: ReverseKind = get_args(ReverseKind)[seed // 3 % 4] if seed > 9 else "tied"
-    predictor = Predictor(network(shape, seed + 3, 2 if reverse == "direct-score" else None))
+    if learned_variance:
+        reverse = "tied"
+    outputs = 2 if learned_variance or reverse == "direct-score" else None
+    net = network(shape, seed + 3, outputs)
+    predictor = Predictor(net, learned_variance=learned_variance)
     decoder = DiscretizedGaussian(num_values)
-    return NDM(schedule, transform, predictor, decoder, reverse=reverse).eval()
+    steps = 4 if learned_variance else None
+    return NDM(schedule, transform, predictor, decoder, reverse=reverse, steps=steps).eval()
 
 
 def patterns(generator: np.random.Generator, count: int, dims: int, num_values: int) -> np.ndarray:
@@ -93,11 +101,14 @@ def test_two_hundred_random_cases_are_restored_exactly(block: int) -> None:
             FlowMatchingSchedule(0.05, 0.0),
             LearnedSchedule(-6.0, 3.0),
         ][case % 3]
-        model = make_model(shape, num_values, case, schedule)
+        model = make_model(shape, num_values, case, schedule, learned_variance=case % 4 == 1)
         count = int(generator.integers(1, 9))
         index = patterns(generator, count, math.prod(shape), num_values)
-        scale = torch.from_numpy(generator.uniform(0.5, 3, 2)) if case % 2 else None
-        plan = make_plan(model, steps, batch, scale, float(generator.choice([0.25, 0.5, 1.0])))
+        scale = torch.from_numpy(generator.uniform(0.5, 3, 2))
+        ratio = PiecewiseConstant(scale) if case % 2 else None
+        grid = TimeGrid([0, *np.cumsum(generator.dirichlet([2] * steps))[:-1], 1])
+        width = float(generator.choice([0.25, 0.5, 1.0]))
+        plan = make_plan(model, grid if case % 3 else steps, batch, ratio, width)
         coded = encode(Chain(model, plan, shape, rows=int(generator.integers(1, 5))), index)
         restored = Plan.unpack(plan.pack())
         chain = Chain(model, restored, shape, rows=int(generator.integers(1, 9)))
@@ -133,14 +144,16 @@ class Noisy(nn.Module):
         return out + 1e-12 * torch.randn_like(out)
 
 
-def test_numerical_noise_of_another_machine_does_not_change_the_decoding() -> None:
-    model = make_model((24,), 16, 1)
+@pytest.mark.parametrize("learned", [False, True])
+def test_numerical_noise_of_another_machine_does_not_change_the_decoding(learned: bool) -> None:
+    model = make_model((24,), 16, 1, learned_variance=learned)
     index = np.random.default_rng(0).integers(0, 16, (400, 24))
     plan = make_plan(model, 8, 50)
     coded = encode(Chain(model, plan, (24,)), index)
     other = Chain(model, plan, (24,))
     other.model.predictor.network = Noisy(other.model.predictor.network)
     np.testing.assert_array_equal(decode(other, coded, 400), index)
+    assert (other.calls, other.learned_variance) == (25 if learned else 17, learned)
 
 
 def test_values_near_a_rounding_boundary_are_stored_and_reproduced() -> None:
@@ -162,23 +175,32 @@ def test_values_near_a_rounding_boundary_are_stored_and_reproduced() -> None:
         Rounding(np.array([[0, 99]]))(np.zeros(3), 0)
 
 
-@pytest.mark.parametrize(("steps", "width"), [(3, 0.5), (5, 0.25), (8, 0.5), (5, 1.0)])
-def test_the_rate_equals_the_bound(steps: int, width: float) -> None:
+FITTED = TimeGrid([0, 0.3, 0.5, 0.6, 0.9, 1])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("steps", "width"), [(3, 0.5), (5, 0.25), (8, 0.5), (5, 1.0), (FITTED, 0.5)]
+)
+def test_the_rate_equals_the_bound(steps: Steps, width: float, learned: bool) -> None:
     """Both use the same steps and reverse variance. The rate is one draw, the bound is the mean.
 
     The reverse variance must be fitted: otherwise pushed bits are not random, and the values popped
     from them are not samples of q.
     """
     shape, count = (6,), 3000
-    model = make_model(shape, 16, 2)
+    model = make_model(shape, 16, 2, learned_variance=learned)
     normal = np.random.default_rng(0).normal(8, 2, (count, 6))
     index = np.clip(normal.round(), 0, 15).astype(np.int64)
     rows = Rows(index, model.decoder.values, shape)  # type: ignore[union-attr,arg-type]
-    scale = best_variance_ratio(model, rows, steps).values
-    bound = Evaluation(model, rows).nelbo(steps, 50, Fit(rows))
-    coded = encode(Chain(model, make_plan(model, steps, 500, scale, width), shape), index)
+    ratio = best_variance_ratio(model, rows, steps)
+    x, source = rows.__getitems__(range(count)), ExampleGenerators(0, range(count))
+    with torch.no_grad():
+        bound = model.bound(x, steps=steps, draws=50, generator=source, variance_ratio=ratio).total
+    bits = float(bound.mean()) / math.log(2) / 6
+    coded = encode(Chain(model, make_plan(model, steps, 500, ratio, width), shape), index)
     rate = 32 * (len(coded.words) - coded.initial) / index.size
-    assert rate == pytest.approx(bound.bpd, rel=0.01)
+    assert rate == pytest.approx(bits, rel=0.01)
     assert coded.initial > 0
 
 
@@ -200,7 +222,7 @@ def test_the_chain_has_the_means_of_the_process() -> None:
             z = torch.from_numpy(latent * plan.delta[step]).reshape(3, 5)
             for values, source in (
                 (chain.pull(transformed[step - 1], transformed[step], step), x),
-                (chain.predicted(latent, step), model.predictor(z, t)),
+                (chain.predicted(latent, step)[0], model.predictor(z, t)),
             ):
                 posterior = model.process.posterior(z, source, s, t, model.eta)
                 mean = chain.mean(values, latent, step) * plan.delta[step - 1]
@@ -294,6 +316,30 @@ def make_archive(
     item = Item("x.npy", "npy", len(index), "uint8", (len(index), *shape))
     checksums, coded = image_checksums(index), encode(Chain(model, plan, shape), index)
     return Archive(fingerprint(model), shape, 16, 0, plan, (item,), checksums, coded)
+
+
+def test_the_learned_variance_is_rounded_to_powers_of_two() -> None:
+    model = make_model((5,), 16, 2, learned_variance=True).double()
+    grid = TimeGrid([0, 0.2, 0.7, 1])
+    chain = Chain(
+        model,
+        make_plan(model, grid, 1, PiecewiseConstant(torch.tensor([1.0, 4.0, 9.0]), grid)),
+        (5,),
+    )
+    latent = np.random.default_rng(1).integers(-20, 20, 15).astype(float)
+    for step in (1, 2, 3):
+        s, t = grid.tolist()[step - 1 : step + 1]
+        x = torch.from_numpy(latent * chain.plan.delta[step]).reshape(3, 5)
+        level_s, level_t = (model.process.level(time, x) for time in (s, t))
+        with torch.no_grad():
+            guess = model.reverse_process.guess(x, level_t, 1.0)  # type: ignore[attr-defined]
+        v = float(model.process.posterior(x, x, level_s, level_t).std[0, 0]) ** 2
+        pull = float(level_s.alpha[0] * -torch.expm1(level_s.gamma - level_t.gamma)[0])
+        expected = step * np.sqrt(1 + pull**2 * guess.variance.flatten().numpy() / v) / 0.5
+        _, exponents = chain.predicted(latent, step)
+        assert exponents is not None and exponents.max() > 0.5
+        found = chain.spread(np.rint(exponents), step)
+        np.testing.assert_allclose(found, expected, rtol=0.5 * math.log(2) / 64 + 1e-6)
 
 
 def test_an_archive_is_read_back_exactly(tmp_path: Path) -> None:

@@ -258,9 +258,10 @@ def test_other_models_damaged_archives_and_later_versions_are_rejected(
         command = decompression(tmp_path / name, model, back)
         rejected(capsys, command, name, "truncated, damaged")
         rejected(capsys, ["inspect", tmp_path / name], name)
-    later, missing = tmp_path / "later.ndm", tmp_path / "missing.ndm"
-    later.write_bytes(data[:8] + (2).to_bytes(4, "little") + data[12:])
-    rejected(capsys, decompression(later, model, back), "version 2", "update ndm")
+    other, missing = tmp_path / "other.ndm", tmp_path / "missing.ndm"
+    for version in (1, 3):
+        other.write_bytes(data[:8] + version.to_bytes(4, "little") + data[12:])
+        rejected(capsys, decompression(other, model, back), f"has version {version}", "version 2")
     rejected(capsys, decompression(missing, model, back), "missing.ndm")
     assert not back.exists()
 

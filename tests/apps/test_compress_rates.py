@@ -15,6 +15,8 @@ from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import encode
 from ndm.cli.compress import _print_forecast
+from ndm.time_grid import TimeGrid
+from ndm.time_sampling import PiecewiseConstant
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -62,7 +64,8 @@ def test_the_printed_rates_add_up_to_the_archive(
 
 
 def test_the_printed_forecast_includes_all_initial_bits(capsys: pytest.CaptureFixture[str]) -> None:
-    forecast = Forecast(7, 2, rate=3.0, initial=600.0, bits=2100.0, variance_ratio=torch.ones(1))
+    ratio = PiecewiseConstant(torch.ones(1))
+    forecast = Forecast(TimeGrid(7), 2, 3.0, initial=600.0, bits=2100.0, variance_ratio=ratio)
     _print_forecast(forecast, size=500)
     found = re.findall(r"\d+(?:\.\d+)?", capsys.readouterr().out)
     assert [float(number) for number in found] == [7, 3.0, 4.2]

@@ -14,8 +14,9 @@ best one is a shortest path (Watson et al. 2021):
 
 All costs take one evaluation of the predictor at each candidate, and one of F at each pair of
 candidates if F depends on t. An example has the same noise at all candidates, so that the costs are
-smooth in time, and the shortest path does not follow their noise. The bound of the model on a fitted grid is valid, whatever data the
-fit used. Fit on the training split, so that results on the test split stay fair.
+smooth in time, and the shortest path does not follow their noise. The bound of the model on a
+fitted grid is valid, whatever data the fit used. Fit on the training split, so that results on the
+test split stay fair.
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ndm.curve import Curve
 from ndm.data import EventDataset, spread
 from ndm.errors import UserError, check_whole
 from ndm.forward import gaussian, posterior_coefficients
@@ -34,7 +36,6 @@ from ndm.random import ExampleGenerators, standard_normal
 from ndm.reverse import MarkovReverse, require_markov
 from ndm.shapes import event_size
 from ndm.time_grid import TimeGrid
-from ndm.transform import Curve
 
 CANDIDATES = 64
 """M, the default number of candidate steps, at least."""
@@ -115,8 +116,7 @@ def best_grid(
         return TimeGrid(steps)
     multiple = max(2, -(-candidates // steps))
     if examples is None:
-        dims = data[0].numel() if len(data) else 1
-        examples = max(16, min(128, _VALUES // dims))
+        examples = default_examples(data)
     costs = step_costs(
         model,
         data,
@@ -127,6 +127,12 @@ def best_grid(
         progress=progress,
     )
     return costs.best_grid(steps)
+
+
+def default_examples(data: EventDataset) -> int:
+    """Return the number of examples to fit on: fewer if they have more dimensions."""
+    dims = data[0].numel() if len(data) else 1
+    return max(16, min(128, _VALUES // dims))
 
 
 @torch.no_grad()

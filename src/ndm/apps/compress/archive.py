@@ -9,7 +9,7 @@ bytes      content
 4          version, little-endian like all numbers
 5 x 4      sizes: bytes of header, steps T, images, exceptions, words
 ...        header: JSON in UTF-8, compressed by zlib
-12 T + 24  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
+20 T + 32  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
 1 each     checksum of each image
 8 each     exceptions: call and position of a rounding, 4 bytes each
 4 each     words of the stack
@@ -37,7 +37,7 @@ from ndm.errors import UserError
 from ndm.readers import parse_json, read_bytes
 from ndm.writing import shortened
 
-MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 1
+MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 2
 _START = struct.Struct("<8sIIIIII")
 _LARGEST_HEADER, _LARGEST_ITEM = 2**26, 2**15
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -112,7 +112,7 @@ def read_archive(path: Path) -> Archive:
     """Read an archive, using at most a few times the memory of its size.
 
     Raises:
-        UserError: the file is missing, damaged, not an archive, or from a later version.
+        UserError: the file is missing, damaged, not an archive, or from another version.
     """
     try:
         data = read_bytes(path)
@@ -121,10 +121,10 @@ def read_archive(path: Path) -> Archive:
         raise UserError(f"{shortened(path)} cannot be read: {reason}; check the path") from error
     try:
         return unpack(data)
-    except _LaterVersionError as error:
+    except _OtherVersionError as error:
         raise UserError(
-            f"{path} has version {error}, but this version of ndm reads version {VERSION}; update"
-            " ndm"
+            f"{path} has version {error}, but this version of ndm reads version {VERSION}; use the"
+            " version of ndm that wrote it, or a later one"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise UserError(
@@ -133,7 +133,7 @@ def read_archive(path: Path) -> Archive:
         ) from error
 
 
-class _LaterVersionError(Exception):
+class _OtherVersionError(Exception):
     pass
 
 
@@ -146,9 +146,9 @@ def unpack(data: bytes) -> Archive:
     if len(data) < _START.size + 32 or not data.startswith(MAGIC):
         raise ValueError("it does not start with the magic bytes")
     _, version, header_size, steps, images, exceptions, words = _START.unpack_from(data)
-    if version > VERSION:
-        raise _LaterVersionError(version)
-    sizes = (header_size, 12 * steps + 24, images, 8 * exceptions, 4 * words)
+    if version != VERSION:
+        raise _OtherVersionError(version)
+    sizes = (header_size, Plan.size(steps), images, 8 * exceptions, 4 * words)
     if _START.size + sum(sizes) + 32 != len(data):
         raise ValueError("its size does not match its header")
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:

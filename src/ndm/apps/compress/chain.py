@@ -15,17 +15,20 @@ In cells, the forward posterior and the reverse step are Gaussians, integrated o
     \bigl(\alpha_s F(x, s) - k \alpha_t F(x, t)\bigr), \qquad
     g_i = k \delta_i / \delta_{i-1} .
 
-Only a_i depends on a network. The rest is sums and products of doubles in NumPy, which every
-machine rounds identically, with numbers stored in the archive (g_i, r_i, w). a_i is an integer.
-Networks run in double precision, where machines, thread counts and batch sizes differ by about
-1e-13, so a_i can only differ if a value lies within 1e-7 of the boundary between two integers. The
-encoder records how it rounded each such value (:class:`Rounding`), and the decoder does the same.
+Only a_i depends on a network, and r_i if the model has learned it: then it is the r_i of the
+archive times :math:`2^{e_i/32}`, with an integer e_i of each dimension. The rest is sums and
+products of doubles in NumPy, which every machine rounds identically, with numbers stored in the
+archive (g_i, r_i, w). Networks run in double precision, where machines, thread counts and batch
+sizes differ by about 1e-13, so a_i and e_i can only differ if a value lies within 1e-7 of the
+boundary between two integers. The encoder records how it rounded each such value
+(:class:`Rounding`), and the decoder does the same.
 
 The decoder p(x|z_0) is a softmax of :math:`-d^2/2`; its exponents are rounded to sixteenths and
 looked up in a table of integers.
 """
 
 import copy
+import itertools
 import math
 import struct
 from dataclasses import dataclass
@@ -34,39 +37,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ndm.curve import Curve
 from ndm.decoder import DiscretizedGaussian
+from ndm.discrete_time import learned_excess
 from ndm.errors import UserError
 from ndm.forward import posterior_coefficients
 from ndm.model import DiffusionModel
 from ndm.reverse import require_markov
 from ndm.schedule import NoiseLevel
-from ndm.transform import Curve
+from ndm.time_grid import Steps, as_grid
+from ndm.time_sampling import PiecewiseConstant
 
 FINE = 32
 """a_i is in units of 1/32 of a cell."""
 MARGIN = 2e-7
-"""Distance from a boundary, in units of a_i, within which a rounding is recorded.
+"""Distance from a boundary, in units of a_i or e_i, within which a rounding is recorded.
 
 Numerical noise must stay below half of it.
 """
 _TABLE = np.round(np.exp(-np.arange(16 * 21) / 16) * 2**30) / 2**30
+_OCTAVE = 32
+"""The learned reverse variance is rounded to powers of 2^(1/32)."""
+_ROOTS = np.round(np.exp2(np.arange(2 * _OCTAVE) / (2 * _OCTAVE)) * 2**40) / 2**40
+_LARGEST = 20  # largest learned r, as a power of two
 
 
 @dataclass(frozen=True)
 class Plan:
     """All numbers, apart from the weights, on which encoder and decoder must agree.
 
-    The archive stores them in single precision.
+    The archive stores them in single precision, except for the times.
     """
 
-    steps: int
-    """T."""
+    times: tuple[float, ...]
+    """The T + 1 times of the steps, from 0 to 1, in double precision."""
     batch: int
     """Number of images coded in parallel; the initial bits are proportional to it."""
     width: float
     """w: width of a cell of the grid, in standard deviations of the step."""
     delta: tuple[float, ...]
-    """Width of the cells of z_0, z_1/T, ... z_1; T + 1 numbers."""
+    """Width of the cells of the latents at the T + 1 times."""
     gain: tuple[float, ...]
     """g_i of the T steps."""
     spread: tuple[float, ...]
@@ -76,18 +86,23 @@ class Plan:
     sharpness: float
     """alpha_0/sigma_0: inverse standard deviation of the decoder."""
 
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.times) - 1
+
     def __post_init__(self) -> None:
         """Check every number, because the plan may come from a damaged file.
 
         Raises:
             ValueError: a number is out of range.
         """
-        whole = all(
-            isinstance(value, int) and not isinstance(value, bool)
-            for value in (self.steps, self.batch)
-        )
+        whole = isinstance(self.batch, int) and not isinstance(self.batch, bool)
         if not whole or not 1 <= self.steps <= 10_000 or not 1 <= self.batch <= 4096:
             raise ValueError("steps or batch out of range")
+        ends = self.times[0] == 0 and self.times[-1] == 1
+        if not ends or not all(s < t for s, t in itertools.pairwise(self.times)):
+            raise ValueError("times do not increase from 0 to 1")
         lengths = [len(values) for values in (self.delta, self.gain, self.spread)]
         if lengths != [self.steps + 1, self.steps, self.steps]:
             raise ValueError("a list has the wrong length")
@@ -104,12 +119,18 @@ class Plan:
                 raise ValueError(f"{name} is out of range")
 
     def pack(self) -> bytes:
-        """Return the plan in ``12 T + 24`` bytes, little-endian.
-
-        T and B are integers of 4 bytes, the rest single-precision floats.
+        """Return the plan, little-endian: T and B in 4 bytes, the times as doubles, other numbers
+        in single precision.
         """
         numbers = [self.width, self.alpha_0, self.sharpness, *self.delta, *self.gain, *self.spread]
-        return struct.pack("<II", self.steps, self.batch) + np.array(numbers, dtype="<f4").tobytes()
+        times = np.array(self.times, dtype="<f8").tobytes()
+        start = struct.pack("<II", self.steps, self.batch)
+        return start + times + np.array(numbers, dtype="<f4").tobytes()
+
+    @staticmethod
+    def size(steps: int) -> int:
+        """Return the number of bytes of :meth:`pack` for T steps."""
+        return 20 * steps + 32
 
     @classmethod
     def unpack(cls, data: bytes) -> "Plan":
@@ -121,65 +142,63 @@ class Plan:
         if len(data) < 8:
             raise ValueError("its plan is missing")
         steps, batch = struct.unpack_from("<II", data)
-        if len(data) != 12 * steps + 24:
+        if len(data) != cls.size(steps):
             raise ValueError("its plan has the wrong size")
-        numbers = tuple(np.frombuffer(data, dtype="<f4", offset=8).astype(np.float64).tolist())
+        times = tuple(np.frombuffer(data, dtype="<f8", offset=8, count=steps + 1).tolist())
+        rest = np.frombuffer(data, dtype="<f4", offset=8 * steps + 16)
+        numbers = tuple(rest.astype(np.float64).tolist())
         width, alpha_0, sharpness = numbers[:3]
         delta = numbers[3 : steps + 4]
         gain, spread = numbers[steps + 4 : 2 * steps + 4], numbers[2 * steps + 4 :]
-        return cls(steps, batch, width, delta, gain, spread, alpha_0, sharpness)
+        return cls(times, batch, width, delta, gain, spread, alpha_0, sharpness)
 
 
 def make_plan(
     model: DiffusionModel,
-    steps: int,
+    steps: Steps,
     batch: int,
-    variance_ratio: Tensor | None = None,
+    variance_ratio: PiecewiseConstant | None = None,
     width: float = 0.5,
 ) -> Plan:
     """Compute the plan of a model.
 
     Args:
         model: the model.
-        steps: T.
+        steps: T, or the times of the steps.
         batch: number of images coded in parallel.
-        variance_ratio: r of each of n equal parts of [0, 1]
-            (:func:`ndm.evaluation.calibrate.best_variance_ratio`); 1 by default.
+        variance_ratio: r of each step (:func:`ndm.evaluation.calibrate.best_variance_ratio`); 1 by
+            default.
         width: w.
 
     Raises:
         UserError: the model is in continuous time only, or a number of the plan is out of range.
     """
     require_markov(model.reverse_process, "lossless compression")
-    if model.reverse_process.learned_variance:
-        raise UserError(
-            "lossless compression needs a reverse variance that is the same for all images: train"
-            " without learned_variance"
-        )
-    schedule = copy.deepcopy(model.schedule).double().cpu()
+    schedule, grid = copy.deepcopy(model.schedule).double().cpu(), as_grid(steps)
+    times = torch.tensor(grid.tolist(), dtype=torch.float64)
     with torch.no_grad():
-        level = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
+        level = schedule(times)
         s, t = _part(level, slice(None, -1)), _part(level, slice(1, None))
         step = posterior_coefficients(s, t, model.eta)
     delta = width * torch.cat([step.variance.sqrt(), level.sigma[-1:]])
-    ratio = torch.ones(1) if variance_ratio is None else variance_ratio.cpu()
-    middle = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    chosen = ratio.double()[(middle * len(ratio)).long()]
+    ratio = torch.ones(grid.steps, dtype=torch.float64)
+    if variance_ratio is not None:
+        ratio = variance_ratio((times[1:] + times[:-1]) / 2)
     try:
         return Plan(
-            steps=steps,
+            times=tuple(times.tolist()),
             batch=batch,
             width=_single(width),
             delta=tuple(map(_single, delta.tolist())),
             gain=tuple(map(_single, (step.k * delta[1:] / delta[:-1]).tolist())),
-            spread=tuple(map(_single, (chosen.sqrt() / width).tolist())),
+            spread=tuple(map(_single, (ratio.sqrt() / width).tolist())),
             alpha_0=_single(float(level.alpha[0])),
             sharpness=_single(float(level.alpha[0] / level.sigma[0])),
         )
     except ValueError as error:
         raise UserError(
-            f"the model cannot code with steps={steps} ({error}); use other steps, or a schedule"
-            " with a larger gamma_0"
+            f"the model cannot code with steps={grid.steps} ({error}); use other steps, or a"
+            " schedule with a larger gamma_0"
         ) from error
 
 
@@ -271,12 +290,14 @@ class Chain:
         self.reverse = require_markov(self.model.reverse_process, "lossless compression")
         self.values = model.decoder.values.numpy()
         self.dims = math.prod(event_shape)
-        self.calls = 2 * plan.steps + 1
+        self.learned_variance = self.reverse.learned_variance
+        """Whether each dimension has a reverse variance of its own."""
+        self.calls = (3 if self.learned_variance else 2) * plan.steps + 1
         """Number of calls of :class:`Rounding` per batch."""
 
     @torch.no_grad()
     def transformed(self, index: np.ndarray) -> list[Tensor]:
-        """Return F(x, t) at t = 0, 1/T, ... 1 for the levels ``index``, ``(B D,)``."""
+        """Return F(x, t) at the T + 1 times for the levels ``index``, ``(B D,)``."""
         x = torch.from_numpy(self.values[index]).reshape(-1, *self.event_shape).to(self.device)
         parts = [self._along(self.model.transform.curve(part), part) for part in x.split(self.rows)]
         return [torch.cat(of_time) for of_time in zip(*parts, strict=True)]
@@ -297,16 +318,34 @@ class Chain:
         return self._units(weight * at_t + s.alpha[0] * (at_s - at_t), step - 1)
 
     @torch.no_grad()
-    def predicted(self, latent: np.ndarray, step: int) -> np.ndarray:
-        """Return a_i at the prediction x̂(z_i), not rounded, for n_i ``(B D,)``."""
+    def predicted(self, latent: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return a_i at the prediction x̂(z_i) and e_i, not rounded, for n_i ``(B D,)``.
+
+        e_i is None unless the model has learned the reverse variance.
+        """
         z = torch.from_numpy(latent * self.plan.delta[step])
         z = z.reshape(-1, *self.event_shape).to(self.device)
-        parts = []
+        parts, exponents = [], []
         for part in z.split(self.rows):
             s, t = self._level(step - 1, part), self._level(step, part)
-            at_s, at_t = self.reverse.curve(part, t, self.model.eta).at_both(s, t)
-            parts.append(self.pull(at_s, at_t, step))
-        return np.concatenate(parts)
+            guess = self.reverse.guess(part, t, self.model.eta)
+            parts.append(self.pull(*guess.curve.at_both(s, t), step))
+            if self.learned_variance:
+                excess = learned_excess(
+                    guess, posterior_coefficients(s.expand(part), t.expand(part), self.model.eta)
+                )
+                assert excess is not None
+                octaves = torch.log2(1 + excess).clamp(max=_LARGEST)
+                exponents.append((_OCTAVE * octaves).flatten().cpu().numpy())
+        return np.concatenate(parts), np.concatenate(exponents) if exponents else None
+
+    def spread(self, exponents: np.ndarray | None, step: int) -> float | np.ndarray:
+        """Return the standard deviation of p(n_{i-1}|n_i) in cells for the rounded e_i."""
+        scale = self.plan.spread[step - 1]
+        if exponents is None:
+            return scale
+        power, root = np.divmod(exponents.astype(np.int64), 2 * _OCTAVE)
+        return scale * np.ldexp(_ROOTS[root], power)
 
     def mean(self, rounded: np.ndarray, latent: np.ndarray, step: int) -> np.ndarray:
         """Return the mean of n_{i-1} in cells for the rounded a_i and n_i."""
@@ -321,7 +360,7 @@ class Chain:
         return _TABLE[np.minimum(np.rint(exponent), len(_TABLE) - 1).astype(np.int64)]
 
     def _level(self, index: int, like: Tensor) -> NoiseLevel:
-        return self.model.process.level(index / self.plan.steps, like)
+        return self.model.process.level(self.plan.times[index], like)
 
     def _units(self, mean: Tensor, of: int) -> np.ndarray:
         return (mean * (FINE / self.plan.delta[of])).flatten().cpu().numpy()

@@ -4,8 +4,8 @@ r"""Choice of the number of steps and of the batch size that minimize the size o
     \text{bits}(T, B) = N \cdot \text{NELBO}_T + B\, D\, (T + 1) \log_2 (\sqrt{2 \pi e} / w)
 
 The bound decreases with T to that of continuous time. The initial bits grow with T and B, the time
-with T and 1/B. The bound is estimated on a few of the images with the reverse variance that
-minimizes it; the archive stores this variance.
+with T and 1/B. The bound is estimated on a few of the images with the times of the T steps and the
+reverse variance that minimize it; the archive stores both.
 """
 
 import math
@@ -21,8 +21,11 @@ from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_variance_ratio
+from ndm.evaluation.time_grids import MOST_FITTED, best_grid, default_examples, step_costs
 from ndm.model import DiffusionModel
 from ndm.random import ExampleGenerators
+from ndm.time_grid import TimeGrid
+from ndm.time_sampling import PiecewiseConstant
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128)
 WIDTH = 0.5
@@ -50,8 +53,8 @@ class Rows(EventDataset):
 class Forecast:
     """The predicted size of an archive with T steps."""
 
-    steps: int
-    """T."""
+    grid: TimeGrid
+    """The times of the T steps."""
     batch: int
     """B, number of images coded in parallel."""
     rate: float
@@ -60,8 +63,13 @@ class Forecast:
     """Initial bits."""
     bits: float
     """Size in bits, including the initial bits."""
-    variance_ratio: Tensor
-    """r of each of n equal parts of [0, 1]."""
+    variance_ratio: PiecewiseConstant
+    """r of each step."""
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.grid.steps
 
 
 def choose_plan(
@@ -93,11 +101,12 @@ def choose_plan(
     """
     assert isinstance(model.decoder, DiscretizedGaussian)
     rows, forecasts = Rows(index, model.decoder.values, event_shape), []
-    for candidate in (steps,) if steps is not None else CANDIDATES:
+    grids = _grids(model, rows, steps)
+    for candidate, grid in grids.items():
         try:
-            forecasts.append(_forecast(model, rows, candidate, batch, width))
+            forecasts.append(_forecast(model, rows, grid, batch, width))
         except UserError:  # eta may be too large for so few steps
-            if steps is not None or candidate == CANDIDATES[-1]:
+            if candidate == list(grids)[-1]:
                 raise
             continue
         if tell is not None:
@@ -106,15 +115,26 @@ def choose_plan(
             break  # from here on, more steps only add initial bits
     least = min(one.bits for one in forecasts)
     chosen = next(one for one in forecasts if one.bits <= (1 + _SLACK) * least)
-    return make_plan(model, chosen.steps, chosen.batch, chosen.variance_ratio, width), chosen
+    return make_plan(model, chosen.grid, chosen.batch, chosen.variance_ratio, width), chosen
+
+
+def _grids(model: DiffusionModel, rows: Rows, steps: int | None) -> dict[int, TimeGrid]:
+    """Return the fitted times of the numbers of steps to choose from."""
+    if steps is not None:
+        return {steps: best_grid(model, rows, steps)}
+    costs = step_costs(model, rows, MOST_FITTED, examples=default_examples(rows))
+    return {
+        candidate: costs.best_grid(candidate) if candidate <= MOST_FITTED else TimeGrid(candidate)
+        for candidate in CANDIDATES
+    }
 
 
 def _forecast(
-    model: DiffusionModel, rows: Rows, steps: int, batch: int | None, width: float
+    model: DiffusionModel, rows: Rows, grid: TimeGrid, batch: int | None, width: float
 ) -> Forecast:
-    count, dims = rows.index.shape
+    (count, dims), steps = rows.index.shape, grid.steps
     variance_ratio = best_variance_ratio(
-        model, rows, steps, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS
+        model, rows, grid, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS
     )
     numbers = spread(count, _EXAMPLES)
     draws = min(4, steps)
@@ -124,7 +144,7 @@ def _forecast(
             part = numbers[start : start + _ROWS]
             bound = model.bound(
                 rows.__getitems__(part).to(model.like),
-                steps=steps,
+                steps=grid,
                 draws=draws,
                 generator=ExampleGenerators(1, part),
                 variance_ratio=variance_ratio,
@@ -141,4 +161,4 @@ def _forecast(
         batch = max(sizes, default=1)
     initial = min(batch, count) * each
     bits = count * dims * rate + initial
-    return Forecast(steps, batch, rate, initial, bits, variance_ratio.values)
+    return Forecast(grid, batch, rate, initial, bits, variance_ratio)

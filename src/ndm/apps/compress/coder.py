@@ -100,14 +100,16 @@ class Stack:
         self._categorical = model.Categorical(perfect=False)
         self.lowest = len(words)
 
-    def pop(self, mean: np.ndarray, std: float, reach: int) -> np.ndarray:
+    def pop(self, mean: np.ndarray, std: float | np.ndarray, reach: int) -> np.ndarray:
         """Pop integers, float64, with Gaussian distributions in cells; all ``(n,)``."""
-        center = _center(mean)
-        symbols = self._coder.decode(self._families[reach], mean - center, np.full(len(mean), std))
+        center, deviations = _center(mean), np.full(len(mean), std)
+        symbols = self._coder.decode(self._families[reach], mean - center, deviations)
         self._note()
         return symbols + center
 
-    def push(self, values: np.ndarray, mean: np.ndarray, std: float, reach: int) -> None:
+    def push(
+        self, values: np.ndarray, mean: np.ndarray, std: float | np.ndarray, reach: int
+    ) -> None:
         """Push integers, the inverse of :meth:`pop`.
 
         Raises:
@@ -271,21 +273,36 @@ def _encode_batch(
     with clock.on("coder"):
         mean = stack.within_reach(rounding(start, call) / FINE, zero)
         latents = [stack.pop(mean, unit, stack.near)]
-    means = []
+    guesses = []
     for step in range(plan.steps, 0, -1):
         with clock.on("network"):
             guess = chain.predicted(latents[-1], step)
             truth = chain.pull(transformed[step - 1], transformed[step], step)
         with clock.on("coder"):
-            mean = chain.mean(rounding(guess, call + step), latents[-1], step)
+            guesses.append(_rounded(chain, guess, latents[-1], step, rounding, call))
             target = chain.mean(rounding(truth, call + plan.steps + step), latents[-1], step)
-            latents.append(stack.pop(stack.within_reach(target, mean), unit, stack.near))
-            means.append(mean)
+            mean = stack.within_reach(target, guesses[-1][0])
+            latents.append(stack.pop(mean, unit, stack.near))
     with clock.on("coder"):
         stack.push_values(index, chain.probabilities(latents[-1]))
-        for step in range(1, plan.steps + 1):
-            stack.push(latents.pop(), means.pop(), plan.spread[step - 1], stack.far)
+        while guesses:
+            stack.push(latents.pop(), *guesses.pop(), stack.far)
         stack.push(latents.pop(), zero, 1 / plan.delta[-1], stack.far)
+
+
+def _rounded(
+    chain: Chain,
+    guess: tuple[np.ndarray, np.ndarray | None],
+    latent: np.ndarray,
+    step: int,
+    rounding: Rounding,
+    call: int,
+) -> tuple[np.ndarray, float | np.ndarray]:
+    """Return mean and standard deviation of p(n_{i-1}|n_i) in cells for the output of a network."""
+    mean = chain.mean(rounding(guess[0], call + step), latent, step)
+    if guess[1] is None:
+        return mean, chain.spread(None, step)
+    return mean, chain.spread(rounding(guess[1], call + 2 * chain.plan.steps + step), step)
 
 
 def _decode_batch(
@@ -293,13 +310,13 @@ def _decode_batch(
 ) -> np.ndarray:
     plan, zero, unit = chain.plan, np.zeros(size), 1 / chain.plan.width
     latents = [stack.pop(zero, 1 / plan.delta[-1], stack.far)]
-    means = []
+    guesses = []
     for step in range(plan.steps, 0, -1):
         with clock.on("network"):
             guess = chain.predicted(latents[-1], step)
         with clock.on("coder"):
-            means.append(chain.mean(rounding(guess, call + step), latents[-1], step))
-            latents.append(stack.pop(means[-1], plan.spread[step - 1], stack.far))
+            guesses.append(_rounded(chain, guess, latents[-1], step, rounding, call))
+            latents.append(stack.pop(*guesses[-1], stack.far))
     with clock.on("coder"):
         index = stack.pop_values(chain.probabilities(latents[-1]))
     with clock.on("network"):
@@ -308,7 +325,7 @@ def _decode_batch(
         with clock.on("network"):
             truth = chain.pull(transformed[step - 1], transformed[step], step)
         with clock.on("coder"):
-            value, mean = latents.pop(), means.pop()
+            value, mean = latents.pop(), guesses.pop()[0]
             target = chain.mean(rounding(truth, call + plan.steps + step), latents[-1], step)
             stack.push(value, stack.within_reach(target, mean), unit, stack.near)
     with clock.on("network"):
