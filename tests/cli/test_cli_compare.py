@@ -87,8 +87,8 @@ def test_a_comparison_runs_end_to_end_and_resumes(
         "continuous",
         "T = 3",
         "T = 5",
-        "T = 3, fitted variance",
-        "T = 5, fitted variance",
+        "T = 3, calibrated",
+        "T = 5, calibrated",
         "NLL",
     ]
     assert "NLL" not in summary["Direct"]["measures"], "a direct reverse without a score has none"
@@ -127,6 +127,24 @@ def test_a_budget_of_seconds_gives_slower_rows_fewer_steps(tmp_path: Path) -> No
     plain, learned = record["summary"][0], record["summary"][2]
     assert plain["seconds_per_step"] < learned["seconds_per_step"]
     assert plain["steps"] > learned["steps"]
+
+
+def test_rows_trained_for_t_steps_are_measured_in_t_steps(tmp_path: Path) -> None:
+    comparison(tmp_path, {"Plain": {"model.transform": "ndm.Identity"}})
+    options = ["--seeds", "1", "--limit", "4", "--draws", "1", "--calibrate", "--grid", "equal"]
+    fixed = ["--", "--model.steps", "3", "--train.steps", "2"]
+    assert main([*command(tmp_path), *options, "--variance", "step", *fixed]) == 0
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    found = record["summary"][0]["runs"]["0"]
+    run = Run(tmp_path / "out" / "plain" / "seed-0")
+    evaluation = Evaluation(run.model(), run.data().split("test"), limit=4)
+    fit = Fit(run.data().split("train"), grid="equal", variance="step")
+    expected = {
+        "T = 3": evaluation.nelbo(3, 1).nats,
+        "T = 3, calibrated": evaluation.nelbo(3, 1, fit).nats,
+    }
+    shift = run.data().describe().log_scale
+    assert found == pytest.approx({name: value + shift for name, value in expected.items()})
 
 
 def test_two_parallel_jobs_give_the_numbers_of_one(tmp_path: Path) -> None:
@@ -313,10 +331,11 @@ def test_densities_are_in_the_units_of_the_data_and_variances_are_fitted_on_the_
     model, data = Run(folder).model(), Run(folder).data()
     assert data.describe().log_scale > 5, "standardized data are far from their units"
     evaluation = Evaluation(model, data.split("test"))
+    fit = Fit(data.split("train"), grid="fitted", variance="dimension")
     expected = {
         "continuous": evaluation.nelbo(None, 2),
         "T = 3": evaluation.nelbo(3, 2),
-        "T = 3, fitted variance": evaluation.nelbo(3, 2, Fit(data.split("train"), 128)),
+        "T = 3, calibrated": evaluation.nelbo(3, 2, fit),
     }
     assert found == pytest.approx(
         {name: one.nats + data.describe().log_scale for name, one in expected.items()}, rel=1e-6

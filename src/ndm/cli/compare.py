@@ -16,13 +16,14 @@ from ndm.compare.runs import Job, Measures, run_all, threads_for
 from ndm.compare.tables import markdown, plot, summarize
 from ndm.device import describe_machine
 from ndm.errors import UserError, check_whole, require
+from ndm.evaluation.calibrate import GridKind, VarianceKind
 from ndm.serialize import write_atomically, write_json
 from ndm.train.config import Parser, parse
 from ndm.train.run import Run
 
 RESULT = "compare.json"
 FLAGS = {
-    "calibrate": "repeat the discrete-time bounds with a fitted reverse variance",
+    "calibrate": "repeat the discrete-time bounds with fitted times and a fitted reverse variance",
     "nll": "also measure the likelihood under the ODE, if the reverse process has one; slow",
 }
 
@@ -47,8 +48,11 @@ class CompareSettings:
     """Seconds of training of each run, for budget=seconds. The number of steps follows from the
     measured time of a step.
     """
-    horizons: str = "10,50,1000"
-    """Numbers of steps T of the discrete-time bounds; empty for only the continuous-time bound."""
+    horizons: str | None = None
+    """Numbers of steps T of the discrete-time bounds; empty for only the continuous-time bound. By
+    default the T that the rows are trained for, or 10,50,1000 if they are trained in continuous
+    time.
+    """
     draws: int = 8
     """Number of times t drawn per example in every bound."""
     split: str = "test"
@@ -61,6 +65,14 @@ class CompareSettings:
     """
     jobs: int = 1
     """Number of parallel runs, each in its own process with an equal share of the CPU cores."""
+    grid: GridKind = "fitted"
+    """Times of the T steps with --calibrate: fitted, or equal. Only equal with more than 64
+    steps.
+    """
+    variance: VarianceKind = "dimension"
+    """Reverse variance with --calibrate: one for each step and dimension of the latents, or one for
+    each step.
+    """
     calibrate: bool = False
     """See FLAGS."""
     nll: bool = False
@@ -88,14 +100,20 @@ class CompareSettings:
             )
         self.measures()
 
-    def measures(self) -> Measures:
+    def measures(self, trained: int | None = None) -> Measures:
         """Return the quantities to measure for every run.
+
+        Args:
+            trained: the T that the rows are trained for; None in continuous time.
 
         Raises:
             UserError: the numbers of steps are not integers.
         """
-        steps = step_numbers("horizons", self.horizons, 10**6, "10,50,1000")
-        return Measures(tuple(steps), self.draws, self.split, self.limit, self.calibrate, self.nll)
+        usual = "10,50,1000" if trained is None else str(trained)
+        wanted = usual if self.horizons is None else self.horizons
+        steps = step_numbers("horizons", wanted, 10**6, "10,50,1000")
+        fit = (self.grid, self.variance) if self.calibrate else None
+        return Measures(tuple(steps), self.draws, self.split, self.limit, fit, self.nll)
 
 
 def run_compare(arguments: Sequence[str]) -> None:
@@ -139,13 +157,14 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
         # Steps are timed with as many threads as the runs will have.
         torch.set_num_threads(threads_for(settings.jobs))
     plan = read_plan(out, rows, settings.budget, settings.seconds, settings.train_steps)
-    jobs = _jobs(rows, plan, settings)
+    measures = settings.measures(parts.model.steps)
+    jobs = _jobs(rows, plan, settings, measures)
     sha256 = data.describe().sha256
     for job in jobs:
         job.check(sha256)
     failures = run_all(jobs, settings.jobs)
     protocol = f"batches of {training.batch_size}; budget: {settings.budget}"
-    _report(out, rows, plan, jobs, settings.measures(), protocol)
+    _report(out, rows, plan, jobs, measures, protocol)
     if failures:
         name, reason = next(iter(failures.items()))
         raise UserError(
@@ -154,7 +173,9 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
         )
 
 
-def _jobs(rows: list[Row], plan: dict[str, Any], settings: CompareSettings) -> list[Job]:
+def _jobs(
+    rows: list[Row], plan: dict[str, Any], settings: CompareSettings, measures: Measures
+) -> list[Job]:
     """Return all runs ordered by seed, so that an interrupted comparison has whole seeds."""
     jobs = []
     for seed in range(settings.seeds):
@@ -162,7 +183,7 @@ def _jobs(rows: list[Row], plan: dict[str, Any], settings: CompareSettings) -> l
             steps = plan["rows"][row.name]["steps"]
             config = row.config.override({"train.steps": steps, "seed": seed})
             run = Run(Path(settings.out) / row.folder / f"seed-{seed}")
-            jobs.append(Job(row.name, config, run, settings.measures(), quiet=settings.jobs > 1))
+            jobs.append(Job(row.name, config, run, measures, quiet=settings.jobs > 1))
     return jobs
 
 

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from ndm.device import pick_device
 from ndm.errors import UserError, one_line
-from ndm.evaluation.calibrate import Fit
+from ndm.evaluation.calibrate import Fit, GridKind, VarianceKind
 from ndm.evaluation.evaluate import Evaluation
+from ndm.evaluation.measurement import Measurement
 from ndm.serialize import read_json, write_json
 from ndm.train.config import RunConfig
 from ndm.train.run import Run
 from ndm.train.training import train_run
 
 MEASURES = "measures.json"
-_CALIBRATION = 128  # examples to fit a reverse variance on
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,24 @@ class Measures:
     """Quantities to measure for every run."""
 
     horizons: tuple[int, ...]
-    """Numbers of steps T of the discrete-time bounds, next to the continuous-time bound."""
+    """Numbers of steps T of the discrete-time bounds. A model that is trained in continuous time is
+    measured there, too.
+    """
     draws: int
     """Number of times t drawn per example."""
     split: str
     limit: int | None
-    calibrate: bool
-    """Whether to repeat the discrete-time bounds with a reverse variance fitted on ``train``."""
+    fit: tuple[GridKind, VarianceKind] | None
+    """The grid and the reverse variance to fit on ``train`` for a second set of discrete-time
+    bounds; None to fit nothing.
+    """
     nll: bool
     """Whether to measure the likelihood under the ODE, if the reverse process has one."""
 
     def record(self) -> dict[str, Any]:
         """Return the fields for JSON."""
-        return {**vars(self), "horizons": list(self.horizons)}
+        fit = None if self.fit is None else list(self.fit)
+        return {**vars(self), "horizons": list(self.horizons), "fit": fit}
 
 
 @dataclass(frozen=True)
@@ -204,14 +209,16 @@ def _measure(job: Job, wanted: Measures) -> None:
         about=description.about(wanted.split),
     )
     train = data.split("train")
-    found = {"continuous": evaluation.nelbo(None, wanted.draws)}
+    found: dict[str, Measurement] = {}
+    if model.steps is None or not wanted.horizons:
+        found["continuous"] = evaluation.nelbo(None, wanted.draws)
     for steps in wanted.horizons:
         found[f"T = {steps}"] = evaluation.nelbo(steps, wanted.draws)
-    if wanted.calibrate:
+    if wanted.fit is not None:
+        grid, variance = wanted.fit
         for steps in wanted.horizons:
-            found[f"T = {steps}, fitted variance"] = evaluation.nelbo(
-                steps, wanted.draws, Fit(train, _CALIBRATION)
-            )
+            fit = Fit(train, grid=grid, variance=variance)
+            found[f"T = {steps}, calibrated"] = evaluation.nelbo(steps, wanted.draws, fit)
     if wanted.nll and model.reverse_process.serves_every_eta:
         found["NLL"] = evaluation.nll()
     if description.num_values is None:
@@ -222,7 +229,7 @@ def _measure(job: Job, wanted: Measures) -> None:
         unit = "bits/dim"
         values = {name: one.bpd for name, one in found.items()}
         errors = {name: one.bpd_stderr for name, one in found.items()}
-    protocol = found["continuous"].protocol
+    protocol = next(iter(found.values())).protocol
     record = {
         "measures": values,
         "stderr_over_examples": errors,
