@@ -6,6 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from ndm import nn
+from ndm.curve import Curve
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
@@ -14,7 +15,7 @@ from ndm.grid.categorical import CategoricalPredictor
 from ndm.grid.rounding import RoundingPredictor
 from ndm.model import NDM, DiffusionModel
 from ndm.ode import OdeSettings
-from ndm.operators import Blur, Downsample, FadingMask
+from ndm.operators import AffineTransform, Blur, Downsample, FadingMask
 from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import (
@@ -46,12 +47,12 @@ from ndm.time_sampling import (
     UniformTimeSampler,
 )
 from ndm.transform import (
-    Curve,
     Encoder,
     GatedTransform,
     Identity,
     NetworkTransform,
     SeparableTransform,
+    SumTransform,
     Transform,
 )
 from ndm.variants import NFDM, NetworkScale
@@ -90,6 +91,7 @@ __all__ = [
     "NDM",
     "NFDM",
     "AdaptiveODE",
+    "AffineTransform",
     "Ancestral",
     "Blur",
     "Bound",
@@ -128,6 +130,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "SeparableTransform",
+    "SumTransform",
     "TimeGrid",
     "TimeSampler",
     "TorchSDE",

@@ -1,4 +1,6 @@
-r"""Fixed linear transformations F(x, t) = C_t x of images with C_0 = I.
+r"""Linear transformations of the data: fixed ones of images, and a learned one of any data.
+
+The fixed ones are F(x, t) = C_t x with C_0 = I:
 
 .. math::
     q(z_t|x) = N(\alpha_t C_t x, \sigma_t^2 I)
@@ -15,18 +17,28 @@ class                 C_t                                  model
                       to upsample(downsample(x^k))
 ====================  ===================================  ========================================
 
-All act on the last two axes. The first two decay along the columns of a fixed orthonormal matrix V.
-Since they are computed with expm1 of the exponent, F(x, 0) is exactly x:
+They act on the last two axes. The first two decay along the columns of a fixed orthonormal matrix
+V. Since they are computed with expm1 of the exponent, F(x, 0) is exactly x:
 
 .. math::
     F(x, t) = x + (1 - d_{\min})\, V\, \mathrm{diag}(e^{-\lambda\tau} - 1)\, V^\top x, \qquad
-    \partial_t F = -(1 - d_{\min})\, \tau'\, V\, \mathrm{diag}(\lambda e^{-\lambda\tau})\, V^\top x .
+    \partial_t F
+    = -(1 - d_{\min})\, \tau'\, V\, \mathrm{diag}(\lambda e^{-\lambda\tau})\, V^\top x .
+
+The learned one, :class:`AffineTransform`, has gains and offsets along fixed axes and no network:
+
+.. math::
+    F(x, t) = x
+    + \sigma_t^2 \sum_{k=0}^{K-1} \cos(\pi k t)\, (V\, \mathrm{diag}(a_k)\, V^\top x + b_k) .
+
+A gain for each dimension and time gives each dimension a noise schedule of its own (as in MuLAN,
+Sahoo et al. 2024, whose schedules also depend on x).
 
 For other axes or rates, subclass :class:`Decay`; for any other linear operator, subclass
-:class:`ndm.transform.Transform`. The generative ODE is the published one, dz/dt = d(alpha C)/dt x̂ +
-(sigma'/sigma)(z - alpha C x̂). The stochastic processes differ: those of the papers are Markov, and
-the size of their noise depends on the axis of V, whereas the posterior variance v here is the same
-along every axis.
+:class:`ndm.transform.Transform`. The generative ODE is the published one, dz/dt = d(alpha C)/dt x̂
++ (sigma'/sigma)(z - alpha C x̂). The stochastic processes differ: those of the papers are Markov,
+and the size of their noise depends on the axis of V, whereas the posterior variance v here is the
+same along every axis.
 """
 
 import functools
@@ -34,15 +46,17 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ndm.curve import Curve, Displaced, SeparableCurve, SumCurve
 from ndm.device import full_precision
-from ndm.errors import UserError
+from ndm.errors import UserError, check_choice
 from ndm.schedule import NoiseLevel
 from ndm.shapes import expand
-from ndm.transform import Curve, Displaced, SumCurve, Transform
+from ndm.transform import Transform
 
 
 class Decay(Transform, ABC):
@@ -114,7 +128,8 @@ class Blur(Decay):
     The cosine (i, j) decays at the rate of its frequency:
 
     .. math::
-        \lambda_{ij} = \pi^2 (i^2/H^2 + j^2/W^2), \qquad \tau = \sigma_B(t)^2/2, \qquad \sigma_B = \sigma_{\max} \sin^2(\pi t/2) .
+        \lambda_{ij} = \pi^2 (i^2/H^2 + j^2/W^2), \qquad \tau = \sigma_B(t)^2/2, \qquad
+        \sigma_B = \sigma_{\max} \sin^2(\pi t/2) .
 
     Far from the edges, this is a convolution with a Gaussian of standard deviation sigma_B pixels.
 
@@ -193,7 +208,8 @@ class Downsample(Transform):
     r"""Stages that each halve the resolution, represented at full resolution.
 
     .. math::
-        F(x, t) = x^k + \frac{t - \tau_k}{\tau_{k+1} - \tau_k} (x^{k+1} - x^k), \qquad \tau_k \le t \le \tau_{k+1}, \qquad
+        F(x, t) = x^k + \frac{t - \tau_k}{\tau_{k+1} - \tau_k} (x^{k+1} - x^k), \qquad
+        \tau_k \le t \le \tau_{k+1}, \qquad
         x^{k+1} = \mathrm{upsample}(\mathrm{downsample}(x^k)), \quad \tau_0 = 0 ,
 
     where downsample averages blocks of 2 x 2, so that x^k holds the means of blocks of 2^k x 2^k.
@@ -246,6 +262,65 @@ def block_means(x: Tensor, size: int) -> Tensor:
     *lead, height, width = x.shape
     means = x.reshape(*lead, height // size, size, width // size, size).mean((-3, -1))
     return means.repeat_interleave(size, -2).repeat_interleave(size, -1)
+
+
+class AffineTransform(Transform):
+    """Learned gains and offsets over time, F = x + sigma_t² sum_k cos(pi k t) (V a_k Vᵀ x + b_k).
+
+    It has 2 K D parameters and starts at the identity.
+
+    Args:
+        shape: shape of an event, such as (1, 8, 8).
+        basis: V: ``dimensions`` (the identity), a gain for each dimension; or ``cosines``, a gain
+            for each frequency of the orthonormal DCT over all axes. Over three channels that turns
+            the colors into lightness and two contrasts.
+        terms: K.
+    """
+
+    data_at_zero = False
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        basis: Literal["dimensions", "cosines"] = "dimensions",
+        terms: int = 4,
+    ):
+        super().__init__()
+        check_choice("basis", basis, ("dimensions", "cosines"))
+        if not shape or min(shape) < 1 or terms < 1:
+            raise UserError(
+                f"shape={list(shape)}, terms={terms}: give the shape of an event, such as"
+                " [1, 8, 8], and a number of terms of at least 1"
+            )
+        self.shape, self.basis, self.terms = list(shape), basis, terms
+        self.gains = nn.Parameter(torch.zeros(terms, *shape))
+        self.offsets = nn.Parameter(torch.zeros(terms, *shape))
+
+    def curve(self, x: Tensor) -> Curve:
+        if list(x.shape[1:]) != self.shape:
+            raise UserError(
+                f"x has events of shape {list(x.shape[1:])}, and AffineTransform was built with"
+                f" shape={self.shape}; give the shape of the data"
+            )
+        with full_precision(x):  # autocast would multiply in half precision
+            coefficients = self._analysis(x) if self.basis == "cosines" else x
+            terms = self.gains * coefficients[:, None]
+            channels = self._synthesis(terms) if self.basis == "cosines" else terms
+            return Displaced(x, SeparableCurve("noise", channels + self.offsets))
+
+    def _analysis(self, x: Tensor) -> Tensor:
+        """Return Vᵀ x, in the shape of x."""
+        for axis in range(-len(self.shape), 0):
+            matrix = cosines(x.shape[axis], x.dtype, x.device)
+            x = (x.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
+        return x
+
+    def _synthesis(self, coefficients: Tensor) -> Tensor:
+        """Return V c, in the shape of c."""
+        for axis in range(-len(self.shape), 0):
+            matrix = cosines(coefficients.shape[axis], coefficients.dtype, coefficients.device)
+            coefficients = (coefficients.movedim(axis, -1) @ matrix).movedim(-1, axis)
+        return coefficients
 
 
 @functools.lru_cache(maxsize=32)

@@ -60,7 +60,7 @@ def to_config(part: object, defaults: bool = True) -> object:
         part: the part.
         defaults: include arguments that have their default value.
     """
-    if isinstance(part, (list, tuple)):
+    if isinstance(part, (list, tuple, nn.ModuleList)):
         return [to_config(item, defaults) for item in part]
     if not isinstance(part, nn.Module):
         return part
@@ -152,8 +152,8 @@ def from_config(
         raise UserError(f"{where}: {error}") from error
     except _CONSTRUCTOR_ERRORS as error:
         raise UserError(
-            f"{where}: {path} does not take the arguments of this file ({one_line(error, 100)}); load"
-            " it with the version of ndm that wrote it"
+            f"{where}: {path} does not take the arguments of this file ({one_line(error, 100)});"
+            " load it with the version of ndm that wrote it"
         ) from error
 
 
@@ -176,8 +176,8 @@ def read_json(path: Path) -> dict[str, object]:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON ({one_line(error, 100)}); it is damaged, or not a file of"
-            " ndm"
+            f"{path} cannot be read as JSON ({one_line(error, 100)}); it is damaged, or not a file"
+            " of ndm"
         ) from error
     if not isinstance(data, dict):
         raise UserError(
@@ -299,8 +299,8 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({one_line(error, 100)}); it is truncated or damaged: copy it or"
-            " train again"
+            f"{path} cannot be read ({one_line(error, 100)}); it is truncated or damaged: copy it"
+            " or train again"
         ) from error
 
 

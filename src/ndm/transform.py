@@ -10,18 +10,21 @@ class                        F(x, t)                            model
 :class:`NetworkTransform`    (1 - t) x + t g(x, t), g = x + f   NDM, section 4: F = x + t f(x, t)
 :class:`GatedTransform`      x + sigma_t² f(x, t)               DiffEnc (Nielsen et al. 2024)
 :class:`SeparableTransform`  x + w(t) sum_k cos(pi k t) c_k(x)  time-separable (ours)
+:class:`SumTransform`        x + sum_i (F_i(x, t) - x)          a sum of displacements
 :class:`Encoder`             E(x), in another space             latent diffusion (LSGM)
 ===========================  =================================  =================================
 
-Fixed linear transformations (blur, masks, down-sampling) are in :mod:`ndm.operators`.
+Linear transformations, fixed (blur, masks, down-sampling) and learned (gains and offsets), are in
+:mod:`ndm.operators`.
 
 A transformation has one abstract method: :meth:`Transform.curve` returns t -> F(x, t) at fixed x,
-with its time derivative. The learned transformations are F = x + d(x, t), with a
+with its time derivative (:mod:`ndm.curve`). The learned transformations are F = x + d(x, t), with a
 :class:`Displacement` d that vanishes at t = 0. The noise scale of :mod:`ndm.variants.nfdm` is made
 of a displacement too:
 
 .. math::
-    d(x, t) = w(t) f(x, t) \quad\text{or}\quad w(t) \textstyle\sum_k \cos(\pi k t)\, c_k(x), \qquad w(t) = t,\; \sigma_t^2 \text{ or } t (1 - t) .
+    d(x, t) = w(t) f(x, t) \quad\text{or}\quad w(t) \textstyle\sum_k \cos(\pi k t)\, c_k(x), \qquad
+    w(t) = t,\; \sigma_t^2 \text{ or } t (1 - t) .
 
 The time-separable form evaluates its network once for F(x, s), F(x, t), F(x, 1) and all their time
 derivatives: the c_k(x) are channels of one network output that does not depend on t, and w and the
@@ -33,74 +36,19 @@ precision of x, never under autocast: the bound multiplies F(x, t) - F(x̂, t) b
 to 800, and with it the rounding errors of half precision.
 """
 
-import math
 from abc import ABC, abstractmethod
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ndm.autodiff.forward_mode import time_derivative
+from ndm.curve import Constant, Curve, Displaced, Gate, SeparableCurve, gate
 from ndm.device import full_precision
 from ndm.errors import UserError, check_choice
 from ndm.parts import Part, check_network, describe_output
 from ndm.schedule import NoiseLevel
-
-Gate = Literal["time", "noise", "bridge"]
-
-
-def gate(kind: Gate, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """Return the factor w(t) of a displacement and its derivative, in the shape of ``level``.
-
-    w(t) is t (``time``), sigma_t² (``noise``) or t (1 - t) (``bridge``).
-    """
-    if kind == "time":
-        return level.t, torch.ones_like(level.t)
-    if kind == "noise":
-        return level.sigma**2, 2 * level.sigma * level.dsigma
-    return level.t * (1 - level.t), 1 - 2 * level.t
-
-
-class Curve(ABC):
-    """The map t -> F(x, t) at fixed x ``(B, *event)``."""
-
-    @property
-    @abstractmethod
-    def like(self) -> Tensor:
-        """A tensor with the shape of F(x, t), which is the shape of the latents."""
-
-    @abstractmethod
-    def at(self, level: NoiseLevel) -> Tensor:
-        """Return F(x, t) at times ``(B,)``; ``(B, *event)``."""
-
-    @abstractmethod
-    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Return F(x, t) and its time derivative dF(x, t) at fixed x; each ``(B, *event)``."""
-
-    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Return F(x, s) and F(x, t); each ``(B, *event)``."""
-        return self.at(s), self.at(t)
-
-
-class Constant(Curve):
-    """A curve that does not depend on t.
-
-    Args:
-        value: F, ``(B, *event)``.
-    """
-
-    def __init__(self, value: Tensor):
-        self.value = value
-
-    @property
-    def like(self) -> Tensor:
-        return self.value
-
-    def at(self, level: NoiseLevel) -> Tensor:
-        return self.value
-
-    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        return self.value, torch.zeros_like(self.value)
 
 
 class Transform(Part, ABC):
@@ -198,8 +146,8 @@ class NetworkDisplacement(Displacement):
             output = self.network(x, t)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             raise UserError(
-                f"the network maps {tuple(x.shape)} to {describe_output(output)}; F(x, t) and h(x, t)"
-                " must keep the shape of x: give it as many output channels as input channels"
+                f"the network maps {tuple(x.shape)} to {describe_output(output)}; F(x, t) and"
+                " h(x, t) must keep the shape of x: give it as many output as input channels"
             )
         return self._scaled(output)
 
@@ -244,7 +192,7 @@ class SeparableDisplacement(Displacement):
     """
 
     def curve(self, x: Tensor) -> Curve:
-        return _SeparableCurve(self.gate, self.channels(x))
+        return SeparableCurve(self.gate, self.channels(x))
 
     def channels(self, x: Tensor) -> Tensor:
         """Return c_k(x), ``(B, K, *event)``."""
@@ -255,82 +203,10 @@ class SeparableDisplacement(Displacement):
         ):
             raise UserError(
                 f"the network of the time-separable form maps {tuple(x.shape)} to"
-                f" {describe_output(channels)}; it must return (B, K, *event): give a network of this"
-                " library outputs=K"
+                f" {describe_output(channels)}; it must return (B, K, *event): give a network of"
+                " this library outputs=K"
             )
         return self._scaled(channels)
-
-
-class SumCurve(Curve, ABC):
-    """The curve sum_k w_k(t) c_k with fixed c.
-
-    Args:
-        channels: c, ``(B, K, *event)``.
-    """
-
-    def __init__(self, channels: Tensor):
-        self._channels = channels
-
-    @property
-    def like(self) -> Tensor:
-        return self._channels[:, 0]
-
-    @abstractmethod
-    def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Return w_k(t) and its derivative in t, each ``(B, K)``."""
-
-    def _sum(self, weights: Tensor) -> Tensor:
-        with full_precision(self._channels):  # autocast would multiply in half precision
-            return torch.einsum("bk,bk...->b...", weights, self._channels)
-
-    def at(self, level: NoiseLevel) -> Tensor:
-        return self._sum(self.weights(level)[0])
-
-    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        weights, slopes = self.weights(level)
-        return self._sum(weights), self._sum(slopes)
-
-
-class _SeparableCurve(SumCurve):
-    """w_k = w(t) cos(pi k t), over the channels of one network output."""
-
-    def __init__(self, kind: Gate, channels: Tensor):
-        super().__init__(channels)
-        self._kind = kind
-
-    def weights(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        w, slope = (value[:, None] for value in gate(self._kind, level))
-        channels = torch.arange(self._channels.shape[1], dtype=level.t.dtype, device=level.t.device)
-        order = math.pi * channels
-        angle = order * level.t[:, None]
-        return w * angle.cos(), slope * angle.cos() - w * order * angle.sin()
-
-
-class Displaced(Curve):
-    """The curve x + d(x, t) at fixed x.
-
-    Args:
-        x: the data, ``(B, *event)``.
-        displacement: t -> d(x, t).
-    """
-
-    def __init__(self, x: Tensor, displacement: Curve):
-        self._x, self._displacement = x, displacement
-
-    @property
-    def like(self) -> Tensor:
-        return self._x
-
-    def at(self, level: NoiseLevel) -> Tensor:
-        return self._x + self._displacement.at(level)
-
-    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        value, derivative = self._displacement.with_derivative(level)
-        return self._x + value, derivative
-
-    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        at_s, at_t = self._displacement.at_both(s, t)
-        return self._x + at_s, self._x + at_t
 
 
 class ResidualTransform(Transform):
@@ -401,6 +277,55 @@ class SeparableTransform(ResidualTransform):
     def __init__(self, network: nn.Module, gate: Literal["noise", "time"] = "noise"):
         check_choice("gate", gate, ("noise", "time"))
         super().__init__(SeparableDisplacement(network, gate))
+
+
+class SumTransform(Transform):
+    """The sum of several displacements, F = x + sum_i (F_i(x, t) - x).
+
+    For example gains by frequency, :class:`ndm.AffineTransform`, below a network.
+
+    Args:
+        transforms: the F_i.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]):
+        super().__init__()
+        if not transforms or not all(isinstance(one, Transform) for one in transforms):
+            raise UserError("transforms: give one or more transformations of the data")
+        if not all(one.keeps_shape for one in transforms):
+            raise UserError("transforms: an Encoder has latents of another shape and adds to none")
+        self.transforms = nn.ModuleList(transforms)
+        self.data_at_zero = all(one.data_at_zero for one in transforms)
+        self.constant = all(one.constant for one in transforms)
+
+    def curve(self, x: Tensor) -> Curve:
+        return _TotalCurve(x, [cast(Transform, one).curve(x) for one in self.transforms])
+
+
+class _TotalCurve(Curve):
+    """The curve x + sum_i (c_i(t) - x)."""
+
+    def __init__(self, x: Tensor, curves: Sequence[Curve]):
+        self._x, self._curves = x, curves
+
+    @property
+    def like(self) -> Tensor:
+        return self._x
+
+    def _total(self, values: Iterable[Tensor]) -> Tensor:
+        return sum((value - self._x for value in values), self._x)
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self._total(one.at(level) for one in self._curves)
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        found = [one.with_derivative(level) for one in self._curves]
+        total = self._total(value for value, _ in found)
+        return total, sum((slope for _, slope in found), torch.zeros_like(self._x))
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        found = [one.at_both(s, t) for one in self._curves]
+        return self._total(at_s for at_s, _ in found), self._total(at_t for _, at_t in found)
 
 
 class Encoder(Transform):
