@@ -1,7 +1,8 @@
 r"""Closed-form problems: a Gaussian mixture seen through a linear, time-dependent F.
 
 .. math::
-    x \sim \sum_j w_j N(m_j, S_j), \qquad F(x, t) = A(t) x + b(t), \quad A(t) = A_0 + t M, \quad b(t) = t c
+    x \sim \sum_j w_j N(m_j, S_j), \qquad
+    F(x, t) = A(t) x + b(t), \quad A(t) = A_0 + t M, \quad b(t) = t c
 
 Every z_t is then a Gaussian mixture, and E[x|z_t] follows by conditioning and responsibilities. F
 is affine in x, so f(z, t, E[x|z]) = E[f(z, t, x)|z]: the reverse SDE and ODE with the exact
@@ -9,7 +10,8 @@ predictor have the marginals of the forward process for every eta. The bound wit
 predictor is a different matter. Over the data,
 
 .. math::
-    E[\text{NELBO}] - E[-\log p(x)] = KL(q(z_1) \| N(0, I)) + KL(q(z_{<1}|z_1) \| p(z_{<1}|z_1)) + KL(q(x|z) \| p(x|z_0)) .
+    E[\text{NELBO}] - E[-\log p(x)] = KL(q(z_1) \| N(0, I)) + KL(q(z_{<1}|z_1) \| p(z_{<1}|z_1))
+    + KL(q(x|z) \| p(x|z_0)) .
 
 The term in the middle is zero only where the forward process, x averaged out, is Markov: eta = 1
 and A constant in time. In continuous time :meth:`GaussianProblem.path_gap` has it in closed form;
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ndm.curve import Curve
 from ndm.data import EventDataset
 from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.forward import ForwardProcess
@@ -35,7 +38,7 @@ from ndm.reverse import ReverseProcess
 from ndm.sample import Step
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.time_sampling import Draw
-from ndm.transform import Curve, Transform
+from ndm.transform import Transform
 
 F64 = torch.float64
 Module = TypeVar("Module", bound=nn.Module)
@@ -241,8 +244,10 @@ class GaussianProblem(MixtureProblem):
         :math:`\tfrac12 \log(\det P_0 / \det P_1)` plus
 
         .. math::
-            \tfrac12 \int e^{-\gamma}\, \mathrm{tr}\, P^{-1} \Bigl[ \tfrac{(1 - \eta^2)^2}{4\eta^2} \gamma' A^\top A
-            + \tfrac{\eta^2 - 1}{2\eta^2} (A'^\top A + A^\top A') + \tfrac{1}{\eta^2 \gamma'} A'^\top A' \Bigr] dt ,
+            \tfrac12 \int e^{-\gamma}\, \mathrm{tr}\, P^{-1} \Bigl[
+            \tfrac{(1 - \eta^2)^2}{4\eta^2} \gamma' A^\top A
+            + \tfrac{\eta^2 - 1}{2\eta^2} (A'^\top A + A^\top A')
+            + \tfrac{1}{\eta^2 \gamma'} A'^\top A' \Bigr] dt ,
 
         which is zero at eta = 1 only where A is constant in time.
         """

@@ -1,4 +1,4 @@
-"""The bound of Gaussian data against dense Gaussians, its continuous limit and exact likelihoods."""
+"""The bound of Gaussian data: dense Gaussians, the continuous limit, exact likelihoods."""
 
 import math
 from collections.abc import Callable

@@ -80,7 +80,7 @@ def test_the_drift_along_a_path_is_the_target_of_flow_matching() -> None:
 
 
 def test_the_ode_is_the_velocity_that_flow_matching_learns() -> None:
-    """Least-squares regression of (1 - sigma_min) eps - x on z_t, for Gaussian data in closed form."""
+    """The regression of (1 - sigma_min) eps - x on z_t, for Gaussian data in closed form."""
     problem = GaussianProblem(FLOW, constant(torch.eye(2, dtype=F64)))
     z = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.02, 1.0, 6, dtype=F64)

@@ -43,8 +43,8 @@ class LinearModel:
     """A latent model with a linear encoder and decoder.
 
     x has 3 dimensions and its encoding W x has 2. The predictor is exact for a latent
-    y ~ N(m_y, S_y), and the decoder is N(A z_0/alpha_0 + b, s² I). A and b make the model's p(z_0|x)
-    equal to the encoder's q(z_0|x) = N(alpha_0 W x, sigma_0² I) at every x.
+    y ~ N(m_y, S_y), and the decoder is N(A z_0/alpha_0 + b, s² I). A and b make the model's
+    p(z_0|x) equal to the encoder's q(z_0|x) = N(alpha_0 W x, sigma_0² I) at every x.
     """
 
     @torch.no_grad()

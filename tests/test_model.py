@@ -1,4 +1,4 @@
-"""The model as an object: what it accepts, shows, and knows about its data; what ``import ndm`` gives."""
+"""The model as an object: what it accepts, shows and knows; what ``import ndm`` gives."""
 
 import math
 import subprocess
@@ -80,7 +80,8 @@ PARTS: dict[str, Callable[[], object]] = {
     ),
     "needs an nn.Module called as network(z, t)": lambda: ndm.Predictor(lambda z, t: z),
     "Linear, which cannot be called as network(z, t)": lambda: ndm.Predictor(torch.nn.Linear(2, 2)),
-    "transform must be a Transform, such as ndm.NetworkTransform(network), got the class Identity": (
+    "transform must be a Transform, such as ndm.NetworkTransform(network),"
+    " got the class Identity": (
         lambda: ndm.NDM(
             ndm.CosineSchedule(), ndm.Identity, ndm.Predictor(MLP(2)), ndm.GaussianDecoder()
         )

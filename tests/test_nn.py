@@ -120,7 +120,7 @@ def test_unet_accepts_images_of_any_size_and_memory_format(size: tuple[int, int]
 
 
 def test_unet_keeps_its_memory_format_in_forward_mode() -> None:
-    """Convolutions get channels_last inputs; with other norms a step takes an eighth longer or more."""
+    """Convolutions get channels_last inputs; with other norms a step takes an eighth longer."""
     net, x, t = unet(), seeded(2, 2, 8, 8), torch.tensor([0.2, 0.9], dtype=F64)
     seen: list[bool] = []
 

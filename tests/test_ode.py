@@ -119,7 +119,7 @@ def image_process() -> ReverseProcess:
 
 
 def flow_log_det(reverse: ReverseProcess, z: Tensor, step: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """z_1 and log |det dz_1/dz_0|, ``(B,)``, by central differences of the flow, without a trace."""
+    """z_1 and log |det dz_1/dz_0|, ``(B,)``, by central differences, without a trace."""
     size = z[0].numel()
     shifts = step * torch.eye(size, dtype=F64).reshape(size, 1, *z.shape[1:])
     moved = torch.cat([z[None] + shifts, z[None] - shifts, z[None]]).flatten(0, 1)

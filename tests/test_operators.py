@@ -75,7 +75,7 @@ def test_blur_far_from_the_edges_is_the_heat_kernel() -> None:
 
 
 def test_blur_solves_the_heat_equation_of_the_whole_image() -> None:
-    """For a cosine, an eigenfunction of the Laplacian between insulated edges, by the chain rule."""
+    """For a cosine, an eigenfunction of the Laplacian between insulated edges: the chain rule."""
     rows, columns = ((torch.arange(n, dtype=F64) + 0.5) / n for n in (6, 9))
     wave = (torch.cos(math.pi * 2 * rows)[:, None] * torch.cos(math.pi * 3 * columns))[None]
     t, sigma_max = torch.tensor([0.3], dtype=F64), 2.5
@@ -207,7 +207,7 @@ def test_the_generative_ode_is_the_published_probability_flow(name: str) -> None
 
 @every_operator
 def test_the_soft_score_is_the_score_of_the_marginal(name: str) -> None:
-    """Daras et al. 2023: grad log q_t(z) = (C_t E[x|z] - z)/s_t², with their C_t our alpha_t C_t."""
+    """Daras et al. 2023: grad log q_t(z) = (C_t E[x|z] - z)/s_t²; their C_t is our alpha_t C_t."""
     problem = Problem(SCHEDULE, OPERATORS[name]())
     level = problem.process.schedule(torch.full((3,), 0.6, dtype=F64))
     z = images(3, 4, 4, seed=2)

@@ -17,7 +17,7 @@ STEPS = 150
 def test_the_readme_trains_samples_measures_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training lowers the bound, samples follow the data, and the loaded model has the same bound."""
+    """Training lowers the bound, samples follow the data, a loaded model has the same bound."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text = README.read_text(encoding="utf-8")

@@ -2,8 +2,8 @@
 errors.
 
 On a Gaussian problem a step is affine, so mean and covariance are propagated exactly and the order
-is fitted without sampling. In theory posterior steps (DDPM and DDIM) and Euler have order 1. Heun has
-order 2 on the ODE and, as the noise is additive, weak order 2 on the SDE.
+is fitted without sampling. In theory posterior steps (DDPM and DDIM) and Euler have order 1. Heun
+has order 2 on the ODE and, as the noise is additive, weak order 2 on the SDE.
 """
 
 import itertools

@@ -28,13 +28,7 @@ from ndm.schedule import (
     VariancePreserving,
 )
 from ndm.time_sampling import PiecewiseConstant
-from ndm.transform import (
-    GatedTransform,
-    Identity,
-    NetworkTransform,
-    SeparableTransform,
-    Transform,
-)
+from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
 from oracles import F64, Points, randomized
 from train.test_compilation import compiled, losses_and_gradients, training_terms
 

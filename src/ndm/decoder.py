@@ -2,7 +2,8 @@ r"""Decoders p(x|z_0): from the first latent to the data.
 
 .. math::
     m = z_0 / \alpha_0, \qquad
-    \text{discretized: } p(x = l_i | z_0) = \operatorname{softmax}_i \bigl(-(m - l_i)^2 / (2 e^{\gamma_0})\bigr) \text{ per dimension}, \qquad
+    \text{discretized, per dimension: } p(x = l_i | z_0)
+    = \operatorname{softmax}_i \bigl(-(m - l_i)^2 / (2 e^{\gamma_0})\bigr), \qquad
     \text{Gaussian: } p(x|z_0) = N(m, e^{\gamma_0} I) .
 
 A network can give the mean of either, with a learned scale s: m = network(z_0/alpha_0), and s²

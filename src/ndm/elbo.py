@@ -46,6 +46,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ndm.curve import Curve
 from ndm.decoder import Decoder
 from ndm.discrete_time import discrete_errors
 from ndm.errors import UserError
@@ -55,7 +56,6 @@ from ndm.schedule import NoiseLevel
 from ndm.shapes import sum_event
 from ndm.time_grid import Steps, as_grid
 from ndm.time_sampling import Draw, Eta, PiecewiseConstant, check_eta, eta_at
-from ndm.transform import Curve
 
 
 @dataclass(frozen=True)

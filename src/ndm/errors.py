@@ -47,7 +47,7 @@ def describe_value(value: object) -> str:
 
 
 def one_line(text: object, most: int | None = None) -> str:
-    """Return a text, such as the message of an error, as one line of at most ``most`` characters."""
+    """Return a text, such as an error's message, as one line of at most ``most`` characters."""
     return " ".join(str(text).split())[:most]
 
 

@@ -2,8 +2,10 @@ r"""The forward process: marginal, posterior for any variance, conditional drift
 
 .. math::
     q(z_t|x) &= N(\alpha_t F(x,t), \sigma_t^2 I) \\
-    q(z_s|z_t,x) &= N(\alpha_s F(x,s) + k (z_t - \alpha_t F(x,t)),\; v I), \qquad k = \sqrt{\sigma_s^2 - v} / \sigma_t, \quad s < t \\
-    f(z,t,x) &= \frac{d(\alpha F)}{dt} + \Bigl(\frac{\sigma'}{\sigma} + \frac{g^2}{2\sigma^2}\Bigr)(z - \alpha F),
+    q(z_s|z_t,x) &= N(\alpha_s F(x,s) + k (z_t - \alpha_t F(x,t)),\; v I), \qquad
+    k = \sqrt{\sigma_s^2 - v} / \sigma_t, \quad s < t \\
+    f(z,t,x) &= \frac{d(\alpha F)}{dt}
+    + \Bigl(\frac{\sigma'}{\sigma} + \frac{g^2}{2\sigma^2}\Bigr)(z - \alpha F),
     \qquad g^2 = \eta^2 \sigma^2 \gamma'
 
 The posterior is consistent with the marginals for every 0 <= v <= sigma_s². With v = eta² sigma_s²
@@ -12,7 +14,9 @@ coefficients in the bound have no cancellation however close s and t are:
 
 .. math::
     k \alpha_t / \alpha_s = \exp\bigl(\tfrac12 [d + \log(1 + \eta^2 (e^d - 1))]\bigr), \qquad
-    \alpha_s - k \alpha_t = -\alpha_s\, \mathrm{expm1}\bigl(\tfrac12 [d + \mathrm{log1p}(\eta^2\, \mathrm{expm1}(d))]\bigr) .
+    \alpha_s - k \alpha_t
+    = -\alpha_s\, \mathrm{expm1}\bigl(\tfrac12 [d
+    + \mathrm{log1p}(\eta^2\, \mathrm{expm1}(d))]\bigr) .
 
 Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A; eta as in DDIM
 (Song et al. 2021).
@@ -25,10 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ndm.curve import Curve
 from ndm.errors import UserError
 from ndm.schedule import NoiseLevel, Schedule, exact_pair
 from ndm.shapes import expand, sum_event
-from ndm.transform import Curve, Transform
+from ndm.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ class NoisingProcess(nn.Module, ABC):
     def level(self, t: Tensor | float, like: Tensor) -> NoiseLevel:
         """Return the noise level at ``t``, a number or ``(B,)``, for a batch ``like``.
 
-        It has the dtype of ``like``. For differences of neighboring times give a number, or float64.
+        It has the dtype of ``like``. For differences of neighboring times give a number, or
+        float64.
         """
         if isinstance(t, Tensor):
             t = t.to(like.device)

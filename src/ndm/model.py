@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ndm.curve import Curve
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import Bound, BoundDraw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError, check_whole, describe_value
@@ -40,7 +41,7 @@ from ndm.time_sampling import (
     TimeSampler,
     TimeSamples,
 )
-from ndm.transform import Curve, Transform
+from ndm.transform import Transform
 
 
 class DiffusionModel(Part, ABC):
@@ -465,8 +466,8 @@ class NDM(DiffusionModel):
             ``sample``.
         eta: stochasticity of the reverse process in the training bound, positive; 1 is DDPM.
         reverse: how the reverse process uses the predictor, see :mod:`ndm.reverse`. ``tied`` puts
-            x̂ through F, as in the paper. ``direct`` predicts the target of the reverse process: one
-            network evaluation for each step, by ancestral or SDE sampling; it needs an F that
+            x̂ through F, as in the paper. ``direct`` predicts the target of the reverse process:
+            one network evaluation for each step, by ancestral or SDE sampling; it needs an F that
             starts like sigma_t² (:class:`ndm.GatedTransform`, :class:`ndm.SeparableTransform`), or
             :class:`ndm.Encoder`, whose latents need ``direct`` and have the ODE. ``direct-score``
             adds a second output (``outputs=2`` of the network), for the ODE, its likelihood and

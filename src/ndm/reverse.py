@@ -9,7 +9,8 @@ Both of these and the bound depend on F only through one target y. The posterior
 
 .. math::
     y = \frac{\alpha_s F(x, s) - k \alpha_t F(x, t)}{\alpha_s - k \alpha_t} \;\longrightarrow\;
-    y_\eta = F - \frac{2}{1 + \eta^2} \frac{\dot F}{\gamma'} \qquad (s \to t), \qquad F = x \text{ gives } y = x .
+    y_\eta = F - \frac{2}{1 + \eta^2} \frac{\dot F}{\gamma'} \qquad (s \to t), \qquad
+    F = x \text{ gives } y = x .
 
 ================  ========================================  ========================================
 reverse           in place of F(x, .)                       properties
@@ -18,10 +19,10 @@ reverse           in place of F(x, .)                       properties
 ``direct``        a constant ŷ(z, t), the predictor         the generator is a plain diffusion: one
                                                             network evaluation a step; only the eta
                                                             of training (ours)
-``direct-score``  the same; a second output F̂               every eta, so the ODE and its likelihood
-                  estimates E[F|z_t]                        too (ours)
-``diffenc``       F̂ + F(F̂, .) - F(F̂, t),                    DiffEnc: correct to first order in F - x
-                  F̂(z, t) the predictor                     (Nielsen et al. 2024); every eta
+``direct-score``  the same; a second output F̂               every eta, so the ODE and its
+                  estimates E[F|z_t]                        likelihood too (ours)
+``diffenc``       F̂ + F(F̂, .) - F(F̂, t),                    DiffEnc: correct to first order in
+                  F̂(z, t) the predictor                     F - x (Nielsen et al. 2024); every eta
 ================  ========================================  ========================================
 
 Both outputs together give :math:`\dot F/\gamma' = \tfrac12(1+\eta^2)(\hat F - \hat y)`, and for
@@ -46,6 +47,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from ndm.curve import Constant, Curve
 from ndm.errors import UserError, check_choice
 from ndm.forward import (
     ForwardProcess,
@@ -60,7 +62,7 @@ from ndm.predictor import DataPredictor, Predictor
 from ndm.random import RandomSource
 from ndm.schedule import NoiseLevel
 from ndm.shapes import expand, sum_event
-from ndm.transform import Constant, Curve, Transform
+from ndm.transform import Transform
 
 ReverseKind = Literal["tied", "direct", "direct-score", "diffenc"]
 
@@ -216,8 +218,8 @@ class MarkovReverse(Reverse):
                 head; None means the odd examples train the bound and the even ones the head.
 
         Returns:
-            The guess. Its regression is ½ e^-gamma gamma' ||F - F̂||², or None without a second head
-            or without gradients.
+            The guess. Its regression is ½ e^-gamma gamma' ||F - F̂||², or None without a second
+            head or without gradients.
         """
 
     def posterior(self, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor) -> Gaussian:

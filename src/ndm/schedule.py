@@ -1,7 +1,8 @@
 r"""Noise schedules: signal and noise scales over time t in [0, 1], from data (0) to noise (1).
 
 .. math::
-    z_t = \alpha_t F(x, t) + \sigma_t \epsilon, \qquad \gamma_t = \log(\sigma_t^2 / \alpha_t^2), \qquad
+    z_t = \alpha_t F(x, t) + \sigma_t \epsilon, \qquad
+    \gamma_t = \log(\sigma_t^2 / \alpha_t^2), \qquad
     \omega_t = \alpha_t \sigma'_t - \alpha'_t \sigma_t = \tfrac12 \alpha_t \sigma_t \gamma'_t .
 
 A variance-preserving schedule is defined by its gamma:

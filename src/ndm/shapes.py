@@ -54,6 +54,7 @@ def sample_shape(shape: object, data: object = None) -> tuple[int, ...]:
     if not isinstance(event, (list, tuple)):
         raise UserError(
             f"sample({shape}): the model has no description of its data: give the whole shape,"
-            f" sample(({shape}, *event)), or set model.info = {{'data': source.describe().to_dict()}}"
+            f" sample(({shape}, *event)), or set"
+            " model.info = {'data': source.describe().to_dict()}"
         )
     return (sizes[0], *event)

@@ -202,8 +202,8 @@ def test_without_pytorchs_private_names_the_plain_path_is_used(
 def test_user_forward_mode_through_a_unet_matches_finite_differences(
     size: int, frozen: bool
 ) -> None:
-    """Outside time_derivative, PyTorch's norms run and must not get channels_last inputs, forward or
-    backward, with frozen layers or without.
+    """Outside time_derivative, PyTorch's norms run and must not get channels_last inputs, forward
+    or backward, with frozen layers or without.
     """
     torch.manual_seed(0)
     t = torch.rand(3, dtype=F64)

@@ -94,8 +94,8 @@ def test_the_network_input_holds_values_and_frequencies(channels: int) -> None:
 
 
 def test_odds_of_two_values_follow_the_urn() -> None:
-    """Of seven pixels three have the fourth value. The last pixel lies between the fourth and fifth,
-    and does not count itself.
+    """Of seven pixels three have the fourth value. The last pixel lies between the fourth and
+    fifth, and does not count itself.
     """
     count, values = 2.0, ndm.DiscretizedGaussian(8).values.double()
     predictor, level = (

@@ -49,7 +49,7 @@ def test_soft_rounding_is_the_mean_over_the_grid(num_values: int, width: float) 
 
 
 def test_with_known_frequencies_the_prediction_is_the_posterior_mean() -> None:
-    """At low noise, for a network that predicts x̂ = z/alpha and weights equal to the frequencies."""
+    """At low noise, for a network that predicts x̂ = z/alpha and the frequencies as weights."""
     num_values, frequencies = 4, torch.tensor([0.7, 0.2, 0.0999, 0.0001], dtype=F64)
     network = Constant(torch.zeros(2000, 1, dtype=F64))
     predictor = RoundingPredictor(network, num_values, "eps").double()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ndm
+from ndm.curve import Curve
 from ndm.decoder import GaussianDecoder
 from ndm.elbo import diffusion_integrand, prior_term
 from ndm.model import NDM
@@ -24,7 +25,7 @@ from ndm.schedule import (
     Schedule,
 )
 from ndm.time_sampling import Draw
-from ndm.transform import Curve, GatedTransform, Identity, NetworkTransform, Transform
+from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
 from ndm.variants.nfdm import (
     NFDM,
     DiagonalCurve,

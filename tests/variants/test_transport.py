@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ndm.curve import Curve
 from ndm.decoder import GaussianDecoder
 from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
@@ -15,7 +16,7 @@ from ndm.sample import Euler, GridSampler, Heun
 from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.serialize import load_model, save_model
 from ndm.time_sampling import Draw, PiecewiseConstant
-from ndm.transform import Curve, SeparableTransform, Transform
+from ndm.transform import SeparableTransform, Transform
 from ndm.variants.monotone import MonotoneMap, TransportMap
 from ndm.variants.nfdm import NetworkScale
 from ndm.variants.transport import TransportNDM, TransportReverse

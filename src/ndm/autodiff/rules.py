@@ -4,7 +4,9 @@ They serve :mod:`ndm.autodiff.forward_mode`:
 
 .. math::
     \text{convolution: } \dot y = w * \dot x, \qquad
-    \text{norm: } \dot y = w J \dot x, \quad J = s\,(I - \tfrac1n 1 1^\top - \tfrac1n \hat x \hat x^\top), \quad s = 1/\text{deviation}, \qquad
+    \text{norm: } \dot y = w J \dot x, \quad
+    J = s\,(I - \tfrac1n 1 1^\top - \tfrac1n \hat x \hat x^\top), \quad
+    s = 1/\text{deviation}, \qquad
     \text{SiLU: } \dot y = \mathrm{SiLU}'(x)\, \dot x .
 
 PyTorch's rule for convolutions also convolves with a kernel of zeros, forward and backward, which
@@ -14,7 +16,8 @@ The Jacobian J of the standardized :math:`\hat x` is symmetric, so PyTorch's bac
 norm also gives its tangent. With m(.) the mean over a group and :math:`u = w g`,
 
 .. math::
-    \nabla_x \langle g, w J \dot x \rangle = -s\, \bigl( b\, J u + a\, J \dot x + m(u\, J \dot x)\, \hat x \bigr), \qquad
+    \nabla_x \langle g, w J \dot x \rangle
+    = -s\, \bigl( b\, J u + a\, J \dot x + m(u\, J \dot x)\, \hat x \bigr), \qquad
     a = m(\hat x u), \quad b = m(\hat x \dot x) .
 
 All rules can be differentiated further by autograd: with ``create_graph`` the backward passes use

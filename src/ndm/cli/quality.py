@@ -86,15 +86,7 @@ def quality(
             network of the predictor in half precision.
         json: JSON file for all results.
     """
-    if json is not None and Path(json).is_dir():
-        raise UserError(f"--json {json} is a folder; give a file")
-    for name, value, least in (
-        ("neighbors", neighbors, 1),
-        ("n", n, neighbors + 1),
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        check_whole(name, value, least)
+    _check_options(json, n, neighbors, seed, batch_size)
     folder, place = Path(run), pick_device(device)
     model, data = Run(folder).model().to(place), Run(folder).data()
     description, real_images = data.describe(), data.split(split)
@@ -125,14 +117,22 @@ def quality(
     )
     print(f"features: {network.name}, d = {network.dims}, sha256 {network.sha256}")
     if json is not None:
-        sampler |= {
-            "precision": precision,
-            "method": method or model.default_method,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
+        sampler |= {"precision": precision, "method": method or model.default_method}
+        sampler |= {"seed": seed, "batch_size": batch_size}
         about = {"run": run, **description.about(split), "sampler": sampler}
         _write(Path(json), about, network, found)
+
+
+def _check_options(json: str | None, n: int, neighbors: int, seed: int, batch_size: int) -> None:
+    if json is not None and Path(json).is_dir():
+        raise UserError(f"--json {json} is a folder; give a file")
+    for name, value, least in (
+        ("neighbors", neighbors, 1),
+        ("n", n, neighbors + 1),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        check_whole(name, value, least)
 
 
 def _compare(

@@ -78,16 +78,7 @@ def sample(
         raise UserError(f"n={n}, batch_size={batch_size}: give integers of at least 1")
     model = Run(Path(run)).model().to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
-    if not target.suffix and not is_image(description.event_shape):
-        raise UserError(
-            f"--out {out} is a folder for image files, but samples of {description.name} are not"
-            " images; give a file that ends in .npy or .csv"
-        )
-    if target.suffix.lower() == ".csv" and len(description.event_shape) != 1:
-        raise UserError(
-            f"--out {out}: samples of {description.name} have the shape {description.event_shape}"
-            " and do not fit into rows of a table; give a .npy file"
-        )
+    _check_fits(target, description)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)
@@ -95,13 +86,7 @@ def sample(
         fit = Fit(train, grid="fitted", variance="dimension")
         chosen = fitted_sampler(model, fit, steps or model.steps or 100, progress=True)
         steps = None
-    options: dict[str, Any] = {
-        "steps": steps,
-        "eta": eta,
-        "solver": solver,
-        "rtol": rtol,
-        "atol": atol,
-    }
+    options: dict[str, Any] = {"eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
     with autocast(model.like.device, precision):
         samples = model.sample(
             (n, *description.event_shape),
@@ -109,6 +94,7 @@ def sample(
             seed=seed,
             batch_size=batch_size,
             progress=True,
+            steps=steps,
             **options,
         )
     write_values(target, samples, description)
@@ -129,6 +115,20 @@ def _check_fitted(method: str, eta: float | None) -> None:
     if eta is not None:
         raise UserError(
             "grid=fitted has the eta of the model, which it is fitted for: leave eta out"
+        )
+
+
+def _check_fits(target: Path, description: DataDescription) -> None:
+    """Check that the file can hold samples of the data."""
+    if not target.suffix and not is_image(description.event_shape):
+        raise UserError(
+            f"--out {target} is a folder for image files, but samples of {description.name} are not"
+            " images; give a file that ends in .npy or .csv"
+        )
+    if target.suffix.lower() == ".csv" and len(description.event_shape) != 1:
+        raise UserError(
+            f"--out {target}: samples of {description.name} have the shape"
+            f" {description.event_shape} and do not fit into rows of a table; give a .npy file"
         )
 
 

@@ -21,8 +21,8 @@ budget             shared by all rows
 =================  ====================================================================
 
 All rows also share the data and the batch size. The row ``widen`` is the baseline. If it is
-smaller than the largest row, a widened copy of it becomes the baseline. :mod:`ndm.compare.budget` measures the
-seconds per step.
+smaller than the largest row, a widened copy of it becomes the baseline. :mod:`ndm.compare.budget`
+measures the seconds per step.
 """
 
 import json

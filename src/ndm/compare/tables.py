@@ -1,7 +1,8 @@
 r"""Tables and a plot of a comparison: means over seeds with standard errors.
 
 .. math::
-    \bar m = \frac1S \sum_s m_s, \qquad \text{stderr}^2 = \frac{1}{S (S - 1)} \sum_s (m_s - \bar m)^2, \qquad
+    \bar m = \frac1S \sum_s m_s, \qquad
+    \text{stderr}^2 = \frac{1}{S (S - 1)} \sum_s (m_s - \bar m)^2, \qquad
     \bar d = \frac1S \sum_s (m_s - m^{\text{baseline}}_s) .
 
 m_s is the mean over the same examples for every row and seed, so the standard error over seeds

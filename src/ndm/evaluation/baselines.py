@@ -1,7 +1,8 @@
 r"""Simple coders of discrete data: baselines for bits per dimension.
 
 .. math::
-    \text{histogram: } -\tfrac1D \textstyle\sum_i \log_2 \frac{c_i(x_i) + a}{N + a L}, \quad c_i(v) = \#\{\text{training examples with } x_i = v\}
+    \text{histogram: } -\tfrac1D \textstyle\sum_i \log_2 \frac{c_i(x_i) + a}{N + a L}, \quad c_i(v)
+    = \#\{\text{training examples with } x_i = v\}
 
 With a = 0.01, unseen values keep a positive probability. ``xz`` compresses all test integers as one
 stream of bytes (two bytes each for more than 256 values).

@@ -6,13 +6,17 @@ Discrete time: with :math:`u = E\|\Delta\mu\|^2 / (D v)`, the cost of a step,
 .. math::
     r = 1 + u, \qquad \text{with the value } \tfrac D2 \log(1 + u) \le \tfrac D2 u .
 
-A learned variance r' is multiplied by r, whose best value is then :math:`E[(1 + \Delta\mu^2/v)/r']`.
-With one r and one u for each dimension the value is :math:`\tfrac12 \sum_d \log(1 + u_d)`, which is
-lower, because the logarithm is concave.
+A learned variance r' is multiplied by r, whose best value is then
+:math:`E[(1 + \Delta\mu^2/v)/r']`. With one r and one u for each dimension the value is
+:math:`\tfrac12 \sum_d \log(1 + u_d)`, which is lower, because the logarithm is concave.
 
-Continuous time: with :math:`c = \Delta\dot F/\gamma' - \tfrac12 \Delta F`, the integrand,
-:math:`\tfrac12 e^{-\gamma}\gamma' [\|c\|^2/\eta^2 - c \cdot \Delta F + \tfrac14 \eta^2 \|\Delta F\|^2]`,
-has its minimum at
+Continuous time: with :math:`c = \Delta\dot F/\gamma' - \tfrac12 \Delta F`, the integrand is
+
+.. math::
+    \tfrac12 e^{-\gamma}\gamma' \bigl[\|c\|^2/\eta^2 - c \cdot \Delta F
+    + \tfrac14 \eta^2 \|\Delta F\|^2\bigr],
+
+and its minimum is at
 
 .. math::
     \eta^2 = 2 \sqrt{E\, w \|c\|^2 / E\, w \|\Delta F\|^2}, \qquad w = e^{-\gamma}\gamma'

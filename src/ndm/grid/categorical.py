@@ -4,7 +4,9 @@ Given the rest of the example, a place i of x holds one of L values. The network
 of these values, the latent z_i gives their likelihood, and x̂ is the posterior mean,
 
 .. math::
-    \hat x_i = \sum_k v_k\, \operatorname{softmax}_k\Bigl(\ell_{ik}(z, t) - \frac{(z_i/\alpha - v_k)^2}{2 s^2}\Bigr), \qquad
+    \hat x_i
+    = \sum_k v_k\, \operatorname{softmax}_k\Bigl(\ell_{ik}(z, t)
+    - \frac{(z_i/\alpha - v_k)^2}{2 s^2}\Bigr), \qquad
     s = \frac{\sigma}{\alpha}, \qquad v_k = \frac{2k + 1}{L} - 1 .
 
 By Bayes' rule, the network need not learn to weigh its logits against z_i, whose noise ranges over
@@ -15,7 +17,8 @@ For each place the network sees z_i and a learned embedding e_i of the values th
 z_i alone. For the whole example it sees how often each value is likely to occur, n:
 
 .. math::
-    r_{ik} = \operatorname{softmax}_k\Bigl(-\frac{(z_i/\alpha - v_k)^2}{2 s^2}\Bigr), \qquad e_i = \sum_k r_{ik} E_k, \qquad
+    r_{ik} = \operatorname{softmax}_k\Bigl(-\frac{(z_i/\alpha - v_k)^2}{2 s^2}\Bigr), \qquad
+    e_i = \sum_k r_{ik} E_k, \qquad
     n_k = \sum_i r_{ik}, \qquad A \log(1 + n) + a .
 
 At low noise e_i is one row of the table E; at high noise r is flat. Values repeat within an example

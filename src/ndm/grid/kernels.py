@@ -3,9 +3,12 @@ r"""Bayes' rule over the L values of a grid, computed in blocks that fit the cac
 With s_i = z_i/(sqrt(2) sigma) and w_k = alpha v_k/(sqrt(2) sigma),
 
 .. math::
-    r_{ik} = \operatorname{softmax}_k\bigl(-(s_i - w_k)^2\bigr), \qquad e_i = \sum_k r_{ik} E_k, \qquad n_k = \sum_i r_{ik},
+    r_{ik} = \operatorname{softmax}_k\bigl(-(s_i - w_k)^2\bigr), \qquad
+    e_i = \sum_k r_{ik} E_k, \qquad n_k = \sum_i r_{ik},
 
-    p_{ik} = \operatorname{softmax}_k\bigl(\ell_{ik} + \log(1 + c (n_k - r_{ik})) - (s_i - w_k)^2\bigr), \qquad \hat x_i = \sum_k p_{ik} v_k,
+    p_{ik}
+    = \operatorname{softmax}_k\bigl(\ell_{ik} + \log(1 + c (n_k - r_{ik})) - (s_i - w_k)^2\bigr),
+    \qquad \hat x_i = \sum_k p_{ik} v_k,
 
 where l is a linear map of K features of each place. A tensor with an index k is L times as large as
 the data. Autograd would store about a dozen of them for the whole batch and spend most of its time

@@ -5,8 +5,10 @@ prediction, and rounding makes it much better. With L values in [-1, 1], a predi
 with the width s of the noise,
 
 .. math::
-    \hat x_i = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m_i - v_k)^2}{2 s^2} + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr) \log w_k\Bigr), \qquad
-    s = \frac{\sigma}{\alpha} < \Delta, \qquad v_k = \frac{2k + 1}{L} - 1, \qquad \Delta = \frac{2}{L},
+    \hat x_i = \sum_k v_k\, \operatorname{softmax}_k\Bigl(-\frac{(m_i - v_k)^2}{2 s^2}
+    + \bigl(1 - \tfrac{s^2}{\Delta^2}\bigr) \log w_k\Bigr), \qquad
+    s = \frac{\sigma}{\alpha} < \Delta, \qquad v_k = \frac{2k + 1}{L} - 1, \qquad
+    \Delta = \frac{2}{L},
 
 with learned weights w of the values, equal at first. Once s reaches the spacing, x̂ is m (the
 formula's limit, to 1e-7 of the spacing). For m = z/alpha and small s, x̂ is the posterior mean of a

@@ -10,7 +10,8 @@ r"""Quality of generated images: features compared with those of real images.
 
 r and g are the d features of a real and of a generated image, m and S their mean and covariance,
 and rho_k is the distance to the k-th nearest neighbor in the same set. Sources: Heusel et al. 2017;
-Bińkowski et al. 2018; Kynkäänniemi et al. 2019. The likelihood does not predict these measures, nor they it.
+Bińkowski et al. 2018; Kynkäänniemi et al. 2019. The likelihood does not predict these measures, nor
+they it.
 
 Every measure depends on the network that computes the features; :class:`FeatureNetwork` has its
 fingerprint. Only compare values with equal fingerprints and equal numbers of images: FID is biased

@@ -4,7 +4,8 @@ CIFAR-10, ImageNet at 32 x 32 and 64 x 64, CelebA-HQ at 64 x 64 and, in a latent
 256 x 256:
 
 .. math::
-    F(x, t) = (1 - t)\, x + t\, g(x, t), \qquad \text{bits/dim} = \frac{\text{nats}}{D \ln 2}, \quad D = 3 \cdot \text{side}^2 .
+    F(x, t) = (1 - t)\, x + t\, g(x, t), \qquad
+    \text{bits/dim} = \frac{\text{nats}}{D \ln 2}, \quad D = 3 \cdot \text{side}^2 .
 
 :data:`FACTS` describes the five experiments. Each trains the configuration of its name, measures
 the NELBO in continuous time on the test split and the NLL by the ODE on part of it, and compares

@@ -1,7 +1,8 @@
 r"""MNIST: VDM, VDM with as many parameters as NDM, and NDM (NDM, section 4.2, figures 3 and 4).
 
 .. math::
-    \text{VDM: } F(x, t) = x, \qquad \text{VDM, widened: the same with as many parameters as NDM}, \qquad \text{NDM: } F_\phi(x, t) .
+    \text{VDM: } F(x, t) = x, \qquad
+    \text{VDM, widened: the same with as many parameters as NDM}, \qquad \text{NDM: } F_\phi(x, t) .
 
 All take the same steps on the same batches. The bound is measured in continuous time on the 10,000
 test images.

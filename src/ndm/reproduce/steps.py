@@ -2,7 +2,8 @@ r"""Few steps: the bound against T, and sample quality against evaluations (NDM,
 
 .. math::
     \text{NELBO}_T \to \text{NELBO}_\infty \quad (T \to \infty), \qquad
-    \text{evaluations of } \hat x = \text{steps} \times (1 \text{ for ancestral, DDIM; } 2 \text{ for Heun on the ODE}) .
+    \text{evaluations of } \hat x
+    = \text{steps} \times (1 \text{ for ancestral, DDIM; } 2 \text{ for Heun on the ODE}) .
 
 DDPM is F = x (equivalently, VDM with a fixed schedule), with the same predictor unless the user
 names other runs. A tied NDM also evaluates F: at s and t in each step of ancestral sampling and

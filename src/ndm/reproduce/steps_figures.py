@@ -9,6 +9,7 @@ from torch import Tensor
 from ndm.viz import image_grid, is_image, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS: Mapping[str, str] = {"DDPM": "#1b2a5c", "NDM": "#e0822f"}
@@ -90,6 +91,29 @@ def _draw_bounds(
     axis.grid(alpha=0.25)
 
 
+def _plot_sets(axis: "Axes", name: str, points: Sequence[Mapping[str, Any]], field: str) -> None:
+    """Plot one measure of one sampler: means over its sets of samples, and their range."""
+    model, way = name.split(", ", 1)
+    mark, line = WAYS[way]
+    values = [[one[field] for one in point["sets"]] for point in points]
+    means = [statistics.fmean(several) for several in values]
+    axis.errorbar(
+        [point["evaluations"] for point in points],
+        means,
+        [
+            [mean - min(several) for mean, several in zip(means, values, strict=True)],
+            [max(several) - mean for mean, several in zip(means, values, strict=True)],
+        ],
+        color=COLORS[model],
+        marker=mark,
+        linestyle=line,
+        markersize=5,
+        linewidth=1.5,
+        capsize=2,
+        label=name,
+    )
+
+
 def quality_figure(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None
 ) -> "Figure":
@@ -110,27 +134,7 @@ def quality_figure(
     )
     for axis, (field, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, points in curves.items():
-            model, way = name.split(", ", 1)
-            mark, line = WAYS[way]
-            x = [point["evaluations"] for point in points]
-            values = [[one[field] for one in point["sets"]] for point in points]
-            means = [statistics.fmean(several) for several in values]
-            bars = [
-                [mean - min(several) for mean, several in zip(means, values, strict=True)],
-                [max(several) - mean for mean, several in zip(means, values, strict=True)],
-            ]
-            axis.errorbar(
-                x,
-                means,
-                bars,
-                color=COLORS[model],
-                marker=mark,
-                linestyle=line,
-                markersize=5,
-                linewidth=1.5,
-                capsize=2,
-                label=name,
-            )
+            _plot_sets(axis, name, points, field)
         if reference is not None:
             axis.axhline(
                 reference[field],

@@ -1,7 +1,8 @@
 r"""Batches and random numbers as a pure function of the seed and the step.
 
 .. math::
-    \text{part } m = (\text{step} \cdot A + a) \cdot W + r, \qquad a < A \text{ accumulated batches}, \quad r < W \text{ processes}
+    \text{part } m = (\text{step} \cdot A + a) \cdot W + r, \qquad
+    a < A \text{ accumulated batches}, \quad r < W \text{ processes}
 
 Part m takes positions m b ... (m+1) b - 1 of an endless sequence of shuffled passes over the data.
 Its random numbers are seeded by the run's seed and m. An interrupted run therefore resumes exactly

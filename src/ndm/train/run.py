@@ -178,7 +178,7 @@ class Run:
         return read_checkpoint(self.checkpoint_path)
 
     def load_weights(self, model: DiffusionModel) -> dict[str, Any]:
-        """Load the weights of the last checkpoint into a model: the moving average, if there is one.
+        """Load the last checkpoint's weights, or their moving average, into a model.
 
         Returns:
             The checkpoint.

@@ -47,8 +47,8 @@ class TrainSettings:
     models may differ only in dropout, steps T, eta and time sampler.
     """
     optimizer: Optimizer = "adamw"
-    """adamw; soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more per step but
-    takes longer; or muon: orthogonalized momentum for matrices, AdamW for all other parameters.
+    """adamw; soap: Adam in the eigenbasis of Shampoo's preconditioner, which learns more per step
+    but takes longer; or muon: orthogonalized momentum for matrices, AdamW for all other parameters.
     """
     learning_rate: float = 1e-3
     """Peak learning rate."""

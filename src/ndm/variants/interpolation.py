@@ -5,7 +5,9 @@ stretched as the lines diverge or converge. With :math:`z_0 = \alpha_0 x`,
 :math:`\zeta = T^{-1}(z_0)` and the clock r of the lines,
 
 .. math::
-    \alpha_t F(x, t) = (1 - r)\, z_0 + r\, \zeta, \qquad S(x, t) = (1 - r)\, I + r\, \nabla T(\zeta)^{-1}, \qquad q(z_t|x) = N(\alpha_t F, \sigma_t^2 S S^T) .
+    \alpha_t F(x, t) = (1 - r)\, z_0 + r\, \zeta, \qquad
+    S(x, t) = (1 - r)\, I + r\, \nabla T(\zeta)^{-1}, \qquad
+    q(z_t|x) = N(\alpha_t F, \sigma_t^2 S S^T) .
 
 F and S have no parameters but those of T, and learn with it. To first order in sigma, this Gaussian
 is what the flow of the reverse process makes of a small perturbation of z_0. The neglected orders
@@ -25,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm.curve import Curve
 from ndm.errors import UserError
 from ndm.forward import Gaussian
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.shapes import event_size, expand, sum_event
-from ndm.transform import Curve, Transform
+from ndm.transform import Transform
 from ndm.variants.monotone import TransportMap
 from ndm.variants.nfdm import NoiseScale, ScaledCurve, ScaledNoise
 

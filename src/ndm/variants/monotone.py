@@ -4,7 +4,8 @@ T is the gradient of a strictly convex function:
 
 .. math::
     z(r) = (1 - r)\, T(\zeta) + r\, \zeta, \qquad J = (1 - r)\, \nabla T(\zeta) + r I, \qquad
-    \log p_r(z) = \log N(\zeta; 0, I) - \log\det J, \qquad \nabla_z \log p_r = J^{-1}\, \nabla_\zeta \bigl[\log N(\zeta; 0, I) - \log\det J\bigr] .
+    \log p_r(z) = \log N(\zeta; 0, I) - \log\det J, \qquad
+    \nabla_z \log p_r = J^{-1}\, \nabla_\zeta \bigl[\log N(\zeta; 0, I) - \log\det J\bigr] .
 
 J is symmetric and positive definite, so no two lines meet before r = 0, and Newton's method finds
 the line through a point. Such a T is the optimal map from the prior to its image (Brenier 1991;
@@ -175,7 +176,8 @@ class ConvexMap(TransportMap):
 
     .. math::
         T = \nabla \phi, \qquad
-        \phi(\zeta) = b \cdot \zeta + \tfrac{w}{2} \|\zeta\|^2 + \sum_h \frac{a_h}{k_h} \log \sum_j e^{k_h d_{hj} \cdot \zeta + q_{hj}}, \qquad
+        \phi(\zeta) = b \cdot \zeta + \tfrac{w}{2} \|\zeta\|^2
+        + \sum_h \frac{a_h}{k_h} \log \sum_j e^{k_h d_{hj} \cdot \zeta + q_{hj}}, \qquad
         T(\zeta) = b + w\, \zeta + \sum_h a_h \sum_j \pi_{hj} d_{hj}, \qquad
         \nabla T = w I + \sum_h a_h k_h \mathrm{Cov}_{\pi_h}(d_h),
 

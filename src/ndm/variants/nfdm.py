@@ -1,7 +1,8 @@
 r"""Gaussian Neural Flow Diffusion Models: the noise of the forward process is learned.
 
 .. math::
-    q(z_t|x) = N(\mu, \mathrm{diag}\, s^2), \qquad \mu = \alpha_t F(x, t), \qquad s = \sigma_t\, e^{h(x, t)}, \qquad h(x, 0) = 0 ,
+    q(z_t|x) = N(\mu, \mathrm{diag}\, s^2), \qquad \mu = \alpha_t F(x, t), \qquad
+    s = \sigma_t\, e^{h(x, t)}, \qquad h(x, 0) = 0 ,
 
 with one h for each dimension. With S = exp(h) = 1 this is a Neural Diffusion Model. For the scalar
 diffusion coefficient of the schedule, :math:`g^2 = \eta^2 \sigma^2 \gamma'`, these marginals belong
@@ -9,16 +10,19 @@ to the reverse-time SDE dz = f dt + g dw with
 
 .. math::
     f(z, t, x) = \dot\mu + \Bigl(\frac{\dot s}{s} + \frac{g^2}{2 s^2}\Bigr)(z - \mu)
-    = f_{\mathrm{NDM}}(z, t, x) + \bigl(\dot h + \tfrac12 \eta^2 \gamma'\, (e^{-2h} - 1)\bigr)(z - \mu) ,
+    = f_{\mathrm{NDM}}(z, t, x)
+    + \bigl(\dot h + \tfrac12 \eta^2 \gamma'\, (e^{-2h} - 1)\bigr)(z - \mu) ,
 
 and the generative process replaces x by :math:`\hat x(z, t)` in F and in h. Two SDEs with the same
 g differ only in their drifts:
 
 .. math::
     L_{\text{diffusion}} = E_t \frac{1}{2 g^2} \|f(z, t, x) - f(z, t, \hat x)\|^2
-    = E_t \frac{e^{-\gamma}\gamma'}{2\eta^2} \Bigl\| \frac{\Delta\dot F - \dot{\hat h} \Delta F}{\gamma'}
+    = E_t \frac{e^{-\gamma}\gamma'}{2\eta^2} \Bigl\|
+    \frac{\Delta\dot F - \dot{\hat h} \Delta F}{\gamma'}
     - \tfrac12 (1 + \eta^2 e^{-2\hat h})\, \Delta F
-    + e^{\gamma/2} e^{h} \epsilon \Bigl[ \frac{\Delta\dot h}{\gamma'} + \tfrac12 \eta^2 e^{-2\hat h}\, \mathrm{expm1}(-2\Delta h) \Bigr] \Bigr\|^2 ,
+    + e^{\gamma/2} e^{h} \epsilon \Bigl[ \frac{\Delta\dot h}{\gamma'}
+    + \tfrac12 \eta^2 e^{-2\hat h}\, \mathrm{expm1}(-2\Delta h) \Bigr] \Bigr\|^2 ,
 
 where the hat means x̂ for x, Δ is the value at x minus that at x̂, and z = mu + s eps. All large
 terms have been canceled by hand: :math:`z - \hat\mu = s\epsilon + \alpha\Delta F` and
@@ -41,6 +45,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ndm.curve import Curve
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice
 from ndm.forward import Gaussian, NoisingProcess, drift_of, gaussian
@@ -53,7 +58,7 @@ from ndm.reverse import Reverse
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.shapes import expand
 from ndm.time_sampling import TimeSampler
-from ndm.transform import Curve, Displacement, NetworkDisplacement, SeparableDisplacement, Transform
+from ndm.transform import Displacement, NetworkDisplacement, SeparableDisplacement, Transform
 
 
 class NoiseScale(Part, ABC):

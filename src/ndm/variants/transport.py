@@ -5,7 +5,8 @@ from a point of the prior to its image under a monotone map T (in more dimension
 convex function):
 
 .. math::
-    z(r) = (1 - r)\, T(\zeta) + r\, \zeta, \qquad \zeta \sim N(0, I), \qquad r = \frac{\sigma_t^2 - \sigma_0^2}{\sigma_1^2 - \sigma_0^2} .
+    z(r) = (1 - r)\, T(\zeta) + r\, \zeta, \qquad \zeta \sim N(0, I), \qquad
+    r = \frac{\sigma_t^2 - \sigma_0^2}{\sigma_1^2 - \sigma_0^2} .
 
 Such a T is the optimal map from the prior to its image (Brenier 1991; McCann 1997), so all
 restrictions are in the family and none in the loss. With the positive definite
@@ -13,7 +14,8 @@ restrictions are in the family and none in the loss. With the positive definite
 :math:`\zeta = z^{-1}(r)`:
 
 .. math::
-    u = \frac{dz}{dt} = r' (\zeta - T(\zeta)), \qquad \log p_t(z) = \log N(\zeta; 0, I) - \log\det J, \qquad
+    u = \frac{dz}{dt} = r' (\zeta - T(\zeta)), \qquad
+    \log p_t(z) = \log N(\zeta; 0, I) - \log\det J, \qquad
     \nabla_z \log p_t = J^{-1}\, \nabla_\zeta \bigl[\log N(\zeta; 0, I) - \log\det J\bigr] .
 
 The SDE dz = (u - ½ g² ∇ log p_t) dt + g dw, with time running backward, has these marginals for
@@ -22,7 +24,8 @@ learned with the same bound. Two SDEs with the same g differ only in their drift
 
 .. math::
     L_{\text{diffusion}} = E_t \frac{1}{2 g^2} \bigl\| \dot\mu + \dot s\, \epsilon - u
-    - \tfrac12 g^2 \bigl(-s^{-T} \epsilon - \nabla \log p_t\bigr) \bigr\|^2, \qquad z_t = \mu + s\, \epsilon, \quad \mu = \alpha F(x, t), \quad s = \sigma S(x, t),
+    - \tfrac12 g^2 \bigl(-s^{-T} \epsilon - \nabla \log p_t\bigr) \bigr\|^2, \qquad
+    z_t = \mu + s\, \epsilon, \quad \mu = \alpha F(x, t), \quad s = \sigma S(x, t),
 
 with S = 1 for NDM, a learned S = exp(h(x, t)) for :mod:`ndm.variants.nfdm`, and a matrix for
 :mod:`ndm.variants.interpolation`. z_t is drawn directly from q(z_t|x); no trajectory is simulated.
@@ -33,9 +36,9 @@ difference.
 
 For x ~ N(m, S²) and an affine T, the forward process F = c(t) (x - m) + mean(t)/alpha with
 :math:`\alpha^2 c^2 S^2 = ((1 - r) a + r)^2 - \sigma^2` has the marginals of the reverse process.
-With :math:`g^2 = \sigma^2 \tilde\gamma'` and :math:`\tilde\gamma = \log(\sigma^2/(\alpha c)^2)`, the
-bound is then tight except at its two ends. For other T, a Gaussian q(z_t|x) has the marginals of
-the reverse process only in the limit of little noise, where it follows the lines; that forward
+With :math:`g^2 = \sigma^2 \tilde\gamma'` and :math:`\tilde\gamma = \log(\sigma^2/(\alpha c)^2)`,
+the bound is then tight except at its two ends. For other T, a Gaussian q(z_t|x) has the marginals
+of the reverse process only in the limit of little noise, where it follows the lines; that forward
 process is :mod:`ndm.variants.interpolation`.
 
 Source: Neural Diffusion Models (Bartosh et al. 2024), the section on dynamic optimal transport. The
@@ -48,6 +51,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ndm.curve import Curve
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_whole
 from ndm.forward import ForwardProcess, NoisingProcess
@@ -59,7 +63,7 @@ from ndm.reverse import Reverse
 from ndm.sample import Sampler
 from ndm.schedule import NoiseLevel, Schedule
 from ndm.time_sampling import Eta, PiecewiseConstant, TimeSampler
-from ndm.transform import Curve, Transform
+from ndm.transform import Transform
 from ndm.variants.interpolation import clock, follow
 from ndm.variants.monotone import Interpolant, TransportMap
 from ndm.variants.nfdm import NoiseScale, ScaledCurve, ScaledNoise, ScaledProcess
