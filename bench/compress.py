@@ -17,6 +17,7 @@ import lzma
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from PIL import Image
 from ndm.apps.compress.archive import Archive, image_checksums, pack
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
-from ndm.apps.compress.coder import FAR, NEAR, Clock, Coded, decode, encode
+from ndm.apps.compress.coder import FAR, NEAR, Clock, decode, encode
 from ndm.apps.compress.items import Item
 from ndm.data import spread
 from ndm.evaluation.evaluate import Evaluation
@@ -134,23 +135,26 @@ def main() -> None:
     plan, forecast = choose_plan(model, index, shape, arguments.steps, arguments.batch_size)
     chain = Chain(model, plan, shape)
     started = time.perf_counter()
-    coded = encode(chain, index, progress=True)
+    coded = encode(chain, index, forecast.lead, progress=True)
     encoding = time.perf_counter() - started
-    again = Coded(coded.words, coded.initial, coded.exceptions, Clock())
+    again = replace(coded, clock=Clock())
     started = time.perf_counter()
-    if not np.array_equal(decode(chain, again, count, progress=True), index):
+    if not np.array_equal(decode(chain, again, count, forecast.lead, progress=True), index):
         raise SystemExit("not lossless")
     decoding = time.perf_counter() - started
     item = Item("x.npy", "npy", count, "uint8", tuple(pixels.shape))
     checksums = image_checksums(index)
-    archive = Archive(fingerprint(model), tuple(shape), 256, 0, plan, (item,), checksums, coded)
+    archive = Archive(
+        fingerprint(model), tuple(shape), 256, 0, plan, (item,), checksums, coded, forecast.lead
+    )
     size = len(pack(archive))
 
     rows = Evaluation(model, split, limit=arguments.images)
     plain = rows.nelbo(plan.steps, 16)
     bound = model_bound(rows, forecast)
-    net = 32 * (len(coded.words) - coded.initial) / values
-    batches = [min(plan.batch, count - start) for start in range(0, count, plan.batch)]
+    net = 32 * (len(coded.words) - coded.initial) / max(1, values - forecast.lead * index.shape[1])
+    rest = count - forecast.lead
+    batches = [min(plan.batch, rest - start) for start in range(0, rest, plan.batch)]
     bare = sum(
         bare_coder_seconds(batch * index.shape[1], plan.steps + 1, len(chain.values), plan.width)
         for batch in batches
@@ -159,6 +163,7 @@ def main() -> None:
         "steps": plan.steps,
         "batch": plan.batch,
         "images_bpd": net,
+        "first_images": forecast.lead,
         "initial_bpd": 32 * coded.initial / values,
         "archive_bpd": 8 * size / values,
         "nelbo_same_steps_bpd": bound,

@@ -30,7 +30,7 @@ def archive(images: int = 4) -> bytes:
     items = tuple(Item(f"{n}.png", "image", 1, mode="RGB") for n in range(images))
     index = np.zeros((images, 12), dtype=np.int64)
     plan = Plan((0.0, 1.0), 1, 0.5, (1.0, 1.0), (1.0,), (1.0,), 1.0, 1.0)
-    coded = Coded(np.zeros(8, dtype=np.uint32), 4, np.zeros((0, 2), dtype=np.int64))
+    coded = Coded(np.zeros(8, dtype=np.uint32), 4, 0, np.zeros((0, 2), dtype=np.int64))
     return pack(Archive("0" * 64, SHAPE, 256, 0, plan, items, image_checksums(index), coded))
 
 

@@ -78,11 +78,11 @@ def test_a_plain_diffusion_as_large_as_the_largest_model_is_always_a_row(tmp_pat
 def test_a_comparison_runs_end_to_end_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    comparison(tmp_path)
+    comparison(tmp_path, {name: ROWS[name] for name in ("Plain", "Direct")})
     options = "--seeds 2 --horizons 3,5 --calibrate --nll --limit 6 --draws 2"
     record = compare(tmp_path, options)
     summary = {row["name"]: row for row in record["summary"]}
-    assert list(summary) == ["Plain", "Plain, widened", "Learned F", "Direct"]
+    assert list(summary) == ["Plain", "Plain, widened", "Direct"]
     assert list(summary["Plain"]["measures"]) == [
         "continuous",
         "T = 3",
@@ -93,12 +93,12 @@ def test_a_comparison_runs_end_to_end_and_resumes(
     ]
     assert "NLL" not in summary["Direct"]["measures"], "a direct reverse without a score has none"
     assert {row["steps"] for row in record["summary"]} == {24}
-    values = summary["Learned F"]["measures"]["continuous"]["values"]
+    values = summary["Direct"]["measures"]["continuous"]["values"]
     assert len(values) == 2 and values[0] != values[1]
-    one = json.loads((tmp_path / "out" / "learned-f" / "seed-1" / "measures.json").read_text())
+    one = json.loads((tmp_path / "out" / "direct" / "seed-1" / "measures.json").read_text())
     assert one["measures"]["continuous"] == values[1] and one["unit"] == "nats per example"
     text = (tmp_path / "out" / "table.md").read_text()
-    assert text.count("\n| ") == 5 and "**" in text and "nats per example" in text
+    assert text.count("\n| ") == 4 and "**" in text and "nats per example" in text
     for suffix in ("png", "pdf"):
         assert (tmp_path / "out" / f"compare.{suffix}").stat().st_size > 1000
 

@@ -49,7 +49,7 @@ def points(count: int, seed: int = 0) -> Points:
 @pytest.mark.parametrize("steps", [None, 40])
 def test_the_standard_error_is_calibrated(steps: int | None) -> None:
     model, size, runs = toy_model(), 64, 120
-    truth = Evaluation(model, points(8_000, 12345), seed=99).nelbo(steps, 16).nats
+    truth = Evaluation(model, points(4_000, 12345), seed=99).nelbo(steps, 8).nats
     for draws in (1, 4):
         found = [
             Evaluation(model, points(size, run), seed=run).nelbo(steps, draws)

@@ -25,7 +25,10 @@ CONFIGS = sorted(
     if "model:" in path.read_text() and path.stem not in ITERATIVE
 )
 # With small networks, each of these equals another configuration.
-ALIKE = ("imagenet32", "imagenet64", "two_moons", "celebahq64", "images-small")
+ALIKE = (
+    *("imagenet32", "imagenet64", "two_moons", "celebahq64"),
+    *("images", "images-small", "mnist-small"),
+)
 SMALL = {
     "channels": 8,
     "multiples": [1],

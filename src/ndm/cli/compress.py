@@ -128,7 +128,7 @@ def compress(
         out: the archive to write.
         steps: number of steps T; by default the fewest whose archive is within 1% of the smallest.
         batch_size: number of images coded in parallel; more are faster but take more initial bits;
-            by default the most that keep these within 2% of the archive.
+            by default the most whose archive is within 2% of the smallest.
         rows: batch size of the networks; it does not change the archive.
         verify: decode the archive before writing it.
         device: auto, cpu or cuda.
@@ -153,8 +153,9 @@ def compress(
     place = _device(device)
     network.to(place)
     tell = None if steps else partial(_print_forecast, size=index.size)
-    plan, _ = choose_plan(network, index, event_shape, steps, batch_size, tell=tell)
-    coded = encode(Chain(network, plan, event_shape, rows, place), index, progress=True)
+    plan, chosen = choose_plan(network, index, event_shape, steps, batch_size, tell=tell)
+    chain = Chain(network, plan, event_shape, rows, place)
+    coded = encode(chain, index, chosen.lead, progress=True)
     archive = Archive(
         fingerprint=fingerprint(network),
         event_shape=event_shape,
@@ -164,6 +165,7 @@ def compress(
         items=tuple(replace(item, values=None) for item in items),
         checksums=image_checksums(index),
         coded=coded,
+        lead=chosen.lead,
     )
     data = pack(archive)
     if verify and not _decodes(data, network, index, rows, place):
@@ -174,10 +176,8 @@ def compress(
     write_atomically(Path(out), lambda temporary: temporary.write_bytes(data))
     _print_rates(archive, len(data))
     total = coded.clock.network + coded.clock.coder
-    print(
-        f"wrote {out}{', verified' if verify else ''}; encoded in {total:.1f} s,"
-        f" {coded.clock.network / total:.0%} of it in the networks"
-    )
+    share = f", {coded.clock.network / total:.0%} of it in the networks" if total else ""
+    print(f"wrote {out}{', verified' if verify else ''}; encoded in {total:.1f} s{share}")
 
 
 def _print_forecast(forecast: Forecast, size: int) -> None:
@@ -211,7 +211,8 @@ def _decodes(
     try:
         archive = unpack(data)
         chain = Chain(model, archive.plan, archive.event_shape, rows, device)
-        return np.array_equal(decode(chain, archive.coded, archive.count, progress=True), index)
+        found = decode(chain, archive.coded, archive.count, archive.lead, progress=True)
+        return np.array_equal(found, index)
     except ValueError:
         return False
 
@@ -260,7 +261,7 @@ def decompress(
     place = _device(device)
     chain = Chain(network.to(place), found.plan, found.event_shape, rows, place)
     try:
-        index = decode(chain, found.coded, found.count, progress=True)
+        index = decode(chain, found.coded, found.count, found.lead, progress=True)
         wrong = np.flatnonzero(image_checksums(index) != found.checksums)
         if len(wrong):
             raise ValueError(f"image {wrong[0]} differs from its checksum")
@@ -321,11 +322,9 @@ def _print_rates(archive: Archive, size: int) -> None:
     images = 4 * len(archive.coded.words) - initial
     rest = size - initial - images
     print(f"{size:,} bytes, {8 * size / values:.4f} bits/dim:")
-    print(f"  {images:>12,} bytes of images, {8 * images / values:.4f} bits/dim")
-    print(
-        f"  {initial:>12,} bytes of initial bits, {8 * initial / values:.4f} bits/dim, once per"
-        " archive"
-    )
+    print(f"  {images:>12,} bytes of images by the model, {8 * images / values:.4f} bits/dim")
+    first = f", with the first {archive.lead} images" if archive.lead else ""
+    print(f"  {initial:>12,} bytes of initial bits, {8 * initial / values:.4f} bits/dim{first}")
     print(
         f"  {rest:>12,} bytes of names, checksums and settings, including"
         f" {len(archive.coded.exceptions)} roundings"

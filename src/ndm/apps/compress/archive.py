@@ -64,6 +64,8 @@ class Archive:
     """Checksum of each image, ``(N,)``, uint8."""
     coded: Coded
     """The bits."""
+    lead: int = 0
+    """Number of images that are coded without the model, the first ones."""
 
     @property
     def count(self) -> int:
@@ -89,6 +91,8 @@ def pack(archive: Archive) -> bytes:
         "num_values": archive.num_values,
         "low": archive.low,
         "initial": archive.coded.initial,
+        "lead": archive.lead,
+        "lead_words": archive.coded.lead,
         "items": [item.to_dict() for item in archive.items],
     }
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -166,9 +170,11 @@ def unpack(data: bytes) -> Archive:
     _check_places(items)
     if not isinstance(header["model"], str) or not _FINGERPRINT.fullmatch(header["model"]):
         raise ValueError("its model fingerprint is missing")
+    initial = _whole(header["initial"], 0, 2**32)
     coded = Coded(
         words=np.frombuffer(bits, dtype="<u4").astype(np.uint32),
-        initial=_whole(header["initial"], 0, 2**32),
+        initial=initial,
+        lead=_whole(header["lead_words"], 0, initial),
         exceptions=np.frombuffer(places, dtype="<u4").astype(np.int64).reshape(-1, 2),
     )
     return Archive(
@@ -180,6 +186,7 @@ def unpack(data: bytes) -> Archive:
         items=items,
         checksums=np.frombuffer(checksums, dtype=np.uint8).copy(),
         coded=coded,
+        lead=_whole(header["lead"], 0, images),
     )
 
 

@@ -1,8 +1,11 @@
 r"""Choice of the number of steps and of the batch size that minimize the size of the archive.
 
 .. math::
-    \text{bits}(T, B) = N \cdot \text{NELBO}_T + B\, D\, (T + 1) \log_2 (\sqrt{2 \pi e} / w)
+    \text{bits}(T, B) = \min_k\; (N - k) \cdot \text{NELBO}_T
+    + \max\bigl(k W, \min(B, N - k)\, D\, (T + 1) \log_2 (\sqrt{2 \pi e} / w)\bigr)
 
+The k first images take W bits each without the model, and serve as initial bits
+(:mod:`ndm.apps.compress.lead`).
 The bound decreases with T to that of continuous time. The initial bits grow with T and B, the time
 with T and 1/B. The bound is estimated on a few of the images with the times of the T steps and the
 reverse variance that minimize it; the archive stores both.
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ndm.apps.compress.chain import Plan, make_plan
+from ndm.apps.compress.lead import best_lead, encode_lead
 from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
@@ -30,8 +34,9 @@ from ndm.time_sampling import PiecewiseConstant
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128)
 WIDTH = 0.5
 _SLACK = 0.01  # fraction of the size to trade for fewer steps
-_SHARE = 0.02  # fraction of the size that the initial bits may take for a larger batch
+_SHARE = 0.02  # fraction of the size to trade for a larger batch
 _EXAMPLES, _BINS, _ROWS = 64, 32, 64
+_MOST = 2**24  # most values to estimate the rate without the model on
 _NUMBERS = 2**25  # most probabilities per batch: all levels of all its pixels, as doubles
 
 
@@ -59,8 +64,10 @@ class Forecast:
     """B, number of images coded in parallel."""
     rate: float
     """Bound of the model for this T, bits/dim."""
+    lead: int
+    """Number of images to code without the model."""
     initial: float
-    """Initial bits."""
+    """Initial bits, including those images."""
     bits: float
     """Size in bits, including the initial bits."""
     variance_ratio: PiecewiseConstant
@@ -88,8 +95,8 @@ def choose_plan(
         index: levels of the images, ``(N, D)``.
         event_shape: shape of an image.
         steps: T; by default the fewest steps whose archive is within 1% of the smallest.
-        batch: number of images coded in parallel; by default the most whose initial bits stay
-            within 2% of the archive, at least one.
+        batch: number of images coded in parallel; by default the most whose archive is within 2% of
+            the smallest.
         width: width of the cells, in standard deviations.
         tell: function to call with each forecast.
 
@@ -100,11 +107,13 @@ def choose_plan(
         UserError: the model cannot code these images.
     """
     assert isinstance(model.decoder, DiscretizedGaussian)
-    rows, forecasts = Rows(index, model.decoder.values, event_shape), []
-    grids = _grids(model, rows, steps)
+    rows, forecasts, dims = Rows(index, model.decoder.values, event_shape), [], index.shape[1]
+    grids, sample = _grids(model, rows, steps), index[: max(1, min(_EXAMPLES, _MOST // dims))]
+    coded = encode_lead(sample, event_shape, len(model.decoder.values))
+    lead_rate = 8 * len(coded) / sample.size
     for candidate, grid in grids.items():
         try:
-            forecasts.append(_forecast(model, rows, grid, batch, width))
+            forecasts.append(_forecast(model, rows, grid, batch, width, lead_rate))
         except UserError:  # eta may be too large for so few steps
             if candidate == list(grids)[-1]:
                 raise
@@ -130,7 +139,12 @@ def _grids(model: DiffusionModel, rows: Rows, steps: int | None) -> dict[int, Ti
 
 
 def _forecast(
-    model: DiffusionModel, rows: Rows, grid: TimeGrid, batch: int | None, width: float
+    model: DiffusionModel,
+    rows: Rows,
+    grid: TimeGrid,
+    batch: int | None,
+    width: float,
+    lead_rate: float,
 ) -> Forecast:
     (count, dims), steps = rows.index.shape, grid.steps
     variance_ratio = best_variance_ratio(
@@ -154,11 +168,9 @@ def _forecast(
     if not math.isfinite(rate):
         raise UserError("the model's bound on these data is not finite; it cannot code them")
     each = dims * (steps + 1) * math.log2(math.sqrt(2 * math.pi * math.e) / width)
-    if batch is None:
-        most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
-        share = _SHARE * count * dims * rate
-        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most and size * each <= share]
-        batch = max(sizes, default=1)
-    initial = min(batch, count) * each
-    bits = count * dims * rate + initial
-    return Forecast(grid, batch, rate, initial, bits, variance_ratio)
+    most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
+    sizes = [batch] if batch else [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most]
+    found = {size: best_lead(count, dims, rate, lead_rate, size, each) for size in sizes}
+    limit = (1 + _SHARE) * min(bits for _, _, bits in found.values())
+    batch = max(size for size, (_, _, bits) in found.items() if bits <= limit)
+    return Forecast(grid, batch, rate, *found[batch], variance_ratio)

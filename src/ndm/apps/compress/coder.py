@@ -12,8 +12,9 @@ images x,
 
 Every pop recovers bits that pushes have spent, so a batch costs its discrete-time NELBO on average.
 The decoder does the same backward. The first batch pops bits that no push has written: the initial
-bits, paid once per archive and included in its size. They are the beginning of a fixed
-pseudo-random stream, so the decoder checks that it ends with them.
+bits, paid once per archive and included in its size. They are the bytes of the first images, coded
+without the model (:mod:`ndm.apps.compress.lead`), and, where these do not suffice, the beginning of
+a fixed pseudo-random stream. The decoder checks that it ends with them.
 
 The coder is that of constriction. Its distributions have a finite reach and give every symbol
 within it a probability of at least 2^-24:
@@ -37,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ndm.apps.compress.chain import FINE, Chain, Rounding
+from ndm.apps.compress.lead import decode_lead, encode_lead, from_words, to_words
 from ndm.errors import require
 
 NEAR, FAR = 7.0, 64.0
@@ -69,6 +71,8 @@ class Coded:
     """The stack, uint32."""
     initial: int
     """Number of words of the stack that are initial bits."""
+    lead: int
+    """Number of these words that hold the first images, the last ones."""
     exceptions: np.ndarray
     """Recorded roundings (:class:`ndm.apps.compress.chain.Rounding`), ``(n, 2)``, int64."""
     clock: Clock = field(default_factory=Clock, compare=False)
@@ -173,22 +177,28 @@ def initial_words(count: int) -> np.ndarray:
     return stream[::-1].copy()
 
 
-def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
+def encode(chain: Chain, index: np.ndarray, lead: int = 0, progress: bool = False) -> Coded:
     """Encode images.
 
     Args:
         chain: model and plan.
         index: levels 0 ... L-1 of N images, ``(N, D)``.
+        lead: number of images to code without the model, the first ones; their bytes are initial
+            bits.
         progress: whether to show a progress bar with the current rate.
 
     Raises:
         UserError: the model's output is not finite.
     """
-    plan = chain.plan
+    plan, first = chain.plan, np.zeros(0, dtype=np.uint32)
+    if lead:
+        first = to_words(encode_lead(index[:lead], chain.event_shape, len(chain.values)))
+        index = index[lead:]
     # In words: a cell of half a standard deviation takes three bits.
     room = 64 + plan.batch * chain.dims * (plan.steps + 1) // 4
     while True:
-        stack, rounding, clock = Stack(initial_words(room), plan.width), Rounding(), Clock()
+        start = np.concatenate([initial_words(room), first])
+        stack, rounding, clock = Stack(start, plan.width), Rounding(), Clock()
         try:
             with _progress_bar("compressing", len(index), progress) as bar:
                 for number in batch_numbers(len(index), plan.batch):
@@ -197,17 +207,19 @@ def encode(chain: Chain, index: np.ndarray, progress: bool = False) -> Coded:
                     call = number * chain.calls
                     _encode_batch(chain, stack, levels, rounding, call, clock)
                     bar.update(part.stop - part.start)
-                    rate = 32 * (len(stack) - room) / (part.stop * chain.dims)
+                    rate = 32 * (len(stack) - len(start)) / (part.stop * chain.dims)
                     bar.set_postfix_str(f"{rate:.3f} bits/dim")
             break
         except OutOfBits:
             room *= 2
-    untouched = stack.lowest - _SPARE
-    words = stack.words()[untouched:]
-    return Coded(words, room - untouched, rounding.exceptions(), clock)
+    untouched = min(stack.lowest - _SPARE, room)
+    words, initial = stack.words()[untouched:], len(start) - untouched
+    return Coded(words, initial, len(first), rounding.exceptions(), clock)
 
 
-def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np.ndarray:
+def decode(
+    chain: Chain, coded: Coded, count: int, lead: int = 0, progress: bool = False
+) -> np.ndarray:
     """Decode the output of :func:`encode`.
 
     Memory grows with the number of images decoded so far, not with the declared ``count``.
@@ -216,6 +228,7 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
         chain: model and plan.
         coded: output of the encoder.
         count: number of images.
+        lead: number of images that are coded without the model.
         progress: whether to show a progress bar.
 
     Returns:
@@ -227,6 +240,7 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
     """
     stack, rounding = Stack(coded.words, chain.plan.width), Rounding(coded.exceptions)
     values: list[np.ndarray] = []
+    count -= lead
     try:
         bar = _progress_bar("decompressing", count, progress)
         with bar, np.errstate(over="ignore", invalid="ignore"):  # damaged bits may overflow
@@ -239,9 +253,13 @@ def decode(chain: Chain, coded: Coded, count: int, progress: bool = False) -> np
                 bar.update(images)
     except OutOfBits as error:
         raise ValueError("it holds too few bits") from error
-    initial = initial_words(coded.initial)
-    if len(stack) != coded.initial or not np.array_equal(stack.words(), initial):
+    words, below = stack.words(), coded.initial - coded.lead
+    same = len(words) == coded.initial and np.array_equal(words[:below], initial_words(below))
+    if not same or bool(lead) != bool(coded.lead):
         raise ValueError("its bits do not end where the encoder began")
+    if lead:
+        data = from_words(words[below:])
+        values.append(decode_lead(data, lead, chain.event_shape, len(chain.values)))
     return np.concatenate(values[::-1])
 
 
@@ -251,7 +269,7 @@ def _progress_bar(title: str, count: int, show: bool) -> tqdm:
 
 def batch_numbers(count: int, size: int) -> range:
     """Return the numbers of the batches of ``count`` images."""
-    return range(-(-count // size))
+    return range(-(-count // size) if count else 0)
 
 
 def batch(number: int, count: int, size: int) -> slice:

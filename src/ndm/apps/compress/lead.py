@@ -1,0 +1,168 @@
+r"""The first images of an archive, coded without the model; their bytes are the initial bits.
+
+.. math::
+    \text{bits} = (N - k)\, D \cdot \text{rate} + \max(k D w,\, \text{need})
+
+The model's first batch pops bits that no push has written, about 27 bits for each dimension with 8
+steps. An archive would pay for them without a use. So k images are coded before, by WebP or zlib at
+w bits for each dimension, and the model pops their bytes. The decoder ends with these bytes, and
+decodes the k images from them. The bytes are combined with a fixed pseudo-random stream, because
+popping needs random bits.
+"""
+
+import hashlib
+import io
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from ndm.data.formats import ImageError, open_image
+
+_ZLIB, _WEBP = 0, 1
+_LONGEST = 16_383  # pixels of a side of a WebP image
+_MOST = 2**28  # values of all these images together
+
+
+def encode_lead(index: np.ndarray, event_shape: Sequence[int], num_values: int) -> bytes:
+    """Encode images losslessly, by WebP or zlib, whichever is shorter.
+
+    Args:
+        index: levels 0 ... L-1, ``(k, D)``.
+        event_shape: shape of an image.
+        num_values: L.
+    """
+    values = index.astype("<u1" if num_values <= 256 else "<u2")
+    found = bytes([_ZLIB]) + zlib.compress(values.T.tobytes(), 9)
+    if _fits_webp(len(index), event_shape, num_values):
+        from PIL import Image
+
+        buffer, pixels = io.BytesIO(), _sheet(values.reshape(-1, *event_shape))
+        image = Image.fromarray(pixels).convert("RGB")
+        image.save(buffer, "WEBP", lossless=True, quality=100, method=6, exact=True)
+        found = min(found, bytes([_WEBP]) + buffer.getvalue(), key=len)
+    return found
+
+
+def decode_lead(data: bytes, count: int, event_shape: Sequence[int], num_values: int) -> np.ndarray:
+    """Restore the levels ``(k, D)``, uint16, of :func:`encode_lead`.
+
+    Raises:
+        ValueError: the bytes do not hold such images.
+    """
+    dims = math.prod(event_shape)
+    if count * dims > _MOST:
+        raise ValueError("it has too many first images")
+    if data[:1] == bytes([_WEBP]) and _fits_webp(count, event_shape, num_values):
+        values = _from_sheet(data[1:], count, event_shape).reshape(count, dims)
+    elif data[:1] == bytes([_ZLIB]):
+        kind = np.dtype("<u1" if num_values <= 256 else "<u2")
+        stream, size = zlib.decompressobj(), count * dims * kind.itemsize
+        try:
+            content = stream.decompress(data[1:], size + 1)
+        except zlib.error as error:
+            raise ValueError("its first images are damaged") from error
+        if len(content) != size:
+            raise ValueError("its first images have the wrong size")
+        values = np.frombuffer(content, kind).reshape(dims, count).T
+    else:
+        raise ValueError("its first images are damaged")
+    if values.max(initial=0) >= num_values:
+        raise ValueError("its first images are out of range")
+    return values.astype(np.uint16)
+
+
+def to_words(data: bytes) -> np.ndarray:
+    """Return bytes as random-looking words for the stack, uint32; the last one is 1."""
+    content = len(data).to_bytes(4, "little") + data
+    content += bytes(-len(content) % 4)
+    words = np.frombuffer(content, "<u4") ^ _stream(len(content) // 4)
+    return np.append(words, 1).astype(np.uint32)
+
+
+def from_words(words: np.ndarray) -> bytes:
+    """Return the bytes of :func:`to_words`.
+
+    Raises:
+        ValueError: the words are no such bytes.
+    """
+    if len(words) < 2:
+        raise ValueError("its first images are missing")
+    content = (words[:-1].astype("<u4") ^ _stream(len(words) - 1)).astype("<u4").tobytes()
+    size = int.from_bytes(content[:4], "little")
+    if words[-1] != 1 or not 0 <= len(content) - 4 - size < 4:
+        raise ValueError("its first images have the wrong size")
+    return content[4 : 4 + size]
+
+
+def best_lead(
+    count: int, dims: int, rate: float, lead_rate: float, batch: int, each: float
+) -> tuple[int, float, float]:
+    """Choose the number of images to code without the model.
+
+    Args:
+        count: number of images, N.
+        dims: D.
+        rate: bits for each dimension by the model.
+        lead_rate: the same without it, w.
+        batch: images coded in parallel.
+        each: initial bits that the model needs for each of them.
+
+    Returns:
+        k, the bits at the start of the stack, and the bits of the archive.
+    """
+    k = np.arange(min(count, _MOST // dims) + 1)
+    initial = np.maximum(k * dims * lead_rate, np.minimum(batch, count - k) * each)
+    bits = (count - k) * dims * rate + initial
+    best = int(np.argmin(bits))
+    return best, float(initial[best]), float(bits[best])
+
+
+def _stream(count: int) -> np.ndarray:
+    data = hashlib.shake_256(b"ndm first images").digest(4 * count)
+    return np.frombuffer(data, dtype="<u4")
+
+
+def _fits_webp(count: int, event_shape: Sequence[int], num_values: int) -> bool:
+    if len(event_shape) != 3 or event_shape[0] not in (1, 3) or num_values > 256:
+        return False
+    rows, columns = _layout(count)
+    return max(rows * event_shape[1], columns * event_shape[2]) <= _LONGEST
+
+
+def _layout(count: int) -> tuple[int, int]:
+    """Return rows and columns of a sheet of images, about square."""
+    columns = max(1, math.isqrt(count))
+    return -(-count // columns), columns
+
+
+def _sheet(images: np.ndarray) -> np.ndarray:
+    """Arrange images ``(k, C, H, W)`` in one; the rest of the last row is zero."""
+    count, channels, height, width = images.shape
+    rows, columns = _layout(count)
+    full = np.zeros((rows * columns, channels, height, width), images.dtype)
+    full[:count] = images
+    full = full.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    pixels = full.reshape(rows * height, columns * width, channels)
+    return pixels[..., 0] if channels == 1 else pixels
+
+
+def _from_sheet(data: bytes, count: int, event_shape: Sequence[int]) -> np.ndarray:
+    """Return the images ``(k, C, H, W)`` of a WebP sheet.
+
+    Raises:
+        ValueError: it is not such a sheet.
+    """
+    channels, height, width = event_shape
+    rows, columns = _layout(count)
+    try:
+        with open_image(data) as image:
+            if (image.format, image.size) != ("WEBP", (columns * width, rows * height)):
+                raise ImageError("its first images have the wrong size")
+            pixels = np.asarray(image.convert("RGB"))
+    except ImageError as error:
+        raise ValueError("its first images are damaged") from error
+    sheet = pixels.reshape(rows, height, columns, width, 3)
+    images = sheet.transpose(0, 2, 4, 1, 3).reshape(rows * columns, 3, height, width)
+    return images[:count, :channels]
