@@ -55,6 +55,23 @@ def check_target(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is a folder; choose another name")
 
 
+def check_option(option: str, value: str | None) -> None:
+    """Check, before anything is computed, that a command may write the file of an option.
+
+    Args:
+        option: the name of the option, without dashes.
+        value: its value, or None.
+
+    Raises:
+        UserError: it is a folder, or its name is too long.
+    """
+    if value is None:
+        return
+    check_name(Path(value))
+    if Path(value).is_dir():
+        raise UserError(f"--{option} {value} is a folder; give a file")
+
+
 def shortened(path: str | os.PathLike[str]) -> str:
     """Return a path for a message: at most 100 characters on one line."""
     text = " ".join(str(path).replace("\0", "\\0").split())

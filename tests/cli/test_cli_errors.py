@@ -454,3 +454,18 @@ def test_warnings_are_one_line_and_those_of_others_are_hidden(
         warnings.simplefilter("always")
         run_command("sample")
     assert capsys.readouterr().err == "ndm: warning: some where: give x\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate RUN --json", "evaluate RUN --csv", "quality RUN --json", "sample RUN --out"],
+)
+def test_a_file_that_cannot_be_written_is_rejected_before_the_run_is_read(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "missing")
+    for target, culprit in (("x" * 300 + ".png", "too long"), (str(tmp_path), "a folder")):
+        if "sample" in command and culprit == "a folder":
+            target = str(tmp_path / "folder.png")
+            Path(target).mkdir()
+        rejected(capsys, [*command.replace("RUN", run).split(), target], culprit)

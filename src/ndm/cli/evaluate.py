@@ -28,6 +28,7 @@ from ndm.serialize import write_atomically, write_json
 from ndm.time_grid import MOST_STEPS
 from ndm.train.config import parse
 from ndm.train.run import Run
+from ndm.writing import check_option
 
 FLAGS = {
     "nelbo": (
@@ -165,9 +166,7 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
         UserError: the run, the split or the device does not exist, or a bound is not finite.
     """
     for name in ("json", "markdown", "csv"):
-        target = getattr(settings, name)
-        if target is not None and Path(target).is_dir():
-            raise UserError(f"--{name} {target} is a folder; give a file")
+        check_option(name, getattr(settings, name))
     folder, run = Path(settings.run), Run(Path(settings.run))
     model = run.model().to(
         device=pick_device(settings.device), dtype=getattr(torch, settings.dtype)

@@ -23,6 +23,7 @@ from ndm.quality.features import Scale, torchscript_features
 from ndm.serialize import write_json
 from ndm.train.config import parse
 from ndm.train.run import Run
+from ndm.writing import check_option
 
 CLASSIFIER = "classifier"
 """Subfolder of the run for the classifier trained on its data."""
@@ -124,8 +125,7 @@ def quality(
 
 
 def _check_options(json: str | None, n: int, neighbors: int, seed: int, batch_size: int) -> None:
-    if json is not None and Path(json).is_dir():
-        raise UserError(f"--json {json} is a folder; give a file")
+    check_option("json", json)
     for name, value, least in (
         ("neighbors", neighbors, 1),
         ("n", n, neighbors + 1),

@@ -19,6 +19,7 @@ from ndm.serialize import write_atomically
 from ndm.train.config import parse
 from ndm.train.run import Run
 from ndm.viz import is_image, to_pixels, write_images, write_samples
+from ndm.writing import check_name, check_option
 
 
 def run_sample(arguments: Sequence[str]) -> None:
@@ -139,8 +140,9 @@ def _check_target(target: Path) -> None:
             f"--out {target}: give a file that ends in .png, .npy or .csv, or a new folder without"
             " suffix"
         )
-    if target.is_dir() and suffix:
-        raise UserError(f"--out {target} is a folder; give a file")
+    check_name(target)
+    if suffix:
+        check_option("out", str(target))
     if target.exists() and not suffix:
         raise UserError(
             f"--out {target} already exists; give a new folder, or a file that ends in .png, .npy"
