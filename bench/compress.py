@@ -27,7 +27,7 @@ import zstandard
 from constriction import stream
 from PIL import Image
 
-from ndm.apps.compress.archive import Archive, image_checksums, pack
+from ndm.apps.compress.archive import Archive, levels_checksum, pack
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import FAR, NEAR, Clock, decode, encode
@@ -143,9 +143,9 @@ def main() -> None:
         raise SystemExit("not lossless")
     decoding = time.perf_counter() - started
     item = Item("x.npy", "npy", count, "uint8", tuple(pixels.shape))
-    checksums = image_checksums(index)
+    checksum = levels_checksum(index)
     archive = Archive(
-        fingerprint(model), tuple(shape), 256, 0, plan, (item,), checksums, coded, forecast.lead
+        fingerprint(model), tuple(shape), 256, 0, plan, (item,), checksum, coded, forecast.lead
     )
     size = len(pack(archive))
 

@@ -15,7 +15,7 @@ import pytest
 
 from cli.commands import rejected, run_command
 from ndm.apps.compress import restore
-from ndm.apps.compress.archive import _START, Archive, image_checksums, pack, read_archive
+from ndm.apps.compress.archive import _START, Archive, levels_checksum, pack, read_archive
 from ndm.apps.compress.chain import Plan
 from ndm.apps.compress.coder import Coded
 from ndm.apps.compress.items import Item
@@ -31,7 +31,7 @@ def archive(images: int = 4) -> bytes:
     index = np.zeros((images, 12), dtype=np.int64)
     plan = Plan((0.0, 1.0), 1, 0.5, (1.0, 1.0), (1.0,), (1.0,), 1.0, 1.0)
     coded = Coded(np.zeros(8, dtype=np.uint32), 4, 0, np.zeros((0, 2), dtype=np.int64))
-    return pack(Archive("0" * 64, SHAPE, 256, 0, plan, items, image_checksums(index), coded))
+    return pack(Archive("0" * 64, SHAPE, 256, 0, plan, items, levels_checksum(index), coded))
 
 
 def forge(data: bytes, change: Callable[[dict[str, Any]], object] | bytes) -> bytes:

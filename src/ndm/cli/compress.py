@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jsonargparse import ActionYesNo
 
-from ndm.apps.compress.archive import Archive, image_checksums, pack, read_archive, unpack
+from ndm.apps.compress.archive import Archive, levels_checksum, pack, read_archive, unpack
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import decode, encode
@@ -163,7 +163,7 @@ def compress(
         low=low,
         plan=plan,
         items=tuple(replace(item, values=None) for item in items),
-        checksums=image_checksums(index),
+        checksum=levels_checksum(index),
         coded=coded,
         lead=chosen.lead,
     )
@@ -262,9 +262,8 @@ def decompress(
     chain = Chain(network.to(place), found.plan, found.event_shape, rows, place)
     try:
         index = decode(chain, found.coded, found.count, found.lead, progress=True)
-        wrong = np.flatnonzero(image_checksums(index) != found.checksums)
-        if len(wrong):
-            raise ValueError(f"image {wrong[0]} differs from its checksum")
+        if levels_checksum(index) != found.checksum:
+            raise ValueError("the images differ from their checksum")
         paths = write_items(found.items, index, found.event_shape, found.low, folder, identity)
     except ValueError as error:
         if isinstance(error, UserError):
@@ -273,7 +272,7 @@ def decompress(
             f"{archive} cannot be decoded ({error}); it is damaged, or the networks differ too much"
             " on this machine; nothing was written"
         ) from error
-    print(f"wrote {found.count} images in {len(paths)} files to {folder}; all checksums match")
+    print(f"wrote {found.count} images in {len(paths)} files to {folder}; the checksum matches")
 
 
 def _identity(archive: Path) -> str:

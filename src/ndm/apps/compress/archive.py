@@ -10,7 +10,7 @@ bytes      content
 5 x 4      sizes: bytes of header, steps T, images, exceptions, words
 ...        header: JSON in UTF-8, compressed by zlib
 20 T + 32  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
-1 each     checksum of each image
+8          checksum of the levels of all images
 8 each     exceptions: call and position of a rounding, 4 bytes each
 4 each     words of the stack
 32         SHA-256 of everything before it
@@ -39,6 +39,7 @@ from ndm.writing import shortened
 
 MAGIC, VERSION = b"\x89NDM\r\n\x1a\n", 2
 _START = struct.Struct("<8sIIIIII")
+_CHECKSUM = 8  # bytes
 _LARGEST_HEADER, _LARGEST_ITEM = 2**26, 2**15
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -60,8 +61,8 @@ class Archive:
     """The settings shared by encoder and decoder."""
     items: tuple[Item, ...]
     """Files and arrays, without their values."""
-    checksums: np.ndarray
-    """Checksum of each image, ``(N,)``, uint8."""
+    checksum: bytes
+    """Checksum of the levels of all images (:func:`levels_checksum`)."""
     coded: Coded
     """The bits."""
     lead: int = 0
@@ -70,17 +71,15 @@ class Archive:
     @property
     def count(self) -> int:
         """Number of images."""
-        return len(self.checksums)
+        return sum(item.count for item in self.items)
 
 
-def image_checksums(index: np.ndarray) -> np.ndarray:
-    """Return the checksum of each image, uint8, for levels ``(N, D)``.
-
-    It is the first byte of the SHA-256 of the levels as 2-byte numbers. It only identifies a wrong
-    image: the decoder verifies the whole by ending on the initial bits.
-    """
-    digests = [hashlib.sha256(row.astype("<u2").tobytes()).digest() for row in index]
-    return np.array([digest[0] for digest in digests], dtype=np.uint8)
+def levels_checksum(index: np.ndarray) -> bytes:
+    """Return the first 8 bytes of the SHA-256 of levels ``(N, D)`` as 2-byte numbers."""
+    digest = hashlib.sha256()
+    for row in index:
+        digest.update(row.astype("<u2").tobytes())
+    return digest.digest()[:_CHECKSUM]
 
 
 def pack(archive: Archive) -> bytes:
@@ -104,7 +103,7 @@ def pack(archive: Archive) -> bytes:
         start,
         text,
         archive.plan.pack(),
-        archive.checksums.tobytes(),
+        archive.checksum,
         exceptions.tobytes(),
         words.tobytes(),
     ]
@@ -152,14 +151,14 @@ def unpack(data: bytes) -> Archive:
     _, version, header_size, steps, images, exceptions, words = _START.unpack_from(data)
     if version != VERSION:
         raise _OtherVersionError(version)
-    sizes = (header_size, Plan.size(steps), images, 8 * exceptions, 4 * words)
+    sizes = (header_size, Plan.size(steps), _CHECKSUM, 8 * exceptions, 4 * words)
     if _START.size + sum(sizes) + 32 != len(data):
         raise ValueError("its size does not match its header")
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         raise ValueError("its checksum is wrong")
     edges = np.cumsum([_START.size, *sizes]).tolist()
-    text, plan, checksums, places, bits = (data[a:b] for a, b in itertools.pairwise(edges))
-    header = _read_header(text, images)
+    text, plan, checksum, places, bits = (data[a:b] for a, b in itertools.pairwise(edges))
+    header = _read_header(text, min(images, len(data)))
     shape = tuple(_whole(size, 1, 2**24) for size in header["event_shape"])
     num_values = _whole(header["num_values"], 2, 2**16)
     items = tuple(Item.from_dict(item) for item in header["items"])
@@ -184,14 +183,14 @@ def unpack(data: bytes) -> Archive:
         low=_whole(header["low"], -(2**31), 2**31),
         plan=Plan.unpack(plan),
         items=items,
-        checksums=np.frombuffer(checksums, dtype=np.uint8).copy(),
+        checksum=checksum,
         coded=coded,
         lead=_whole(header["lead"], 0, images),
     )
 
 
 def _read_header(text: bytes, images: int) -> dict[str, Any]:
-    """Read a header, in time and memory that follow the number of images.
+    """Read a header, in time and memory that follow the number of images and of bytes.
 
     Each item has at least one image, two brackets and at most 14 commas outside of its names.
     """
