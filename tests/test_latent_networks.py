@@ -234,7 +234,7 @@ def test_parts_that_do_not_fit_a_latent_model_are_rejected_in_one_line() -> None
     model = NDM(schedule, encoder, predictor, decoder, reverse="direct")
     x = torch.randn(3, 4)
     narrow = NetworkDecoder(nn.Linear(2, 3), GaussianDecoder())
-    plan = Plan(1, 1, 1.0, (1.0, 1.0), (0.0,), (1.0,), 1.0, 1.0)
+    plan = Plan((0.0, 1.0), 1, 1.0, (1.0, 1.0), (0.0,), (1.0,), 1.0, 1.0)
 
     def build(decoder: Decoder, reverse: Any = "direct") -> NDM:
         return NDM(schedule, encoder, predictor, decoder, reverse=reverse)

@@ -401,7 +401,7 @@ def mutate(data: bytes, generator: np.random.Generator, other: bytes) -> bytes:
     )
 
 
-def test_ten_thousand_damaged_archives_are_rejected_or_decode_to_the_same(tmp_path: Path) -> None:
+def test_four_thousand_damaged_archives_are_rejected_or_decode_to_the_same(tmp_path: Path) -> None:
     shape, path = (4,), tmp_path / "x.ndm"
     model = make_model(shape, 16, 1)
     generator = np.random.default_rng(0)
@@ -410,7 +410,7 @@ def test_ten_thousand_damaged_archives_are_rejected_or_decode_to_the_same(tmp_pa
     other = pack(make_archive(model, generator.integers(0, 16, (6, 4)), shape))
     outcomes = {"same": 0, "rejected": 0}
     with np.errstate(all="ignore"):
-        for _ in range(10_000):
+        for _ in range(4_000):
             damaged = mutate(data, generator, other)
             path.write_bytes(damaged)
             try:
@@ -424,7 +424,7 @@ def test_ten_thousand_damaged_archives_are_rejected_or_decode_to_the_same(tmp_pa
                 assert np.array_equal(rows, index) or damaged[:-32] == other[:-32]
             except (UserError, ValueError):  # a faulty file or non-finite output, or faulty bits
                 outcomes["rejected"] += 1
-    assert outcomes["rejected"] > 9000, outcomes
+    assert outcomes["rejected"] > 3600, outcomes
 
 
 def test_false_sizes_are_rejected_before_allocation() -> None:

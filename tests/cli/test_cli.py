@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -233,17 +234,18 @@ def test_a_user_network_works_with_every_command(
 
 
 def test_samples_of_a_fitted_grid_are_those_of_the_fitted_sampler(
-    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "fitted.npy"
-    run_command("sample", digits_run, "--n 3 --steps 4 --grid fitted --seed 5 --out", out)
-    run = Run(digits_run)
+    folder, out = tmp_path / "run", tmp_path / "fitted.npy"
+    run_command("train --config", write_config(), "--out", folder)
+    run_command("sample", folder, "--n 3 --steps 4 --grid fitted --seed 5 --out", out)
+    run = Run(folder)
     model, data = run.model(), run.data()
     fit = Fit(data.split("train"), grid="fitted", variance="dimension")
     sampler = fitted_sampler(model, fit, 4)
     assert sampler.grid.times is not None and sampler.steps == 4
-    expected = model.sample((3, 1, 8, 8), sampler, seed=5, batch_size=256)
+    expected = model.sample((3, *data.describe().event_shape), sampler, seed=5, batch_size=256)
     np.testing.assert_array_equal(np.load(out), data.describe().to_source_units(expected).numpy())
     for options, culprit in (("--method ode", "method=ode"), ("--eta 0.5", "eta")):
-        command = ["sample", digits_run, "--grid fitted --out", tmp_path / "x.npy", options]
+        command = ["sample", folder, "--grid fitted --out", tmp_path / "x.npy", options]
         rejected(capsys, command, "grid=fitted", culprit)

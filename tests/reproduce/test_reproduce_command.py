@@ -109,7 +109,7 @@ def test_parallel_training_gives_the_same_models(
         assert "wrote" in (parallel / "runs" / name / "log.txt").read_text()
     assert results(parallel)["command"] == f"ndm {SMOKE} --jobs 2"
     capsys.readouterr()
-    diverging = "-- --train.learning_rate 1e30"
+    diverging = "--jobs 2 -- --train.learning_rate 1e30"
     smoke = "reproduce checkerboard --size smoke --out"
     assert exit_code(smoke, tmp_path / "wrong", diverging) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm.data import DataSource
+from ndm.data import DataSource, spread
 from ndm.device import pick_device
 from ndm.errors import UserError
-from ndm.evaluation.baselines import histogram_bpd, xz_bpd
+from ndm.evaluation.baselines import histogram_bpd, webp_bpd, xz_bpd
 from ndm.evaluation.evaluate import evaluate_bound
 from ndm.evaluation.tables import bound_table
 from ndm.model import DiffusionModel
@@ -70,7 +70,7 @@ def describe_results(metrics: dict[str, Any]) -> str:
     lines = [bound_table(metrics)]
     lines += [
         f"{name:<16}{metrics[f'{name}_bpd']:9.4f}  (baseline)"
-        for name in ("histogram", "xz")
+        for name in ("histogram", "xz", "webp")
         if f"{name}_bpd" in metrics
     ]
     seconds = metrics["training_seconds"]
@@ -129,10 +129,12 @@ def baselines(data: DataSource, split: str) -> dict[str, float]:
 
     def integers(name: str) -> Tensor:
         part = data.split(name)
-        return data.integers(part.__getitems__(range(min(len(part), limit))))
+        return data.integers(part.__getitems__(spread(len(part), limit)))
 
     train, test = integers("train"), integers(split)
-    return {
+    found = {
         "histogram_bpd": histogram_bpd(train, test, num_values),
         "xz_bpd": xz_bpd(test, num_values),
+        "webp_bpd": webp_bpd(test, num_values),
     }
+    return {name: value for name, value in found.items() if value is not None}

@@ -11,17 +11,16 @@ popping needs random bits.
 """
 
 import hashlib
-import io
 import math
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from ndm.data.formats import ImageError, open_image
+from ndm.data.formats import ImageError
+from ndm.data.sheet import decode_webp, encode_webp, fits_webp
 
 _ZLIB, _WEBP = 0, 1
-_LONGEST = 16_383  # pixels of a side of a WebP image
 _MOST = 2**28  # values of all these images together
 
 
@@ -35,13 +34,9 @@ def encode_lead(index: np.ndarray, event_shape: Sequence[int], num_values: int) 
     """
     values = index.astype("<u1" if num_values <= 256 else "<u2")
     found = bytes([_ZLIB]) + zlib.compress(values.T.tobytes(), 9)
-    if _fits_webp(len(index), event_shape, num_values):
-        from PIL import Image
-
-        buffer, pixels = io.BytesIO(), _sheet(values.reshape(-1, *event_shape))
-        image = Image.fromarray(pixels).convert("RGB")
-        image.save(buffer, "WEBP", lossless=True, quality=100, method=6, exact=True)
-        found = min(found, bytes([_WEBP]) + buffer.getvalue(), key=len)
+    if fits_webp(len(index), event_shape, num_values):
+        picture = encode_webp(values.reshape(-1, *event_shape))
+        found = min(found, bytes([_WEBP]) + picture, key=len)
     return found
 
 
@@ -54,8 +49,11 @@ def decode_lead(data: bytes, count: int, event_shape: Sequence[int], num_values:
     dims = math.prod(event_shape)
     if count * dims > _MOST:
         raise ValueError("it has too many first images")
-    if data[:1] == bytes([_WEBP]) and _fits_webp(count, event_shape, num_values):
-        values = _from_sheet(data[1:], count, event_shape).reshape(count, dims)
+    if data[:1] == bytes([_WEBP]) and fits_webp(count, event_shape, num_values):
+        try:
+            values = decode_webp(data[1:], count, event_shape).reshape(count, dims)
+        except ImageError as error:
+            raise ValueError("its first images are damaged") from error
     elif data[:1] == bytes([_ZLIB]):
         kind = np.dtype("<u1" if num_values <= 256 else "<u2")
         stream, size = zlib.decompressobj(), count * dims * kind.itemsize
@@ -122,47 +120,3 @@ def best_lead(
 def _stream(count: int) -> np.ndarray:
     data = hashlib.shake_256(b"ndm first images").digest(4 * count)
     return np.frombuffer(data, dtype="<u4")
-
-
-def _fits_webp(count: int, event_shape: Sequence[int], num_values: int) -> bool:
-    if len(event_shape) != 3 or event_shape[0] not in (1, 3) or num_values > 256:
-        return False
-    rows, columns = _layout(count)
-    return max(rows * event_shape[1], columns * event_shape[2]) <= _LONGEST
-
-
-def _layout(count: int) -> tuple[int, int]:
-    """Return rows and columns of a sheet of images, about square."""
-    columns = max(1, math.isqrt(count))
-    return -(-count // columns), columns
-
-
-def _sheet(images: np.ndarray) -> np.ndarray:
-    """Arrange images ``(k, C, H, W)`` in one; the rest of the last row is zero."""
-    count, channels, height, width = images.shape
-    rows, columns = _layout(count)
-    full = np.zeros((rows * columns, channels, height, width), images.dtype)
-    full[:count] = images
-    full = full.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    pixels = full.reshape(rows * height, columns * width, channels)
-    return pixels[..., 0] if channels == 1 else pixels
-
-
-def _from_sheet(data: bytes, count: int, event_shape: Sequence[int]) -> np.ndarray:
-    """Return the images ``(k, C, H, W)`` of a WebP sheet.
-
-    Raises:
-        ValueError: it is not such a sheet.
-    """
-    channels, height, width = event_shape
-    rows, columns = _layout(count)
-    try:
-        with open_image(data) as image:
-            if (image.format, image.size) != ("WEBP", (columns * width, rows * height)):
-                raise ImageError("its first images have the wrong size")
-            pixels = np.asarray(image.convert("RGB"))
-    except ImageError as error:
-        raise ValueError("its first images are damaged") from error
-    sheet = pixels.reshape(rows, height, columns, width, 3)
-    images = sheet.transpose(0, 2, 4, 1, 3).reshape(rows * columns, 3, height, width)
-    return images[:count, :channels]
