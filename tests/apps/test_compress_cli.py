@@ -167,8 +167,6 @@ def test_unsuitable_files_are_rejected_in_one_line(
     source, out = photos(tmp_path / "photos"), tmp_path / "x.ndm"
     images = {
         "b.png": np.zeros((6, 5, 3), dtype=np.uint8),
-        "wide.png": np.zeros((6, 6, 3), dtype=np.uint8),
-        "gray.png": np.zeros((6, 5), dtype=np.uint8),
         "alpha.png": np.zeros((6, 5, 4), dtype=np.uint8),
         "deep.png": np.zeros((6, 5), dtype=np.uint16),
     }
@@ -181,8 +179,6 @@ def test_unsuitable_files_are_rejected_in_one_line(
     (tmp_path / "broken.png").write_bytes(b"\\x89PNG nothing")
     (tmp_path / "empty").mkdir()
     culprits = {
-        "wide.png": "(3, 6, 6)",
-        "gray.png": "(1, 6, 5)",
         "alpha.png": "RGBA",
         "deep.png": "I;16",
         "float.npy": "float64",

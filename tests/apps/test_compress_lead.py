@@ -9,7 +9,14 @@ from apps.test_compress import make_model
 from ndm.apps.compress.chain import Chain, make_plan
 from ndm.apps.compress.choose import choose_plan
 from ndm.apps.compress.coder import decode, encode
-from ndm.apps.compress.lead import best_lead, decode_lead, encode_lead, from_words, to_words
+from ndm.apps.compress.lead import (
+    LeadCost,
+    best_lead,
+    decode_lead,
+    encode_lead,
+    from_words,
+    to_words,
+)
 
 SHAPES = [((3, 5, 4), 256), ((1, 6, 6), 17), ((3, 2, 9), 200), ((7,), 256), ((2, 3), 1000)]
 
@@ -89,7 +96,7 @@ def test_the_number_of_first_images_is_the_best_by_brute_force() -> None:
             initial = max(k * dims * lead_rate, min(batch, count - k) * each)  # noqa: B023
             return (count - k) * dims * rate + initial  # noqa: B023
 
-        k, initial, total = best_lead(count, dims, rate, lead_rate, batch, each)
+        k, initial, total = best_lead(count, dims, rate, LeadCost(dims * lead_rate), batch, each)
         assert total == pytest.approx(min(map(bits, range(count + 1)))) == bits(k)
         assert total == pytest.approx((count - k) * dims * rate + initial)
 

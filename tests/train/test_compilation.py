@@ -27,7 +27,7 @@ CONFIGS = sorted(
 # With small networks, each of these equals another configuration.
 ALIKE = (
     *("imagenet32", "imagenet64", "two_moons", "celebahq64"),
-    *("images", "images-small", "mnist-small"),
+    *("images", "images-small", "mnist-small", "photos"),
 )
 SMALL = {
     "channels": 8,

@@ -17,8 +17,9 @@ from ndm.apps.compress.archive import Archive, levels_checksum, pack, read_archi
 from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import decode, encode
-from ndm.apps.compress.items import count_left_out, read_items
+from ndm.apps.compress.items import count_left_out, describe_jpeg, read_items
 from ndm.apps.compress.restore import check_places, complete_move, write_items
+from ndm.apps.compress.tiles import coding_order, over_the_edge
 from ndm.data import DataDescription
 from ndm.decoder import DiscretizedGaussian
 from ndm.device import pick_device
@@ -146,14 +147,22 @@ def compress(
     _check_output(Path(out), inputs)
     event_shape = description.event_shape
     items = read_items(inputs, event_shape, num_values, low)
-    left_out = count_left_out(inputs)
-    if left_out:
-        print(left_out)
+    for note in (count_left_out(inputs), describe_jpeg(inputs)):
+        if note:
+            print(note)
     index = np.concatenate([item.values for item in items if item.values is not None])
+    index = index[coding_order(items, event_shape)]  # tiles over the edge of an image are first
+    edges = int(over_the_edge(items, event_shape).sum())
     place = _device(device)
     network.to(place)
     tell = None if steps else partial(_print_forecast, size=index.size)
-    plan, chosen = choose_plan(network, index, event_shape, steps, batch_size, tell=tell)
+    plan, chosen = choose_plan(
+        network, index, event_shape, steps, batch_size, tell=tell, edges=edges
+    )
+    print(
+        f"expecting {chosen.bits / 8:,.0f} bytes with T = {chosen.steps}, {chosen.batch} images in"
+        " parallel"
+    )
     chain = Chain(network, plan, event_shape, rows, place)
     coded = encode(chain, index, chosen.lead, progress=True)
     archive = Archive(
@@ -264,6 +273,8 @@ def decompress(
         index = decode(chain, found.coded, found.count, found.lead, progress=True)
         if levels_checksum(index) != found.checksum:
             raise ValueError("the images differ from their checksum")
+        order = coding_order(found.items, found.event_shape)
+        index = index[np.argsort(order)]
         paths = write_items(found.items, index, found.event_shape, found.low, folder, identity)
     except ValueError as error:
         if isinstance(error, UserError):
@@ -272,7 +283,7 @@ def decompress(
             f"{archive} cannot be decoded ({error}); it is damaged, or the networks differ too much"
             " on this machine; nothing was written"
         ) from error
-    print(f"wrote {found.count} images in {len(paths)} files to {folder}; the checksum matches")
+    print(f"wrote {found.pictures} images in {len(paths)} files to {folder}; the checksum matches")
 
 
 def _identity(archive: Path) -> str:
@@ -290,7 +301,11 @@ def inspect(archive: str) -> None:
     """
     found = read_archive(Path(archive))
     shape = " x ".join(map(str, found.event_shape))
-    print(f"{archive}: {found.count} images of {shape}, {found.num_values} values from {found.low}")
+    tiles = f" in {found.count} tiles" if found.count > found.pictures else ""
+    print(
+        f"{archive}: {found.pictures} images{tiles} of {shape}, {found.num_values} values from"
+        f" {found.low}"
+    )
     print(f"made with the model {found.fingerprint}")
     print(
         f"T = {found.plan.steps}, {found.plan.batch} images in parallel, cells of"
@@ -316,7 +331,7 @@ def _printable(name: str) -> str:
 
 
 def _print_rates(archive: Archive, size: int) -> None:
-    values = archive.count * math.prod(archive.event_shape)
+    values = sum(item.size(math.prod(archive.event_shape)) for item in archive.items)
     initial = 4 * archive.coded.initial
     images = 4 * len(archive.coded.words) - initial
     rest = size - initial - images

@@ -70,8 +70,13 @@ class Archive:
 
     @property
     def count(self) -> int:
-        """Number of images."""
+        """Number of images of the model's size."""
         return sum(item.count for item in self.items)
+
+    @property
+    def pictures(self) -> int:
+        """Number of images as they were given."""
+        return sum(1 if item.is_tiled else item.count for item in self.items)
 
 
 def levels_checksum(index: np.ndarray) -> bytes:

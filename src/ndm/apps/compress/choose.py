@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ndm.apps.compress.chain import Plan, make_plan
-from ndm.apps.compress.lead import best_lead, encode_lead
+from ndm.apps.compress.lead import MOST_LEAD, LeadCost, best_lead, encode_lead
 from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
@@ -45,6 +45,7 @@ class Rows(EventDataset):
 
     def __init__(self, index: np.ndarray, values: Tensor, event_shape: Sequence[int]):
         self.index, self.values, self.event_shape = index, values, tuple(event_shape)
+        self.dims = index.shape[1]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,6 +88,7 @@ def choose_plan(
     batch: int | None = None,
     width: float = WIDTH,
     tell: Callable[[Forecast], None] | None = None,
+    edges: int = 0,
 ) -> tuple[Plan, Forecast]:
     """Choose the plan for some images.
 
@@ -99,6 +101,7 @@ def choose_plan(
             the smallest.
         width: width of the cells, in standard deviations.
         tell: function to call with each forecast.
+        edges: number of images that are coded without the model in any case, the first ones.
 
     Returns:
         The plan, and its forecast.
@@ -107,13 +110,22 @@ def choose_plan(
         UserError: the model cannot code these images.
     """
     assert isinstance(model.decoder, DiscretizedGaussian)
-    rows, forecasts, dims = Rows(index, model.decoder.values, event_shape), [], index.shape[1]
-    grids, sample = _grids(model, rows, steps), index[: max(1, min(_EXAMPLES, _MOST // dims))]
-    coded = encode_lead(sample, event_shape, len(model.decoder.values))
-    lead_rate = 8 * len(coded) / sample.size
+    if edges * index.shape[1] > MOST_LEAD:
+        raise UserError(
+            "the images have too many tiles over their edges for one archive; compress them in"
+            " several parts"
+        )
+    inner, num_values = index[edges:] if edges < len(index) else index, len(model.decoder.values)
+    rows, forecasts = Rows(inner, model.decoder.values, event_shape), []
+    grids, sample = _grids(model, rows, steps), inner[: max(1, min(_EXAMPLES, _MOST // rows.dims))]
+    lead = LeadCost(
+        8 * len(encode_lead(sample, event_shape, num_values)) / len(sample),
+        edges,
+        8 * len(encode_lead(index[:edges], event_shape, num_values)) if edges else 0.0,
+    )
     for candidate, grid in grids.items():
         try:
-            forecasts.append(_forecast(model, rows, grid, batch, width, lead_rate))
+            forecasts.append(_forecast(model, rows, grid, batch, width, lead, len(index)))
         except UserError:  # eta may be too large for so few steps
             if candidate == list(grids)[-1]:
                 raise
@@ -144,13 +156,14 @@ def _forecast(
     grid: TimeGrid,
     batch: int | None,
     width: float,
-    lead_rate: float,
+    lead: LeadCost,
+    count: int,
 ) -> Forecast:
-    (count, dims), steps = rows.index.shape, grid.steps
+    dims, steps = rows.dims, grid.steps
     variance_ratio = best_variance_ratio(
         model, rows, grid, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS
     )
-    numbers = spread(count, _EXAMPLES)
+    numbers = spread(len(rows), _EXAMPLES)
     draws = min(4, steps)
     with torch.no_grad():
         bounds = []
@@ -170,7 +183,7 @@ def _forecast(
     each = dims * (steps + 1) * math.log2(math.sqrt(2 * math.pi * math.e) / width)
     most = min(count, max(1, _NUMBERS // (dims * len(rows.values))))
     sizes = [batch] if batch else [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most]
-    found = {size: best_lead(count, dims, rate, lead_rate, size, each) for size in sizes}
+    found = {size: best_lead(count, dims, rate, lead, size, each) for size in sizes}
     limit = (1 + _SHARE) * min(bits for _, _, bits in found.values())
     batch = max(size for size, (_, _, bits) in found.items() if bits <= limit)
     return Forecast(grid, batch, rate, *found[batch], variance_ratio)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ndm.apps.compress.arrays import Grid, read_arrays
+from ndm.apps.compress.tiles import cut, layout
 from ndm.data.files import check_regular, describe_ignored, find_files, is_folder
 from ndm.data.folder import SUFFIXES
 from ndm.data.formats import (
@@ -28,6 +29,7 @@ _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32
 _LONGEST_NAME, _LONGEST_PART = 1000, 255
 INPUTS = (*SUFFIXES, ".npy", ".npz")
 """Suffixes of the files that are taken from folders."""
+JPEG = (".jpg", ".jpeg")
 MOST_AXES = 8
 """Most axes of an array in an archive."""
 MOST_VALUES = 2**31
@@ -43,11 +45,11 @@ class Item:
     kind: str
     """``image``, ``npy`` or ``npz``."""
     count: int
-    """Number of images."""
+    """Number of images of the model's size."""
     dtype: str = "uint8"
     """dtype of the array."""
     shape: tuple[int, ...] = ()
-    """Shape of the array."""
+    """Shape of the array, or (channels, height, width) of an image that is cut into tiles."""
     key: str = ""
     """Name of the array within an ``.npz`` file."""
     mode: str = ""
@@ -59,6 +61,15 @@ class Item:
     def place(self) -> str:
         """Path of the output file below the output folder."""
         return self.name if self.kind != "npz" else self.name.removesuffix(f"/{self.key}")
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether it is an image that is cut into tiles."""
+        return self.kind == "image" and bool(self.shape)
+
+    def size(self, dims: int) -> int:
+        """Return the number of its values; an image of the model has ``dims``."""
+        return math.prod(self.shape) if self.shape else self.count * dims
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description in a form that JSON can store."""
@@ -115,8 +126,9 @@ class Item:
         """
         if self.kind == "image":
             channels = CHANNELS.get(self.mode)
-            fits = len(event_shape) == 3 and event_shape[0] == channels
-            fits = fits and self.count == 1 and num_values == 256 and not (self.shape or self.key)
+            fits = len(event_shape) == 3 and channels is not None and channels <= event_shape[0]
+            fits = fits and num_values == 256 and not self.key
+            fits = fits and self.count == self._tiles(event_shape)
         else:
             is_gray = len(event_shape) == 3 and event_shape[0] == 1
             shapes = [event_shape, event_shape[1:]] if is_gray else [event_shape]
@@ -127,6 +139,14 @@ class Item:
             fits = fits and not self.mode and (self.kind == "npz" or not self.key)
         if not fits:
             raise ValueError("an item does not fit its images")
+
+    def _tiles(self, event_shape: tuple[int, ...]) -> int:
+        """Return the number of tiles of an image; 0 for a wrong shape."""
+        if not self.shape:
+            return 1
+        if len(self.shape) != 3 or self.shape[0] != event_shape[0] or not all(self.shape):
+            return 0
+        return math.prod(layout(self.shape[1], self.shape[2], (event_shape[1], event_shape[2])))
 
     def check_name(self) -> None:
         """Check that the name stays inside the output folder, on every operating system.
@@ -194,6 +214,18 @@ def count_left_out(paths: Sequence[str]) -> str:
     taken = sum(len(tree.ending_in(INPUTS)) for tree in trees)
     others = sum(len(tree.names) + tree.others for tree in trees) - taken
     return describe_ignored(others, sum(tree.repeated for tree in trees)).removeprefix(", ")
+
+
+def describe_jpeg(paths: Sequence[str]) -> str:
+    """Say that files that are JPEG will grow, as text; empty if there are none."""
+    files = _list_files(paths)
+    sizes = [file.stat().st_size for file, name in files if Path(name).suffix.lower() in JPEG]
+    if not sizes:
+        return ""
+    return (
+        f"note: {len(sizes)} of {len(files)} files are JPEG, {sum(sizes):,} bytes; their pixels"
+        " take more without loss, so keep the files"
+    )
 
 
 def _list_files(paths: Sequence[str]) -> list[tuple[Path, str]]:
@@ -303,22 +335,28 @@ class _Reader:
             if has_hidden_channels(image):
                 raise ImageError("it has more channels than can be restored")
             width, height = upright_size(image)
-            shape = (len(image.getbands()), height, width)
-            if shape != self.grid.event_shape:
+            bands, event = len(image.getbands()), self.grid.event_shape
+            if len(event) != 3 or event[0] not in (1, 3):
                 raise UserError(
-                    f"{path} is an image of shape {shape} (channels, height, width), but the model"
-                    f" requires {self.grid.event_shape}"
+                    f"{path} is an image, but the model requires arrays of shape {event}; give a"
+                    " .npy file"
                 )
-            self.reserve(math.prod(shape))
+            if bands > event[0]:
+                raise UserError(
+                    f"{path} is an image in color, but the model requires gray images; convert it"
+                )
+            tile = (event[1], event[2])
+            self.reserve(math.prod(layout(height, width, tile)) * math.prod(event))
             if image.format == "PNG":
                 check_png(data)
             # Turned upright, because the restored image has no EXIF data.
             pixels, mode = np.asarray(upright(image)), image.mode
-        events = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+        values = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+        values = np.broadcast_to(values, (event[0], *values.shape[1:]))
         # The file photo.jpg is restored as photo.jpg.png.
         output = name if PurePosixPath(name).suffix.lower() == ".png" else f"{name}.png"
-        levels = np.ascontiguousarray(events).reshape(1, -1)
-        return Item(output, "image", 1, mode=mode, values=levels)
+        levels, shape = cut(values, tile), () if values.shape == event else values.shape
+        return Item(output, "image", len(levels), shape=shape, mode=mode, values=levels)
 
 
 def check_lengths(item: Item) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from ndm.data.formats import ImageError
 from ndm.data.sheet import decode_webp, encode_webp, fits_webp
 
 _ZLIB, _WEBP = 0, 1
-_MOST = 2**28  # values of all these images together
+MOST_LEAD = 2**26
+"""Most values of these images together, which a decoder holds in memory."""
 
 
 def encode_lead(index: np.ndarray, event_shape: Sequence[int], num_values: int) -> bytes:
@@ -47,7 +49,7 @@ def decode_lead(data: bytes, count: int, event_shape: Sequence[int], num_values:
         ValueError: the bytes do not hold such images.
     """
     dims = math.prod(event_shape)
-    if count * dims > _MOST:
+    if count * dims > MOST_LEAD:
         raise ValueError("it has too many first images")
     if data[:1] == bytes([_WEBP]) and fits_webp(count, event_shape, num_values):
         try:
@@ -94,27 +96,40 @@ def from_words(words: np.ndarray) -> bytes:
     return content[4 : 4 + size]
 
 
+@dataclass(frozen=True)
+class LeadCost:
+    """The bits that images take without the model."""
+
+    each: float
+    """Bits of an image that the model could code."""
+    edges: int = 0
+    """Number of images that the model does not code in any case."""
+    edge_bits: float = 0.0
+    """Bits of these images together."""
+
+
 def best_lead(
-    count: int, dims: int, rate: float, lead_rate: float, batch: int, each: float
+    count: int, dims: int, rate: float, lead: LeadCost, batch: int, initial_each: float
 ) -> tuple[int, float, float]:
     """Choose the number of images to code without the model.
 
     Args:
         count: number of images, N.
-        dims: D.
-        rate: bits for each dimension by the model.
-        lead_rate: the same without it, w.
+        dims: number of values of an image, D.
+        rate: bits for each of them by the model.
+        lead: bits without it.
         batch: images coded in parallel.
-        each: initial bits that the model needs for each of them.
+        initial_each: initial bits that the model needs for each of them.
 
     Returns:
         k, the bits at the start of the stack, and the bits of the archive.
     """
-    k = np.arange(min(count, _MOST // dims) + 1)
-    initial = np.maximum(k * dims * lead_rate, np.minimum(batch, count - k) * each)
+    k = np.arange(lead.edges, max(lead.edges, min(count, MOST_LEAD // dims)) + 1)
+    alone = lead.edge_bits + (k - lead.edges) * lead.each
+    initial = np.maximum(alone, np.minimum(batch, count - k) * initial_each)
     bits = (count - k) * dims * rate + initial
     best = int(np.argmin(bits))
-    return best, float(initial[best]), float(bits[best])
+    return int(k[best]), float(initial[best]), float(bits[best])
 
 
 def _stream(count: int) -> np.ndarray:

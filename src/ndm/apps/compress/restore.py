@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ndm.apps.compress.items import Item, check_lengths
+from ndm.apps.compress.tiles import join
 from ndm.data.images import CHANNELS
 from ndm.errors import UserError, describe_value
 from ndm.writing import allowed_mode, delete_abandoned, lock
@@ -202,7 +203,7 @@ def _write_files(
         if place.exists():  # perhaps with other capitals
             raise ValueError(f"{describe_value(item.place)} would be written twice")
         if item.kind == "image":
-            _write_image(place, rows, event_shape, item.mode)
+            _write_image(place, rows, item.shape or event_shape, event_shape, item.mode)
             continue
         values = (rows.astype(np.int64) + low).reshape(item.shape)
         array = values.astype(item.dtype)
@@ -224,10 +225,18 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _write_image(path: Path, rows: np.ndarray, event_shape: tuple[int, ...], mode: str) -> None:
-    pixels = rows.reshape(event_shape).astype(np.uint8)
-    channels = CHANNELS.get(mode)
-    if pixels.ndim != 3 or pixels.shape[0] != channels or rows.max(initial=0) > 255:
+def _write_image(
+    path: Path,
+    rows: np.ndarray,
+    shape: tuple[int, ...],
+    event_shape: tuple[int, ...],
+    mode: str,
+) -> None:
+    channels = CHANNELS.get(mode, 0)
+    if len(shape) != 3 or not 0 < channels <= shape[0] or rows.max(initial=0) > 255:
         raise ValueError("an image does not have the shape of its mode")
+    pixels = join(rows, shape, (event_shape[1], event_shape[2])).astype(np.uint8)
+    if channels < shape[0] and (pixels != pixels[:1]).any():
+        raise ValueError("an image in gray has colors")
     image = Image.fromarray(pixels[0] if mode == "L" else pixels.transpose(1, 2, 0))
     image.save(path, format="PNG", optimize=True)
