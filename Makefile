@@ -32,7 +32,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q
 
-FAST := tests/test_*.py tests/variants tests/grid tests/autodiff tests/data
+FAST := tests/test_*.py tests/variants tests/value_grid tests/autodiff tests/data
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -q -m "not slow" $(FAST)
 

@@ -13,7 +13,7 @@ from ndm.decoder import GaussianDecoder
 from ndm.discrete_time import path_log_weight
 from ndm.errors import UserError
 from ndm.evaluation import best_variance_ratio
-from ndm.evaluation.time_grids import step_costs
+from ndm.evaluation.fit_times import step_costs
 from ndm.model import NDM
 from ndm.nn import MLP
 from ndm.predictor import Predictor

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import ndm
 from ndm.errors import UserError
 from ndm.evaluation.evaluate import Evaluation
-from ndm.grid.rounding import RoundingPredictor
 from ndm.predictor import Predictor
 from ndm.schedule import (
     CosineSchedule,
@@ -19,6 +18,7 @@ from ndm.schedule import (
     NoiseLevel,
     Schedule,
 )
+from ndm.value_grid.rounding import RoundingPredictor
 from oracles import F64, Constant, Points
 
 TRUE: dict[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor]] = {

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.errors import UserError
-from ndm.grid.rounding import RoundingPredictor
+from ndm.linear_transform import Blur, Downsample, FadingMask
 from ndm.model import NDM
 from ndm.nn import MLP, Dense, UNet
-from ndm.operators import Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
 from ndm.schedule import (
     CosineSchedule,
@@ -36,6 +35,7 @@ from ndm.time_sampling import (
     UniformTimeSampler,
 )
 from ndm.transform import GatedTransform, Identity, NetworkTransform, Transform
+from ndm.value_grid.rounding import RoundingPredictor
 from oracles import F64
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ndm.decoder import GaussianDecoder
 from ndm.errors import UserError
+from ndm.linear_transform import AffineTransform, Blur, Downsample, FadingMask
 from ndm.model import NDM
 from ndm.nn import MLP, ConvEncoder, Dense, UNet
-from ndm.operators import AffineTransform, Blur, Downsample, FadingMask
 from ndm.predictor import Predictor
 from ndm.schedule import CosineSchedule, FlowMatchingSchedule, LinearLogSNRSchedule
 from ndm.transform import Encoder, GatedTransform, SeparableTransform, SumTransform, Transform

@@ -11,11 +11,9 @@ from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDe
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
-from ndm.grid.categorical import CategoricalPredictor
-from ndm.grid.rounding import RoundingPredictor
+from ndm.linear_transform import AffineTransform, Blur, Downsample, FadingMask
 from ndm.model import NDM, DiffusionModel
 from ndm.ode import OdeSettings
-from ndm.operators import AffineTransform, Blur, Downsample, FadingMask
 from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
 from ndm.sample import (
@@ -55,6 +53,8 @@ from ndm.transform import (
     SumTransform,
     Transform,
 )
+from ndm.value_grid.categorical import CategoricalPredictor
+from ndm.value_grid.rounding import RoundingPredictor
 from ndm.variants import NFDM, NetworkScale
 
 try:

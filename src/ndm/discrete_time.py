@@ -6,7 +6,7 @@ In the step from t to s the means of the posterior and of the reverse process di
     \Delta\mu = (\alpha_s - k\alpha_t)\,\Delta F_t + \alpha_s (\Delta F_s - \Delta F_t), \qquad
     \Delta F_t = F(x,t) - F(\hat x,t) .
 
-:mod:`ndm.elbo` computes the cost of the step from it. With K paths z drawn from q(.|x), the
+The cost of the step, KL(q || p), is :func:`ndm.elbo.discrete_diffusion`. With K paths z drawn from q(.|x), the
 discrete-time model also has a bound that tightens with K (Burda et al. 2016):
 
 .. math::

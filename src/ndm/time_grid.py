@@ -4,7 +4,7 @@ r"""The time grid of a process in discrete time.
     0 = t_0 < t_1 < \dots < t_T = 1, \qquad \text{by default } t_i = i/T .
 
 The bound and the samplers take a number of steps T or a :class:`TimeGrid`.
-:func:`ndm.evaluation.time_grids.best_grid` fits a grid to a trained model.
+:func:`ndm.evaluation.fit_times.best_grid` fits a grid to a trained model.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ class                        F(x, t)                            model
 ===========================  =================================  =================================
 
 Linear transformations, fixed (blur, masks, down-sampling) and learned (gains and offsets), are in
-:mod:`ndm.operators`.
+:mod:`ndm.linear_transform`.
 
 A transformation has one abstract method: :meth:`Transform.curve` returns t -> F(x, t) at fixed x,
 with its time derivative (:mod:`ndm.curve`). The learned transformations are F = x + d(x, t), with a

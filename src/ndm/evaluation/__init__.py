@@ -2,8 +2,8 @@
 
 from ndm.evaluation.calibrate import best_eta, best_variance_ratio
 from ndm.evaluation.evaluate import Evaluation, evaluate_bound
+from ndm.evaluation.fit_times import best_grid
 from ndm.evaluation.tables import Measurement
-from ndm.evaluation.time_grids import best_grid
 
 __all__ = [
     "Evaluation",

@@ -39,7 +39,7 @@ from ndm.data import EventDataset, spread
 from ndm.discrete_time import discrete_errors
 from ndm.elbo import continuous_errors
 from ndm.errors import UserError, check_choice, check_whole
-from ndm.evaluation.time_grids import best_grid
+from ndm.evaluation.fit_times import best_grid
 from ndm.model import DiffusionModel
 from ndm.parts import evaluation_mode
 from ndm.random import ExampleGenerators, standard_normal, uniform

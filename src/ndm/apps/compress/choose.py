@@ -25,7 +25,7 @@ from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_variance_ratio
-from ndm.evaluation.time_grids import MOST_FITTED, best_grid, default_examples, step_costs
+from ndm.evaluation.fit_times import MOST_FITTED, best_grid, default_examples, step_costs
 from ndm.model import DiffusionModel
 from ndm.random import ExampleGenerators
 from ndm.time_grid import TimeGrid

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import ndm
 from ndm import LinearLogSNRSchedule
-from ndm.grid.rounding import Rounding, RoundingPredictor
 from ndm.schedule import NoiseLevel
+from ndm.value_grid.rounding import Rounding, RoundingPredictor
 from oracles import F64, Constant
 
 

@@ -172,7 +172,7 @@ def test_blocks_without_gradients_match_the_whole_batch(
     level = LinearLogSNRSchedule(-6.0, 5.0)(torch.linspace(0.1, 0.9, 5, dtype=F64))
     z = torch.randn(5, 2, 4, 4, dtype=F64)
     together = predictor(z, level).detach()
-    monkeypatch.setattr("ndm.grid.kernels._CPU_BLOCK", 2 * z[0].numel() * 6)
+    monkeypatch.setattr("ndm.value_grid.kernels._CPU_BLOCK", 2 * z[0].numel() * 6)
     with torch.no_grad():
         torch.testing.assert_close(predictor(z, level), together, rtol=0, atol=1e-12)
         torch.testing.assert_close(predictor(z[:0], level.rows(slice(0, 0))), together[:0])

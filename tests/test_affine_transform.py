@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ndm.decoder import GaussianDecoder
 from ndm.errors import UserError
+from ndm.linear_transform import AffineTransform, Blur
 from ndm.model import NDM
 from ndm.nn import MLP, Dense
-from ndm.operators import AffineTransform, Blur
 from ndm.predictor import DataPredictor, Predictor
 from ndm.schedule import CosineSchedule, LinearLogSNRSchedule, NoiseLevel
 from ndm.transform import Encoder, GatedTransform, Identity, SumTransform

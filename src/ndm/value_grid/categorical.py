@@ -36,19 +36,19 @@ from ndm.decoder import Decoder, bin_centers
 from ndm.device import autocast_dtype, full_precision
 from ndm.errors import UserError, check_whole
 from ndm.forward import NoisingProcess
-from ndm.grid.kernels import posterior_mean, value_posteriors
-from ndm.grid.rounding import check_grid
 from ndm.predictor import DataPredictor
 from ndm.schedule import NoiseLevel
 from ndm.transform import GatedTransform, Identity, SeparableTransform
+from ndm.value_grid.kernels import posterior_mean, value_posteriors
+from ndm.value_grid.rounding import check_grid
 
 
 class CategoricalPredictor(DataPredictor):
     """A predictor x̂ that is a posterior mean over the grid, for images ``(B, C, H, W)``.
 
     It computes L numbers for each dimension of the data, in blocks of examples
-    (:mod:`ndm.grid.kernels`). Within torch.func, forward mode and compiled code it stores them for
-    the whole batch, about a dozen times for a gradient: 0.8 MB each time for one 28x28 image of 256
+    (:mod:`ndm.value_grid.kernels`). Within torch.func, forward mode and compiled code it stores
+    them for the whole batch, about a dozen times for a gradient: 0.8 MB each time for one 28x28 image of 256
     gray values. It treats z as noisy x, so F may change x only where there is noise: use the
     identity, :class:`ndm.GatedTransform` or :class:`ndm.SeparableTransform` with its default gate.
 

@@ -12,7 +12,7 @@ from ndm.decoder import GaussianDecoder
 from ndm.discrete_time import discrete_errors, path_log_weight
 from ndm.errors import UserError
 from ndm.evaluation import best_grid, best_variance_ratio
-from ndm.evaluation.time_grids import StepCosts, step_costs
+from ndm.evaluation.fit_times import StepCosts, step_costs
 from ndm.model import NDM
 from ndm.random import ExampleGenerators, standard_normal
 from ndm.sample import Ancestral, GridSampler

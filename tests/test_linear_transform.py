@@ -12,10 +12,10 @@ from ndm.decoder import GaussianDecoder
 from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError
 from ndm.forward import ForwardProcess
+from ndm.linear_transform import Blur, Downsample, FadingMask, cosines
 from ndm.model import NDM
 from ndm.nn import UNet
 from ndm.ode import OdeSettings, ode_log_prob
-from ndm.operators import Blur, Downsample, FadingMask, cosines
 from ndm.predictor import DataPredictor, Predictor
 from ndm.reverse import ReverseProcess
 from ndm.schedule import CosineSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ndm.grid import kernels
+from ndm.value_grid import kernels
 from oracles import F64
 
 
