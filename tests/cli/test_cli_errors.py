@@ -113,7 +113,7 @@ def test_invalid_values_are_rejected(
         (
             "model.predictor.network.hidden",
             "x",
-            "--model.predictor.network.hidden: expected int, got x",
+            "--model.predictor.network.hidden: give a whole number, not x",
         ),
         (
             "model.predictor.network.hiden",

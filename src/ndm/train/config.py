@@ -200,6 +200,17 @@ def parse(
         raise UserError(f"{_reason(error)} (see {parser.prog} --help)") from error
 
 
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "collections.abc.Sequence": "a list, such as [a, b]",
+    "collections.abc.Mapping": "a mapping, such as {a: b}",
+}
+"""Types in the messages of the parser, in words."""
+
+
 def _reason(error: Exception) -> str:
     """Shorten a parser's message to the full name of the option and what is wrong with it."""
     text = one_line(error)
@@ -211,7 +222,11 @@ def _reason(error: Exception) -> str:
     ):
         text = re.sub(noise, "", text)
     text = re.sub(r"Problem with given class_path '([^']*)': ", r"\1: ", text)
-    text = re.sub(r"Expected a <class '([^']+)'>\. Got value: ", r"expected \1, got ", text)
+    text = re.sub(
+        r"Expected a <class '([^']+)'>(\. Got value: )?",
+        lambda found: f"give {_KINDS.get(found[1], found[1])}{', not ' if found[2] else ''}",
+        text,
+    )
     key = re.compile(r'-? ?Parser key "([^"]+)": ')
     option = ".".join(key.findall(text))
     text = " ".join(key.sub("", text).split()).lstrip("- ")
