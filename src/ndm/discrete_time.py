@@ -6,8 +6,10 @@ In the step from t to s the means of the posterior and of the reverse process di
     \Delta\mu = (\alpha_s - k\alpha_t)\,\Delta F_t + \alpha_s (\Delta F_s - \Delta F_t), \qquad
     \Delta F_t = F(x,t) - F(\hat x,t) .
 
-The cost of the step, KL(q || p), is :func:`ndm.elbo.discrete_diffusion`. With K paths z drawn from q(.|x), the
-discrete-time model also has a bound that tightens with K (Burda et al. 2016):
+The cost of the step, KL(q || p), is :func:`ndm.elbo.discrete_diffusion`.
+
+With K paths z drawn from q(.|x), the discrete-time model also has a bound that tightens with K
+(Burda et al. 2016):
 
 .. math::
     -\log p(x) \le -E \log \tfrac1K \textstyle\sum_k w_k, \qquad

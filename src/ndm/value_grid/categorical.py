@@ -48,9 +48,10 @@ class CategoricalPredictor(DataPredictor):
 
     It computes L numbers for each dimension of the data, in blocks of examples
     (:mod:`ndm.value_grid.kernels`). Within torch.func, forward mode and compiled code it stores
-    them for the whole batch, about a dozen times for a gradient: 0.8 MB each time for one 28x28 image of 256
-    gray values. It treats z as noisy x, so F may change x only where there is noise: use the
-    identity, :class:`ndm.GatedTransform` or :class:`ndm.SeparableTransform` with its default gate.
+    them for the whole batch, about a dozen times for a gradient: 0.8 MB each time for one 28x28
+    image of 256 gray values. It treats z as noisy x, so F may change x only where there is noise:
+    use the identity, :class:`ndm.GatedTransform` or :class:`ndm.SeparableTransform` with its
+    default gate.
 
     Args:
         network: maps ``(B, C + C embedding + histogram, H, W)`` to K features for each dimension,
