@@ -124,9 +124,13 @@ def prepare(folder: Path) -> list[Kind]:
         (folder / f"{name}.yaml").write_text(text)
         arguments = ["--config", str(folder / f"{name}.yaml"), "--out", str(folder / name)]
         assert ndm(["train", *arguments]) == 0
-    archive = folder / "archive.ndm"
+    archive, archived = folder / "archive.ndm", folder / "archived"
+    shutil.copytree(images / "test", archived)
+    for name, shape in (("tiles", (19, 13, 3)), ("gray", (5, 9))):
+        pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(archived / f"{name}.png")
     model = str(folder / "pictures" / "model")
-    assert ndm(["compress", str(images / "test"), "--model", model, "-o", str(archive)]) == 0
+    assert ndm(["compress", str(archived), "--model", model, "-o", str(archive)]) == 0
     return _kinds(folder, images, model, archive)
 
 
@@ -168,7 +172,7 @@ def _kinds(folder: Path, images: Path, model: str, archive: Path) -> list[Kind]:
         code = ndm(["decompress", str(file), "--model", model, "-o", str(out / "restored")])
         if code:
             return code
-        if _pixels(out / "restored") != _pixels(images / "test"):
+        if _pixels(out / "restored") != _pixels(folder / "archived"):
             print("other images were restored", file=sys.stderr)
             return 3
         return 0
@@ -275,7 +279,7 @@ def _compare(out: Path, expected: dict[str, torch.Tensor]) -> Outcome:
 
 def restore_campaign(folder: Path, kills: int, seed: int) -> list[Outcome]:
     """Kill ``ndm decompress`` at random moments: all files or none, and a rerun restores all."""
-    expected = _pixels(folder / "images" / "test")
+    expected = _pixels(folder / "archived")
     chance = random.Random(f"restore {seed}")
 
     def restore(out: Path) -> int:
