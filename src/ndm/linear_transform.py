@@ -278,6 +278,7 @@ class AffineTransform(Transform):
     """
 
     data_at_zero = False
+    no_weight_decay = ("gains", "offsets")
 
     def __init__(
         self,

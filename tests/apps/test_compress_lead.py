@@ -17,6 +17,7 @@ from ndm.apps.compress.lead import (
     from_words,
     to_words,
 )
+from ndm.model import NDM
 
 SHAPES = [((3, 5, 4), 256), ((1, 6, 6), 17), ((3, 2, 9), 200), ((7,), 256), ((2, 3), 1000)]
 
@@ -110,3 +111,15 @@ def test_the_first_images_shorten_small_archives() -> None:
         len(encode(Chain(model, plan, shape), index, lead).words) for lead in (chosen.lead, 0)
     )
     assert with_lead < 0.8 * without
+
+
+def test_a_model_whose_eta_forbids_long_steps_is_compressed() -> None:
+    shape = (1, 4, 4)
+    plain = make_model(shape, 16, 0)
+    model = NDM(plain.schedule, plain.transform, plain.predictor, plain.decoder, eta=1.2).eval()
+    index = smooth(30, shape, 16)
+    plan, chosen = choose_plan(model, index, shape)
+    coded = encode(Chain(model, plan, shape), index, chosen.lead)
+    found = decode(Chain(model, plan, shape), coded, 30, chosen.lead)
+    np.testing.assert_array_equal(found, index)
+    assert plan.steps > 1

@@ -147,6 +147,21 @@ def test_rows_trained_for_t_steps_are_measured_in_t_steps(tmp_path: Path) -> Non
     assert found == pytest.approx({name: value + shift for name, value in expected.items()})
 
 
+def test_rows_in_continuous_and_in_discrete_time_share_a_table(tmp_path: Path) -> None:
+    rows = {
+        "Plain": {"model.transform": "ndm.Identity"},
+        "Few": {"model.transform": "ndm.Identity", "model.steps": 4},
+    }
+    comparison(tmp_path, rows)
+    record = compare(tmp_path, "--seeds 1 --limit 4 --draws 1 --train_steps 2")
+    plain, few = record["summary"]
+    assert list(plain["measures"]) == ["continuous", "T = 4"]
+    assert list(few["measures"]) == ["T = 4"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "T = 4, difference to" in text
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+
+
 def test_two_parallel_jobs_give_the_numbers_of_one(tmp_path: Path) -> None:
     numbers = []
     for jobs in (1, 2):

@@ -207,3 +207,26 @@ def test_a_model_in_continuous_time_only_has_no_grid(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(type(ndm), "reverse_process", property(lambda self: object()))
     with pytest.raises(UserError, match="posteriors"):
         best_grid(ndm, points(4), 4)
+
+
+def test_steps_that_a_large_eta_forbids_are_left_out() -> None:
+    """With eta above 1, v would exceed sigma_s² in long steps."""
+    exact, data = gaussian_model()
+    wide = NDM(exact.schedule, Identity(), exact.predictor, GaussianDecoder(), eta=1.2).double()
+    found = step_costs(wide, data, 8, examples=64).costs
+    gamma = exact.schedule(torch.arange(9, dtype=F64) / 8).gamma
+    allowed = (-(1.2**2) * torch.expm1(gamma[:, None] - gamma) <= 1).triu(1)
+    assert torch.equal(found.isfinite(), allowed)
+    assert not allowed[0, 8] and allowed[:-1, 1:].diagonal().all()
+    steps = best_grid(wide, data, 8, examples=64).tolist()
+    assert all(wide.schedule is not None and s < t for s, t in itertools.pairwise(steps))
+    with torch.no_grad():
+        wide.bound(data.x[:4], steps=TimeGrid(steps))
+    with pytest.raises(UserError, match="eta is too large"):
+        StepCosts(TimeGrid(8), found).best_grid(1)
+
+
+def test_a_model_with_weights_that_are_not_finite_has_no_grid() -> None:
+    costs = torch.full((5, 5), torch.nan, dtype=F64)
+    with pytest.raises(UserError, match="not finite"):
+        StepCosts(TimeGrid(4), costs).best_grid(2)

@@ -4,10 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ndm.data import Digits
 from ndm.random import part_seed
-from ndm.train.batches import RunBatches, WithFlips
+from ndm.train.batches import Feistel, RunBatches, WithFlips, shuffle
 
 
 def plan(**changes: int) -> list[list[int]]:
@@ -65,3 +66,22 @@ def test_flips_add_the_mirror_image_of_every_image() -> None:
     np.testing.assert_array_equal(flips[chosen], expected)
     assert split.labels is not None and flips.labels is not None
     assert flips.labels[chosen].tolist() == split.labels[plain].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000, 4097])
+def test_a_permutation_without_memory_is_one(count: int) -> None:
+    numbers = [Feistel(count, [7, 0])(index) for index in range(count)]
+    assert sorted(numbers) == list(range(count))
+    if count > 16:
+        assert numbers != [Feistel(count, [7, 1])(index) for index in range(count)]
+        assert numbers != list(range(count))
+
+
+def test_a_permutation_without_memory_spreads_neighbors_evenly() -> None:
+    count = 3 * 10**9
+    found = np.array([Feistel(count, [1, 2])(index) for index in range(4000)]) / count
+    assert scipy.stats.kstest(found, "uniform").pvalue > 0.001
+    assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.06
+    assert shuffle(count, [1, 2])(17) == Feistel(count, [1, 2])(17)
+    small = shuffle(100, [3])
+    assert [small(i) for i in range(100)] == np.random.default_rng([3]).permutation(100).tolist()

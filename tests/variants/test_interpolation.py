@@ -14,7 +14,7 @@ from ndm.nn import MLP
 from ndm.predictor import Predictor
 from ndm.schedule import FlowMatchingSchedule, LearnedSchedule, LinearLogSNRSchedule, Schedule
 from ndm.serialize import load_model, save_model
-from ndm.transform import SeparableTransform
+from ndm.transform import SeparableTransform, SumTransform
 from ndm.variants.interpolation import (
     InterpolationCurve,
     InterpolationScale,
@@ -275,4 +275,18 @@ def test_a_network_can_serve_as_f_with_stretched_noise() -> None:
     free = TransportNDM(model.schedule, *parts).double()
     level = model.process.level(t, x)
     found, expected = (interpolation_curve(m, x).stretch(level)[0] for m in (free, model))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_interpolation_inside_of_a_sum_follows_the_model() -> None:
+    schedule = LinearLogSNRSchedule(-8.0, 4.0)
+    inside = SumTransform([InterpolationTransform()])
+    models = [
+        TransportNDM(schedule, transform, MonotoneMap(), GaussianDecoder(), InterpolationScale())
+        for transform in (inside, InterpolationTransform())
+    ]
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        model.bound(x, generator=torch.Generator().manual_seed(1)).total for model in models
+    )
     torch.testing.assert_close(found, expected)

@@ -1,7 +1,7 @@
 """``ndm compare``: train and measure several configurations under the same budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,16 @@ class CompareSettings:
             )
         self.measures()
 
-    def measures(self, trained: int | None = None) -> Measures:
+    def measures(self, trained: Collection[int] = ()) -> Measures:
         """Return the quantities to measure for every run.
 
         Args:
-            trained: the T that the rows are trained for; None in continuous time.
+            trained: the numbers of steps T that rows are trained for; none in continuous time.
 
         Raises:
             UserError: the numbers of steps are not integers.
         """
-        usual = "10,50,1000" if trained is None else str(trained)
+        usual = ",".join(map(str, sorted(trained))) or "10,50,1000"
         wanted = usual if self.horizons is None else self.horizons
         steps = step_numbers("horizons", wanted, 10**6, "10,50,1000")
         fit = (self.grid, self.variance) if self.calibrate else None
@@ -157,7 +157,9 @@ def compare(settings: CompareSettings, overrides: tuple[str, ...] = ()) -> None:
         # Steps are timed with as many threads as the runs will have.
         torch.set_num_threads(threads_for(settings.jobs))
     plan = read_plan(out, rows, settings.budget, settings.seconds, settings.train_steps)
-    measures = settings.measures(parts.model.steps)
+    horizons = (build(row).model.steps for row in rows)
+    trained = {steps for steps in horizons if steps is not None}
+    measures = settings.measures(trained)
     jobs = _jobs(rows, plan, settings, measures)
     sha256 = data.describe().sha256
     for job in jobs:

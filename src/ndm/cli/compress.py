@@ -1,6 +1,5 @@
 """``ndm compress``, ``ndm decompress`` and ``ndm inspect``: lossless compression with a model."""
 
-import math
 import os
 import shutil
 import sys
@@ -155,7 +154,8 @@ def compress(
     edges = int(over_the_edge(items, event_shape).sum())
     place = _device(device)
     network.to(place)
-    tell = None if steps else partial(_print_forecast, size=index.size)
+    size = sum(item.size(event_shape) for item in items)
+    tell = None if steps else partial(_print_forecast, size=size)
     plan, chosen = choose_plan(
         network, index, event_shape, steps, batch_size, tell=tell, edges=edges
     )
@@ -331,7 +331,7 @@ def _printable(name: str) -> str:
 
 
 def _print_rates(archive: Archive, size: int) -> None:
-    values = sum(item.size(math.prod(archive.event_shape)) for item in archive.items)
+    values = sum(item.size(archive.event_shape) for item in archive.items)
     initial = 4 * archive.coded.initial
     images = 4 * len(archive.coded.words) - initial
     rest = size - initial - images

@@ -85,7 +85,7 @@ def markdown(
         name: min(row["measures"][name]["mean"] for row in summary if name in row["measures"])
         for name in names
     }
-    main = names[0] if names else ""
+    main = _main_measure(summary)
     head = ["model", "parameters", "seeds", "steps", "ms/step", "minutes", *names]
     if baseline:
         head.append(f"{main}, difference to {baseline}")
@@ -105,12 +105,21 @@ def markdown(
     return f"{table}\n{unit}. " + " ".join(protocol) + "\n"
 
 
+def _main_measure(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first measure that all measured rows have, or else the first."""
+    measured = [row["measures"] for row in summary if row["measures"]]
+    names = list(dict.fromkeys(name for row in measured for name in row))
+    shared = [name for name in names if all(name in row for row in measured)]
+    return next(iter([*shared, *names]), "")
+
+
 def plot(path: Path, summary: Sequence[Mapping[str, Any]], unit: str) -> None:
-    """Plot the first measure against training time and number of parameters, as PNG or PDF."""
+    """Plot the main measure against training time and number of parameters, as PNG or PDF."""
     shown = [row for row in summary if row["measures"]]
     if not shown:
         return
-    name = next(iter(shown[0]["measures"]))
+    name = _main_measure(shown)
+    shown = [row for row in shown if name in row["measures"]]
     figure = new_figure(8.6, 3.8)
     axes = figure.subplots(1, 2, sharey=True)
     for index, row in enumerate(shown):

@@ -20,7 +20,7 @@ A crop is a square of the averaged image:
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -93,10 +93,14 @@ def described_cropping(version: str) -> Cropping | None:
 
 def averaged(pixels: np.ndarray, side: int) -> np.ndarray:
     """Average blocks of ``side`` x ``side`` of ``(C, H, W)``, uint8; halves are rounded up."""
+    if side == 1:
+        return pixels
     channels, height, width = pixels.shape
     rows, columns = height // side, width // side
-    blocks = pixels[:, : rows * side, : columns * side].astype(np.int64)
-    sums = blocks.reshape(channels, rows, side, columns, side).sum((2, 4))
+    sums = np.zeros((channels, rows, columns), dtype=np.uint32)
+    for down in range(side):
+        for right in range(side):
+            sums += pixels[:, down : rows * side : side, right : columns * side : side]
     return ((2 * sums + side**2) // (2 * side**2)).astype(np.uint8)
 
 
@@ -132,11 +136,19 @@ class CroppedImages(EventDataset):
         self._counts = counts
         self._margins = (places - counts * side) // 2
         self._ends = np.cumsum(counts.prod(1))
-        self.labels = None
-        if images.labels is not None:
-            self.labels = images.labels.repeat_interleave(torch.from_numpy(counts.prod(1)))
         self._kept: dict[int, np.ndarray] = {}
         self._bytes = 0
+
+    @property
+    def labels(self) -> Tensor | None:  # type: ignore[override]
+        """Class of each crop, made when needed: there may be millions of crops."""
+        if self.images.labels is None:
+            return None
+        return self.images.labels.repeat_interleave(torch.from_numpy(self._counts.prod(1)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the decoded images out of what other processes get."""
+        return {**vars(self), "_kept": {}, "_bytes": 0}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -294,6 +294,8 @@ def encoded(
     )
     if size is None and cropping is None and expected is not None:
         found.first = ("", expected)
+    if cropping is not None:
+        content.digest(cropping.describe().encode())
     shapes: dict[str, list[tuple[int, int]]] = {}
     total = sum(len(images) for images in splits.values())
     bar: dict[str, Any] = {"unit": "image", "delay": 2, "disable": None, "leave": False}

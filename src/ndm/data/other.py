@@ -87,12 +87,23 @@ def _images(source: DataSource | None, folder: Path, trained: DataDescription) -
         )
     channels, height, width = trained.event_shape
     cropping, size = described_cropping(trained.version), None
-    if cropping is None:
+    files = some_image_files(folder)
+    if cropping is not None and _have_size(files, channels, (height, width)):
+        cropping = None  # such as samples of the model
+    elif cropping is None:
         size = getattr(source, "size", None) or described_size(trained.version)
-    images = FileImages(some_image_files(folder), channels, size, None, folder, cropping)
+    images = FileImages(files, channels, size, None, folder, cropping)
     version = "image folder" + ("" if cropping is None else cropping.describe())
     name = folder.resolve().name
     return encoded(name, version, {ALL: images}, expected=(height, width))
+
+
+def _have_size(files: Sequence[Path], channels: int, size: tuple[int, int]) -> bool:
+    """Whether the first image has (height, width) ``size``; False if it is damaged."""
+    try:
+        return FileImages(files, channels, None, None).size_of(0) == size
+    except UserError:
+        return False
 
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:

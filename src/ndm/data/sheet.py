@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ndm.data.formats import ImageError, open_image
+from ndm.data.formats import LARGEST, ImageError, open_image
 
 LONGEST = 16_383
 """Most pixels of a side of a WebP picture."""
@@ -16,8 +16,12 @@ def fits_webp(count: int, event_shape: Sequence[int], num_values: int) -> bool:
     """Return whether one WebP picture can hold some images, gray or in color."""
     if len(event_shape) != 3 or event_shape[0] not in (1, 3) or num_values > 256:
         return False
+    from PIL import features
+
     rows, columns = _layout(count)
-    return max(rows * event_shape[1], columns * event_shape[2]) <= LONGEST
+    height, width = rows * event_shape[1], columns * event_shape[2]
+    small = max(height, width) <= LONGEST and height * width <= LARGEST
+    return small and bool(features.check("webp"))
 
 
 def encode_webp(images: np.ndarray) -> bytes:

@@ -53,13 +53,14 @@ class StepCosts:
     candidates: TimeGrid
     """The candidates t_0 ... t_M."""
     costs: Tensor
-    """c(t_i, t_j), ``(M + 1, M + 1)``, nats, float64; infinite unless i < j."""
+    """c(t_i, t_j), ``(M + 1, M + 1)``, nats, float64; infinite unless i < j and eta allows it."""
 
     def best_grid(self, steps: int) -> TimeGrid:
         """Return the grid of T steps with the least total cost.
 
         Raises:
-            UserError: T is larger than the number of candidate steps.
+            UserError: T is larger than the number of candidate steps, or no such grid has a finite
+                cost.
         """
         check_whole("steps", steps, 1)
         most = self.candidates.steps
@@ -71,6 +72,11 @@ class StepCosts:
         for _ in range(steps):
             total, origin = (total[:, None] + self.costs).min(0)
             origins.append(origin)
+        if not total[most].isfinite():
+            raise UserError(
+                f"no times of {steps} steps have a finite bound: the model's output is not finite,"
+                " or its eta is too large for so few steps"
+            )
         path = [most]
         for origin in reversed(origins):
             path.append(int(origin[path[-1]]))
@@ -159,6 +165,7 @@ def step_costs(
     dims = data[0].numel()
     size = max(1, min(batch_size, _NUMBERS // (dims * (candidates + 1))))
     sums = torch.zeros(2, candidates + 1, candidates + 1, dtype=torch.float64)
+    possible = torch.zeros(candidates + 1, candidates + 1, dtype=torch.bool)
     batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     bar = tqdm(
         total=len(batches) * candidates,
@@ -173,21 +180,23 @@ def step_costs(
             x = data.__getitems__(batch).to(model.like)
             curve = reverse.process.curve(x)
             noise = standard_normal(curve.like, ExampleGenerators(seed, batch, _GRID))
-            for j, squares, logs in _step_errors(reverse, model.eta, curve, grid, noise):
-                sums[0, :j, j] += squares
-                sums[1, :j, j] += logs
+            for i, j, squares, logs in _step_errors(reverse, model.eta, curve, grid, noise):
+                sums[0, i:j, j] += squares
+                sums[1, i:j, j] += logs
+                possible[i:j, j] = True
                 bar.update()
     excess, logs = sums / len(chosen)
     costs = torch.full_like(excess, torch.inf)
-    later = torch.ones_like(excess, dtype=torch.bool).triu(1)
-    costs[later] = 0.5 * event_size(noise) * (torch.log1p(excess) + logs)[later]
+    costs[possible] = 0.5 * event_size(noise) * (torch.log1p(excess) + logs)[possible]
     return StepCosts(grid, costs)
 
 
 def _step_errors(
     reverse: MarkovReverse, eta: float, curve: Curve, grid: TimeGrid, noise: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield j, and for the steps from t_j to all t_i, i < j, two sums over the batch, ``(j,)``.
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield i, j, and for the steps from t_j to t_i ... t_{j-1} two sums over the batch.
+
+    t_i is the first time that eta allows to reach from t_j. Each sum is ``(j - i,)``.
 
     They are the means over the dimensions of (1 + Δmu²/v)/r - 1 and of log r, where r is the
     learned reverse variance, or 1.
@@ -196,23 +205,28 @@ def _step_errors(
     levels = [process.level(time, noise) for time in grid.tolist()]
     true = torch.stack([curve.at(level) for level in levels])
     dims = event_size(true[0])
+    gamma = torch.stack([level.gamma[0].double() for level in levels]).cpu()
     for j in range(1, grid.steps + 1):
+        allowed = -(eta**2) * torch.expm1(gamma[:j] - gamma[j]) <= 1
+        if not bool(allowed[-1]):
+            continue
+        i = int(allowed.int().argmax())
         z = gaussian(true[j], levels[j]).sample(noise)
         guess = reverse.guess(z, levels[j], eta)
-        at = [guess.curve.at(level) for level in levels[: j + 1]]
-        error = true[: j + 1] - torch.stack(at)
-        index = torch.arange(j, dtype=torch.float64, device=noise.device)
+        at = [guess.curve.at(level) for level in levels[i : j + 1]]
+        error = true[i : j + 1] - torch.stack(at)
+        index = torch.arange(i, j, dtype=torch.float64, device=noise.device)
         s = process.level(grid.at(index), index.to(noise.dtype))
         t = process.level(grid.at(torch.full_like(index, j)), index.to(noise.dtype))
         step = posterior_coefficients(s, t, eta)
         shape = (-1, *[1] * (error.dim() - 1))
         weight, alpha = step.target_weight.view(shape), s.alpha.view(shape)
-        mean_error = weight * error[j] + alpha * (error[:j] - error[j])
+        mean_error = weight * error[-1] + alpha * (error[:-1] - error[-1])
         square = mean_error.square() / step.variance.view(shape)
         if guess.variance is None:
-            yield j, (square.flatten(1).sum(1).double() / dims).cpu(), torch.zeros(j)
+            yield i, j, (square.flatten(1).sum(1).double() / dims).cpu(), torch.zeros(j - i)
             continue
         learned = weight**2 / step.variance.view(shape) * guess.variance
         square = (square - learned) / (1 + learned)
         sums = [part.flatten(1).sum(1).double() / dims for part in (square, torch.log1p(learned))]
-        yield j, sums[0].cpu(), sums[1].cpu()
+        yield i, j, sums[0].cpu(), sums[1].cpu()

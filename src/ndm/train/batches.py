@@ -9,7 +9,7 @@ Its random numbers are seeded by the run's seed and m. An interrupted run theref
 at its checkpoint, and two processes compute the same as one process with two accumulated batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ndm.data import EventDataset
+
+_STORED, _WORD = 2**24, 2**64 - 1
 
 
 class WithFlips(EventDataset):
@@ -28,7 +30,11 @@ class WithFlips(EventDataset):
 
     def __init__(self, images: EventDataset):
         self.images = images
-        self.labels = None if images.labels is None else images.labels.repeat(2)
+
+    @property
+    def labels(self) -> Tensor | None:  # type: ignore[override]
+        """Class of each example."""
+        return None if self.images.labels is None else self.images.labels.repeat(2)
 
     def __len__(self) -> int:
         return 2 * len(self.images)
@@ -74,14 +80,63 @@ class RunBatches(Sampler[list[int]]):
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        passes: dict[int, np.ndarray] = {}
+        passes: dict[int, Callable[[int], int]] = {}
         for index in range(self.first_step * self.accumulate, len(self)):
             start = (index * self.processes + self.rank) * self.size
             first, last = start // self.examples, (start + self.size - 1) // self.examples
             for number in range(first, last + 1):
                 if number not in passes:
-                    generator = np.random.default_rng([self.seed, number])
-                    passes[number] = generator.permutation(self.examples)
+                    passes[number] = shuffle(self.examples, [self.seed, number])
             passes = {number: order for number, order in passes.items() if number >= first}
             positions = (divmod(start + i, self.examples) for i in range(self.size))
-            yield [int(passes[number][index]) for number, index in positions]
+            yield [passes[number](index) for number, index in positions]
+
+
+def shuffle(count: int, seed: Sequence[int]) -> Callable[[int], int]:
+    """Return a random permutation of 0 ... count-1, as a function.
+
+    Beyond 16 million numbers it is computed one by one instead of stored.
+    """
+    if count > _STORED:
+        return Feistel(count, seed)
+    order = np.random.default_rng(seed).permutation(count)
+    return lambda index: int(order[index])
+
+
+class Feistel:
+    """A pseudo-random permutation of 0 ... count-1 that takes no memory.
+
+    A network of six rounds permutes the numbers of an even number of bits, fewer than 4 count of
+    them. It is repeated until the result is below count (Black & Rogaway 2002).
+
+    Args:
+        count: how many numbers.
+        seed: seed of the rounds.
+    """
+
+    def __init__(self, count: int, seed: Sequence[int]):
+        self.count, self._half = count, ((count - 1).bit_length() + 1) // 2 or 1
+        keys = np.random.default_rng(seed).integers(0, 2**63, size=6)
+        self._keys = [int(key) for key in keys]
+
+    def __call__(self, index: int) -> int:
+        """Return the number at a position."""
+        while True:
+            index = self._permuted(index)
+            if index < self.count:
+                return index
+
+    def _permuted(self, index: int) -> int:
+        mask = (1 << self._half) - 1
+        left, right = index >> self._half, index & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        return left << self._half | right
+
+
+def _mixed(value: int) -> int:
+    """Return 64 bits that depend on all bits of a number (splitmix64)."""
+    value = (value + 0x9E3779B97F4A7C15) & _WORD
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _WORD
+    return value ^ value >> 31

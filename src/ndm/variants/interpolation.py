@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndm.curve import Curve
 from ndm.errors import UserError
@@ -207,7 +207,8 @@ class InterpolationCurve(ScaledCurve):
 
 
 def follow(parts: tuple[Any, ...], transport: TransportMap, schedule: Schedule) -> None:
-    """Let the parts that follow lines follow those of ``transport``."""
+    """Let the parts that follow lines, and those inside of parts, follow those of ``transport``."""
     for part in parts:
-        if isinstance(part, _Interpolated):
-            part.follow(transport, schedule)
+        for module in part.modules() if isinstance(part, nn.Module) else (part,):
+            if isinstance(module, _Interpolated):
+                module.follow(transport, schedule)

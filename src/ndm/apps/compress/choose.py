@@ -11,6 +11,7 @@ with T and 1/B. The bound is estimated on a few of the images with the times of 
 reverse variance that minimize it; the archive stores both.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def choose_plan(
             continue
         if tell is not None:
             tell(forecasts[-1])
-        if len(forecasts) > 1 and forecasts[-1].bits > 1.5 * min(one.bits for one in forecasts):
+        best = min(range(len(forecasts)), key=lambda index: forecasts[index].bits)
+        if len(forecasts) > best + 2:
             break  # from here on, more steps only add initial bits
     least = min(one.bits for one in forecasts)
     chosen = next(one for one in forecasts if one.bits <= (1 + _SLACK) * least)
@@ -144,10 +146,13 @@ def _grids(model: DiffusionModel, rows: Rows, steps: int | None) -> dict[int, Ti
     if steps is not None:
         return {steps: best_grid(model, rows, steps)}
     costs = step_costs(model, rows, MOST_FITTED, examples=default_examples(rows))
-    return {
-        candidate: costs.best_grid(candidate) if candidate <= MOST_FITTED else TimeGrid(candidate)
-        for candidate in CANDIDATES
-    }
+    grids = {}
+    for candidate in CANDIDATES:
+        grids[candidate] = TimeGrid(candidate)
+        with contextlib.suppress(UserError):  # eta may be too large for so few steps
+            if candidate <= MOST_FITTED:
+                grids[candidate] = costs.best_grid(candidate)
+    return grids
 
 
 def _forecast(

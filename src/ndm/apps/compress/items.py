@@ -67,9 +67,12 @@ class Item:
         """Whether it is an image that is cut into tiles."""
         return self.kind == "image" and bool(self.shape)
 
-    def size(self, dims: int) -> int:
-        """Return the number of its values; an image of the model has ``dims``."""
-        return math.prod(self.shape) if self.shape else self.count * dims
+    def size(self, event_shape: Sequence[int]) -> int:
+        """Return the number of its values, those of a gray image once."""
+        if self.kind != "image":
+            return self.count * math.prod(event_shape)
+        height, width = (self.shape or tuple(event_shape))[1:]
+        return CHANNELS.get(self.mode, 0) * height * width
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description in a form that JSON can store."""
