@@ -63,10 +63,10 @@ def test_the_grid_is_the_optimum_by_brute_force(steps: int) -> None:
     grids = [(0, *inner, 12) for inner in itertools.combinations(range(1, 12), steps - 1)]
     totals = [sum(float(costs[s, t]) for s, t in itertools.pairwise(indices)) for indices in grids]
     best = grids[min(range(len(grids)), key=totals.__getitem__)]
-    found = StepCosts(candidates, costs).best_grid(steps)
+    found = StepCosts(candidates, costs, costs).best_grid(steps)
     assert found.tolist() == [candidates.tolist()[index] for index in best]
     with pytest.raises(UserError, match="at most 12"):
-        StepCosts(candidates, costs).best_grid(13)
+        StepCosts(candidates, costs, costs).best_grid(13)
 
 
 @pytest.mark.parametrize("steps", [4, 10])
@@ -79,7 +79,7 @@ def test_a_fitted_grid_costs_within_a_fifth_of_a_percent_of_the_optimum(steps: i
         indices = [round(40 * time) for time in grid.tolist()]
         return sum(float(costs[s, t]) for s, t in itertools.pairwise(indices))
 
-    best = total(StepCosts(TimeGrid(40), costs).best_grid(steps))
+    best = total(StepCosts(TimeGrid(40), costs, costs).best_grid(steps))
     assert best <= total(found) < 1.002 * best
     assert total(TimeGrid(steps)) > 1.005 * best
 
@@ -100,6 +100,17 @@ def test_costs_are_the_errors_of_the_bound() -> None:
                 error = discrete_errors(ndm.reverse_process, curve, draw, grid).error
                 expected = torch.log1p(error.square().mean())  # D/2 = 1
                 torch.testing.assert_close(found.costs[i, j], expected, rtol=1e-10, atol=0)
+
+
+def test_the_variance_of_a_grid_is_the_best_one() -> None:
+    ndm, data = model(), points(200)
+    costs = step_costs(ndm, data, 16, examples=200)
+    grid = costs.best_grid(4)
+    found = costs.variance_ratio(grid)
+    expected = best_variance_ratio(ndm, data, grid, examples=200)
+    torch.testing.assert_close(found.values.log(), expected.values.log(), rtol=0, atol=0.15)
+    excess = torch.expm1(2 * costs.costs[0, 16] / 2)  # D = 2
+    torch.testing.assert_close(costs.ratios[0, 16] - 1, excess)
 
 
 def test_fitting_lowers_the_bound_of_held_out_data() -> None:
@@ -223,10 +234,10 @@ def test_steps_that_a_large_eta_forbids_are_left_out() -> None:
     with torch.no_grad():
         wide.bound(data.x[:4], steps=TimeGrid(steps))
     with pytest.raises(UserError, match="eta is too large"):
-        StepCosts(TimeGrid(8), found).best_grid(1)
+        StepCosts(TimeGrid(8), found, found).best_grid(1)
 
 
 def test_a_model_with_weights_that_are_not_finite_has_no_grid() -> None:
     costs = torch.full((5, 5), torch.nan, dtype=F64)
     with pytest.raises(UserError, match="not finite"):
-        StepCosts(TimeGrid(4), costs).best_grid(2)
+        StepCosts(TimeGrid(4), costs, costs).best_grid(2)

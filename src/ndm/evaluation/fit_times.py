@@ -36,6 +36,7 @@ from ndm.random import ExampleGenerators, standard_normal
 from ndm.reverse import MarkovReverse, require_markov
 from ndm.shapes import event_size
 from ndm.time_grid import TimeGrid
+from ndm.time_sampling import PiecewiseConstant
 
 CANDIDATES = 64
 """M, the default number of candidate steps, at least."""
@@ -52,6 +53,8 @@ class StepCosts:
 
     candidates: TimeGrid
     """The candidates t_0 ... t_M."""
+    ratios: Tensor
+    """The best reverse variance of each step over v, 1 + u, in the shape of ``costs``."""
     costs: Tensor
     """c(t_i, t_j), ``(M + 1, M + 1)``, nats, float64; infinite unless i < j and eta allows it."""
 
@@ -82,6 +85,11 @@ class StepCosts:
             path.append(int(origin[path[-1]]))
         times = self.candidates.tolist()
         return TimeGrid([times[index] for index in reversed(path)])
+
+    def variance_ratio(self, grid: TimeGrid) -> PiecewiseConstant:
+        """Return the best reverse variance of a grid of candidate times."""
+        places = [round(time * self.candidates.steps) for time in grid.tolist()]
+        return PiecewiseConstant(self.ratios[places[:-1], places[1:]], grid)
 
 
 def best_grid(
@@ -120,19 +128,23 @@ def best_grid(
     check_whole("candidates", candidates, 1)
     if not 1 < steps <= MOST_FITTED:
         return TimeGrid(steps)
-    multiple = max(2, -(-candidates // steps))
     if examples is None:
         examples = default_examples(data)
     costs = step_costs(
         model,
         data,
-        steps * multiple,
+        candidates_for(steps, candidates),
         examples=examples,
         batch_size=batch_size,
         seed=seed,
         progress=progress,
     )
     return costs.best_grid(steps)
+
+
+def candidates_for(steps: int, least: int = CANDIDATES) -> int:
+    """Return the number of candidate steps for T steps, a multiple of T."""
+    return steps * max(2, -(-least // steps))
 
 
 def default_examples(data: EventDataset) -> int:
@@ -188,7 +200,7 @@ def step_costs(
     excess, logs = sums / len(chosen)
     costs = torch.full_like(excess, torch.inf)
     costs[possible] = 0.5 * event_size(noise) * (torch.log1p(excess) + logs)[possible]
-    return StepCosts(grid, costs)
+    return StepCosts(grid, 1 + excess, costs)
 
 
 def _step_errors(

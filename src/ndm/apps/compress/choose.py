@@ -26,7 +26,7 @@ from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_variance_ratio
-from ndm.evaluation.fit_times import MOST_FITTED, best_grid, default_examples, step_costs
+from ndm.evaluation.fit_times import MOST_FITTED, candidates_for, default_examples, step_costs
 from ndm.model import DiffusionModel
 from ndm.random import ExampleGenerators
 from ndm.time_grid import TimeGrid
@@ -124,9 +124,9 @@ def choose_plan(
         edges,
         8 * len(encode_lead(index[:edges], event_shape, num_values)) if edges else 0.0,
     )
-    for candidate, grid in grids.items():
+    for candidate, (grid, ratio) in grids.items():
         try:
-            forecasts.append(_forecast(model, rows, grid, batch, width, lead, len(index)))
+            forecasts.append(_forecast(model, rows, grid, ratio, batch, width, lead, len(index)))
         except UserError:  # eta may be too large for so few steps
             if candidate == list(grids)[-1]:
                 raise
@@ -141,17 +141,25 @@ def choose_plan(
     return make_plan(model, chosen.grid, chosen.batch, chosen.variance_ratio, width), chosen
 
 
-def _grids(model: DiffusionModel, rows: Rows, steps: int | None) -> dict[int, TimeGrid]:
-    """Return the fitted times of the numbers of steps to choose from."""
-    if steps is not None:
-        return {steps: best_grid(model, rows, steps)}
-    costs = step_costs(model, rows, MOST_FITTED, examples=default_examples(rows))
-    grids = {}
-    for candidate in CANDIDATES:
-        grids[candidate] = TimeGrid(candidate)
-        with contextlib.suppress(UserError):  # eta may be too large for so few steps
-            if candidate <= MOST_FITTED:
-                grids[candidate] = costs.best_grid(candidate)
+def _grids(
+    model: DiffusionModel, rows: Rows, steps: int | None
+) -> dict[int, tuple[TimeGrid, PiecewiseConstant | None]]:
+    """Return the fitted times and variances of the numbers of steps to choose from.
+
+    Of more than 64 steps the times are equal, and the variance is None: not fitted yet.
+    """
+    wanted = CANDIDATES if steps is None else (steps,)
+    grids: dict[int, tuple[TimeGrid, PiecewiseConstant | None]] = {
+        candidate: (TimeGrid(candidate), None) for candidate in wanted
+    }
+    if steps is None or steps <= MOST_FITTED:
+        most = MOST_FITTED if steps is None else candidates_for(steps)
+        costs = step_costs(model, rows, most, examples=default_examples(rows))
+        for candidate in wanted:
+            with contextlib.suppress(UserError):  # eta may be too large for so few steps
+                if candidate <= MOST_FITTED:
+                    grid = costs.best_grid(candidate)
+                    grids[candidate] = grid, costs.variance_ratio(grid)
     return grids
 
 
@@ -159,13 +167,14 @@ def _forecast(
     model: DiffusionModel,
     rows: Rows,
     grid: TimeGrid,
+    ratio: PiecewiseConstant | None,
     batch: int | None,
     width: float,
     lead: LeadCost,
     count: int,
 ) -> Forecast:
     dims, steps = rows.dims, grid.steps
-    variance_ratio = best_variance_ratio(
+    variance_ratio = ratio or best_variance_ratio(
         model, rows, grid, bins=_BINS, examples=_EXAMPLES, batch_size=_ROWS
     )
     numbers = spread(len(rows), _EXAMPLES)
