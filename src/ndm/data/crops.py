@@ -20,7 +20,7 @@ A crop is a square of the averaged image:
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from torch import Tensor
 from ndm.data.source import EventDataset
 from ndm.decoder import to_grid
 from ndm.errors import UserError, check_choice, check_whole
-
-if TYPE_CHECKING:
-    from ndm.data.images import EncodedImages
 
 CropKind = Literal["center", "grid", "random"]
 _CACHE = 2**29  # bytes of decoded images to keep in memory
@@ -104,6 +101,15 @@ def averaged(pixels: np.ndarray, side: int) -> np.ndarray:
     return ((2 * sums + side**2) // (2 * side**2)).astype(np.uint8)
 
 
+class Pictures(Protocol):
+    """Images of any size that are decoded when needed."""
+
+    labels: Tensor | None
+
+    def decode(self, index: int) -> np.ndarray:
+        """Return the pixels of an image, uint8, ``(channels, height, width)``."""
+
+
 class CroppedImages(EventDataset):
     """A split of crops.
 
@@ -117,7 +123,7 @@ class CroppedImages(EventDataset):
 
     def __init__(
         self,
-        images: "EncodedImages",
+        images: Pictures,
         sizes: Sequence[tuple[int, int]],
         cropping: Cropping,
         every_place: bool,

@@ -6,12 +6,25 @@ last column or row of the image. Such tiles are coded without the model
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ndm.apps.compress.items import Item
+
+class Covered(Protocol):
+    """What tiles, or whole images, cover: an item of an archive."""
+
+    @property
+    def count(self) -> int:
+        """Number of images of the model's size."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an image that is cut into tiles."""
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether it is cut into tiles."""
 
 
 def layout(height: int, width: int, tile: tuple[int, int]) -> tuple[int, int]:
@@ -38,7 +51,7 @@ def join(tiles: np.ndarray, shape: Sequence[int], tile: tuple[int, int]) -> np.n
     return full[:, :height, :width]
 
 
-def over_the_edge(items: Sequence["Item"], event_shape: Sequence[int]) -> np.ndarray:
+def over_the_edge(items: Sequence[Covered], event_shape: Sequence[int]) -> np.ndarray:
     """Return which images, ``(N,)``, are tiles that reach over an edge."""
     found = []
     for item in items:
@@ -53,7 +66,7 @@ def over_the_edge(items: Sequence["Item"], event_shape: Sequence[int]) -> np.nda
     return np.concatenate(found)
 
 
-def coding_order(items: Sequence["Item"], event_shape: Sequence[int]) -> np.ndarray:
+def coding_order(items: Sequence[Covered], event_shape: Sequence[int]) -> np.ndarray:
     """Return the numbers of all images in the order in which they are coded: first the edges."""
     edge = over_the_edge(items, event_shape)
     return np.concatenate([np.flatnonzero(edge), np.flatnonzero(~edge)])
