@@ -9,7 +9,7 @@ bytes      content
 4          version, little-endian like all numbers
 5 x 4      sizes: bytes of header, steps T, images, exceptions, words
 ...        header: JSON in UTF-8, compressed by zlib
-20 T + 32  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
+12 T + 22  plan (:meth:`ndm.apps.compress.chain.Plan.pack`)
 8          checksum of the levels of all images
 8 each     exceptions: call and position of a rounding, 4 bytes each
 4 each     words of the stack

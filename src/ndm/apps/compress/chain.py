@@ -60,17 +60,19 @@ _OCTAVE = 32
 """The learned reverse variance is rounded to powers of 2^(1/32)."""
 _ROOTS = np.round(np.exp2(np.arange(2 * _OCTAVE) / (2 * _OCTAVE)) * 2**40) / 2**40
 _LARGEST = 20  # largest learned r, as a power of two
+_PARTS = 2**16  # times are multiples of 1/65536
 
 
 @dataclass(frozen=True)
 class Plan:
     """All numbers, apart from the weights, on which encoder and decoder must agree.
 
-    The archive stores them in single precision, except for the times.
+    The archive stores the times in 65536ths, spreads in half and all other numbers in single
+    precision.
     """
 
     times: tuple[float, ...]
-    """The T + 1 times of the steps, from 0 to 1, in double precision."""
+    """The T + 1 times of the steps, from 0 to 1, multiples of 2^-16."""
     batch: int
     """Number of images coded in parallel; the initial bits are proportional to it."""
     width: float
@@ -110,7 +112,7 @@ class Plan:
             "width": ((self.width,), 1 / 64, 4.0),
             "delta": (self.delta, 1e-9, 1e3),
             "gain": (self.gain, 0.0, 1e6),
-            "spread": (self.spread, 1e-3, 1e6),
+            "spread": (self.spread, 1e-3, 6e4),
             "alpha_0": ((self.alpha_0,), 1e-6, 1e3),
             "sharpness": ((self.sharpness,), 1e-6, 1e9),
         }
@@ -119,18 +121,23 @@ class Plan:
                 raise ValueError(f"{name} is out of range")
 
     def pack(self) -> bytes:
-        """Return the plan, little-endian: T and B in 4 bytes, the times as doubles, other numbers
-        in single precision.
+        """Return the plan, little-endian: T and B in 4 bytes, the times between 0 and 1 as
+        2-byte numerators, floats of 4 bytes, and the spreads as floats of 2 bytes.
         """
-        numbers = [self.width, self.alpha_0, self.sharpness, *self.delta, *self.gain, *self.spread]
-        times = np.array(self.times, dtype="<f8").tobytes()
-        start = struct.pack("<II", self.steps, self.batch)
-        return start + times + np.array(numbers, dtype="<f4").tobytes()
+        numbers = [self.width, self.alpha_0, self.sharpness, *self.delta, *self.gain]
+        return b"".join(
+            [
+                struct.pack("<II", self.steps, self.batch),
+                np.rint(np.array(self.times[1:-1]) * _PARTS).astype("<u2").tobytes(),
+                np.array(numbers, dtype="<f4").tobytes(),
+                np.array(self.spread, dtype="<f2").tobytes(),
+            ]
+        )
 
     @staticmethod
     def size(steps: int) -> int:
         """Return the number of bytes of :meth:`pack` for T steps."""
-        return 20 * steps + 32
+        return 12 * steps + 22
 
     @classmethod
     def unpack(cls, data: bytes) -> "Plan":
@@ -142,14 +149,19 @@ class Plan:
         if len(data) < 8:
             raise ValueError("its plan is missing")
         steps, batch = struct.unpack_from("<II", data)
-        if len(data) != cls.size(steps):
+        if not steps or len(data) != cls.size(steps):
             raise ValueError("its plan has the wrong size")
-        times = tuple(np.frombuffer(data, dtype="<f8", offset=8, count=steps + 1).tolist())
-        rest = np.frombuffer(data, dtype="<f4", offset=8 * steps + 16)
-        numbers = tuple(rest.astype(np.float64).tolist())
+
+        def read(kind: str, count: int, offset: int) -> tuple[float, ...]:
+            values = np.frombuffer(data, dtype=kind, count=count, offset=offset)
+            return tuple(values.astype(np.float64).tolist())
+
+        inner = read("<u2", steps - 1, 8)
+        times = (0.0, *(numerator / _PARTS for numerator in inner), 1.0)
+        numbers = read("<f4", 2 * steps + 4, 2 * steps + 6)
         width, alpha_0, sharpness = numbers[:3]
-        delta = numbers[3 : steps + 4]
-        gain, spread = numbers[steps + 4 : 2 * steps + 4], numbers[2 * steps + 4 :]
+        delta, gain = numbers[3 : steps + 4], numbers[steps + 4 :]
+        spread = read("<f2", steps, 10 * steps + 22)
         return cls(times, batch, width, delta, gain, spread, alpha_0, sharpness)
 
 
@@ -175,7 +187,7 @@ def make_plan(
     """
     require_markov(model.reverse_process, "lossless compression")
     schedule, grid = copy.deepcopy(model.schedule).double().cpu(), as_grid(steps)
-    times = torch.tensor(grid.tolist(), dtype=torch.float64)
+    times = torch.tensor(grid.tolist(), dtype=torch.float64).mul(_PARTS).round() / _PARTS
     with torch.no_grad():
         level = schedule(times)
         s, t = _part(level, slice(None, -1)), _part(level, slice(1, None))
@@ -191,7 +203,7 @@ def make_plan(
             width=_single(width),
             delta=tuple(map(_single, delta.tolist())),
             gain=tuple(map(_single, (step.k * delta[1:] / delta[:-1]).tolist())),
-            spread=tuple(map(_single, (ratio.sqrt() / width).tolist())),
+            spread=tuple(float(np.float16(one)) for one in (ratio.sqrt() / width).tolist()),
             alpha_0=_single(float(level.alpha[0])),
             sharpness=_single(float(level.alpha[0] / level.sigma[0])),
         )
