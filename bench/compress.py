@@ -32,8 +32,9 @@ from ndm.apps.compress.chain import Chain
 from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import FAR, NEAR, Clock, decode, encode
 from ndm.apps.compress.items import Item
-from ndm.data import spread
+from ndm.data import EventDataset, spread
 from ndm.evaluation.evaluate import Evaluation
+from ndm.model import DiffusionModel
 from ndm.random import ExampleGenerators
 from ndm.serialize import fingerprint
 from ndm.train.run import Run
@@ -105,33 +106,12 @@ def bare_coder_seconds(symbols: int, calls: int, num_values: int, width: float) 
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run"
-    )
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--steps", type=int, help="T; by default chosen as by ndm compress")
-    parser.add_argument(
-        "--batch-size", type=int, help="images per batch; by default chosen as by ndm compress"
-    )
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
-    model, data = Run(arguments.run).model(), Run(arguments.run).data()
-    split = data.split(arguments.split)
-    numbers = spread(len(split), arguments.images)
-    pixels = data.integers(split.__getitems__(numbers)).numpy()
+def coding(
+    arguments: argparse.Namespace, model: DiffusionModel, split: EventDataset, pixels: np.ndarray
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Encode and decode; return all measures, and the lines of the table."""
     shape, count, values = pixels.shape[1:], len(pixels), pixels.size
     index = pixels.reshape(count, -1)
-    print(
-        f"{count} {arguments.split} images of {data.describe().name},"
-        f" {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads"
-    )
-
     plan, forecast = choose_plan(model, index, shape, arguments.steps, arguments.batch_size)
     chain = Chain(model, plan, shape)
     started = time.perf_counter()
@@ -178,10 +158,56 @@ def main() -> None:
     print(f"ndm: T = {plan.steps}, batches of {plan.batch}")
     for name, value in record.items():
         print(f"  {name:<40}{value:10.4f}")
+    return record, {"ndm, images": net, "ndm, archive": 8 * size / values}
+
+
+def bounds(
+    arguments: argparse.Namespace, model: DiffusionModel, split: EventDataset
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure the bound of the model on the same images, without coding."""
+    steps = arguments.steps or model.steps
+    found = Evaluation(model, split, limit=arguments.images, progress=True).nelbo(steps, 4)
+    name = "ndm, bound" if steps is None else f"ndm, bound of {steps} steps"
+    return {"nelbo_bpd": found.bpd, "nelbo_bpd_stderr": found.bpd_stderr}, {name: found.bpd}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", nargs="?", type=Path, default=Path("runs/digits"), help="folder of a trained run"
+    )
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--steps", type=int, help="T; by default chosen as by ndm compress")
+    parser.add_argument(
+        "--batch-size", type=int, help="images per batch; by default chosen as by ndm compress"
+    )
+    parser.add_argument(
+        "--bound", action="store_true", help="measure the model's bound instead of coding"
+    )
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    model, data = Run(arguments.run).model(), Run(arguments.run).data()
+    split = data.split(arguments.split)
+    numbers = spread(len(split), arguments.images)
+    pixels = data.integers(split.__getitems__(numbers)).numpy()
+    shape, count, values = pixels.shape[1:], len(pixels), pixels.size
+    print(
+        f"{count} {arguments.split} images of {data.describe().name},"
+        f" {' x '.join(map(str, shape))}, {torch.get_num_threads()} threads"
+    )
+
+    if arguments.bound:
+        record, lines = bounds(arguments, model, split)
+    else:
+        record, lines = coding(arguments, model, split, pixels)
     images = pixels.astype(np.uint8)
     print(f"{'':<28}{'bits/dim':>9}{'seconds':>9}")
-    print(f"{'ndm, images':<28}{net:9.4f}{encoding:9.2f}")
-    print(f"{'ndm, archive':<28}{8 * size / values:9.4f}{encoding:9.2f}")
+    for name, rate in lines.items():
+        print(f"{name:<28}{rate:9.4f}")
     for name, compress in rivals(images).items():
         started = time.perf_counter()
         rate = 8 * compress() / values
