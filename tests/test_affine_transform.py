@@ -135,6 +135,7 @@ def test_the_bound_of_gains_is_the_formula() -> None:
     assert abs(float(bound.mean()) - formula(gains)) < 4 * error < 0.02 * formula(gains)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_optimum_of_the_formula() -> None:
     """The gains remove a good part of the cost of five steps, and no gains do better."""
     entropy = float(0.5 * np.log(2 * math.pi * math.e * DEVIATIONS**2).sum())

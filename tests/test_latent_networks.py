@@ -105,6 +105,7 @@ def digits_model(steps: int | None = None) -> NDM:
     return NDM(schedule, encoder, predictor, decoder, reverse="direct", steps=steps)
 
 
+@pytest.mark.slow
 def test_a_latent_model_of_digits_works_end_to_end(tmp_path: Path) -> None:
     data = Digits()
     train, test = data.split("train"), data.split("test")

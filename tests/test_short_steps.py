@@ -286,6 +286,7 @@ def test_every_step_of_a_sampler_has_its_own_variance_ratio(parts: int) -> None:
     assert not torch.equal(*draws)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("steps", [10, 100_000])
 @pytest.mark.parametrize("schedule", ["linear", "learned"])

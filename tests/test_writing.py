@@ -54,6 +54,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert found == ['{\n  "a": 1\n}\n'] and pipe.is_fifo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
 @pytest.mark.parametrize("piped", [True, False])
 def test_standard_output_is_written_to_in_order(name: str, piped: bool, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_wrong_arguments_and_small_images_are_refused(tmp_path: Path) -> None:
     assert skipping.describe().splits == {"train": 1, "test": 1}
 
 
+@pytest.mark.slow
 def test_crops_train_and_evaluate_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -317,6 +317,7 @@ def test_other_images_of_a_wrong_size_are_rejected_by_the_size_of_the_model(tmp_
     assert "wide.png is 9 x 6" in message and "5 x 6" in message and "size=" not in message
 
 
+@pytest.mark.slow
 def test_a_huge_image_is_rejected_before_it_is_decoded(tmp_path: Path) -> None:
     several(tmp_path, 10)
     (tmp_path / "huge.png").write_bytes(png(13_300, 13_400, 8, 2))
