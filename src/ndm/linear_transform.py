@@ -304,24 +304,25 @@ class AffineTransform(Transform):
                 f" shape={self.shape}; give the shape of the data"
             )
         with full_precision(x):  # autocast would multiply in half precision
-            coefficients = self._analysis(x) if self.basis == "cosines" else x
-            terms = self.gains * coefficients[:, None]
-            channels = self._synthesis(terms) if self.basis == "cosines" else terms
+            channels = self._synthesis(self.gains * self._analysis(x)[:, None])
             return Displaced(x, SeparableCurve("noise", channels + self.offsets))
 
     def _analysis(self, x: Tensor) -> Tensor:
         """Return Vᵀ x, in the shape of x."""
-        for axis in range(-len(self.shape), 0):
-            matrix = cosines(x.shape[axis], x.dtype, x.device)
+        for axis, matrix in self._axes(x):
             x = (x.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
         return x
 
     def _synthesis(self, coefficients: Tensor) -> Tensor:
         """Return V c, in the shape of c."""
-        for axis in range(-len(self.shape), 0):
-            matrix = cosines(coefficients.shape[axis], coefficients.dtype, coefficients.device)
+        for axis, matrix in self._axes(coefficients):
             coefficients = (coefficients.movedim(axis, -1) @ matrix).movedim(-1, axis)
         return coefficients
+
+    def _axes(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        """Return the axes of an event with their cosines; none for gains by dimension."""
+        axes = range(-len(self.shape), 0) if self.basis == "cosines" else ()
+        return [(axis, cosines(x.shape[axis], x.dtype, x.device)) for axis in axes]
 
 
 @functools.lru_cache(maxsize=32)

@@ -78,10 +78,10 @@ def test_archives_with_first_images_come_back(lead: int) -> None:
     index = smooth(12, shape, 16)
     chain = Chain(model, make_plan(model, 3, 2), shape)
     coded = encode(chain, index, lead)
-    assert (coded.lead > 0) == (lead > 0)
+    assert (coded.lead_words > 0) == (lead > 0)
     np.testing.assert_array_equal(decode(chain, coded, 12, lead), index)
     if lead == 12:
-        assert len(coded.words) == coded.initial == coded.lead
+        assert len(coded.words) == coded.initial == coded.lead_words
     elif lead:
         with pytest.raises(ValueError, match=r"do not end|first images|too few"):
             decode(chain, coded, 12, lead - 1)

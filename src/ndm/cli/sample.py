@@ -140,9 +140,10 @@ def _check_target(target: Path) -> None:
             f"--out {target}: give a file that ends in .png, .npy or .csv, or a new folder without"
             " suffix"
         )
-    check_name(target)
     if suffix:
         check_option("out", str(target))
+    else:
+        check_name(target)
     if target.exists() and not suffix:
         raise UserError(
             f"--out {target} already exists; give a new folder, or a file that ends in .png, .npy"

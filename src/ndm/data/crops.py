@@ -18,7 +18,7 @@ A crop is a square of the averaged image:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -181,3 +181,22 @@ class CroppedImages(EventDataset):
             self._kept[image] = pixels
             self._bytes += pixels.nbytes
         return pixels
+
+
+def crop_splits(
+    splits: Mapping[str, Pictures],
+    sizes: Mapping[str, Sequence[tuple[int, int]]],
+    cropping: Cropping,
+    num_values: int,
+) -> dict[str, CroppedImages]:
+    """Return the crops of splits of images with these (height, width)."""
+    return {
+        split: CroppedImages(
+            images,
+            sizes[split],
+            cropping,
+            every_place=cropping.kind == "random" and split == "train",
+            num_values=num_values,
+        )
+        for split, images in splits.items()
+    }

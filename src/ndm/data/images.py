@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.data.crops import CroppedImages, Cropping
+from ndm.data.crops import Cropping, crop_splits
 from ndm.data.formats import (
     ImageError,
     check_png,
@@ -85,6 +85,11 @@ class EncodedImages(EventDataset):
         self.size = size
         self.cropping = cropping
         self.labels = None if labels is None else torch.from_numpy(labels).long()
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether an image is an example as it is, so that all must have one size."""
+        return self.size is None and self.cropping is None
 
     @abstractmethod
     def where(self, index: int) -> str:
@@ -160,7 +165,7 @@ class EncodedImages(EventDataset):
                 problem = self.cropping.check_fits(height, width)
                 if problem:
                     raise ImageError(problem)
-            elif self.size is None and expected is not None and shape != expected:
+            elif self.keeps_size and expected is not None and shape != expected:
                 return Inspection(shape, digest, False)
             if image.format == "PNG":
                 check_png(data)
@@ -289,10 +294,9 @@ def encoded(
     """
     require("PIL", "pillow", "data")
     content, found, bad = ContentHash(), _Findings(), dict[str, list[int]]()
-    channels, size, cropping = next(
-        (images.channels, images.size, images.cropping) for images in splits.values()
-    )
-    if size is None and cropping is None and expected is not None:
+    one = next(iter(splits.values()))
+    channels, size, cropping = one.channels, one.size, one.cropping
+    if one.keeps_size and expected is not None:
         found.first = ("", expected)
     if cropping is not None:
         content.digest(cropping.describe().encode())
@@ -317,17 +321,7 @@ def encoded(
         raise UserError(f"{name} has no images in its splits {', '.join(splits)}")
     examples: Mapping[str, EventDataset] = splits
     if cropping is not None:
-        size = cropping.size
-        examples = {
-            split: CroppedImages(
-                images,
-                shapes[split],
-                cropping,
-                cropping.kind == "random" and split == "train",
-                NUM_VALUES,
-            )
-            for split, images in splits.items()
-        }
+        size, examples = cropping.size, crop_splits(splits, shapes, cropping, NUM_VALUES)
     description = DataDescription(
         name,
         version + _describe_findings(found),
@@ -361,7 +355,7 @@ def _inspected(
         found.first = found.first or (images.where(index), one.shape)
         found.transparent += one.transparent
         found.shapes.append(one.shape)
-        if images.size is None and images.cropping is None and one.shape != found.first[1]:
+        if images.keeps_size and one.shape != found.first[1]:
             found.misfits.append((images.where(index), one.shape))
         yield None
 

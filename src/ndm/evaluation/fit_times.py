@@ -128,8 +128,6 @@ def best_grid(
     check_whole("candidates", candidates, 1)
     if not 1 < steps <= MOST_FITTED:
         return TimeGrid(steps)
-    if examples is None:
-        examples = default_examples(data)
     costs = step_costs(
         model,
         data,
@@ -147,19 +145,13 @@ def candidates_for(steps: int, least: int = CANDIDATES) -> int:
     return steps * max(2, -(-least // steps))
 
 
-def default_examples(data: EventDataset) -> int:
-    """Return the number of examples to fit on: fewer if they have more dimensions."""
-    dims = data[0].numel() if len(data) else 1
-    return max(16, min(128, _VALUES // dims))
-
-
 @torch.no_grad()
 def step_costs(
     model: DiffusionModel,
     data: EventDataset,
     candidates: int,
     *,
-    examples: int = 128,
+    examples: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,
@@ -170,11 +162,13 @@ def step_costs(
     """
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")
+    dims = data[0].numel()
+    if examples is None:
+        examples = max(16, min(128, _VALUES // dims))
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         check_whole(name, value, 1)
     reverse = require_markov(model.reverse_process, "a fitted time grid")
     grid, chosen = TimeGrid(candidates), spread(len(data), examples)
-    dims = data[0].numel()
     size = max(1, min(batch_size, _NUMBERS // (dims * (candidates + 1))))
     sums = torch.zeros(2, candidates + 1, candidates + 1, dtype=torch.float64)
     possible = torch.zeros(candidates + 1, candidates + 1, dtype=torch.bool)

@@ -96,7 +96,7 @@ def pack(archive: Archive) -> bytes:
         "low": archive.low,
         "initial": archive.coded.initial,
         "lead": archive.lead,
-        "lead_words": archive.coded.lead,
+        "lead_words": archive.coded.lead_words,
         "items": [item.to_dict() for item in archive.items],
     }
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -178,7 +178,7 @@ def unpack(data: bytes) -> Archive:
     coded = Coded(
         words=np.frombuffer(bits, dtype="<u4").astype(np.uint32),
         initial=initial,
-        lead=_whole(header["lead_words"], 0, initial),
+        lead_words=_whole(header["lead_words"], 0, initial),
         exceptions=np.frombuffer(places, dtype="<u4").astype(np.int64).reshape(-1, 2),
     )
     return Archive(

@@ -26,7 +26,7 @@ from ndm.data import EventDataset, spread
 from ndm.decoder import DiscretizedGaussian
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_variance_ratio
-from ndm.evaluation.fit_times import MOST_FITTED, candidates_for, default_examples, step_costs
+from ndm.evaluation.fit_times import MOST_FITTED, candidates_for, step_costs
 from ndm.model import DiffusionModel
 from ndm.random import ExampleGenerators
 from ndm.time_grid import TimeGrid
@@ -154,7 +154,7 @@ def _grids(
     }
     if steps is None or steps <= MOST_FITTED:
         most = MOST_FITTED if steps is None else candidates_for(steps)
-        costs = step_costs(model, rows, most, examples=default_examples(rows))
+        costs = step_costs(model, rows, most)
         for candidate in wanted:
             with contextlib.suppress(UserError):  # eta may be too large for so few steps
                 if candidate <= MOST_FITTED:

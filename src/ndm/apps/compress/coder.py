@@ -71,7 +71,7 @@ class Coded:
     """The stack, uint32."""
     initial: int
     """Number of words of the stack that are initial bits."""
-    lead: int
+    lead_words: int
     """Number of these words that hold the first images, the last ones."""
     exceptions: np.ndarray
     """Recorded roundings (:class:`ndm.apps.compress.chain.Rounding`), ``(n, 2)``, int64."""
@@ -253,9 +253,9 @@ def decode(
                 bar.update(images)
     except OutOfBits as error:
         raise ValueError("it holds too few bits") from error
-    words, below = stack.words(), coded.initial - coded.lead
+    words, below = stack.words(), coded.initial - coded.lead_words
     same = len(words) == coded.initial and np.array_equal(words[:below], initial_words(below))
-    if not same or bool(lead) != bool(coded.lead):
+    if not same or bool(lead) != bool(coded.lead_words):
         raise ValueError("its bits do not end where the encoder began")
     if lead:
         data = from_words(words[below:])
