@@ -24,6 +24,7 @@ from ndm.schedule import LinearLogSNRSchedule, NoiseLevel
 from ndm.time_grid import TimeGrid
 from ndm.time_sampling import PiecewiseConstant
 from ndm.transform import GatedTransform, Identity
+from ndm.value_grid.rounding import RoundingPredictor
 from oracles import COVARIANCE, F64, GaussianProblem, Points, constant, diffusion, randomized
 
 
@@ -57,6 +58,33 @@ def textbook(ndm: NDM, z: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float) -> N
     mean = alpha_s * ndm.transform(x, s) + k * (z - alpha * ndm.transform(x, t))
     error = sigma**2 / (alpha**2 + sigma**2) * torch.exp(log_factor)
     return Normal(mean, (v + (alpha_s - k * alpha) ** 2 * error).sqrt())
+
+
+def test_a_rounding_predictor_learns_the_variance_of_its_rounded_prediction() -> None:
+    """The first output gives the x̂ of a rounding predictor without it; the second the variance."""
+    two = network(4, outputs=2)
+    learned = RoundingPredictor(two, 6, learned_variance=True).double()
+    plain = RoundingPredictor(First(two), 6).double()
+    level = LinearLogSNRSchedule(-6.0, 3.0)(torch.linspace(0, 1, 50, dtype=F64))
+    z = torch.randn(50, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    prediction, variance = learned.with_variance(z, level)
+    assert variance is not None
+    torch.testing.assert_close(prediction, plain(z, level), rtol=0, atol=0)
+    torch.testing.assert_close(learned(z, level), plain(z, level), rtol=0, atol=0)
+    log_factor = two(z, level.t)[:, 1]
+    share = (level.sigma**2 / (level.alpha**2 + level.sigma**2))[:, None]
+    torch.testing.assert_close(variance, share * log_factor.exp())
+
+
+class First(torch.nn.Module):
+    """The first output of a network with two."""
+
+    def __init__(self, two: MLP):
+        super().__init__()
+        self.two = two
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.two(z, t)[:, 0]
 
 
 @pytest.mark.parametrize("fitted", [False, True])

@@ -35,10 +35,17 @@ class RoundingPredictor(Predictor):
         network: see :class:`ndm.Predictor`.
         num_values: L, the same as the decoder's.
         target: see :class:`ndm.Predictor`.
+        learned_variance: see :class:`ndm.Predictor`; s² is that of the rounded prediction.
     """
 
-    def __init__(self, network: nn.Module, num_values: int, target: Target = "v"):
-        super().__init__(network, target)
+    def __init__(
+        self,
+        network: nn.Module,
+        num_values: int,
+        target: Target = "v",
+        learned_variance: bool = False,
+    ):
+        super().__init__(network, target, learned_variance)
         self.num_values = num_values
         self.rounding = Rounding(num_values)
 
