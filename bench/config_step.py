@@ -44,7 +44,7 @@ from footprint import examples_at_once, image, random_images
 from measure import seconds, synchronize
 from ndm.data.arrays import ArraySplit
 from ndm.model import NDM
-from ndm.train.compilation import TermsFunction, training_terms, try_compiling
+from ndm.train.compilation import TrainingTerms, try_compiling
 from ndm.train.config import RunConfig
 from ndm.train.module import TrainingModule
 
@@ -72,7 +72,7 @@ def operations(model: NDM, x: Tensor, autocast: Callable[[], torch.autocast]) ->
 
 def stepper(
     model: NDM,
-    terms: TermsFunction,
+    terms: TrainingTerms,
     settings: Namespace,
     x: Tensor,
     autocast: Callable[[], torch.autocast],
@@ -191,11 +191,11 @@ def measure_mode(
     autocast = partial(
         torch.autocast, device, torch.bfloat16, enabled=parts.settings.precision == "bf16-mixed"
     )
-    start, terms = time.perf_counter(), training_terms(model)
+    start, terms = time.perf_counter(), TrainingTerms(model)
     if mode != "eager":
         torch.compiler.reset()  # otherwise later batch sizes are compiled for dynamic shapes
 
-        def trial(terms: TermsFunction) -> Tensor:
+        def trial(terms: TrainingTerms) -> Tensor:
             with autocast():
                 return terms(x, model.draw(x)).loss
 

@@ -30,7 +30,7 @@ from ndm.schedule import (
 from ndm.time_sampling import PiecewiseConstant
 from ndm.transform import GatedTransform, Identity, NetworkTransform, SeparableTransform, Transform
 from oracles import F64, Points, randomized
-from train.test_compilation import compiled, losses_and_gradients, training_terms
+from train.test_compilation import TrainingTerms, compiled, losses_and_gradients
 
 
 class OwnSchedule(VariancePreserving):
@@ -293,7 +293,7 @@ def test_every_step_of_a_sampler_has_its_own_variance_ratio(parts: int) -> None:
 def test_the_compiled_bound_of_discrete_time_is_one_graph(schedule: str, steps: int) -> None:
     model, _ = both_precisions("gated", schedule=schedule, steps=steps)
     x = data(8).float()
-    terms = training_terms(model)
+    terms = TrainingTerms(model)
     torch.compiler.reset()
     expected = losses_and_gradients(model, terms, x)
     found = losses_and_gradients(model, compiled(terms, fullgraph=True, backend="aot_eager"), x)
@@ -302,4 +302,4 @@ def test_the_compiled_bound_of_discrete_time_is_one_graph(schedule: str, steps: 
         scale = 1e-6 + float(value.abs().max())
         torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=2e-3, msg=name)
     on_meta = model.to("meta")
-    training_terms(on_meta)(x.to("meta"), on_meta.draw(x.to("meta"))).loss.backward()
+    TrainingTerms(on_meta)(x.to("meta"), on_meta.draw(x.to("meta"))).loss.backward()

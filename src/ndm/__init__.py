@@ -6,6 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from ndm import nn
+from ndm.condition import ClassCondition, Condition, ImageCondition, VectorCondition
 from ndm.curve import Curve
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, bits_per_dim
@@ -96,6 +97,8 @@ __all__ = [
     "Blur",
     "Bound",
     "CategoricalPredictor",
+    "ClassCondition",
+    "Condition",
     "CosineSchedule",
     "Curve",
     "DataPredictor",
@@ -113,6 +116,7 @@ __all__ = [
     "GridSampler",
     "Heun",
     "Identity",
+    "ImageCondition",
     "ImportanceTimeSampler",
     "LearnedSchedule",
     "LinearBetaSchedule",
@@ -138,6 +142,7 @@ __all__ = [
     "UniformTimeSampler",
     "UserError",
     "VariancePreserving",
+    "VectorCondition",
     "__version__",
     "bits_per_dim",
     "make_sampler",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ndm.device import full_precision
 from ndm.errors import UserError
-from ndm.parts import Part, check_network
+from ndm.parts import Conditional, check_network
 from ndm.random import standard_normal
 from ndm.schedule import NoiseLevel
 from ndm.shapes import event_size, sum_event
@@ -51,7 +51,7 @@ def from_grid(x: Tensor, num_values: int) -> Tensor:
     return (((x.double() + 1) * num_values - 1) / 2).round().clamp(0, num_values - 1).long()
 
 
-class Decoder(Part, ABC):
+class Decoder(Conditional, ABC):
     """A decoder p(x|z_0); subclasses define :meth:`log_prob` and :meth:`sample`."""
 
     discrete: bool
@@ -267,6 +267,8 @@ class NetworkDecoder(Decoder):
         std: the starting value of s, one learned number for all dimensions.
     """
 
+    arity = 1
+
     def __init__(self, network: nn.Module, base: Decoder, std: float = 0.3):
         super().__init__()
         check_network(network, "a decoder", "network(m)")
@@ -290,7 +292,7 @@ class NetworkDecoder(Decoder):
         It runs in the precision of z, never under autocast, since single values depend on it.
         """
         with full_precision(z):
-            return self.network(z / level.expand(z).alpha)
+            return self.call(z / level.expand(z).alpha)
 
     def _around_mean(self, level: NoiseLevel) -> NoiseLevel:
         """Return a level with alpha = 1 and sigma = s, so that the base uses the mean as z_0."""

@@ -27,10 +27,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndm.curve import Curve
 from ndm.errors import UserError
+from ndm.parts import Conditional
 from ndm.schedule import NoiseLevel, Schedule, exact_pair
 from ndm.shapes import expand, sum_event
 from ndm.transform import Transform
@@ -114,7 +115,7 @@ def posterior_coefficients(
     )
 
 
-class NoisingProcess(nn.Module, ABC):
+class NoisingProcess(Conditional, ABC):
     """The marginals q(z_t|x) of a schedule and a transformation, in continuous time.
 
     Args:

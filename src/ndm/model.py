@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ndm.condition import Condition, ConditionalModel
 from ndm.curve import Curve
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import Bound, BoundDraw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError, check_whole, describe_value
 from ndm.forward import ForwardProcess, NoisingProcess
+from ndm.guidance import Guide, guided
 from ndm.likelihood import Dequantization, LogLikelihood, log_likelihood
 from ndm.ode import OdeSettings
-from ndm.parts import Part, check_data, check_part
+from ndm.parts import check_data, check_part
 from ndm.predictor import DataPredictor
 from ndm.random import ExampleGenerators, RandomSource, part_seed, standard_normal, uniform
 from ndm.reverse import MarkovReverse, Reverse, ReverseKind, ReverseProcess
@@ -44,7 +46,7 @@ from ndm.time_sampling import (
 from ndm.transform import Transform
 
 
-class DiffusionModel(Part, ABC):
+class DiffusionModel(ConditionalModel, ABC):
     """A forward process, a reverse process and a decoder, for events of any shape.
 
     Args:
@@ -54,6 +56,7 @@ class DiffusionModel(Part, ABC):
         steps: T of a discrete-time model, or None for continuous time; the default of ``bound`` and
             ``sample``.
         eta: stochasticity of the reverse process in the training bound, positive; 1 is DDPM.
+        condition: the kind of condition that the model takes, if any.
 
     Raises:
         UserError: an argument is out of range, or a part has the wrong type.
@@ -66,6 +69,7 @@ class DiffusionModel(Part, ABC):
         time_sampler: TimeSampler | None = None,
         steps: int | None = None,
         eta: float = 1.0,
+        condition: Condition | None = None,
     ):
         super().__init__()
         if steps is not None and (
@@ -100,7 +104,7 @@ class DiffusionModel(Part, ABC):
                 f" {type(decoder).__name__}(...))"
             )
         self.process, self.decoder, self.steps, self.eta = process, decoder, steps, eta
-        self.time_sampler = time_sampler
+        self.time_sampler, self.condition = time_sampler, condition
         self.info: dict[str, object] = {}
         """Further content of ``config.json``, such as the description of the data."""
 
@@ -183,6 +187,7 @@ class DiffusionModel(Part, ABC):
             UserError: a value of x is off the decoder's grid, or an argument is out of range.
         """
         check_data(x, self)
+        self.check_given()
         self.decoder.check(x)
         if draws is not None:
             check_whole("draws", draws, 1)
@@ -276,6 +281,8 @@ class DiffusionModel(Part, ABC):
         solver: str | None = None,
         rtol: float = 1e-4,
         atol: float = 1e-4,
+        guidance: float = 1.0,
+        guide: Guide = "curve",
         seed: int | None = None,
         batch_size: int | None = None,
         progress: bool = False,
@@ -291,6 +298,8 @@ class DiffusionModel(Part, ABC):
             solver: see :func:`ndm.sample.make_sampler`.
             rtol: relative tolerance of an adaptive solver.
             atol: absolute tolerance of an adaptive solver.
+            guidance: weight of the condition, :mod:`ndm.guidance`; 1 is p(x|c), 0 is p(x).
+            guide: what is guided, ``curve`` or ``x``.
             seed: the same seed and batch size give the same samples on the same machine; None
                 draws a seed from PyTorch's global generator.
             batch_size: the largest batch; the samples are then collected on the CPU. None draws all
@@ -304,16 +313,18 @@ class DiffusionModel(Part, ABC):
             UserError: arguments contradict each other, or samples are not finite.
         """
         count, *event = sample_shape(shape, self.info.get("data"))
+        self.check_given()
         sampler = self._sampler(method, steps, eta, solver, rtol, atol)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         if batch_size is None:
-            return self._sample((count, *event), sampler, seed, progress)
+            return self._sample((count, *event), sampler, seed, progress, guidance, guide)
         check_whole("batch_size", batch_size, 1)
         parts, hidden = [], not progress or count <= batch_size
         with tqdm(total=count, desc="samples", unit="sample", disable=hidden, leave=False) as bar:
             for index, start in enumerate(range(0, count, batch_size)):
                 size = min(batch_size, count - start)
-                part = self._sample((size, *event), sampler, part_seed(seed, index), progress)
+                rows, of_part = self.rows(start, start + size), part_seed(seed, index)
+                part = rows._sample((size, *event), sampler, of_part, progress, guidance, guide)
                 parts.append(part.cpu())
                 bar.update(size)
         return torch.cat(parts) if parts else torch.empty(0, *event)
@@ -352,15 +363,23 @@ class DiffusionModel(Part, ABC):
         return make_sampler(name, steps, noise, solver, rtol, atol)
 
     def _sample(
-        self, shape: tuple[int, ...], sampler: Sampler, seed: int, progress: bool
+        self,
+        shape: tuple[int, ...],
+        sampler: Sampler,
+        seed: int,
+        progress: bool,
+        guidance: float,
+        guide: Guide,
     ) -> Tensor:
-        like = self.like
+        like, reverse = self.like, self.reverse_process
+        if guidance != 1:
+            reverse = guided(reverse, self.condition, guidance, guide)
         generator = torch.Generator(like.device).manual_seed(seed)
         training = self.training
         self.eval()  # no dropout
         try:
             z = like.new_empty(self.transform.latent_shape(like.new_empty(shape)))
-            z = sampler(self.reverse_process, standard_normal(z, generator), generator, progress)
+            z = sampler(reverse, standard_normal(z, generator), generator, progress)
             if not bool(z.isfinite().all()):
                 raise UserError(
                     "samples are not finite: the sampler diverges with this number of steps, or in"
@@ -401,6 +420,7 @@ class DiffusionModel(Part, ABC):
             evaluations.
         """
         check_data(x, self)
+        self.check_given()
         training = self.training
         self.eval()
         try:
@@ -472,6 +492,8 @@ class NDM(DiffusionModel):
             :class:`ndm.Encoder`, whose latents need ``direct`` and have the ODE. ``direct-score``
             adds a second output (``outputs=2`` of the network), for the ODE, its likelihood and
             DDIM. ``diffenc`` is that of DiffEnc.
+        condition: the kind of condition c that the networks take, :mod:`ndm.condition`; bind the
+            model to it by :meth:`given`.
 
     Raises:
         UserError: an argument is out of range, or parts do not fit together.
@@ -489,9 +511,11 @@ class NDM(DiffusionModel):
         steps: int | None = None,
         eta: float = 1.0,
         reverse: ReverseKind = "tied",
+        condition: Condition | None = None,
     ):
         check_part("predictor", predictor, DataPredictor, "ndm.Predictor(network)")
-        super().__init__(ForwardProcess(schedule, transform), decoder, time_sampler, steps, eta)
+        process = ForwardProcess(schedule, transform)
+        super().__init__(process, decoder, time_sampler, steps, eta, condition)
         self.predictor, self.reverse = predictor, reverse
         _ = self.reverse_process  # it checks its kind
         predictor.check(self.process, decoder, reverse)
@@ -500,6 +524,7 @@ class NDM(DiffusionModel):
                 "learned_variance trains the reverse variance of discrete time: give steps, or"
                 " leave learned_variance out"
             )
+        self.check_conditions()
 
     @property
     def reverse_process(self) -> ReverseProcess:

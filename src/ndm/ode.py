@@ -156,6 +156,9 @@ class Flow(Protocol):
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
         """Return f(z, t), ``(B, *event)``."""
 
+    def repeated(self, count: int) -> "Flow":
+        """Return it for a batch that is ``count`` copies of this one, one after another."""
+
 
 def check_tolerances(rtol: float, atol: float) -> None:
     """Raise :class:`UserError` unless both tolerances are positive."""
@@ -378,7 +381,8 @@ def _traces(
                 # Draw time by time: the probes must not depend on how many times are batched.
                 drawn = [[_probe(settings, z, source) for _ in range(probes)] for _ in at]
                 vectors = [torch.cat(column) for column in zip(*drawn, strict=True)]
-            values = trace(reverse, states.flatten(0, 1), at.repeat_interleave(len(z)), vectors)
+            flow, all_times = reverse.repeated(len(at)), at.repeat_interleave(len(z))
+            values = trace(flow, states.flatten(0, 1), all_times, vectors)
             traces.append(values.reshape(len(at), len(z)).cpu().double())
             bar.update(len(at))
     return torch.cat(traces)

@@ -1,8 +1,16 @@
-"""The base class of all parts of a model, whose arguments can be shown and saved, and checks."""
+"""The base classes of all parts of a model, whose arguments can be shown and saved, and checks.
+
+A :class:`Conditional` part may be bound to a condition c, which its network then takes too:
+``network(x, t)`` becomes ``network(x, t, c)``. Binding copies the part and shares its weights.
+"""
 
 import contextlib
+import copy
+import functools
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +43,109 @@ class Part(nn.Module):
         )
 
 
+class Conditional(Part):
+    """A part whose network may take a condition c, see :mod:`ndm.condition`."""
+
+    c: Tensor | None = None
+    """The condition as the network sees it, ``(B, ...)``, or ``(1, ...)`` for every example."""
+    arity: int = 2
+    """The number of arguments of the network without c."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether this part takes a condition, by its network or by a part inside."""
+        own = getattr(self, "network", None)
+        takes = isinstance(own, nn.Module) and takes_condition(own, self.arity)
+        return takes or any(part.conditional for part in _inside(self))
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Yield the networks in this part that take a condition."""
+        own = getattr(self, "network", None)
+        if isinstance(own, nn.Module) and takes_condition(own, self.arity):
+            yield own
+        for part in _inside(self):
+            yield from part.networks()
+
+    def bind(self, c: Tensor) -> Self:
+        """Return a copy with the condition c in every part, which shares all weights."""
+        other = copy.copy(self)
+        other._modules = {name: _bound(module, c) for name, module in self._modules.items()}
+        other.c = c
+        return other
+
+    def repeated(self, count: int) -> Self:
+        """Return the part for a batch that is ``count`` copies of this one, one after another."""
+        if self.c is None or len(self.c) == 1:
+            return self
+        return self.bind(self.c.repeat(count, *([1] * (self.c.dim() - 1))))
+
+    def call(self, *inputs: Tensor) -> Tensor:
+        """Return the output of the network, which takes c if it can.
+
+        Raises:
+            UserError: the condition is of another number of examples.
+        """
+        network = self.network
+        assert isinstance(network, nn.Module)
+        if self.c is None or not takes_condition(network, self.arity):
+            output: Tensor = network(*inputs)
+            return output
+        c, x = self.c, inputs[0]
+        if len(c) not in (1, len(x)):
+            raise UserError(
+                f"the condition is of {len(c)} examples, and the batch has {len(x)}: give one of"
+                " each example, or one for all"
+            )
+        c = c.to(x) if c.is_floating_point() else c.to(x.device)
+        conditioned: Tensor = network(*inputs, c.expand(len(x), *c.shape[1:]))
+        return conditioned
+
+
+def takes_condition(network: nn.Module, arity: int) -> bool:
+    """Return whether a network can be called with a condition after ``arity`` arguments.
+
+    Networks of this library say so by ``conditional``; others by their signature.
+    """
+    says = getattr(network, "conditional", None)
+    if isinstance(says, bool):
+        return says
+    return _most_arguments(type(network).forward) > arity
+
+
+def needs_condition(network: nn.Module) -> bool:
+    """Return whether a network of this library was built for conditions."""
+    return getattr(network, "conditional", None) is True
+
+
+@functools.cache
+def _most_arguments(forward: Callable[..., Any]) -> float:
+    """Return the largest number of positional arguments of a method, without self."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):  # not a Python function, such as that of a TorchScript module
+        return 0
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return math.inf
+    return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
+
+
+def _inside(part: nn.Module) -> Iterator[Conditional]:
+    """Yield the conditional parts directly inside a part, or in its lists."""
+    for child in part.children():
+        if isinstance(child, Conditional):
+            yield child
+        elif isinstance(child, nn.ModuleList):
+            yield from _inside(child)
+
+
+def _bound(module: nn.Module | None, c: Tensor) -> nn.Module | None:
+    if isinstance(module, Conditional):
+        return module.bind(c)
+    if isinstance(module, nn.ModuleList) and any(_inside(module)):
+        return nn.ModuleList(_bound(child, c) or child for child in module)
+    return module
+
+
 def check_network(network: object, owner: str, call: str) -> None:
     """Check that an argument is an ``nn.Module``.
 
@@ -54,9 +165,13 @@ def check_network(network: object, owner: str, call: str) -> None:
         signature = inspect.signature(type(network).forward)
     except (TypeError, ValueError):  # not a Python function, such as that of a TorchScript module
         return
+    arguments = [None] * (call.count(",") + 1)
     try:
-        signature.bind(network, *[None] * (call.count(",") + 1))
+        signature.bind(network, *arguments)
     except TypeError as error:
+        with contextlib.suppress(TypeError):  # it needs a condition
+            signature.bind(network, *arguments, None)
+            return
         raise UserError(
             f"network is a {type(network).__name__}, which cannot be called as {call}: its forward"
             f" takes {signature}; wrap it in a module that can be called so"

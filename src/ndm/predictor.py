@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice
 from ndm.forward import NoisingProcess
-from ndm.parts import Part, check_network, describe_output
+from ndm.parts import Conditional, check_network, describe_output
 from ndm.schedule import NoiseLevel
 from ndm.shapes import expand
 
 Target = Literal["v", "eps", "x"]
 
 
-class DataPredictor(Part, ABC):
+class DataPredictor(Conditional, ABC):
     """The base class of predictors x̂(z, t)."""
 
     learned_variance: bool = False
@@ -128,7 +128,7 @@ class Predictor(DataPredictor):
         return first, second
 
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
-        output = self.network(z, level.t)
+        output = self.call(z, level.t)
         if not isinstance(output, Tensor) or output.shape != shape:
             found = describe_output(output)
             advice = (

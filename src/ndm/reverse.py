@@ -41,7 +41,7 @@ another eta from both outputs, it is correct to first order in 1/T.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -99,6 +99,13 @@ class Reverse(ABC):
     @abstractmethod
     def parts(self) -> tuple[nn.Module, ...]:
         """The modules that it is made of."""
+
+    def repeated(self, count: int) -> "Reverse":
+        """Return it for a batch that is ``count`` copies of this one, one after another.
+
+        They differ if it is bound to the conditions of a batch.
+        """
+        return self
 
     def check_eta(self, eta: object) -> None:
         """Check that this reverse process can run with this eta.
@@ -278,6 +285,10 @@ class ReverseProcess(MarkovReverse):
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         return self.process, self.predictor
+
+    def repeated(self, count: int) -> "ReverseProcess":
+        process, predictor = self.process.repeated(count), self.predictor.repeated(count)
+        return replace(self, process=process, predictor=predictor)
 
     @property
     def tosses(self) -> bool:

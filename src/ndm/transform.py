@@ -47,11 +47,11 @@ from ndm.autodiff.forward_mode import time_derivative
 from ndm.curve import Constant, Curve, Displaced, Gate, SeparableCurve, gate
 from ndm.device import full_precision
 from ndm.errors import UserError, check_choice
-from ndm.parts import Part, check_network, describe_output
+from ndm.parts import Conditional, check_network, describe_output
 from ndm.schedule import NoiseLevel
 
 
-class Transform(Part, ABC):
+class Transform(Conditional, ABC):
     """The transformation F(x, t) of the data.
 
     Times are passed as a :class:`NoiseLevel`, since F may depend on the noise scale too.
@@ -97,7 +97,7 @@ class Identity(Transform):
         return Constant(x)
 
 
-class Displacement(Part, ABC):
+class Displacement(Conditional, ABC):
     """The displacement d(x, t) in F = x + d, or in the logarithm of a noise scale.
 
     d(x, 0) is 0, or sigma_0² f(x, 0) with the gate ``noise``.
@@ -143,7 +143,7 @@ class NetworkDisplacement(Displacement):
     def output(self, x: Tensor, t: Tensor) -> Tensor:
         """Return f(x, t), ``(B, *event)``."""
         with full_precision(x):
-            output = self.network(x, t)
+            output = self.call(x, t)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             raise UserError(
                 f"the network maps {tuple(x.shape)} to {describe_output(output)}; F(x, t) and"
@@ -175,7 +175,8 @@ class _NetworkCurve(Curve):
 
     def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Evaluate the network once, on a batch of both times."""
-        both = type(self)(self._displacement, torch.cat([self._x, self._x])).at(s.cat(t))
+        twice = type(self)(self._displacement.repeated(2), torch.cat([self._x, self._x]))
+        both = twice.at(s.cat(t))
         at_s, at_t = both.chunk(2)
         return at_s, at_t
 
@@ -197,7 +198,7 @@ class SeparableDisplacement(Displacement):
     def channels(self, x: Tensor) -> Tensor:
         """Return c_k(x), ``(B, K, *event)``."""
         with full_precision(x):
-            channels = self.network(x, x.new_zeros(len(x)))
+            channels = self.call(x, x.new_zeros(len(x)))
         if not isinstance(channels, Tensor) or (
             channels.dim() != x.dim() + 1 or channels.shape[:1] + channels.shape[2:] != x.shape
         ):
@@ -342,6 +343,7 @@ class Encoder(Transform):
     constant = True
     data_at_zero = False
     keeps_shape = False
+    arity = 1
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -351,7 +353,7 @@ class Encoder(Transform):
     def encode(self, x: Tensor) -> Tensor:
         """Return E(x), ``(B, *latent)``."""
         with full_precision(x):
-            code = self.network(x)
+            code = self.call(x)
         if not isinstance(code, Tensor) or code.shape[:1] != x.shape[:1]:
             found = tuple(code.shape) if isinstance(code, Tensor) else f"a {type(code).__name__}"
             raise UserError(
@@ -365,4 +367,5 @@ class Encoder(Transform):
 
     @torch.no_grad()
     def latent_shape(self, x: Tensor) -> torch.Size:
-        return torch.Size((x.shape[0], *self.encode(x.new_zeros((1, *x.shape[1:]))).shape[1:]))
+        one = self if self.c is None else self.bind(self.c[:1])
+        return torch.Size((x.shape[0], *one.encode(x.new_zeros((1, *x.shape[1:]))).shape[1:]))

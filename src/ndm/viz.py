@@ -85,7 +85,9 @@ def image_grid(
     return canvas.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> None:
+def write_samples(
+    path: Path, x: Tensor, reference: Tensor | None = None, columns: int | None = None
+) -> None:
     """Write a figure of samples as PNG.
 
     Images are shown in a grid, vectors in a histogram (D = 1) or a scatter plot of their first two
@@ -95,12 +97,13 @@ def write_samples(path: Path, x: Tensor, reference: Tensor | None = None) -> Non
         path: the file.
         x: samples ``(B, *event)``; images in [-1, 1].
         reference: data to show next to samples of vectors.
+        columns: images per row; by default the grid is about square.
     """
     if is_image(x.shape[1:]):
         require("PIL", "pillow", "data")
         from PIL import Image
 
-        image = Image.fromarray(image_grid(x))
+        image = Image.fromarray(image_grid(x, columns))
         write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
         return
     panels = [("samples", x)] + ([("data", reference)] if reference is not None else [])

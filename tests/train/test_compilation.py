@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ndm
 from cli.commands import run_command
-from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
+from ndm.train.compilation import TrainingTerms, compiled, try_compiling
 from ndm.train.config import add_model
 from ndm.transform import Transform
 
@@ -92,10 +92,12 @@ def _small_shape(model: ndm.NDM) -> tuple[int, ...]:
     return (4, network.image_channels, 8, 8)
 
 
-def losses_and_gradients(model: ndm.NDM, terms: TermsFunction, x: Tensor) -> dict[str, Tensor]:
+def losses_and_gradients(
+    model: ndm.NDM, terms: TrainingTerms, x: Tensor, *c: Tensor
+) -> dict[str, Tensor]:
     draw = _draw(model, x)
     model.zero_grad()
-    found = terms(x, draw)
+    found = terms(x, draw, *c)
     found.loss.backward()
     gradients = {
         name: parameter.grad.clone()
@@ -119,14 +121,40 @@ def test_the_compiled_bound_of_every_configuration_is_one_graph_with_the_same_gr
     """The backend traces forward and backward passes, including dF/dt, without code generation."""
     model, x = model_and_examples(path)
     torch.compiler.reset()
-    expected = losses_and_gradients(model, training_terms(model), x)
+    expected = losses_and_gradients(model, TrainingTerms(model), x)
     found = losses_and_gradients(
-        model, compiled(training_terms(model), fullgraph=True, backend="aot_eager"), x
+        model, compiled(TrainingTerms(model), fullgraph=True, backend="aot_eager"), x
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = 1e-6 + float(value.abs().max())
         torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.filterwarnings(LEAF_GRADIENT_WARNING)
+def test_one_compiled_graph_serves_every_condition() -> None:
+    """Also F sees the condition, at both ends of a step and in its time derivative."""
+    config = Path(ndm.__file__).parent / "configs" / "digits-conditional.yaml"
+    model, x = model_and_examples(config)
+    graphs: list[int] = []
+
+    def backend(graph: Any, _: object) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    torch.compiler.reset()
+    plain, faster = TrainingTerms(model), compiled(TrainingTerms(model), backend=backend)
+    losses = []
+    for classes in ([0, 1, 2, 10], [3, 3, 9, 0], [10, 10, 10, 10]):
+        c = torch.tensor(classes)
+        expected = losses_and_gradients(model, plain, x, c)
+        found = losses_and_gradients(model, faster, x, c)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
+        losses.append(float(expected["loss"]))
+    assert len(set(losses)) == 3 and len(graphs) == 1
+    without = losses_and_gradients(model, TrainingTerms(model), x)
+    assert float(without["loss"]) == pytest.approx(losses[-1])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -136,7 +164,7 @@ def test_a_training_step_of_every_configuration_does_not_wait_for_the_device(pat
     model, x = model.to("meta"), x.to("meta")
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     draw = model.draw(x)
-    terms = training_terms(model)(x, draw)
+    terms = TrainingTerms(model)(x, draw)
     terms.loss.backward()
     model.learn_times(draw, terms.diffusion)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,8 +190,8 @@ def test_a_user_network_runs_uncompiled_inside_the_compiled_bound() -> None:
     model.transform.displacement.gain.data.fill_(0.5)
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     torch.compiler.reset()
-    expected = losses_and_gradients(model, training_terms(model), x)
-    found = losses_and_gradients(model, compiled(training_terms(model), backend="aot_eager"), x)
+    expected = losses_and_gradients(model, TrainingTerms(model), x)
+    found = losses_and_gradients(model, compiled(TrainingTerms(model), backend="aot_eager"), x)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -176,8 +204,8 @@ def test_the_inductor_compiles_forward_mode_derivatives() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     torch.compiler.reset()
-    expected = losses_and_gradients(model, training_terms(model), x)
-    found = losses_and_gradients(model, compiled(training_terms(model), fullgraph=True), x)
+    expected = losses_and_gradients(model, TrainingTerms(model), x)
+    found = losses_and_gradients(model, compiled(TrainingTerms(model), fullgraph=True), x)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -215,9 +243,9 @@ def test_a_failed_trial_changes_nothing_and_errors_of_the_model_are_raised(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny(ndm.Identity())
-    before, terms = copy.deepcopy(model.state_dict()), training_terms(model)
+    before, terms = copy.deepcopy(model.state_dict()), TrainingTerms(model)
 
-    def trial(x: Tensor) -> Callable[[TermsFunction], Tensor]:
+    def trial(x: Tensor) -> Callable[[TrainingTerms], Tensor]:
         return lambda terms: terms(x, model.draw(x)).loss
 
     monkeypatch.setattr(torch, "compile", failing_compiler)
@@ -260,11 +288,11 @@ def test_a_trial_restores_buffers_and_clears_gradients(
         ndm.Predictor(network),
         ndm.GaussianDecoder(),
     )
-    terms = training_terms(model)
+    terms = TrainingTerms(model)
     terms(x, model.draw(x)).loss.backward()
     before, calls, ran = copy.deepcopy(model.state_dict()), int(network.count), []
 
-    def trial(terms: TermsFunction) -> Tensor:
+    def trial(terms: TrainingTerms) -> Tensor:
         loss = terms(x, model.draw(x)).loss
         ran.append(int(network.count))
         return loss

@@ -10,7 +10,7 @@ from torch import Tensor
 import ndm
 from ndm.data import Digits
 from ndm.nn import UNet
-from ndm.train.compilation import TermsFunction, compiled, training_terms
+from ndm.train.compilation import TrainingTerms, compiled
 from ndm.train.config import RunParts
 from ndm.train.fit import fit
 from ndm.train.module import Watch
@@ -66,7 +66,7 @@ def make_model(name: str) -> tuple[ndm.NDM, Tensor]:
 
 
 def means_and_gradients(
-    model: ndm.NDM, terms: TermsFunction, x: Tensor, draw: ndm.elbo.BoundDraw
+    model: ndm.NDM, terms: TrainingTerms, x: Tensor, draw: ndm.elbo.BoundDraw
 ) -> dict[str, Tensor]:
     model.zero_grad()
     found = terms(x, draw)
@@ -97,11 +97,11 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bound_and_its_gradients_agree_with_the_cpu(name: str) -> None:
     model, x = make_model(name)
     draw = model.draw(x)
-    expected = means_and_gradients(model, training_terms(model), x, draw)
+    expected = means_and_gradients(model, TrainingTerms(model), x, draw)
     moved = type(draw)(
         **{key: None if value is None else value.cuda() for key, value in vars(draw).items()}
     )
-    found = means_and_gradients(model.cuda(), training_terms(model), x.cuda(), moved)
+    found = means_and_gradients(model.cuda(), TrainingTerms(model), x.cuda(), moved)
     assert_close(found, expected, 2e-3)
 
 
@@ -110,7 +110,7 @@ def test_the_bound_and_its_gradients_agree_with_the_cpu(name: str) -> None:
 def test_cuda_graphs_give_the_same_bound_and_gradients(name: str, half: bool) -> None:
     model, x = make_model(name)
     model, x = model.cuda(), x.cuda()
-    plain = training_terms(model)
+    plain = TrainingTerms(model)
     faster = compiled(plain, cuda_graphs=True, fullgraph=True)
     for _ in range(4):  # warm up, record, replay with new values
         draw = model.draw(x)
@@ -126,7 +126,7 @@ def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
     model, x = make_model(name)
     model, x = model.cuda(), x.cuda()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    watch, terms = Watch(), training_terms(model)
+    watch, terms = Watch(), TrainingTerms(model)
     for step in range(3):
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:

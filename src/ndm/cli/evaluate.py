@@ -4,7 +4,7 @@ import csv
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 from jsonargparse import ActionYesNo
 
 from ndm.cli.parsing import run_parser, step_numbers
-from ndm.data import DataDescription, DataSource, EventDataset
+from ndm.data import DataDescription, DataSource, EventDataset, WithoutConditions
 from ndm.data.other import ALL, read_like
 from ndm.device import pick_device
 from ndm.errors import UserError, check_whole
@@ -54,6 +54,10 @@ class EvaluateSettings:
     data: str | None = None
     """Measure other data instead of a split: a .npy, .npz, .csv, .tsv, .csv.gz, .tsv.gz or .parquet
     file in the units of the training data or, for data with 256 values, a folder of images.
+    """
+    given: Literal["both", "condition", "nothing"] = "both"
+    """What a model that takes a condition is given: the condition of each example, for p(x|c);
+    nothing, for p(x); or one after the other.
     """
     nelbo: bool = False
     """Measure the NELBO."""
@@ -197,7 +201,7 @@ def evaluate(settings: EvaluateSettings, group: Processes) -> None:
     if left_out and group.first:
         warn_of_rows(settings.data, evaluation)
     train = source.split("train") if source is not None and settings.calibrate else None
-    measurements = measure(evaluation, settings, train)
+    measurements = measure_given(evaluation, settings, train)
     if group.first:
         report(measurements, settings, description)
         if settings.csv is not None:
@@ -238,6 +242,29 @@ def warn_of_changed_data(stored: object, now: DataDescription) -> None:
     if trained.sha256 != now.sha256:
         before, after = trained.sha256[:12], now.sha256[:12]
         _warn(f"the data changed since training (sha256 {before} then, {after} now)")
+
+
+def measure_given(
+    evaluation: Evaluation, settings: EvaluateSettings, train: EventDataset | None
+) -> list[Measurement]:
+    """Measure p(x|c), p(x), or both, in a model that takes a condition.
+
+    Raises:
+        UserError: the model has no p(x), or the data have no conditions.
+    """
+    condition, known = evaluation.model.condition, evaluation.condition != "none"
+    if condition is None or (not known and settings.given == "both"):
+        return measure(evaluation, settings, train)
+    if not known and settings.given == "condition":
+        raise UserError("given=condition: these data have no conditions; use --given nothing")
+    measurements = [] if settings.given == "nothing" else measure(evaluation, settings, train)
+    if settings.given == "nothing" or (settings.given == "both" and condition.has_null):
+        condition.encode(None)  # raises an error if the model has no p(x)
+        nothing = replace(evaluation, data=WithoutConditions(evaluation.data))
+        nothing.numbers = evaluation.numbers
+        of_train = None if train is None else WithoutConditions(train)
+        measurements += measure(nothing, settings, of_train)
+    return measurements
 
 
 def measure(
@@ -331,7 +358,7 @@ def report(
         record |= {
             f"{one.name}_nats_source_units": one.nats + description.log_scale
             for one in measurements
-            if one.name in ("nelbo", "nll")
+            if one.name in ("nelbo", "nll", "nelbo_unconditional", "nll_unconditional")
         }
     checks = check_relations(measurements)
     for check in checks:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ndm.cli.conditions import wanted
 from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription
 from ndm.data.delimited import looks_like_names
 from ndm.device import Precision, autocast, pick_device
 from ndm.errors import UserError, check_whole
 from ndm.evaluation.calibrate import Fit, GridKind, fitted_sampler
+from ndm.guidance import Guide
 from ndm.sample import Sampler
 from ndm.serialize import write_atomically
 from ndm.train.config import parse
@@ -40,6 +42,9 @@ def sample(
     method: str | None = None,
     steps: int | None = None,
     grid: GridKind = "equal",
+    condition: str | None = None,
+    guidance: float = 1.0,
+    guide: Guide = "curve",
     seed: int = 0,
     eta: float | None = None,
     solver: str | None = None,
@@ -56,12 +61,18 @@ def sample(
         out: output. A .png file shows all samples in one picture. A .npy file, or a .csv file for
             vectors, contains values in the units of the data (integers for discrete data). A new
             folder, a name without suffix, contains one PNG file per image.
-        n: number of samples.
+        n: number of samples; with --condition, of each class.
         method: ancestral (DDPM), ddim, sde, ode, or transport for a TransportNDM. By default
             transport for a TransportNDM, sde for a model without discrete time, else ancestral.
         steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
         grid: times of the steps of ancestral sampling: equal, or fitted on the train split together
             with the variance of each step, which samples better in few steps.
+        condition: classes to sample of a model that takes them, such as 3 or 0,1,2, a file with one
+            class in each line, or nothing for p(x). By default classes are as frequent as in
+            training. A picture has a class in each row.
+        guidance: weight of the condition; 1 samples p(x|c), more follows the condition more than
+            the data do.
+        guide: what is guided: curve, as in classifier-free guidance, or x, which evaluates F once.
         seed: random seed; the same seed and batch size give the same samples.
         eta: noise of the reverse process for ancestral and sde; 1 is DDPM, 0 is deterministic.
         solver: euler, heun, torchsde-euler or torchsde-srk for sde; heun, euler or dopri5 for ode.
@@ -80,6 +91,11 @@ def sample(
     model = Run(Path(run)).model().to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
     _check_fits(target, description)
+    asked = wanted(condition, n, model, description, seed)
+    if guidance != 1 and asked.classes is None:
+        raise UserError("guidance needs a condition: use a model that takes one, and --condition")
+    if asked.classes is not None:
+        model = model.given(asked.classes)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)
@@ -90,16 +106,18 @@ def sample(
     options: dict[str, Any] = {"eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
     with autocast(model.like.device, precision):
         samples = model.sample(
-            (n, *description.event_shape),
+            (asked.count, *description.event_shape),
             chosen,
             seed=seed,
             batch_size=batch_size,
             progress=True,
             steps=steps,
+            guidance=guidance,
+            guide=guide,
             **options,
         )
-    write_values(target, samples, description)
-    print(f"wrote {n} samples to {target}")
+    write_values(target, samples, description, asked.columns)
+    print(f"wrote {asked.count} samples to {target}")
 
 
 def _check_fitted(method: str, eta: float | None) -> None:
@@ -151,11 +169,16 @@ def _check_target(target: Path) -> None:
         )
 
 
-def write_values(target: Path, samples: Tensor, description: DataDescription) -> None:
-    """Write samples x ``(n, *event)`` in the format given by the suffix."""
+def write_values(
+    target: Path, samples: Tensor, description: DataDescription, columns: int | None = None
+) -> None:
+    """Write samples x ``(n, *event)`` in the format given by the suffix.
+
+    A picture has ``columns`` images in each row, or is about square.
+    """
     suffix = target.suffix.lower()
     if suffix == ".png":
-        write_samples(target, samples)
+        write_samples(target, samples, columns=columns)
         return
     values = description.to_source_units(samples).numpy()
     if description.num_values is None:

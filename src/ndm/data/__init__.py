@@ -37,6 +37,7 @@ from ndm.data.source import (
     DataSource,
     EventDataset,
     Loaded,
+    WithoutConditions,
     identity_collate,
     spread,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "Table",
     "ToySource",
     "TwoMoons",
+    "WithoutConditions",
     "continuous",
     "discrete",
     "identity_collate",

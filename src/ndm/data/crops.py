@@ -152,6 +152,11 @@ class CroppedImages(EventDataset):
             return None
         return self.images.labels.repeat_interleave(torch.from_numpy(self._counts.prod(1)))
 
+    def conditions(self, indices: Sequence[int]) -> Tensor | None:
+        if self.images.labels is None:
+            return None
+        return self.images.labels[np.searchsorted(self._ends, indices, side="right")]
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the decoded images out of what other processes get."""
         return {**vars(self), "_kept": {}, "_bytes": 0}

@@ -86,10 +86,11 @@ def best_variance_ratio(
         :class:`ndm.sample.Ancestral`.
     """
     grid = as_grid(steps)
-    reverse = require_markov(model.reverse_process, "a fitted reverse variance")
+    require_markov(model.reverse_process, "a fitted reverse variance")
 
-    def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
-        found = discrete_errors(reverse, model.process.curve(x), Draw(u, noise), grid, model.eta)
+    def errors(given: DiffusionModel, x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
+        reverse = require_markov(given.reverse_process, "a fitted reverse variance")
+        found = discrete_errors(reverse, given.process.curve(x), Draw(u, noise), grid, model.eta)
         square = found.error.double() ** 2
         if found.excess is not None:
             learned = found.excess.double()
@@ -121,12 +122,12 @@ def best_eta(
         eta(t), for the argument ``eta`` of :meth:`ndm.NDM.bound`.
     """
 
-    def errors(x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
+    def errors(given: DiffusionModel, x: Tensor, u: Tensor, noise: Tensor) -> list[Tensor]:
         # The error is c - ½ eta² ΔF: eta = 0 gives c, and the difference to eta = 1 is ½ ΔF.
         # One evaluation of the networks gives both.
         both = torch.tensor([0.0, 1.0]).to(x).reshape(2, *[1] * noise.dim())
         level, (rest, at_one), _ = continuous_errors(
-            model.reverse_process, model.process.curve(x), Draw(u, noise), both
+            given.reverse_process, given.process.curve(x), Draw(u, noise), both
         )
         difference = 2 * (rest - at_one)
         weight = level.snr_decay  # varies within a part of [0, 1], so it belongs in both means
@@ -140,17 +141,18 @@ def best_eta(
 def _means(
     model: DiffusionModel,
     data: EventDataset,
-    errors: Callable[[Tensor, Tensor, Tensor], list[Tensor]],
+    errors: Callable[[DiffusionModel, Tensor, Tensor, Tensor], list[Tensor]],
     bins: int,
     examples: int,
     batch_size: int,
     seed: int,
     progress: bool,
 ) -> list[Tensor]:
-    """Return means over the data of the results of ``errors(x, u, noise)``.
+    """Return means over the data of the results of ``errors(model, x, u, noise)``.
 
-    The results are ``(B, ...)`` and each mean ``(bins, ...)``, float64, one value for each part of
-    [0, 1]. Each example has a random time u in each part.
+    The model is given the conditions of the data. The results are ``(B, ...)`` and each mean
+    ``(bins, ...)``, float64, one value for each part of [0, 1]. Each example has a random time u in
+    each part.
     """
     if len(data) == 0:
         raise UserError("there is nothing to fit on: the split is empty")
@@ -170,13 +172,13 @@ def _means(
     with bar, evaluation_mode(model):
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            x = data.__getitems__(batch).to(model.like)
+            given, x = model.given_data(data, batch), data.__getitems__(batch).to(model.like)
             source = ExampleGenerators(seed, batch, _FIT)
             for part in range(bins):
                 u = (part + uniform(x.reshape(len(batch), -1)[:, 0], source)) / bins
                 u = u.clamp(max=1 - torch.finfo(u.dtype).eps)
-                noise = standard_normal(model.process.curve(x).like, source)
-                values = torch.stack(errors(x, u, noise))
+                noise = standard_normal(given.process.curve(x).like, source)
+                values = torch.stack(errors(given, x, u, noise))
                 sums[part].append(values.cpu().double().sum(1))
             bar.update(len(batch))
     return list(torch.stack([torch.stack(part).sum(0) for part in sums], dim=1) / len(chosen))

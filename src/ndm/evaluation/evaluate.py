@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.data import EventDataset, spread
+from ndm.data import EventDataset, WithoutConditions, spread
 from ndm.discrete_time import path_log_weight
 from ndm.elbo import Bound, bits_per_dim
 from ndm.errors import UserError, check_whole
@@ -98,6 +98,16 @@ class Evaluation:
             self.model, batch_size=self.size, seed=self.seed, progress=self.progress
         )
 
+    @property
+    def condition(self) -> str:
+        """What the model is given of each example, see :class:`Protocol`."""
+        kind, given = self.model.condition, self.data.conditions(self.numbers[:1])
+        return "none" if kind is None or given is None else kind.name
+
+    @property
+    def _null(self) -> bool:
+        return self.model.condition is not None and self.condition == "none"
+
     def nelbo(
         self,
         steps: int | str | None = "trained",
@@ -125,14 +135,12 @@ class Evaluation:
         order = shuffler.permutation(len(self.numbers))
         place = dict(zip(self.numbers, order.tolist(), strict=True))
 
-        def terms(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
+        def terms(model: DiffusionModel, x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             ranks = torch.tensor([place[number] for number in numbers], dtype=torch.float64)
             jitter = uniform(ranks, ExampleGenerators(self.seed, numbers, _POSITIONS))
             positions = ((ranks + jitter) / len(self.numbers)).to(x)
             source = ExampleGenerators(self.seed, numbers, _BOUND)
-            bound = self.model.bound(
-                x, draws=draws, generator=source, positions=positions, **arguments
-            )
+            bound = model.bound(x, draws=draws, generator=source, positions=positions, **arguments)
             # Double precision before the sum, so that the terms in the record add up to the bound.
             of_batch = Bound(
                 bound.prior.cpu().double(),
@@ -159,6 +167,7 @@ class Evaluation:
             steps=horizon,
             as_trained=horizon == self.model.steps,
             fitted=fit is not None,
+            null=self._null,
             errors=errors,
             terms={name: float(value.mean()) for name, value in values.items()},
         )
@@ -181,10 +190,9 @@ class Evaluation:
         check_whole("steps", steps, 1)
         check_whole("samples", samples, 1)
         started = time.perf_counter()
-        model = self.model
-        options = {"eta": model.eta, **self._calibration.fit(steps, fit)}
+        options = {"eta": self.model.eta, **self._calibration.fit(steps, fit)}
 
-        def weights(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
+        def weights(model: DiffusionModel, x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             paths = []
             for k in range(samples):
                 source = ExampleGenerators(self.seed, numbers, _PATHS, k)
@@ -212,6 +220,7 @@ class Evaluation:
             steps=steps,
             importance_samples=samples,
             fitted=fit is not None,
+            null=self._null,
             errors=found["error"],
         )
 
@@ -232,14 +241,13 @@ class Evaluation:
         """
         settings, started = settings or OdeSettings(), time.perf_counter()
         check_whole("reverse_check", reverse_check, 0)
-        model = self.model
-        exact = model.reverse_process.exact_density
+        exact = self.model.reverse_process.exact_density
         # First, because it is fast and fails whenever the rest would.
         reversibility = (
             None if exact else self._reversibility(dequantization, settings, reverse_check)
         )
 
-        def values_of(x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
+        def values_of(model: DiffusionModel, x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
             found = model.log_likelihood(
                 x,
                 samples=samples,
@@ -269,7 +277,13 @@ class Evaluation:
             reversibility=reversibility,
         )
         return Measurement(
-            "nll", nll, standard_error(nll), self.dims, protocol, importance_samples=samples
+            "nll",
+            nll,
+            standard_error(nll),
+            self.dims,
+            protocol,
+            importance_samples=samples,
+            null=self._null,
         )
 
     def _ode_fields(self, settings: OdeSettings) -> dict[str, Any]:
@@ -296,10 +310,10 @@ class Evaluation:
             return None
         chosen = self.numbers[: min(count, self.size)]
         source = ExampleGenerators(self.seed, chosen, _POSITIONS)
-        model, x = self.model, self._batch(chosen)
+        model, x = self.model.given_data(self.data, chosen), self._batch(chosen)
         z, _ = latent(model.process, model.decoder, x, dequantization, source)
         with evaluation_mode(self.model):
-            error = round_trip_error(self.model.reverse_process, z, settings)
+            error = round_trip_error(model.reverse_process, z, settings)
         return {
             "examples": len(chosen),
             "rms_error": float(error.square().mean().sqrt()),
@@ -311,10 +325,13 @@ class Evaluation:
 
     @torch.no_grad()
     def _measure(
-        self, function: Callable[[Tensor, list[int]], dict[str, Tensor]], what: str
+        self,
+        function: Callable[[DiffusionModel, Tensor, list[int]], dict[str, Tensor]],
+        what: str,
     ) -> dict[str, Tensor]:
         """Return the values of all examples, from all processes, in the order of the data.
 
+        The function takes the model given the conditions of a batch, the batch, and its numbers.
         Each value is ``(N,)``, float64.
         """
         starts = range(0, len(self.numbers), self.size)
@@ -325,7 +342,8 @@ class Evaluation:
         with evaluation_mode(self.model):
             for index in bar:
                 batch = self.numbers[starts[index] : starts[index] + self.size]
-                found = function(self._batch(batch), batch)
+                given = self.model.given_data(self.data, batch)
+                found = function(given, self._batch(batch), batch)
                 parts.append({name: value.cpu().double() for name, value in found.items()})
                 numbers += batch
         names = parts[0] if parts else {}
@@ -353,6 +371,7 @@ class Evaluation:
             "seed": self.seed,
             "batch_size": self.size,
             "processes": self.processes.size,
+            "condition": self.condition,
             "seconds": round(time.perf_counter() - started, 3),
             **model_fields(self.model),
         }
@@ -382,15 +401,27 @@ def evaluate_bound(
 
     Returns:
         A record for JSON: the bound and its terms in bits/dim, standard errors, counts and seed;
-        ``*_nats`` are nats per example.
+        ``*_nats`` are nats per example. A model that takes a condition is given that of the data;
+        ``nelbo_unconditional_*`` is the bound on p(x).
 
     Raises:
         UserError: the data set is empty, or the bound is not finite.
     """
-    measurement = Evaluation(
-        model, data, seed=seed, limit=limit, batch_size=batch_size, progress=progress
-    ).nelbo(draws=draws)
-    return {**flat_record([measurement]), "seconds": measurement.protocol.seconds}
+    measurements = []
+    for examples in (data, WithoutConditions(data)) if has_both(model, data) else (data,):
+        evaluation = Evaluation(
+            model, examples, seed=seed, limit=limit, batch_size=batch_size, progress=progress
+        )
+        measurements.append(evaluation.nelbo(draws=draws))
+    seconds = sum(one.protocol.seconds for one in measurements)
+    return {**flat_record(measurements), "seconds": seconds}
+
+
+def has_both(model: DiffusionModel, data: EventDataset) -> bool:
+    """Return whether both p(x|c) and p(x) of a model can be measured on a data set."""
+    if model.condition is None or not model.condition.has_null:
+        return False
+    return data.conditions([0]) is not None
 
 
 def default_batch_size(model: DiffusionModel, dims: int) -> int:

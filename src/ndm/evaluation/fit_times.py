@@ -167,7 +167,7 @@ def step_costs(
         examples = max(16, min(128, _VALUES // dims))
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         check_whole(name, value, 1)
-    reverse = require_markov(model.reverse_process, "a fitted time grid")
+    require_markov(model.reverse_process, "a fitted time grid")
     grid, chosen = TimeGrid(candidates), spread(len(data), examples)
     size = max(1, min(batch_size, _NUMBERS // (dims * (candidates + 1))))
     sums = torch.zeros(2, candidates + 1, candidates + 1, dtype=torch.float64)
@@ -183,7 +183,8 @@ def step_costs(
     )
     with bar, evaluation_mode(model):
         for batch in batches:
-            x = data.__getitems__(batch).to(model.like)
+            x, given = data.__getitems__(batch).to(model.like), model.given_data(data, batch)
+            reverse = require_markov(given.reverse_process, "a fitted time grid")
             curve = reverse.process.curve(x)
             noise = standard_normal(curve.like, ExampleGenerators(seed, batch, _GRID))
             for i, j, squares, logs in _step_errors(reverse, model.eta, curve, grid, noise):

@@ -34,6 +34,8 @@ class Protocol:
     device: str
     seconds: float
     versions: Mapping[str, str]
+    condition: str
+    """What the model was given of each example: ``none``, ``labels``, ``vector`` or ``image``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields for JSON, with those of ``about`` at the same level."""
@@ -133,6 +135,8 @@ class Measurement:
     """Whether it is a bound in the discrete or continuous time of training."""
     fitted: bool = False
     """Whether the reverse variance, or eta, was fitted on training data."""
+    null: bool = False
+    """Whether it is that of p(x) in a model that takes a condition."""
     errors: Tensor | None = field(default=None, repr=False)
     """Standard error of each example's estimate, ``(N,)``, nats; None if it cannot be estimated."""
     terms: Mapping[str, float] = field(default_factory=dict)
@@ -163,13 +167,15 @@ class Measurement:
         """The name in records.
 
         One of ``nll``, ``nelbo`` (as trained), ``nelbo_continuous``, ``nelbo_discrete`` and
-        ``nelbo_iw``, with the suffix ``_calibrated`` if fitted.
+        ``nelbo_iw``, with the suffix ``_calibrated`` if fitted. For p(x) of a model that takes a
+        condition, ``_unconditional`` comes before the suffix.
         """
+        null = "_unconditional" if self.null else ""
         if self.quantity == "nll":
-            return "nll"
+            return f"nll{null}"
         kind = "_continuous" if self.steps is None else "_discrete"
         kind = "_iw" if self.weighted else "" if self.as_trained else kind
-        return f"nelbo{kind}{'_calibrated' if self.fitted else ''}"
+        return f"nelbo{kind}{null}{'_calibrated' if self.fitted else ''}"
 
     @property
     def label(self) -> str:
@@ -180,6 +186,8 @@ class Measurement:
             text = f"NLL, {how}, {one.dequantization}"
         else:
             text = f"NELBO, {f'T = {self.steps}' if self.steps else 'continuous time'}"
+        given = self.protocol.condition
+        text += ", unconditional" if self.null else "" if given == "none" else f", given {given}"
         text += f", K = {self.importance_samples}" if (self.importance_samples or 1) > 1 else ""
         return text + (", fitted reverse process" if self.fitted else "")
 

@@ -38,6 +38,9 @@ def check_relations(measurements: Sequence[Measurement], errors: float = 3.0) ->
     """
     if len(measurements[0].values) < 2:
         return []
+    if len({one.null for one in measurements}) > 1:
+        parts = [[one for one in measurements if one.null == null] for null in (False, True)]
+        return [check for part in parts if part for check in check_relations(part, errors)]
     bounds = [one for one in measurements if one.quantity == "nelbo" and not one.weighted]
     plain = [one for one in bounds if not one.fitted]
     limit = next((one for one in plain if one.steps is None), None)

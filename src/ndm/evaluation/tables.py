@@ -28,7 +28,16 @@ def flat_record(measurements: Sequence[Measurement]) -> dict[str, Any]:
             record |= {"steps": one.steps, "eta": one.protocol.eta}
         if isinstance(one.protocol, LikelihoodProtocol):
             record["nfe_mean"] = one.protocol.nfe_mean
-    shared = ("num_examples", "split_size", "limit", "seed", "batch_size", "parameters", "dtype")
+    shared = (
+        "condition",
+        "num_examples",
+        "split_size",
+        "limit",
+        "seed",
+        "batch_size",
+        "parameters",
+        "dtype",
+    )
     first = measurements[0]
     return {**record, "dims": first.dims, **{key: getattr(first.protocol, key) for key in shared}}
 
@@ -57,9 +66,11 @@ def bound_table(record: Mapping[str, Any]) -> str:
     rows = [
         (name, f"{record[f'{name}_bpd']:9.4f}") for name in ("prior", "diffusion", "reconstruction")
     ]
-    error = record["nelbo_bpd_stderr"]
-    margin = "" if error is None else f"  ± {error:.4f}"
-    rows.append(("bound (sum)", f"{record['nelbo_bpd']:9.4f}{margin}"))
+    for name, label in (("nelbo", "bound (sum)"), ("nelbo_unconditional", "unconditional")):
+        if f"{name}_bpd" in record:
+            error = record[f"{name}_bpd_stderr"]
+            margin = "" if error is None else f"  ± {error:.4f}"
+            rows.append((label, f"{record[f'{name}_bpd']:9.4f}{margin}"))
     lines = [f"{name:<16}{value}" for name, value in rows]
     return "\n".join([f"{'term':<16}bits/dim", "-" * 36, *lines])
 
@@ -67,6 +78,7 @@ def bound_table(record: Mapping[str, Any]) -> str:
 COLUMNS: Mapping[str, str] = {
     "data": "data",
     "split": "split",
+    "condition": "given",
     "num_examples": "examples",
     "seed": "seed",
     "time_samples_per_example": "times",

@@ -1,7 +1,11 @@
 """Adapters for networks of other libraries."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
+from ndm.errors import check_choice
+from ndm.nn.layers import check_given
 from ndm.parts import Part
 
 
@@ -11,12 +15,35 @@ class FromDiffusers(Part):
     Args:
         model: called as ``model(x, timestep)``; returns an object with the tensor ``sample``.
         time_scale: the time step at t = 1; the embeddings of diffusers expect steps up to 1,000.
+        condition: how the model takes a condition: ``class_labels``, for an
+            :class:`ndm.ClassCondition` (it needs one class more than the data have, for the null),
+            or ``encoder_hidden_states``, for an :class:`ndm.VectorCondition` as a sequence of one
+            vector. None for no condition.
     """
 
-    def __init__(self, model: nn.Module, time_scale: float = 1000.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        time_scale: float = 1000.0,
+        condition: Literal["class_labels", "encoder_hidden_states"] | None = None,
+    ):
         super().__init__()
-        self.model, self.time_scale = model, time_scale
+        if condition is not None:
+            check_choice("condition", condition, ("class_labels", "encoder_hidden_states"))
+        self.model, self.time_scale, self.condition = model, time_scale, condition
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map ``(B, *event)`` and times ``(B,)`` to ``(B, *event)``."""
-        return self.model(x, t * self.time_scale).sample
+    @property
+    def conditional(self) -> bool:
+        """Whether the model takes a condition."""
+        return self.condition is not None
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map ``(B, *event)`` and times ``(B,)`` to ``(B, *event)``, for a condition if it has one.
+
+        See :mod:`ndm.condition`.
+        """
+        check_given(self, self.conditional, c)
+        if self.condition is None or c is None:
+            return self.model(x, t * self.time_scale).sample
+        known = c if self.condition == "class_labels" else c[:, None]
+        return self.model(x, t * self.time_scale, **{self.condition: known}).sample

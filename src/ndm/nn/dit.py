@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError, check_whole
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import LayerNorm, attend, check_dropout, check_outputs, expected_channels, zeroed
+from ndm.nn.layers import (
+    LayerNorm,
+    attend,
+    check_conditions,
+    check_dropout,
+    check_given,
+    check_outputs,
+    expected_channels,
+    zeroed,
+)
 from ndm.parts import Part
 
 
@@ -80,6 +89,10 @@ class DiT(Part):
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, C, H, W)``, for
             :class:`ndm.SeparableTransform`; None for one output without that axis.
+        classes: number of classes, to take an :class:`ndm.ClassCondition`; 0 for none.
+        condition_dims: length of the vector, to take an :class:`ndm.VectorCondition`; 0 for none.
+        condition_channels: channels of the image, to take an :class:`ndm.ImageCondition`; 0 for
+            none.
     """
 
     def __init__(
@@ -94,9 +107,15 @@ class DiT(Part):
         max_frequency: float = 32.0,
         dropout: float = 0.0,
         outputs: int | None = None,
+        classes: int = 0,
+        condition_dims: int = 0,
+        condition_channels: int = 0,
     ):
         super().__init__()
         check_outputs(outputs)
+        self.conditional = check_conditions(
+            classes=classes, condition_dims=condition_dims, condition_channels=condition_channels
+        )
         check_whole("context", context, 0)
         check_whole("image_channels", image_channels, 1)
         check_whole("patch", patch, 1)
@@ -110,10 +129,15 @@ class DiT(Part):
         self.image_channels, self.context, self.outputs = image_channels, context, outputs
         self.patch, self.width, self.depth, self.heads = patch, width, depth, heads
         self.fourier, self.max_frequency = list(fourier), max_frequency
+        self.classes, self.condition_dims = classes, condition_dims
+        self.condition_channels = condition_channels
         self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
-        self.time = TimeEmbedding(width, max_frequency=max_frequency)
+        self.time = TimeEmbedding(
+            width, max_frequency=max_frequency, classes=classes, condition_dims=condition_dims
+        )
         channels = image_channels * self.features.multiple() + context
+        channels += condition_channels + 1 if condition_channels else 0
         self.first = nn.Linear(channels * patch**2, width)
         self.blocks = nn.ModuleList(_Block(width, heads, width, dropout) for _ in range(depth))
         self.norm = LayerNorm(width, elementwise_affine=False)
@@ -124,19 +148,25 @@ class DiT(Part):
         """Set the last layer to zero, so that the network starts at f = 0."""
         zeroed(self.last)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map ``(B, C + context, H, W)`` and times ``(B,)`` to ``(B, C, H, W)``."""
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map ``(B, C + context, H, W)`` and times ``(B,)`` to ``(B, C, H, W)``.
+
+        The condition ``c`` is that of :mod:`ndm.condition`; images join the inputs.
+        """
         self._check(x)
+        check_given(self, self.conditional, c)
         image, context = x[:, : self.image_channels], x[:, self.image_channels :]
         inputs = self.features(image)
         if self.context:
             inputs = torch.cat([inputs, context], 1)
+        if self.condition_channels and c is not None:
+            inputs = torch.cat([inputs, c.expand(-1, -1, *x.shape[2:])], 1)
         rows, columns, side = x.shape[2] // self.patch, x.shape[3] // self.patch, self.patch
         # (B, channels, rows, side, columns, side)
         patches = inputs.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         h = self.first(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         h = h + positions(rows, columns, self.width, h)
-        time = self.time(t)
+        time = self.time(t, None if self.condition_channels else c)
         for block in self.blocks:
             h = block(h, time)
         scale, shift = self.modulation(time)[:, None].chunk(2, dim=2)

@@ -17,19 +17,33 @@ from torch import Tensor, nn
 
 from ndm.errors import UserError
 
+_CLASS_STD = 0.3  # of the embeddings of classes, at the start
+
 
 class TimeEmbedding(nn.Module):
     """Sines and cosines of t, then a two-layer perceptron.
+
+    The embedding of a condition, if any, is added before the last nonlinearity. Added after it,
+    a class was not learned in hundreds of steps.
 
     Args:
         features: size of the embedding.
         frequencies: number of frequencies; each has a sine and a cosine.
         max_frequency: fastest frequency, in half-turns per unit of time.
+        classes: number of classes of a condition, see :class:`ndm.ClassCondition`.
+        condition_dims: length of the vector of a condition, see :class:`ndm.VectorCondition`.
     """
 
     omega: Tensor
 
-    def __init__(self, features: int, frequencies: int = 16, max_frequency: float = 32.0):
+    def __init__(
+        self,
+        features: int,
+        frequencies: int = 16,
+        max_frequency: float = 32.0,
+        classes: int = 0,
+        condition_dims: int = 0,
+    ):
         super().__init__()
         if frequencies < 1 or not max_frequency >= 1:
             raise UserError(
@@ -47,11 +61,24 @@ class TimeEmbedding(nn.Module):
             nn.Linear(features, features),
             nn.SiLU(),
         )
+        self.condition: nn.Module | None = None
+        if classes:
+            self.condition = nn.Embedding(classes + 1, features)
+            nn.init.normal_(self.condition.weight, std=_CLASS_STD)
+        elif condition_dims:
+            self.condition = nn.Linear(condition_dims + 1, features)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Map ``(B,)`` to ``(B, features)``."""
+    def forward(self, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map ``(B,)`` and, with a condition, its ``(B,)`` or ``(B, D + 1)`` to ``(B, features)``.
+
+        See :mod:`ndm.condition`.
+        """
         angle = t[:, None] * self.omega.to(t.dtype)
-        return self.net(torch.cat([angle.cos(), angle.sin()], dim=1))
+        h = torch.cat([angle.cos(), angle.sin()], dim=1)
+        if self.condition is None:
+            return self.net(h)
+        first, silu, second, last = self.net
+        return last(second(silu(first(h))) + self.condition(c))
 
 
 class FourierFeatures(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ndm.autodiff.functorch import NOTHING, RULES, nesting
-from ndm.errors import UserError
+from ndm.errors import UserError, check_whole
 
 Norm = Literal["group", "channel"]
 
@@ -172,6 +172,41 @@ def zeroed(layer: nn.Module) -> nn.Module:
 def expected_channels(image_channels: int, context: int) -> str:
     """Return the channels that a network takes, for a message."""
     return f"{image_channels} + {context} of context" if context else str(image_channels)
+
+
+def check_conditions(**sizes: int) -> bool:
+    """Check the arguments of a network that describe its condition, 0 for none.
+
+    Returns:
+        Whether it takes a condition.
+
+    Raises:
+        UserError: one is negative, or there are two.
+    """
+    for name, size in sizes.items():
+        check_whole(name, size, 0)
+    given = [name for name, size in sizes.items() if size]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: a network takes one condition; give one of them")
+    return bool(given)
+
+
+def check_given(network: nn.Module, conditional: bool, c: Tensor | None) -> None:
+    """Check that a network is called with a condition if and only if it takes one.
+
+    Raises:
+        UserError: it is not.
+    """
+    if conditional and c is None:
+        raise UserError(
+            f"this {type(network).__name__} takes a condition: bind the model to one,"
+            " model.given(c), or call the network as network(x, t, c)"
+        )
+    if c is not None and not conditional:
+        raise UserError(
+            f"this {type(network).__name__} takes no condition: give it classes, condition_dims or"
+            " condition_channels"
+        )
 
 
 def check_dropout(dropout: float) -> float:

@@ -8,12 +8,20 @@ r"""A residual perceptron for vectors ``(B, D)``; events of other shapes are fla
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ndm.errors import UserError
 from ndm.nn.embed import FourierFeatures, TimeEmbedding
-from ndm.nn.layers import LayerNorm, check_dropout, check_outputs, zeroed
+from ndm.nn.layers import (
+    LayerNorm,
+    check_conditions,
+    check_dropout,
+    check_given,
+    check_outputs,
+    zeroed,
+)
 from ndm.parts import Part
 
 
@@ -43,6 +51,8 @@ class MLP(Part):
         dropout: dropout probability inside the blocks.
         outputs: K outputs in the shape of x, ``(B, K, *event)``, for
             :class:`ndm.SeparableTransform`; None for one output without that axis.
+        classes: number of classes, to take an :class:`ndm.ClassCondition`; 0 for none.
+        condition_dims: length of the vector, to take an :class:`ndm.VectorCondition`; 0 for none.
     """
 
     def __init__(
@@ -54,9 +64,12 @@ class MLP(Part):
         max_frequency: float = 32.0,
         dropout: float = 0.0,
         outputs: int | None = None,
+        classes: int = 0,
+        condition_dims: int = 0,
     ):
         super().__init__()
         check_outputs(outputs)
+        self.conditional = check_conditions(classes=classes, condition_dims=condition_dims)
         if dims < 1 or hidden < 1 or blocks < 0:
             raise UserError(
                 f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and"
@@ -64,10 +77,12 @@ class MLP(Part):
             )
         self.dims, self.hidden, self.blocks, self.outputs = dims, hidden, blocks, outputs
         self.fourier, self.max_frequency = list(fourier), max_frequency
+        self.classes, self.condition_dims = classes, condition_dims
         self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
-        self.time = TimeEmbedding(hidden, max_frequency=max_frequency)
-        self.first = nn.Linear(dims * self.features.multiple(), hidden)
+        self.time = TimeEmbedding(hidden, max_frequency=max_frequency, classes=classes)
+        known = condition_dims + 1 if condition_dims else 0
+        self.first = nn.Linear(dims * self.features.multiple() + known, hidden)
         self.layers = nn.ModuleList(_Block(hidden, hidden, dropout) for _ in range(blocks))
         self.norm = LayerNorm(hidden)
         self.last = nn.Linear(hidden, dims * (outputs or 1))
@@ -76,16 +91,23 @@ class MLP(Part):
         """Set the last layer to zero, so that the network starts at f = 0."""
         zeroed(self.last)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map ``(B, *event)``, with D numbers per event, and times ``(B,)`` to ``(B, *event)``."""
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map ``(B, *event)``, with D numbers per event, and times ``(B,)`` to ``(B, *event)``.
+
+        The condition ``c`` is that of :mod:`ndm.condition`; vectors join the inputs.
+        """
+        check_given(self, self.conditional, c)
         flat = x.flatten(1)
         if flat.shape[1] != self.dims:
             raise UserError(
                 f"the MLP takes events of {self.dims} dimensions, got a batch of shape"
                 f" {tuple(x.shape)}; set dims to fit the data"
             )
-        time = self.time(t)
-        h = self.first(self.features(flat))
+        time = self.time(t, c if self.classes else None)
+        inputs = self.features(flat)
+        if self.condition_dims and c is not None:
+            inputs = torch.cat([inputs, c], 1)
+        h = self.first(inputs)
         for block in self.layers:
             h = block(h, time)
         out = self.last(self.norm(h))

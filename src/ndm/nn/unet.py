@@ -23,7 +23,9 @@ from ndm.nn.fused import norm_silu
 from ndm.nn.layers import (
     Attention,
     Norm,
+    check_conditions,
     check_dropout,
+    check_given,
     check_outputs,
     doubled,
     expected_channels,
@@ -81,6 +83,10 @@ class UNet(Part):
             faster on GPUs.
         attention_head_dim: channels per attention head; a stage whose channels it does not divide
             has one head.
+        classes: number of classes, to take an :class:`ndm.ClassCondition`; 0 for none.
+        condition_dims: length of the vector, to take an :class:`ndm.VectorCondition`; 0 for none.
+        condition_channels: channels of the image, to take an :class:`ndm.ImageCondition`; 0 for
+            none.
     """
 
     def __init__(
@@ -97,9 +103,15 @@ class UNet(Part):
         context: int = 0,
         norm: Norm = "group",
         attention_head_dim: int = 32,
+        classes: int = 0,
+        condition_dims: int = 0,
+        condition_channels: int = 0,
     ):
         super().__init__()
         check_outputs(outputs)
+        self.conditional = check_conditions(
+            classes=classes, condition_dims=condition_dims, condition_channels=condition_channels
+        )
         check_choice("norm", norm, get_args(Norm))
         check_whole("attention_head_dim", attention_head_dim, 1)
         stages = len(multiples)
@@ -116,14 +128,19 @@ class UNet(Part):
         self.attention = attention if isinstance(attention, bool) else attend
         self.norm, self.attention_head_dim = norm, attention_head_dim
         self.fourier, self.max_frequency = list(fourier), max_frequency
+        self.classes, self.condition_dims = classes, condition_dims
+        self.condition_channels = condition_channels
         self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         embedding = 4 * channels
         block = functools.partial(
             _Block, embedding=embedding, dropout=dropout, norm=norm, head_dim=attention_head_dim
         )
-        self.time = TimeEmbedding(embedding, max_frequency=max_frequency)
+        self.time = TimeEmbedding(
+            embedding, max_frequency=max_frequency, classes=classes, condition_dims=condition_dims
+        )
         inputs = image_channels * self.features.multiple() + context
+        inputs += condition_channels + 1 if condition_channels else 0
         self.first = nn.Conv2d(inputs, channels, 3, padding=1)
         width = self._add_stages(block, attend)
         self.last_norm = make_norm(norm, width)
@@ -161,15 +178,21 @@ class UNet(Part):
         """Set the last layer to zero, so that the network starts at f = 0."""
         zeroed(self.last)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map ``(B, C + context, H, W)`` and times ``(B,)`` to ``(B, C, H, W)``."""
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map ``(B, C + context, H, W)`` and times ``(B,)`` to ``(B, C, H, W)``.
+
+        The condition ``c`` is that of :mod:`ndm.condition`; images join the inputs.
+        """
         self._check(x)
-        time = self.time(t)
+        check_given(self, self.conditional, c)
+        time = self.time(t, None if self.condition_channels else c)
         if self.context:
             image, context = x[:, : self.image_channels], x[:, self.image_channels :]
             inputs = torch.cat([self.features(image), context], 1)
         else:
             inputs = self.features(x)
+        if self.condition_channels and c is not None:
+            inputs = torch.cat([inputs, c.expand(-1, -1, *x.shape[2:])], 1)
         h = self.first(inputs.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for module in self.down:

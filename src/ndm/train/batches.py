@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
+from ndm.condition import Condition
 from ndm.data import EventDataset
 
 _STORED, _WORD = 2**24, 2**64 - 1
@@ -36,6 +37,9 @@ class WithFlips(EventDataset):
         """Class of each example."""
         return None if self.images.labels is None else self.images.labels.repeat(2)
 
+    def conditions(self, indices: Sequence[int]) -> Tensor | None:
+        return self.images.conditions([index % len(self.images) for index in indices])
+
     def __len__(self) -> int:
         return 2 * len(self.images)
 
@@ -44,6 +48,26 @@ class WithFlips(EventDataset):
         batch = self.images.__getitems__([index % count for index in indices])
         flipped = torch.tensor([index >= count for index in indices]).view(-1, 1, 1, 1)
         return torch.where(flipped, batch.flip(-1), batch)
+
+
+class WithConditions(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of examples with their conditions as networks see them.
+
+    Args:
+        data: the examples.
+        condition: the kind of condition.
+    """
+
+    def __init__(self, data: EventDataset, condition: Condition):
+        self.data, self.condition = data, condition
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the examples ``indices``, ``(B, *event)``, and their conditions."""
+        known = self.data.conditions(indices)
+        return self.data.__getitems__(indices), self.condition.encode(known)
 
 
 class RunBatches(Sampler[list[int]]):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ndm.condition import ClassCondition
 from ndm.data import DataDescription
 from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
@@ -21,6 +22,7 @@ def check_parts(parts: RunParts) -> None:
     model, settings = parts.model, parts.settings
     description = parts.data.describe()
     _check_decoder(model, description)
+    _check_condition(parts, description)
     if settings.horizontal_flips and not is_image(description.event_shape):
         raise UserError(
             f"train.horizontal_flips: {description.name} holds no images but examples of shape"
@@ -36,7 +38,8 @@ def check_parts(parts: RunParts) -> None:
     state = torch.random.get_rng_state()
     model.eval()
     with torch.no_grad():
-        model.bound(parts.data.split("train").__getitems__([0, 0]), draws=1)
+        train = parts.data.split("train")
+        model.given_data(train, [0, 0]).bound(train.__getitems__([0, 0]), draws=1)
     model.train()
     torch.random.set_rng_state(state)
 
@@ -66,6 +69,31 @@ def _check_decoder(model: DiffusionModel, description: DataDescription) -> None:
         raise UserError(
             f"{name} has {num_values} values but the decoder has {len(decoder.values)}; set"
             f" {key}.init_args.num_values={num_values}"
+        )
+
+
+def _check_condition(parts: RunParts, description: DataDescription) -> None:
+    """Check that the data have the conditions that the model takes.
+
+    Raises:
+        UserError: they do not.
+    """
+    condition, name = parts.model.condition, description.name
+    if condition is None:
+        return
+    for split in ("train", parts.settings.evaluation_split):
+        if parts.data.split(split).conditions([0]) is None:
+            raise UserError(
+                f"model.condition is a {type(condition).__name__}, but the split {split!r} of"
+                f" {name} has nothing to condition on: use data with classes, or a model without a"
+                " condition"
+            )
+    classes = len(description.classes)
+    if isinstance(condition, ClassCondition) and condition.num_classes != classes:
+        raise UserError(
+            f"{name} has {classes} classes and model.condition has {condition.num_classes}: set"
+            f" model.condition.num_classes={classes}, and classes={classes} of the networks that"
+            " take it"
         )
 
 

@@ -30,21 +30,42 @@ class Terms(NamedTuple):
     """Diffusion term of each example, ``(B,)``, nats, detached."""
 
 
-TermsFunction = Callable[[Tensor, BoundDraw], Terms]
+Wrapper = Callable[[Callable[..., Terms]], Callable[..., Terms]]
 
 
-def training_terms(model: DiffusionModel) -> TermsFunction:
-    """Return the function that computes the terms of a batch, see :meth:`ndm.NDM.bound_at`."""
+class TrainingTerms:
+    """Computes the terms of a batch for given random numbers, see :meth:`ndm.NDM.bound_at`.
 
-    def terms(x: Tensor, draw: BoundDraw) -> Terms:
-        bound = model.bound_at(x, draw)
-        means = torch.stack([term.detach().mean() for term in bound.terms().values()])
-        return Terms(bound.loss.mean(), means, bound.diffusion.detach())
+    Args:
+        model: the model.
+        wrap: applied once to the function that computes them, such as ``torch.compile``.
+    """
 
-    return terms
+    def __init__(self, model: DiffusionModel, wrap: Wrapper | None = None):
+        self.model, self._wrap = model, wrap
+        self._c: Tensor | None = None
+        self._compute = self._function(model)
+
+    def _function(self, model: DiffusionModel) -> Callable[[Tensor, BoundDraw], Terms]:
+        def terms(x: Tensor, draw: BoundDraw) -> Terms:
+            bound = model.bound_at(x, draw)
+            means = torch.stack([term.detach().mean() for term in bound.terms().values()])
+            return Terms(bound.loss.mean(), means, bound.diffusion.detach())
+
+        return terms if self._wrap is None else self._wrap(terms)
+
+    def __call__(self, x: Tensor, draw: BoundDraw, c: Tensor | None = None) -> Terms:
+        """Return the terms for ``x`` ``(B, *event)``, and its condition as networks see it."""
+        if c is not None:
+            # One tensor holds the condition of every step, so that a compiled function stays valid.
+            if self._c is None or self._c.shape != c.shape or self._c.device != c.device:
+                self._c = c.clone()
+                self._compute = self._function(self.model.bind(self._c))
+            self._c.copy_(c)
+        return self._compute(x, draw)
 
 
-def compiled(terms: TermsFunction, cuda_graphs: bool = False, **options: Any) -> TermsFunction:
+def compiled(terms: TrainingTerms, cuda_graphs: bool = False, **options: Any) -> TrainingTerms:
     """Compile a training bound for the first batch size that it is called with.
 
     Args:
@@ -59,16 +80,20 @@ def compiled(terms: TermsFunction, cuda_graphs: bool = False, **options: Any) ->
             "allow_buffer_reuse": False,
             "triton.cudagraphs": cuda_graphs and torch.cuda.is_available(),
         }
-    return torch.compile(terms, dynamic=False, **options)
+
+    def compile_(function: Callable[..., Terms]) -> Callable[..., Terms]:
+        return torch.compile(function, dynamic=False, **options)
+
+    return TrainingTerms(terms.model, compile_)
 
 
 def try_compiling(
     model: DiffusionModel,
-    terms: TermsFunction,
-    trial: Callable[[TermsFunction], Tensor],
+    terms: TrainingTerms,
+    trial: Callable[[TrainingTerms], Tensor],
     cuda_graphs: bool = False,
     speak: bool = True,
-) -> TermsFunction:
+) -> TrainingTerms:
     """Compile the training bound; if that fails, warn in one line and return it uncompiled.
 
     Args:

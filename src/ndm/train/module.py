@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ndm.data import EventDataset, identity_collate
 from ndm.elbo import bits_per_dim
@@ -18,12 +18,21 @@ from ndm.errors import UserError, require
 from ndm.model import DiffusionModel
 from ndm.random import part_seed
 from ndm.shapes import event_size
-from ndm.train.batches import RunBatches, WithFlips
-from ndm.train.compilation import TermsFunction, compiled, training_terms, try_compiling
+from ndm.train.batches import RunBatches, WithConditions, WithFlips
+from ndm.train.compilation import TrainingTerms, compiled, try_compiling
 from ndm.train.settings import TrainSettings
 
 VALIDATION_SEED = 1
 TERMS = ("prior", "diffusion", "reconstruction", "nelbo")
+
+
+Batch = Tensor | Sequence[Tensor]
+"""Examples, or examples and their conditions as networks see them."""
+
+
+def _parts(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return the examples of a batch, and their conditions, if any."""
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
 
 
 class TrainingModule(LightningModule):
@@ -50,7 +59,7 @@ class TrainingModule(LightningModule):
         self._data = WithFlips(data) if settings.horizontal_flips else data
         self._validation = validation
         self._earlier, self._started = 0.0, time.perf_counter()
-        self._terms = training_terms(model)
+        self._terms = TrainingTerms(model)
         self._watch = Watch()
         self.started = False
 
@@ -106,9 +115,13 @@ class TrainingModule(LightningModule):
     def _loader(
         self, data: EventDataset, batches: RunBatches | list[list[int]]
     ) -> DataLoader[Tensor]:
+        condition = self.model.condition
+        examples: Dataset[Any] = data
+        if condition is not None:
+            examples = WithConditions(data, condition)
         workers, pinned = self.settings.workers, self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            data,
+            examples,
             batch_sampler=batches,
             collate_fn=identity_collate,
             num_workers=workers,
@@ -116,25 +129,29 @@ class TrainingModule(LightningModule):
             pin_memory=pinned,
         )
 
-    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check the values of a batch on the CPU, which avoids waiting for the device."""
-        self.model.decoder.check(batch)
+        self.model.decoder.check(_parts(batch)[0])
         return batch
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one part of a batch, with random numbers seeded by seed and part."""
         accumulate, step = self.settings.accumulate, self.trainer.global_step
         index = step * accumulate + batch_idx % accumulate
         part = index * self.trainer.world_size + self.trainer.global_rank
         torch.manual_seed(part_seed(self.seed, part))
-        draw = self.model.draw(batch)
-        terms = self._terms(batch, draw)
+        x, c = _parts(batch)
+        draw = self.model.draw(x)
+        if self.model.condition is not None and c is not None:
+            terms = self._terms(x, draw, self.model.condition.dropped(c))
+        else:
+            terms = self._terms(x, draw)
         self.model.learn_times(draw, terms.diffusion)
         self._watch.look("bound", terms.loss, step)
         if (step + 1) % min(self.settings.log_every, self.settings.steps) == 0:
             self._watch.read()
-            self._log_terms("train", dict(zip(TERMS, terms.means.clone(), strict=True)), batch)
-        return terms.loss / event_size(batch)
+            self._log_terms("train", dict(zip(TERMS, terms.means.clone(), strict=True)), x)
+        return terms.loss / event_size(x)
 
     def configure_gradient_clipping(
         self,
@@ -154,11 +171,13 @@ class TrainingModule(LightningModule):
         if self.settings.precision != "16-mixed":
             self._watch.look("gradient", norm, self.trainer.global_step)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the bound at four times per example, the same times at every validation."""
-        generator = torch.Generator(batch.device).manual_seed(part_seed(VALIDATION_SEED, batch_idx))
-        terms = self.model.bound(batch, draws=4, generator=generator).terms()
-        self._log_terms("val", {name: term.detach().mean() for name, term in terms.items()}, batch)
+        x, c = _parts(batch)
+        generator = torch.Generator(x.device).manual_seed(part_seed(VALIDATION_SEED, batch_idx))
+        model = self.model if c is None else self.model.bind(c)
+        terms = model.bound(x, draws=4, generator=generator).terms()
+        self._log_terms("val", {name: term.detach().mean() for name, term in terms.items()}, x)
 
     def _log_terms(self, stage: str, means: Mapping[str, Tensor], batch: Tensor) -> None:
         dims = event_size(batch)
@@ -194,10 +213,14 @@ class TrainingModule(LightningModule):
             return
         indices = [index % len(self._data) for index in range(self.part_size())]
         part = self._data.__getitems__(indices).to(self.model.like)
+        known: list[Tensor] = []
+        if self.model.condition is not None:
+            c = self.model.condition.encode(self._data.conditions(indices))
+            known = [c.to(part.device)]
 
-        def trial(terms: TermsFunction) -> Tensor:
+        def trial(terms: TrainingTerms) -> Tensor:
             with self.trainer.precision_plugin.train_step_context():
-                return terms(part, self.model.draw(part)).loss
+                return terms(part, self.model.draw(part), *known).loss
 
         cuda_graphs = self.model.like.device.type == "cuda" and self.settings.accumulate == 1
         self._terms = try_compiling(
@@ -207,7 +230,7 @@ class TrainingModule(LightningModule):
     def on_train_end(self) -> None:
         """Discard the compiled bound: evaluation uses other batch sizes."""
         self._watch.read()
-        self._terms = training_terms(self.model)
+        self._terms = TrainingTerms(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and the learning rate schedule."""

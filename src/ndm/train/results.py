@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm.condition import ClassCondition
 from ndm.data import DataSource, spread
 from ndm.device import pick_device
 from ndm.errors import UserError
@@ -108,15 +109,21 @@ def draw_samples(
     test, shape = data.split(settings.evaluation_split), data.describe().event_shape
     images = is_image(shape)
     count = (settings.sample_images or 64) if images else 4096
+    given, columns = model, None
+    if isinstance(model.condition, ClassCondition):  # a class a row
+        classes = model.condition.num_classes
+        columns = -(-count // classes)
+        count = classes * columns
+        given = model.given(torch.arange(classes).repeat_interleave(columns))
     part_size = settings.batch_size // settings.accumulate
-    samples = model.sample(
+    samples = given.sample(
         (count, *shape),
         steps=settings.sample_steps,
         seed=seed,
         batch_size=max(part_size, _SAMPLE_VALUES // math.prod(shape)),
         progress=progress,
     )
-    write_samples(path, samples, None if images else test[: min(len(test), 4096)])
+    write_samples(path, samples, None if images else test[: min(len(test), 4096)], columns)
 
 
 def baselines(data: DataSource, split: str) -> dict[str, float]:

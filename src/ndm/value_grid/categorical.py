@@ -117,7 +117,7 @@ class CategoricalPredictor(DataPredictor):
         everywhere = histogram[:, :, None, None].expand(-1, -1, *z.shape[2:])
         embedded = embedded.movedim(-1, 2).flatten(1, 2)
         seen = torch.cat([z, embedded.to(z.dtype), everywhere.to(z.dtype)], dim=1)
-        features = self.network(seen, level.t)
+        features = self.call(seen, level.t)
         expected = (z.shape[0], self.logits.in_features, *z.shape[1:])
         if not isinstance(features, Tensor) or features.shape != expected:
             is_tensor = isinstance(features, Tensor)

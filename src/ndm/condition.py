@@ -1,0 +1,321 @@
+r"""Conditions c: what is known of an example besides x, and how networks see it.
+
+.. math::
+    q(z_t|x, c) = N(\alpha_t F(x, t, c), \sigma_t^2 I), \qquad \hat x(z_t, t, c), \qquad
+    -\log p(x|c) \le NELBO(x|c)
+
+Every term of the bound is as before, with c given. Networks that can take it are called as
+``network(x, t, c)``. The model is bound to a condition in one place, :meth:`ndm.NDM.given`.
+
+One value of c, the **null**, means that nothing is known. Training replaces c by it with the
+probability ``dropout``, so that one network has p(x|c) and p(x) (Ho & Salimans 2022). At the
+optimum the bound on p(x|c) is lower than that on p(x) by the mutual information of x and c, at most
+the entropy of c: log2(10)/784 bits/dim for the classes of MNIST. A gain above that is a leak.
+
+=========================  ============================  ===========================================
+class                      c, for B examples             as the network sees it
+=========================  ============================  ===========================================
+:class:`ClassCondition`    class indices ``(B,)``        int64 ``(B,)``; the null is ``num_classes``
+:class:`VectorCondition`   numbers ``(B, D)``            ``(B, D + 1)``: the numbers, then 1;
+                                                         the null is 0
+:class:`ImageCondition`    images ``(B, C, H, W)``       ``(B, C + 1, H, W)``: the image, then ones;
+                                                         the null is 0
+=========================  ============================  ===========================================
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from ndm.errors import UserError, check_whole, describe_value
+from ndm.parts import Conditional, Part, check_part, needs_condition
+
+
+class Condition(Part, ABC):
+    """A kind of condition: its values, its null, and how often training drops it.
+
+    Args:
+        dropout: probability of the null in training; 0 means that there is no p(x).
+    """
+
+    name: str
+    """The name in records."""
+    argument: str
+    """The argument by which networks of this library take a condition of this kind."""
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+        if not (number and 0 <= dropout < 1):
+            raise UserError(
+                f"dropout={describe_value(dropout)}: give the probability, in [0, 1), that training"
+                " drops the condition"
+            )
+        self.dropout = float(dropout)
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """What a network of this library needs as :attr:`argument`."""
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the model has p(x) too."""
+        return self.dropout > 0
+
+    def encode(self, c: object) -> Tensor:
+        """Return c as the network sees it, ``(B, ...)``; None is the null, ``(1, ...)``.
+
+        Raises:
+            UserError: it is no condition of this kind.
+        """
+        if c is not None:
+            return self._encode(c)
+        if not self.has_null:
+            raise UserError(
+                "the model was trained without dropping its condition, so it has no p(x): give the"
+                " condition, model.given(c)"
+            )
+        return self.null()
+
+    @abstractmethod
+    def _encode(self, c: object) -> Tensor:
+        """Encode a condition that is not None."""
+
+    @abstractmethod
+    def null(self) -> Tensor:
+        """Return the null, ``(1, ...)``, which broadcasts against encoded conditions."""
+
+    def dropped(self, encoded: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Replace each condition by the null with the probability ``dropout``."""
+        if not self.has_null:
+            return encoded
+        shape = (len(encoded), *([1] * (encoded.dim() - 1)))
+        drop = torch.rand(shape, device=encoded.device, generator=generator) < self.dropout
+        return torch.where(drop, self.null().to(encoded), encoded)
+
+    def check_network(self, network: nn.Module) -> None:
+        """Check that a network of this library takes conditions of this kind and size.
+
+        Raises:
+            UserError: it does not.
+        """
+        found = getattr(network, self.argument, self.size)
+        if found != self.size:
+            raise UserError(
+                f"{type(network).__name__} has {self.argument}={found}, and the model's"
+                f" {type(self).__name__} needs {self.argument}={self.size}"
+            )
+
+
+class ClassCondition(Condition):
+    """The class of an example.
+
+    Args:
+        num_classes: K, the number of classes.
+        dropout: probability of the null in training; 0 means that there is no p(x).
+    """
+
+    name, argument = "labels", "classes"
+
+    def __init__(self, num_classes: int, dropout: float = 0.1):
+        check_whole("num_classes", num_classes, 1)
+        super().__init__(dropout)
+        self.num_classes = num_classes
+
+    @property
+    def size(self) -> int:
+        return self.num_classes
+
+    def _encode(self, c: object) -> Tensor:
+        """Encode class indices 0 ... K-1: an int, or ``(B,)``."""
+        index = _tensor(c, "class indices")
+        if index.dtype == torch.bool or index.is_floating_point() or index.dim() > 1:
+            raise UserError(
+                f"the condition is {_describe(index)}: give class indices, an int or a 1-D tensor"
+                f" of ints from 0 to {self.num_classes - 1}"
+            )
+        outside = index[(index < 0) | (index >= self.num_classes)]
+        if outside.numel():
+            raise UserError(
+                f"class {int(outside[0])} is not one of the {self.num_classes} classes: give"
+                f" indices from 0 to {self.num_classes - 1}"
+            )
+        return index.reshape(-1).long()
+
+    def null(self) -> Tensor:
+        return torch.tensor([self.num_classes])
+
+
+class VectorCondition(Condition):
+    """A vector of numbers known of an example.
+
+    Args:
+        dims: D, its length.
+        dropout: probability of the null in training; 0 means that there is no p(x).
+    """
+
+    name, argument = "vector", "condition_dims"
+
+    def __init__(self, dims: int, dropout: float = 0.1):
+        check_whole("dims", dims, 1)
+        super().__init__(dropout)
+        self.dims = dims
+
+    @property
+    def size(self) -> int:
+        return self.dims
+
+    def _encode(self, c: object) -> Tensor:
+        """Encode numbers ``(B, D)``, or ``(D,)`` for every example."""
+        vector = _finite(_tensor(c, "numbers"))
+        vector = vector[None] if vector.dim() == 1 else vector
+        if vector.dim() != 2 or vector.shape[1] != self.dims:
+            raise UserError(
+                f"the condition is {_describe(vector)}: give {self.dims} numbers of each example,"
+                f" (B, {self.dims})"
+            )
+        return torch.cat([vector, torch.ones_like(vector[:, :1])], 1)
+
+    def null(self) -> Tensor:
+        return torch.zeros(1, self.dims + 1)
+
+
+class ImageCondition(Condition):
+    """An image known of an example, of its height and width.
+
+    Args:
+        channels: C, the number of its channels.
+        dropout: probability of the null in training; 0 means that there is no p(x).
+    """
+
+    name, argument = "image", "condition_channels"
+
+    def __init__(self, channels: int, dropout: float = 0.1):
+        check_whole("channels", channels, 1)
+        super().__init__(dropout)
+        self.channels = channels
+
+    @property
+    def size(self) -> int:
+        return self.channels
+
+    def _encode(self, c: object) -> Tensor:
+        """Encode images ``(B, C, H, W)``, or ``(C, H, W)`` for every example."""
+        image = _finite(_tensor(c, "images"))
+        image = image[None] if image.dim() == 3 else image
+        if image.dim() != 4 or image.shape[1] != self.channels:
+            raise UserError(
+                f"the condition is {_describe(image)}: give images (B, {self.channels}, H, W)"
+            )
+        return torch.cat([image, torch.ones_like(image[:, :1])], 1)
+
+    def null(self) -> Tensor:
+        return torch.zeros(1, self.channels + 1, 1, 1)
+
+
+class Conditions(Protocol):
+    """A data set that may know conditions of its examples, see :class:`ndm.data.EventDataset`."""
+
+    def conditions(self, indices: Sequence[int]) -> Tensor | None:
+        """Return the conditions of examples, or None."""
+
+
+class ConditionalModel(Conditional):
+    """A model that may take a condition; without one it is the model of p(x)."""
+
+    condition: Condition | None
+    """The kind of condition."""
+
+    def given(self, c: object) -> Self:
+        """Return the model of p(x|c), which shares all weights with this one.
+
+        A conditional model that is given nothing is the model of p(x).
+
+        Args:
+            c: the condition, as its kind takes it (:mod:`ndm.condition`): that of each example of
+                the batches to come, or one for all, such as the index of a class. None is p(x).
+
+        Raises:
+            UserError: the model takes no condition, or not this one.
+        """
+        if self.condition is None:
+            raise UserError(
+                "this model takes no condition: build it with one, such as"
+                " condition=ndm.ClassCondition(num_classes), and train it"
+            )
+        return self.bind(self.condition.encode(c))
+
+    def given_data(self, data: Conditions, indices: Sequence[int]) -> Self:
+        """Return the model given the conditions of examples of a data set.
+
+        It is this model, of p(x), if it takes no condition or the data have none.
+        """
+        c = None if self.condition is None else data.conditions(indices)
+        return self if c is None else self.given(c)
+
+    def check_given(self) -> None:
+        """Check that a condition is known, if the model has no p(x).
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.condition is not None and self.c is None:
+            self.condition.encode(None)
+
+    def check_conditions(self) -> None:
+        """Check that networks and condition fit, and bind the model to its null.
+
+        Raises:
+            UserError: they do not.
+        """
+        if self.condition is None:
+            asking = next((one for one in self.networks() if needs_condition(one)), None)
+            if asking is not None:
+                raise UserError(
+                    f"the network {type(asking).__name__} takes a condition and the model has none:"
+                    " give the model one, such as condition=ndm.ClassCondition(num_classes)"
+                )
+            return
+        check_part("condition", self.condition, Condition, "ndm.ClassCondition(num_classes)")
+        if not self.conditional:
+            raise UserError(
+                f"the model has a {type(self.condition).__name__}, and none of its networks takes"
+                f" it: give a network of this library {self.condition.argument}="
+                f"{self.condition.size}, or use one that is called as network(x, t, c)"
+            )
+        for network in self.networks():
+            self.condition.check_network(network)
+        if self.condition.has_null:
+            null = self.condition.null()
+            self.c, self._modules = null, self.bind(null)._modules
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return the model for a part of its batch: its conditions may be those of examples."""
+        return self if self.c is None or len(self.c) == 1 else self.bind(self.c[start:stop])
+
+
+def _tensor(c: object, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(c)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the condition is a {type(c).__name__}: give {what}") from error
+
+
+def _finite(c: Tensor) -> Tensor:
+    """Return numbers as floats.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    c = c if c.is_floating_point() else c.float()
+    if not bool(c.isfinite().all()):
+        raise UserError("the condition has values that are not finite; replace them")
+    return c
+
+
+def _describe(c: Tensor) -> str:
+    return f"a tensor {tuple(c.shape)} of {str(c.dtype).removeprefix('torch.')}"
