@@ -24,6 +24,7 @@ from ndm.data import (
     identity_collate,
 )
 from ndm.data.arrays import discrete
+from ndm.data.source import spread
 from ndm.data.splits import check_classes, split_by_class
 from ndm.decoder import DiscretizedGaussian, bin_centers, from_grid, to_grid
 from ndm.errors import UserError
@@ -239,3 +240,20 @@ def test_invalid_arguments_are_reported_in_one_line(make, culprit):
     with pytest.raises(UserError) as error:
         make()
     assert culprit in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("count", "limit"), [(7000, 1000), (70, 10), (1000, 3), (10, 10), (5, 9)])
+def test_examples_that_are_spread_are_one_in_each_part(count: int, limit: int) -> None:
+    found = spread(count, limit)
+    most = min(count, limit)
+    assert len(found) == most and found == sorted(set(found))
+    assert all(k * count // most <= i < -(-(k + 1) * count // most) for k, i in enumerate(found))
+    assert spread(count) == list(range(count))
+
+
+@pytest.mark.parametrize("period", [2, 5, 7, 10])
+def test_examples_that_are_spread_are_from_every_column_of_a_grid(period: int) -> None:
+    """At equal distances of a multiple of the period they would all be from one column."""
+    found = torch.tensor(spread(1000 * period, 1000)) % period
+    shares = found.bincount(minlength=period) / 1000
+    torch.testing.assert_close(shares, torch.full((period,), 1 / period), rtol=0, atol=0.01)

@@ -20,7 +20,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from ndm.decoder import from_grid
 from ndm.errors import UserError, describe_value
 
+_GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2^64
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -79,6 +80,10 @@ class DataDescription:
     """b of each dimension of the flattened example, if standardized."""
     scale: tuple[float, ...] = field(default=(), repr=False)
     """a of each dimension of the flattened example, if standardized."""
+    frequencies: tuple[float, ...] = ()
+    """Share of each class in the split ``train``."""
+    labels_sha256: str = ""
+    """Checksum of the class indices of all splits, in order; empty without classes."""
 
     @property
     def log_scale(self) -> float:
@@ -142,7 +147,7 @@ class DataDescription:
 
     def _checks(self) -> Iterator[tuple[str, bool]]:
         """Yield the names of the fields, and whether they can be true; a file may be damaged."""
-        for name in ("name", "version", "sha256"):
+        for name in ("name", "version", "sha256", "labels_sha256"):
             yield name, isinstance(getattr(self, name), str)
         yield "kind", self.kind in ("image", "vector")
         shape, most = self.event_shape, 2**31
@@ -162,6 +167,10 @@ class DataDescription:
             yield name, isinstance(values, tuple) and len(values) in (0, math.prod(shape))
             yield name, all(_is_number(value) for value in values)
         yield "scale", all(value > 0 for value in self.scale)
+        shares, classes = self.frequencies, len(self.classes)
+        yield "frequencies", isinstance(shares, tuple) and len(shares) in (0, classes)
+        yield "frequencies", all(_is_number(share) and share >= 0 for share in shares)
+        yield "frequencies", not shares or sum(shares) > 0
 
 
 class EventDataset(Dataset[Tensor], ABC):
@@ -173,6 +182,13 @@ class EventDataset(Dataset[Tensor], ABC):
 
     labels: Tensor | None = None
     """Class index of each example, int64, or None."""
+
+    def conditions(self, indices: Sequence[int]) -> Tensor | None:
+        """Return what a conditional model is given of the examples ``indices``, ``(B, ...)``.
+
+        These are their classes, or None if the data have none.
+        """
+        return None if self.labels is None else self.labels[list(indices)]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -226,15 +242,38 @@ class EventDataset(Dataset[Tensor], ABC):
         return self.__getitems__(indices) if len(indices) else self.__getitems__([0])[:0]
 
 
+class WithoutConditions(EventDataset):
+    """The same examples, of which a conditional model is given nothing: for bounds on p(x).
+
+    Args:
+        data: the examples.
+    """
+
+    def __init__(self, data: EventDataset):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        return self.data.__getitems__(indices)
+
+
 def identity_collate(batch: Any) -> Any:
     """Return the batch unchanged: the ``collate_fn`` for an :class:`EventDataset`."""
     return batch
 
 
 def spread(count: int, limit: int | None = None) -> list[int]:
-    """Return ``limit`` evenly spaced indices of ``count`` examples from 0 on; all by default."""
+    """Return ``limit`` increasing indices of ``count`` examples, evenly spread; all by default.
+
+    There is one in each of ``limit`` equal parts, at a place that changes from part to part by the
+    golden ratio. At equal distances they could all be alike: every seventh crop of photographs cut
+    into rows of seven is from the same column.
+    """
     most = count if limit is None else min(limit, count)
-    return [index * count // most for index in range(most)]
+    places = [(index << 64) + (index + 1) * _GOLDEN % (1 << 64) for index in range(most)]
+    return [place * count // (most << 64) for place in places]
 
 
 @dataclass(frozen=True)
@@ -305,11 +344,30 @@ class DataSource(ABC):
 
     def _content(self) -> Loaded:
         if self._loaded is None:
-            self._loaded = self.load()
+            self._loaded = _with_labels(self.load())
         return self._loaded
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_loaded"}
+
+
+def _with_labels(loaded: Loaded) -> Loaded:
+    """Describe the labels of data that have classes."""
+    classes = len(loaded.description.classes)
+    labels = {name: split.labels for name, split in loaded.splits.items()}
+    if not classes or any(one is None for one in labels.values()):
+        return loaded
+    checksum, shares = ContentHash(), ()
+    for name, indices in labels.items():
+        assert indices is not None
+        checksum.split(name)
+        checksum.array(indices.numpy())
+        if name == "train":
+            shares = tuple((indices.bincount(minlength=classes) / len(indices)).tolist())
+    description = replace(
+        loaded.description, frequencies=shares, labels_sha256=checksum.hexdigest()
+    )
+    return Loaded(description, loaded.splits)
 
 
 class ContentHash:
