@@ -70,8 +70,15 @@ def test_the_bytes_of_a_picture_are_those_of_the_file_that_pillow_writes() -> No
             assert picture_bytes(pixels, name) == len(file.getvalue())
 
 
-def test_a_format_that_changes_pixels_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_that_change_pixels_or_are_missing_are_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lossy = {"JPEG": {"format": "JPEG", "quality": 50}}
     monkeypatch.setattr("ndm.evaluation.baselines.PICTURE_FORMATS", lossy)
+    images = noise(256, 4, 3, 8, 8).numpy().astype(np.uint8)
     with pytest.raises(UserError, match="JPEG is not lossless"):
-        picture_bytes(noise(256, 4, 3, 8, 8).numpy().astype(np.uint8), "JPEG")
+        picture_bytes(images, "JPEG")
+    monkeypatch.setitem(lossy, "unknown", {"format": "UNKNOWN"})
+    assert installed_formats() == ["JPEG"]
+    with pytest.raises(UserError, match="cannot write unknown"):
+        picture_bytes(images, "unknown")

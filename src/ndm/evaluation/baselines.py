@@ -10,6 +10,7 @@ picture. :data:`PICTURE_FORMATS` also code images one by one.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import lzma
@@ -79,13 +80,19 @@ def installed_formats() -> list[str]:
     Raises:
         MissingExtraError: Pillow is not installed.
     """
+    return [name for name, options in PICTURE_FORMATS.items() if options["format"] in _writable()]
+
+
+@functools.cache
+def _writable() -> frozenset[str]:
+    """Return the formats that Pillow can write."""
     require("PIL", "pillow", "data")
     from PIL import Image
 
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_jxl")  # registers JPEG XL with Pillow
     Image.init()
-    return [name for name, options in PICTURE_FORMATS.items() if options["format"] in Image.SAVE]
+    return frozenset(Image.SAVE)
 
 
 def picture_bytes(images: np.ndarray, name: str) -> int:
@@ -96,8 +103,10 @@ def picture_bytes(images: np.ndarray, name: str) -> int:
         name: one of the :data:`PICTURE_FORMATS`.
 
     Raises:
-        UserError: the format does not restore the images.
+        UserError: the format cannot be written here, or does not restore the images.
     """
+    if PICTURE_FORMATS[name]["format"] not in _writable():
+        raise UserError(f"Pillow cannot write {name} here; install one that can, or a plugin")
     from PIL import Image
 
     pixels, buffer = arrange(images), io.BytesIO()
