@@ -11,7 +11,6 @@ sheet, without the overhead of headers; zstd and xz code the raw pixels as one s
 """
 
 import argparse
-import io
 import json
 import lzma
 import math
@@ -21,11 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pillow_jxl  # noqa: F401 (registers JPEG XL with Pillow)
 import torch
 import zstandard
 from constriction import stream
-from PIL import Image
 
 from ndm.apps.compress.archive import Archive, levels_checksum, pack
 from ndm.apps.compress.chain import Chain
@@ -33,51 +30,23 @@ from ndm.apps.compress.choose import Forecast, choose_plan
 from ndm.apps.compress.coder import FAR, NEAR, Clock, decode, encode
 from ndm.apps.compress.items import Item
 from ndm.data import EventDataset, spread
+from ndm.evaluation.baselines import installed_formats, picture_bytes
 from ndm.evaluation.evaluate import Evaluation
 from ndm.model import DiffusionModel
 from ndm.random import ExampleGenerators
 from ndm.serialize import fingerprint
 from ndm.train.run import Run
 
-FORMATS: dict[str, dict[str, object]] = {
-    "PNG": {"format": "PNG", "optimize": True},
-    "WebP": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
-    "JPEG XL": {"format": "JXL", "lossless": True, "effort": 9},
-}
-
-
-def sheet(images: np.ndarray) -> np.ndarray:
-    """Arrange images ``(N, C, H, W)`` in one sheet, about square."""
-    count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    page = np.zeros((rows * columns, channels, height, width), dtype=images.dtype)
-    page[:count] = images
-    cells = page.reshape(rows, columns, channels, height, width).transpose(2, 0, 3, 1, 4)
-    return cells.reshape(channels, rows * height, columns * width)
-
-
-def picture_bytes(pixels: np.ndarray, options: dict[str, object]) -> int:
-    """Return the size of one image ``(C, H, W)`` in a format, and check that it is lossless."""
-    array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, **options)  # type: ignore[arg-type]
-    image = Image.open(io.BytesIO(file.getvalue()))
-    back = np.asarray(image.convert("L" if len(pixels) == 1 else "RGB"))
-    if not np.array_equal(back, array):
-        raise SystemExit(f"{options['format']} is not lossless here")
-    return len(file.getvalue())
-
 
 def rivals(images: np.ndarray) -> dict[str, Callable[[], int]]:
     """Return, by name, functions that compute the size of all images ``(N, C, H, W)``, uint8."""
-    raw, page = images.tobytes(), sheet(images)
+    raw = images.tobytes()
     entries: dict[str, Callable[[], int]] = {}
-    for name, options in FORMATS.items():
-        entries[f"{name}, each image"] = lambda options=options: sum(
-            picture_bytes(image, options) for image in images
+    for name in installed_formats():
+        entries[f"{name}, each image"] = lambda name=name: sum(
+            picture_bytes(image[None], name) for image in images
         )
-        entries[f"{name}, one sheet"] = lambda options=options: picture_bytes(page, options)
+        entries[f"{name}, one sheet"] = lambda name=name: picture_bytes(images, name)
     entries["zstd -22"] = lambda: len(zstandard.ZstdCompressor(level=22).compress(raw))
     entries["xz -9e"] = lambda: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
     return entries

@@ -16,6 +16,7 @@ from ndm.evaluation.measurement import (
     LikelihoodProtocol,
     Measurement,
     neighbor_error,
+    paired_difference,
     strata_error,
     weights_error,
 )
@@ -88,6 +89,17 @@ def test_neighbor_error_of_independent_values_is_the_usual_standard_error() -> N
     trend = torch.linspace(0, 1, 1001, dtype=F64)
     assert neighbor_error(trend) < 1e-4, "a trend over the order is not noise"
     assert math.isnan(neighbor_error(torch.zeros(1)))
+
+
+def test_a_paired_difference_has_the_error_of_the_differences() -> None:
+    """What both have in common cancels; signs and units count."""
+    generator = torch.Generator().manual_seed(0)
+    common = 100 * torch.randn(50, generator=generator, dtype=torch.float64)
+    first, second = common + torch.tensor([3.0, 1.0]).repeat(25), common
+    mean, error = paired_difference(first, second, dims=4)
+    assert mean == pytest.approx(2 / (4 * math.log(2)))
+    assert error == pytest.approx(math.sqrt(50 / 49) / math.sqrt(50) / (4 * math.log(2)))
+    assert paired_difference(second, first, dims=4) == pytest.approx((-mean, error))
 
 
 @pytest.mark.parametrize("draws", [4, 16])

@@ -1,4 +1,4 @@
-"""``ndm reproduce``: run an experiment of the paper."""
+"""``ndm reproduce``: run an experiment of the paper, or that on photographs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ def run_reproduce(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="ndm reproduce",
         description=(
-            "Run an experiment of the paper: train, measure, draw figures and write a report. Rerun"
-            " the command to resume an interrupted experiment."
+            "Run an experiment of the paper, or that on photographs: train, measure, draw figures"
+            " and write a report. Rerun the command to resume an interrupted experiment."
         ),
         epilog=(
             "Example: ndm reproduce checkerboard --out runs/checkerboard. Options after -- are"

@@ -1,4 +1,4 @@
-"""Many images in one lossless WebP picture."""
+"""Many images in one picture, and in one lossless WebP picture."""
 
 import io
 import math
@@ -24,17 +24,26 @@ def fits_webp(count: int, event_shape: Sequence[int], num_values: int) -> bool:
     return small and bool(features.check("webp"))
 
 
-def encode_webp(images: np.ndarray) -> bytes:
-    """Encode images ``(N, C, H, W)``, uint8, C of 1 or 3, as one lossless picture, about square."""
-    from PIL import Image
+def arrange(images: np.ndarray) -> np.ndarray:
+    """Arrange images ``(N, C, H, W)``, uint8, C of 1 or 3, in one picture that is about square.
 
+    Returns:
+        Its pixels, ``(height, width, 3)`` or for gray images ``(height, width)``; the rest is 0.
+    """
     count, channels, height, width = images.shape
     rows, columns = _layout(count)
     full = np.zeros((rows * columns, channels, height, width), np.uint8)
     full[:count] = images
     full = full.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     pixels = full.reshape(rows * height, columns * width, channels)
-    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert("RGB")
+    return pixels[..., 0] if channels == 1 else pixels
+
+
+def encode_webp(images: np.ndarray) -> bytes:
+    """Encode images ``(N, C, H, W)``, uint8, C of 1 or 3, as one lossless picture, about square."""
+    from PIL import Image
+
+    picture = Image.fromarray(arrange(images)).convert("RGB")
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=True, quality=100, method=6, exact=True)
     return buffer.getvalue()

@@ -248,6 +248,21 @@ def standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
+def paired_difference(values: Tensor, others: Tensor, dims: int) -> tuple[float, float]:
+    """Return the mean of values - others on the same examples and its standard error, bits/dim.
+
+    Args:
+        values: ``(N,)``, nats.
+        others: those of another model.
+        dims: D.
+    """
+    difference = values.double() - others.double()
+    mean, error = (
+        bits_per_dim(one, dims) for one in (difference.mean(), standard_error(difference))
+    )
+    return float(mean), float(error)
+
+
 def neighbor_error(values: Tensor) -> float:
     """Return the standard error of the mean of values ``(N,)`` that are stratified in their order.
 

@@ -13,12 +13,10 @@ violated relation deserves a closer look, but does not prove an error. The quadr
 likelihood is compared with a quadrature on half of its nodes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ndm.elbo import bits_per_dim
-from ndm.evaluation.measurement import LikelihoodProtocol, Measurement
+from ndm.evaluation.measurement import LikelihoodProtocol, Measurement, paired_difference
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ def _quadrature(one: Measurement, protocol: LikelihoodProtocol, errors: float) -
 
 def _difference(a: Measurement, b: Measurement) -> tuple[float, float]:
     """Return the mean of a - b and its standard error over the same examples, bits/dim."""
-    difference = a.values - b.values
-    error = float(difference.std() / math.sqrt(len(difference)))
-    return float(bits_per_dim(difference.mean(), a.dims)), float(bits_per_dim(error, a.dims))
+    return paired_difference(a.values, b.values, a.dims)
 
 
 def _at_most(low: Measurement, high: Measurement, errors: float) -> Check:

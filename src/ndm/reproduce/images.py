@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from ndm.random import part_seed
 from ndm.reproduce.report import Report, check_learned
 from ndm.reproduce.synthetic import write_cifar, write_faces, write_imagenet
 from ndm.viz import image_grid, new_figure, transform_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -280,25 +283,13 @@ _CHUNK = 1000
 
 def pictures(report: Report, facts: Facts, model: DiffusionModel, data: DataSource) -> None:
     """Plot samples next to test images, and F(x, t), z_t and x̂ over time."""
-    test, side = data.split("test"), 2 if report.smoke else 8
-    steps, shape = 4 if report.smoke else facts.sample_steps, data.describe().event_shape
-    samples = model.sample(
-        (side * side, *shape), "ancestral", steps=steps, seed=report.seed, progress=True
-    )
-    numbers = spread(max(len(test), side * side), side * side)
-    truth = test.__getitems__([number % len(test) for number in numbers])
-    figure = new_figure(8.4, 4.6)
-    panels = (("samples", samples), ("test images", truth))
-    for axis, (title, images) in zip(figure.subplots(1, 2), panels, strict=True):
-        axis.imshow(image_grid(images, side, gap=max(1, shape[-1] // 32)), interpolation="nearest")
-        axis.set(title=title, xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    steps, side = (4, 2) if report.smoke else (facts.sample_steps, 8)
     report.figure(
         "samples",
-        figure,
+        sample_figure(model, data, side, steps, report.seed),
         f"Left: all ancestral samples of seed {report.seed}, {steps} steps. Right: test images.",
     )
-    decoder = model.decoder
+    test, decoder = data.split("test"), model.decoder
     note = ""
     show: Callable[[Tensor], Tensor] | None = None
     if isinstance(decoder, NetworkDecoder):
@@ -310,3 +301,22 @@ def pictures(report: Report, facts: Facts, model: DiffusionModel, data: DataSour
     report.figure(
         "transform", drawn, f"Two test images over time: F(x, t), z_t and the prediction.{note}"
     )
+
+
+def sample_figure(
+    model: DiffusionModel, data: DataSource, side: int, steps: int, seed: int
+) -> "Figure":
+    """Draw ``side`` x ``side`` ancestral samples next to test images, evenly spread."""
+    test, shape = data.split("test"), data.describe().event_shape
+    samples = model.sample(
+        (side * side, *shape), "ancestral", steps=steps, seed=seed, progress=True
+    )
+    numbers = spread(max(len(test), side * side), side * side)
+    truth = test.__getitems__([number % len(test) for number in numbers])
+    figure = new_figure(8.4, 4.6)
+    panels = (("samples", samples), ("test images", truth))
+    for axis, (title, images) in zip(figure.subplots(1, 2), panels, strict=True):
+        axis.imshow(image_grid(images, side, gap=max(1, shape[-1] // 32)), interpolation="nearest")
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -182,7 +183,7 @@ class Report:
         return config
 
     def train_all(
-        self, configs: Mapping[str, RunConfig]
+        self, configs: Mapping[str, RunConfig], seed: int | None = None
     ) -> dict[str, tuple[DiffusionModel, DataSource]]:
         """Train several models as :meth:`train` does, ``settings.jobs`` in parallel.
 
@@ -190,6 +191,7 @@ class Report:
 
         Args:
             configs: the configurations by run name.
+            seed: seed of all runs; None for that of the experiment.
 
         Returns:
             The model and its data by run name.
@@ -198,9 +200,10 @@ class Report:
             UserError: a parallel run failed; the others are finished first.
         """
         self._claim()
+        seed = self.seed if seed is None else seed
         if self.settings.jobs > 1:
             jobs = [
-                Job(name, config.override({"seed": self.seed}), self.run(name), quiet=True)
+                Job(name, config.override({"seed": seed}), self.run(name), quiet=True)
                 for name, config in configs.items()
             ]
             failures = run_all(jobs, self.settings.jobs)
@@ -209,14 +212,17 @@ class Report:
                 raise UserError(
                     f"{len(failures)} of {len(jobs)} runs failed ({names}); the first: {reason}"
                 )
-        return {name: self.train(name, config) for name, config in configs.items()}
+        return {name: self.train(name, config, seed) for name, config in configs.items()}
 
-    def train(self, name: str, config: RunConfig) -> tuple[DiffusionModel, DataSource]:
+    def train(
+        self, name: str, config: RunConfig, seed: int | None = None
+    ) -> tuple[DiffusionModel, DataSource]:
         """Train a model, or load it if an earlier call trained it.
 
         Args:
             name: folder of the run, under ``runs``.
-            config: its configuration; the experiment sets the seed.
+            config: its configuration, without the seed.
+            seed: its seed; None for that of the experiment.
 
         Returns:
             The trained model in evaluation mode, and its data.
@@ -225,7 +231,7 @@ class Report:
         print(f"{self.name}: {name}", flush=True)
         self._claim()
         was_finished = run.finished
-        metrics = train_run(run, config.override({"seed": self.seed}))
+        metrics = train_run(run, config.override({"seed": self.seed if seed is None else seed}))
         if metrics is None or not (started_first() or was_finished):
             sys.exit(0)  # distributed training is over: only the first process continues
         model = run.model()
@@ -335,9 +341,24 @@ class Report:
         Returns:
             Its record, :meth:`ndm.evaluation.measurement.Measurement.to_dict`.
         """
-        record = self.cache(key, lambda: take().to_dict())
-        self.add_measurement(key, record)
-        return record
+        return self.measure_values(key, take)[0]
+
+    def measure_values(
+        self, key: str, take: Callable[[], Measurement]
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Take a measurement as :meth:`measure` does, with the values of its examples.
+
+        Returns:
+            Its record, and the estimate of each example, ``(N,)``, nats, float64.
+        """
+
+        def both() -> dict[str, Any]:
+            found = take()
+            return {"record": found.to_dict(), "values": found.values.tolist()}
+
+        stored = self.cache(key, both)
+        self.add_measurement(key, stored["record"])
+        return stored["record"], torch.tensor(stored["values"], dtype=torch.float64)
 
     def expect(self, text: str, value: float, most: float) -> None:
         """Add the check that ``value`` is at most ``most``; the page shows whether it holds.

@@ -12,18 +12,17 @@ hooks on the networks.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ndm.data import DataDescription, DataSource
-from ndm.elbo import bits_per_dim
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import Fit
 from ndm.evaluation.evaluate import Evaluation
-from ndm.evaluation.measurement import Measurement, standard_error
+from ndm.evaluation.measurement import paired_difference
 from ndm.evaluation.tables import plus_minus
 from ndm.model import DiffusionModel
 from ndm.reproduce.plane import both_configs
@@ -99,12 +98,10 @@ def bounds(
     report: Report, plan: Plan, models: Mapping[str, DiffusionModel], data: DataSource
 ) -> None:
     """Measure NELBO against T, with plain and fitted reverse variance, and NLL; figure 1."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, tuple[dict[str, Any], Tensor]] = {}
     for name, model in models.items():
         results |= _measure_bounds(report, plan, name.lower(), model, data)
-    records = {key: result["record"] for key, result in results.items()}
-    for key, record in records.items():
-        report.add_measurement(key, record)
+    records = {key: record for key, (record, _) in results.items()}
     examples = records[f"ddpm-{CONTINUOUS}"]["num_examples"]
     nll_examples = records["ddpm-nll"]["num_examples"]
     report.figure(
@@ -115,12 +112,15 @@ def bounds(
         f" continuous time on {nll_examples} of them",
     )
     dims = math.prod(data.describe().event_shape)
-    differences = {
-        horizon: _difference(results, f"{horizon or CONTINUOUS}", dims) for horizon in plan.horizons
-    }
+
+    def difference(key: str) -> tuple[float, float]:
+        """Return NDM minus DDPM over the same examples, and its standard error, bits/dim."""
+        return paired_difference(results[f"ndm-{key}"][1], results[f"ddpm-{key}"][1], dims)
+
+    differences = {horizon: difference(f"{horizon or CONTINUOUS}") for horizon in plan.horizons}
     rows = [_bound_row(records, horizon, differences[horizon]) for horizon in plan.horizons]
     nlls = [*_pair(records["ddpm-nll"], None), *_pair(records["ndm-nll"], None)]
-    rows.append(["NLL, ODE", *nlls, plus_minus(*_difference(results, "nll", dims))])
+    rows.append(["NLL, ODE", *nlls, plus_minus(*difference("nll"))])
     report.text(
         f"Bits/dim on {examples} test examples (NLL: {nll_examples}, one sample of z_0), ± over"
         " examples; differences are paired."
@@ -147,35 +147,20 @@ def bounds(
 
 def _measure_bounds(
     report: Report, plan: Plan, name: str, model: DiffusionModel, data: DataSource
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, tuple[dict[str, Any], Tensor]]:
     """Measure a model's NELBO for each horizon and its NLL; records and values by key."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, tuple[dict[str, Any], Tensor]] = {}
     train, test, about = data.split("train"), data.split("test"), data.describe().about("test")
     bound = Evaluation(model, test, report.seed, plan.limit, progress=True, about=about)
     for horizon in plan.horizons:
         for fit in (None, Fit(train)) if horizon in plan.fitted else (None,):
             key = f"{name}-{horizon or CONTINUOUS}" + ("-fitted" if fit else "")
-            compute = partial(_measure, bound.nelbo, horizon, plan.draws, fit)
-            results[key] = report.cache(f"nelbo-{key}", compute)
+            take = partial(bound.nelbo, horizon, plan.draws, fit)
+            results[key] = report.measure_values(key, take)
     likelihood = Evaluation(model, test, report.seed, plan.nll_limit, progress=True, about=about)
-    compute = partial(_measure, likelihood.nll, settings=plan.ode)
-    results[f"{name}-nll"] = report.cache(f"nll-{name}", compute)
+    key = f"{name}-nll"
+    results[key] = report.measure_values(key, partial(likelihood.nll, settings=plan.ode))
     return results
-
-
-def _measure(take: Callable[..., Measurement], *arguments: Any, **options: Any) -> dict[str, Any]:
-    measurement = take(*arguments, **options)
-    return {"record": measurement.to_dict(), "values": measurement.values.tolist()}
-
-
-def _difference(results: Mapping[str, dict[str, Any]], key: str, dims: int) -> tuple[float, float]:
-    """Return NDM minus DDPM over the same examples, and its standard error, bits/dim."""
-    ndm, ddpm = (
-        torch.tensor(results[f"{name}-{key}"]["values"], dtype=torch.float64)
-        for name in ("ndm", "ddpm")
-    )
-    mean, error = (ndm - ddpm).mean(), standard_error(ndm - ddpm)
-    return float(bits_per_dim(mean, dims)), float(bits_per_dim(error, dims))
 
 
 def _bound_row(

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ndm.viz import write_images
+
 
 def pictures(count: int, side: int, seed: int) -> np.ndarray:
     """Draw discs of one color on gradients between two others, uint8 ``(count, 3, side, side)``."""
@@ -49,9 +51,13 @@ def write_imagenet(folder: Path, side: int, seed: int) -> None:
 
 def write_faces(folder: Path, side: int, seed: int) -> None:
     """Write a folder of forty images, the layout of CelebA-HQ."""
-    folder.mkdir(parents=True)
-    for index, image in enumerate(pictures(40, side, seed)):
-        (folder / f"{index:05d}.png").write_bytes(_png(image))
+    write_images(folder, pictures(40, side, seed))
+
+
+def write_photos(folder: Path, seed: int) -> None:
+    """Write subfolders ``train`` and ``test`` with four and six images of 72 x 72 pixels."""
+    for index, (split, count) in enumerate((("train", 4), ("test", 6))):
+        write_images(folder / split, pictures(count, 72, seed + index))
 
 
 def write_mnist(folder: Path, seed: int) -> None:
