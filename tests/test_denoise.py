@@ -15,7 +15,7 @@ from ndm.reverse import ReverseKind
 from ndm.sample import AdaptiveODE, Sampler
 from ndm.schedule import LinearLogSNRSchedule
 from ndm.transform import GatedTransform
-from oracles import COVARIANCE, F64, GaussianProblem, LinearTransform, randomized
+from oracles import F64, GaussianProblem, LinearTransform, randomized
 from test_condition import mlp
 
 SCHEDULE = LinearLogSNRSchedule(-6.0, 12.0)
@@ -56,7 +56,7 @@ def test_from_the_marginal_of_any_time_the_result_is_that_of_zero(
     assert isinstance(problem, GaussianProblem)
     mean, covariance = problem.marginal(t)
     z = mean + latents(40_000) @ torch.linalg.cholesky(covariance).T
-    steps = None if isinstance(method, Sampler) else 80
+    steps = None if isinstance(method, Sampler) else 160
     found = model.denoise(z.detach(), t, method, steps=steps, eta=eta, seed=1, decode="latent")
     expected_mean, expected = problem.marginal(0.0)
     torch.testing.assert_close(found.mean(0), expected_mean.detach(), rtol=0, atol=0.03)
@@ -234,4 +234,3 @@ def test_requests_that_make_no_sense_are_rejected() -> None:
     for message, call in cases:
         with pytest.raises(UserError, match=message):
             call()
-    assert float(COVARIANCE[0, 0]) == 2.0

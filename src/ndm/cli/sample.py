@@ -67,9 +67,10 @@ def sample(
         steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
         grid: times of the steps of ancestral sampling: equal, or fitted on the train split together
             with the variance of each step, which samples better in few steps.
-        condition: classes to sample of a model that takes them, such as 3 or 0,1,2, a file with one
-            class in each line, or nothing for p(x). By default classes are as frequent as in
-            training. A picture has a class in each row.
+        condition: classes to sample of a model that takes them, such as 3 or 0,1,2; for a table
+            with known columns, their numbers; a file with one of these in each line; or nothing,
+            for p(x). By default conditions are as frequent as in training. A picture has a class in
+            each row.
         guidance: weight of the condition; 1 samples p(x|c), more follows the condition more than
             the data do.
         guide: what is guided: curve, as in classifier-free guidance, or x, which evaluates F once.
@@ -91,11 +92,13 @@ def sample(
     model = Run(Path(run)).model().to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
     _check_fits(target, description)
-    asked = wanted(condition, n, model, description, seed)
-    if guidance != 1 and asked.classes is None:
+    asked = wanted(
+        condition, n, model, description, seed, lambda: Run(Path(run)).data().split("train")
+    )
+    if guidance != 1 and asked.given is None:
         raise UserError("guidance needs a condition: use a model that takes one, and --condition")
-    if asked.classes is not None:
-        model = model.given(asked.classes)
+    if asked.given is not None:
+        model = model.given(asked.given)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)

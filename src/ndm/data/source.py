@@ -84,6 +84,12 @@ class DataDescription:
     """Share of each class in the split ``train``."""
     labels_sha256: str = ""
     """Checksum of the class indices of all splits, in order; empty without classes."""
+    known_columns: tuple[str, ...] = ()
+    """Columns of a table that are known of each example, by name or number."""
+    known_offset: tuple[float, ...] = field(default=(), repr=False)
+    """b of each known column, if standardized."""
+    known_scale: tuple[float, ...] = field(default=(), repr=False)
+    """a of each known column, if standardized."""
 
     @property
     def log_scale(self) -> float:
@@ -159,14 +165,15 @@ class DataDescription:
             yield name, value is None or _is_number(value)
         splits = self.splits
         yield "splits", isinstance(splits, dict) and all(_is_whole(n, 0) for n in splits.values())
-        for name in ("classes", "columns"):
+        for name in ("classes", "columns", "known_columns"):
             yield name, isinstance(getattr(self, name), tuple)
             yield name, all(isinstance(label, (str, int)) for label in getattr(self, name))
-        for name in ("offset", "scale"):
-            values = getattr(self, name)
-            yield name, isinstance(values, tuple) and len(values) in (0, math.prod(shape))
-            yield name, all(_is_number(value) for value in values)
-        yield "scale", all(value > 0 for value in self.scale)
+        for prefix, size in (("", math.prod(shape)), ("known_", len(self.known_columns))):
+            for name in (f"{prefix}offset", f"{prefix}scale"):
+                values = getattr(self, name)
+                yield name, isinstance(values, tuple) and len(values) in (0, size)
+                yield name, all(_is_number(value) for value in values)
+            yield f"{prefix}scale", all(value > 0 for value in getattr(self, f"{prefix}scale"))
         shares, classes = self.frequencies, len(self.classes)
         yield "frequencies", isinstance(shares, tuple) and len(shares) in (0, classes)
         yield "frequencies", all(_is_number(share) and share >= 0 for share in shares)

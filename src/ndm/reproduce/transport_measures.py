@@ -128,9 +128,9 @@ def integrated_bound(
 ) -> dict[str, Tensor]:
     """Integrate the terms of the bound over time by Clenshaw-Curtis quadrature.
 
-    The times are those of the likelihood (:func:`ndm.quadrature.trace_times`), even in t and in the noise
-    level. For a schedule that starts steeply, as DDPM's does, times that are even only in t lose a
-    tenth of a nat, and random times have a large variance.
+    The times are those of the likelihood (:func:`ndm.quadrature.trace_times`), even in t and in the
+    noise level. For a schedule that starts steeply, as DDPM's does, times that are even only in t
+    lose a tenth of a nat, and random times have a large variance.
 
     Args:
         model: the model.
