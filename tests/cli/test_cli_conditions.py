@@ -200,7 +200,7 @@ def test_changed_classes_are_noticed_on_resuming(
     run_command("train --config", config, "--out", again)
     (again / "metrics.json").unlink()
     description = read_json(again / "data.json")
-    write_json(again / "data.json", {**description, "labels_sha256": "0" * 64})
+    write_json(again / "data.json", {**description, "condition_sha256": "0" * 64})
     rejected(capsys, ["train --config", config, "--out", again], "the classes of", "changed")
 
 

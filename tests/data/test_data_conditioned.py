@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cli.commands import rejected, run_command
-from ndm.data import Table
+from ndm.data import ImageFolder, Table
 from ndm.data.other import read_like
+from ndm.decoder import from_grid
 from ndm.errors import UserError
 from ndm.serialize import read_json
+from ndm.train.batches import WithFlips
 from ndm.train.run import Run
 
 NAMES = ["a", "b", "c", "d"]
@@ -149,3 +152,79 @@ def test_a_regression_learns_the_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert unlikely > likely + 3
     rejected(capsys, ["sample", run, "--condition 1,2 --out", tmp_path / "w.npy"], "known columns")
     assert Run(run).model().condition is not None
+
+
+def write_pairs(folder: Path, split: str, names: list[str], side: int = 12) -> None:
+    """Images whose value is their number, and partners of its double, gray and in color."""
+    for kind in ("images", "known"):
+        (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        ramp = np.arange(side * (side + 2)).reshape(side, side + 2) % 100
+        pixels = (ramp + number).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / split / f"{name}.png")
+        doubled = np.stack([2 * pixels] * 3, -1)
+        Image.fromarray(doubled).save(folder / "known" / split / f"{name}.bmp")
+
+
+@pytest.mark.parametrize("crop", [None, "random", "grid"])
+def test_pairs_of_images_are_cropped_and_flipped_alike(tmp_path: Path, crop: Any) -> None:
+    write_pairs(tmp_path, "train", ["b", "a", "c"])
+    write_pairs(tmp_path, "test", ["x"])
+    source = ImageFolder(
+        str(tmp_path / "images"),
+        channels=1,
+        crop=crop,
+        size=None if crop is None else 8,
+        condition=str(tmp_path / "known"),
+        condition_channels=3,
+    )
+    train = source.split("train")
+    data = WithFlips(train)
+    chosen = [0, len(train) - 1, len(train) + 1, 2 * len(train) - 1]
+    x, c = from_grid(data.__getitems__(chosen), 256), data.conditions(chosen)
+    assert c is not None and c.shape[1] == 3
+    for channel in from_grid(c, 256).unbind(1):
+        assert torch.equal(channel, 2 * x[:, 0])
+    description = source.describe()
+    assert description.event_shape[0] == 1 and "known" in description.version
+    other = ImageFolder(str(tmp_path / "images"), channels=1, crop=crop, size=source.size)
+    assert description.sha256 == other.describe().sha256
+    assert description.condition_sha256 and not other.describe().condition_sha256
+
+
+def test_pairs_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "train", ["a", "b"])
+    write_pairs(tmp_path, "test", ["x"])
+    arguments: dict[str, Any] = {"channels": 1, "condition": str(tmp_path / "known")}
+    path = str(tmp_path / "images")
+    (tmp_path / "known/train/b.bmp").rename(tmp_path / "known/train/c.bmp")
+    with pytest.raises(UserError, match="'train/b' is missing there"):
+        ImageFolder(path, **arguments).describe()
+    (tmp_path / "known/train/c.bmp").rename(tmp_path / "known/train/b.bmp")
+    with pytest.raises(UserError, match="on_error"):
+        ImageFolder(path, on_error="skip", **arguments)
+    with pytest.raises(UserError, match="not a folder"):
+        ImageFolder(path, channels=1, condition=str(tmp_path / "nowhere")).describe()
+    for file in (tmp_path / "known").rglob("*.bmp"):
+        Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(file)
+    with pytest.raises(UserError, match="9 x 9 and the others 12 x 14"):
+        ImageFolder(path, **arguments).describe()
+
+
+def test_a_model_of_images_given_images_trains_and_samples(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "train", [f"{i}" for i in range(12)], 8)
+    write_pairs(tmp_path, "test", ["x", "y"], 8)
+    run, net = tmp_path / "run", "--model.predictor.network"
+    run_command(
+        "train --config images-small --data.path", tmp_path / "images",
+        "--data.condition", tmp_path / "known", "--data.channels 1 --data.crop random",
+        "--data.size 8 --model.condition ndm.ImageCondition --model.condition.channels 1",
+        f"--model.condition.dropout 0 {net}.image_channels 1 {net}.attention false",
+        f"{net}.condition_channels 1 {net}.channels 4 {net}.multiples [1]",
+        "--model.transform ndm.Identity --train.steps 3 --train.batch_size 4",
+        "--train.sample_steps 2 --train.evaluation_draws 1 --train.warmup 0 --out", run,
+    )  # fmt: skip
+    metrics = read_json(run / "metrics.json")
+    assert metrics["condition"] == "image" and "nelbo_unconditional_bpd" not in metrics
+    run_command("sample", run, "--n 3 --steps 2 --out", tmp_path / "x.npy")
+    assert np.load(tmp_path / "x.npy").shape == (3, 1, 8, 8)

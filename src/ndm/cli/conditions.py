@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ndm.condition import ClassCondition, VectorCondition
+from ndm.condition import ClassCondition, ImageCondition, VectorCondition
 from ndm.data import DataDescription, EventDataset
 from ndm.data.columns import listed
 from ndm.errors import UserError
@@ -62,6 +62,8 @@ def wanted(
     if text == NOTHING:
         model.condition.encode(None)  # raises an error if the model has no p(x)
         return Wanted(n)
+    if isinstance(model.condition, ImageCondition) and text is None:
+        return _drawn(n, seed, train)
     if isinstance(model.condition, VectorCondition) and description.known_columns:
         return _vectors(text, n, description, seed, train)
     names = [str(name) for name in description.classes]
@@ -85,6 +87,13 @@ def wanted(
     return Wanted(n * len(classes), torch.tensor(classes).repeat_interleave(n), n)
 
 
+def _drawn(n: int, seed: int, train: Callable[[], EventDataset]) -> Wanted:
+    """Return the conditions of random training examples."""
+    rows, generator = train(), torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(rows), (n,), generator=generator).tolist()
+    return Wanted(n, rows.conditions(drawn))
+
+
 def _vectors(
     text: str | None,
     n: int,
@@ -94,10 +103,7 @@ def _vectors(
 ) -> Wanted:
     """Return known columns, in the units of the data, as the model takes them."""
     if text is None:
-        rows = train()
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(rows), (n,), generator=generator).tolist()
-        return Wanted(n, rows.conditions(drawn))
+        return _drawn(n, seed, train)
     columns = description.known_columns
     in_file = Path(text).is_file()
     lines = read_text(Path(text)).splitlines() if in_file else [text]

@@ -82,8 +82,10 @@ class DataDescription:
     """a of each dimension of the flattened example, if standardized."""
     frequencies: tuple[float, ...] = ()
     """Share of each class in the split ``train``."""
-    labels_sha256: str = ""
-    """Checksum of the class indices of all splits, in order; empty without classes."""
+    condition_sha256: str = ""
+    """Checksum of the class indices of all splits, or of the images that are known of each example;
+    empty without them.
+    """
     known_columns: tuple[str, ...] = ()
     """Columns of a table that are known of each example, by name or number."""
     known_offset: tuple[float, ...] = field(default=(), repr=False)
@@ -153,7 +155,7 @@ class DataDescription:
 
     def _checks(self) -> Iterator[tuple[str, bool]]:
         """Yield the names of the fields, and whether they can be true; a file may be damaged."""
-        for name in ("name", "version", "sha256", "labels_sha256"):
+        for name in ("name", "version", "sha256", "condition_sha256"):
             yield name, isinstance(getattr(self, name), str)
         yield "kind", self.kind in ("image", "vector")
         shape, most = self.event_shape, 2**31
@@ -247,23 +249,6 @@ class EventDataset(Dataset[Tensor], ABC):
     def _batch(self, indices: Sequence[int]) -> Tensor:
         """Return the examples ``indices``; an empty batch has the shape ``(0, *event)``."""
         return self.__getitems__(indices) if len(indices) else self.__getitems__([0])[:0]
-
-
-class WithoutConditions(EventDataset):
-    """The same examples, of which a conditional model is given nothing: for bounds on p(x).
-
-    Args:
-        data: the examples.
-    """
-
-    def __init__(self, data: EventDataset):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return self.data.__getitems__(indices)
 
 
 def identity_collate(batch: Any) -> Any:
@@ -372,7 +357,7 @@ def _with_labels(loaded: Loaded) -> Loaded:
         if name == "train":
             shares = tuple((indices.bincount(minlength=classes) / len(indices)).tolist())
     description = replace(
-        loaded.description, frequencies=shares, labels_sha256=checksum.hexdigest()
+        loaded.description, frequencies=shares, condition_sha256=checksum.hexdigest()
     )
     return Loaded(description, loaded.splits)
 
