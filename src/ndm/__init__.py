@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from ndm import nn
-from ndm.condition import ClassCondition, Condition, ImageCondition, VectorCondition
+from ndm.condition import ClassCondition, Condition, ImageCondition, MaskCondition, VectorCondition
 from ndm.curve import Curve
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, bits_per_dim
@@ -122,6 +122,7 @@ __all__ = [
     "LinearBetaSchedule",
     "LinearLogSNRSchedule",
     "LowDiscrepancyTimeSampler",
+    "MaskCondition",
     "NetworkDecoder",
     "NetworkScale",
     "NetworkTransform",

@@ -20,7 +20,17 @@ class                      c, for B examples             as the network sees it
                                                          the null is 0
 :class:`ImageCondition`    images ``(B, C, H, W)``       ``(B, C + 1, H, W)``: the image, then ones;
                                                          the null is 0
+:class:`MaskCondition`     (x, missing), both            ``(B, 2 C, ...)``: the known part of x,
+                           ``(B, C, ...)``               then 1 where it is known; the null is 0
 =========================  ============================  ===========================================
+
+With masks the model is one of any part of x given any other part. Noise, F and every term of the
+bound are those of the missing dimensions only,
+
+.. math::
+    -\log p(x_m|x_o) \le NELBO(x_m|x_o),
+
+and the prediction has the known values in their places before it enters F.
 """
 
 from abc import ABC, abstractmethod
@@ -96,6 +106,11 @@ class Condition(Part, ABC):
         shape = (len(encoded), *([1] * (encoded.dim() - 1)))
         drop = torch.rand(shape, device=encoded.device, generator=generator) < self.dropout
         return torch.where(drop, self.null().to(encoded), encoded)
+
+    @property
+    def masks(self) -> bool:
+        """Whether c is a part of the example itself."""
+        return False
 
     def check_network(self, network: nn.Module) -> None:
         """Check that a network of this library takes conditions of this kind and size.
@@ -217,6 +232,84 @@ class ImageCondition(Condition):
         return torch.zeros(1, self.channels + 1, 1, 1)
 
 
+class MaskCondition(Condition):
+    """A part of the example itself, any part.
+
+    Training draws masks at random: each example has its own share of known dimensions. Of images,
+    half of the masks are boxes that are missing or known; pixels have all their channels.
+
+    Args:
+        event_shape: shape of an example.
+        dropout: probability in training that nothing is known.
+    """
+
+    name, argument = "mask", "masked"
+
+    def __init__(self, event_shape: Sequence[int], dropout: float = 0.5):
+        for size in event_shape:
+            check_whole("event_shape", size, 1)
+        super().__init__(dropout)
+        self.event_shape = list(event_shape)
+
+    @property
+    def size(self) -> bool:
+        return True
+
+    @property
+    def has_null(self) -> bool:
+        return True
+
+    @property
+    def masks(self) -> bool:
+        return True
+
+    def _encode(self, c: object) -> Tensor:
+        """Encode a pair of examples ``(B, *event)``, and of bools where they are missing."""
+        if not isinstance(c, (tuple, list)) or len(c) != 2:
+            raise UserError("the condition is a pair: give (x, missing), or call model.impute")
+        x, missing = _tensor(c[0], "examples"), _tensor(c[1], "bools")
+        if missing.dtype != torch.bool:
+            raise UserError("missing: give a bool tensor, True where a value is missing")
+        x = x if x.is_floating_point() else x.float()
+        shape = (len(x), *self.event_shape)
+        if x.shape != shape:
+            raise UserError(
+                f"the condition is {_describe(x)}: give examples (B, "
+                f"{', '.join(map(str, self.event_shape))})"
+            )
+        try:
+            known = (~missing).expand(shape).to(x)
+        except RuntimeError as error:
+            raise UserError(f"missing has shape {tuple(missing.shape)}: give {shape}") from error
+        values = torch.where(known > 0, x, 0.0)
+        return torch.cat([_finite(values), known], 1)
+
+    def null(self) -> Tensor:
+        first, *rest = self.event_shape
+        return torch.zeros(1, 2 * first, *rest)
+
+    def random(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return encoded conditions with random masks for examples ``(B, *event)``."""
+        share = torch.rand(len(x), generator=generator, device=x.device)
+        share = share.view(-1, *[1] * (x.dim() - 1))
+        one = x[:, :1] if x.dim() == 4 else x
+        known = torch.rand(one.shape, generator=generator, device=x.device) < share
+        if x.dim() == 4:
+            u = torch.rand(len(x), 6, generator=generator, device=x.device)
+            inside = _box(u[:, :2], x.shape[2])[:, :, None] & _box(u[:, 2:4], x.shape[3])[:, None]
+            boxes = inside ^ (u[:, 4] < 0.5)[:, None, None]
+            known = torch.where((u[:, 5] < 0.5).view(-1, 1, 1, 1), boxes[:, None], known)
+        known = known.expand_as(x).to(x)
+        return torch.cat([x * known, known], 1)
+
+
+def _box(ends: Tensor, size: int) -> Tensor:
+    """Return which of ``size`` places lie between two random ends, ``(B, size)``."""
+    low, high = (ends * (size + 1)).floor().sort(1).values.unbind(1)
+    places = torch.arange(size, device=ends.device)
+    return (places >= low[:, None]) & (places < high[:, None])
+
+
 class Conditions(Protocol):
     """A data set that may know conditions of its examples, see :class:`ndm.data.EventDataset`."""
 
@@ -254,7 +347,8 @@ class ConditionalModel(Conditional):
 
         It is this model, of p(x), if it takes no condition or the data have none.
         """
-        c = None if self.condition is None else data.conditions(indices)
+        unknown = self.condition is None or self.condition.masks
+        c = None if unknown else data.conditions(indices)
         return self if c is None else self.given(c)
 
     def check_given(self) -> None:
@@ -289,9 +383,19 @@ class ConditionalModel(Conditional):
             )
         for network in self.networks():
             self.condition.check_network(network)
+        if self.condition.masks:
+            self.check_masks()
         if self.condition.has_null:
             null = self.condition.null()
-            self.c, self._modules = null, self.bind(null)._modules
+            bound = self.bind(null, self.condition.masks)
+            self.c, self.masked, self._modules = null, bound.masked, bound._modules
+
+    def check_masks(self) -> None:
+        """Check that the model can be one of any part of x given any other.
+
+        Raises:
+            UserError: a part of it cannot.
+        """
 
     def rows(self, start: int, stop: int) -> Self:
         """Return the model for a part of its batch: its conditions may be those of examples."""

@@ -124,6 +124,31 @@ class SeparableCurve(SumCurve):
         return w * angle.cos(), slope * angle.cos() - w * order * angle.sin()
 
 
+def mask_curve(curve: Curve, missing: Tensor | None) -> Curve:
+    """Return the curve with 0 in known dimensions; unchanged without masks."""
+    return curve if missing is None else _Masked(curve, missing)
+
+
+class _Masked(Curve):
+    def __init__(self, curve: Curve, missing: Tensor):
+        self._curve, self._missing = curve, missing.to(curve.like)
+
+    @property
+    def like(self) -> Tensor:
+        return self._curve.like
+
+    def at(self, level: NoiseLevel) -> Tensor:
+        return self._missing * self._curve.at(level)
+
+    def with_derivative(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        value, slope = self._curve.with_derivative(level)
+        return self._missing * value, self._missing * slope
+
+    def at_both(self, s: NoiseLevel, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        at_s, at_t = self._curve.at_both(s, t)
+        return self._missing * at_s, self._missing * at_t
+
+
 class Displaced(Curve):
     """The curve x + d(x, t) at fixed x.
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ndm.device import full_precision
 from ndm.errors import UserError
-from ndm.parts import Conditional, check_network
+from ndm.parts import Conditional, check_network, masked
 from ndm.random import standard_normal
 from ndm.schedule import NoiseLevel
 from ndm.shapes import event_size, sum_event
@@ -111,7 +111,8 @@ class GaussianDecoder(Decoder):
         at = level.expand(z)
         log_scale = torch.log(at.sigma) - torch.log(at.alpha)
         standardized = (x - z / at.alpha) * torch.exp(-log_scale)
-        return sum_event(-0.5 * standardized**2 - log_scale - 0.5 * math.log(2 * math.pi))
+        each = -0.5 * standardized**2 - log_scale - 0.5 * math.log(2 * math.pi)
+        return sum_event(masked(each, self.missing))
 
     def sample(
         self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None
@@ -229,7 +230,8 @@ class DiscretizedGaussian(Decoder):
         # first.
         peak = exponent.detach().amax(-1)
         log_total = torch.logsumexp(exponent - peak[..., None], dim=-1)
-        return sum_event(-0.5 * ((mean - value) * scale) ** 2 - peak - log_total)
+        each = -0.5 * ((mean - value) * scale) ** 2 - peak - log_total
+        return sum_event(masked(each, self.missing))
 
     def _likely(self, mean: Tensor, scale: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Return the grid values near each mean, and their log-probabilities up to a constant.

@@ -30,6 +30,7 @@ from ndm.forward import (
     gaussian,
     posterior_coefficients,
 )
+from ndm.parts import masked
 from ndm.random import RandomSource, standard_normal
 from ndm.reverse import Guess, MarkovReverse, Reverse, require_markov
 from ndm.schedule import NoiseLevel
@@ -164,9 +165,10 @@ def path_log_weight(
     process = markov.process
     end, curve = process.level(1.0, x), process.curve(x)
     at_t = curve.at(end)
-    q = gaussian(at_t, end)
+    q = gaussian(at_t, end, process.missing)
     z = q.sample(standard_normal(q.mean, source))
-    log_weight = Gaussian(torch.zeros_like(z), torch.ones_like(z)).log_prob(z) - q.log_prob(z)
+    prior = Gaussian(torch.zeros_like(z), torch.ones_like(z), missing=process.missing)
+    log_weight = prior.log_prob(z) - q.log_prob(z)
     log_weight = as_double(log_weight)
     for index in range(grid.steps - 1, -1, -1):
         places = torch.full_like(as_double(end.t), index)
@@ -185,6 +187,8 @@ def path_log_weight(
         learned = learned_excess(guess, step)
         if learned is not None:
             ratio = (1 + learned.double()) * (1.0 if ratio is None else ratio)
+        if process.missing is not None and ratio is not None:
+            ratio = 1 + masked(ratio - 1, process.missing)
         log_weight = log_weight + _log_ratio(error, noise, ratio)
     return log_weight.to(x.dtype) + decoder.log_prob(x, z, process.level(0.0, x))
 

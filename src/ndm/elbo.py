@@ -51,6 +51,7 @@ from ndm.decoder import Decoder
 from ndm.discrete_time import discrete_errors
 from ndm.errors import UserError
 from ndm.forward import NoisingProcess
+from ndm.parts import masked
 from ndm.reverse import MarkovReverse, Reverse, require_markov
 from ndm.schedule import NoiseLevel
 from ndm.shapes import sum_event
@@ -179,7 +180,8 @@ def discrete_diffusion(
             cost = cost + torch.log(fitted) + (1 / fitted - 1) / (1 + u)
     elif fitted is not None:
         cost = cost / fitted + torch.log(fitted) + 1 / fitted - 1
-    return Integrand((steps * 0.5 * sum_event(cost)).to(error.dtype), found.regression)
+    total = sum_event(masked(cost, reverse.process.missing))
+    return Integrand((steps * 0.5 * total).to(error.dtype), found.regression)
 
 
 def continuous_errors(

@@ -24,14 +24,14 @@ Source: Neural Diffusion Models (Bartosh et al. 2024), section 3 and appendix A;
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ndm.curve import Curve
+from ndm.curve import Curve, mask_curve
 from ndm.errors import UserError
-from ndm.parts import Conditional
+from ndm.parts import Conditional, masked
 from ndm.schedule import NoiseLevel, Schedule, exact_pair
 from ndm.shapes import expand, sum_event
 from ndm.transform import Transform
@@ -43,22 +43,25 @@ class Gaussian:
 
     mean: Tensor
     std: Tensor
+    missing: Tensor | None = field(default=None, kw_only=True)
+    """The dimensions that it is of, see :class:`ndm.MaskCondition`; None for all."""
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Return mean + std noise."""
-        return self.mean + self.std * noise
+        """Return mean + std noise; 0 in known dimensions."""
+        return masked(self.mean + self.std * noise, self.missing)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of ``value`` ``(B, *event)`` in nats, ``(B,)``."""
         standardized = (value - self.mean) / self.std
         log_scale = torch.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return -sum_event(0.5 * standardized**2 + log_scale)
+        return -sum_event(masked(0.5 * standardized**2 + log_scale, self.missing))
 
     def kl_to_normal(self) -> Tensor:
         """Return KL(self || N(0, I)) in nats, ``(B,)``."""
         # expm1 of log sigma² keeps sigma² - 1 - log sigma² accurate for sigma near 1.
         log_variance = 2 * torch.log(self.std)
-        return 0.5 * sum_event(self.mean**2 + (torch.expm1(log_variance) - log_variance))
+        each = self.mean**2 + (torch.expm1(log_variance) - log_variance)
+        return 0.5 * sum_event(masked(each, self.missing))
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,13 @@ class NoisingProcess(Conditional, ABC):
     def first_marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
         """Return q(z_0|x) = N(alpha_0 F(x, 0), sigma_0² I), without evaluating F if F(x, 0) = x."""
         at_zero = x if self.transform.data_at_zero else (curve or self.curve(x)).at(level)
-        return gaussian(at_zero, level)
+        return gaussian(at_zero, level, self.missing)
 
 
-def gaussian(transformed: Tensor, level: NoiseLevel) -> Gaussian:
-    """Return N(alpha_t F, sigma_t² I) for F ``(B, *event)``."""
+def gaussian(transformed: Tensor, level: NoiseLevel, missing: Tensor | None = None) -> Gaussian:
+    """Return N(alpha_t F, sigma_t² I) for F ``(B, *event)``, in the missing dimensions if given."""
     mean = expand(level.alpha, transformed) * transformed
-    return Gaussian(mean, expand(level.sigma, transformed))
+    return Gaussian(mean, expand(level.sigma, transformed), missing=missing)
 
 
 def drift_of(
@@ -193,11 +196,11 @@ class ForwardProcess(NoisingProcess):
     """
 
     def curve(self, x: Tensor) -> Curve:
-        """Return t -> F(x, t) at ``x`` ``(B, *event)``."""
-        return self.transform.curve(x)
+        """Return t -> F(x, t) at ``x`` ``(B, *event)``, 0 in known dimensions."""
+        return mask_curve(self.transform.curve(x), self.missing)
 
     def marginal(self, x: Tensor, level: NoiseLevel, curve: Curve | None = None) -> Gaussian:
-        return gaussian((curve or self.curve(x)).at(level), level)
+        return gaussian((curve or self.curve(x)).at(level), level, self.missing)
 
     def posterior(
         self, z: Tensor, x: Tensor, s: NoiseLevel, t: NoiseLevel, eta: float | Tensor = 1.0

@@ -10,7 +10,7 @@ in :mod:`ndm.sample`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ndm.errors import UserError, check_choice, check_whole, describe_value
 from ndm.forward import NoisingProcess
 from ndm.guidance import Guide, guided
 from ndm.ode import LogDensity, OdeSettings, ode_log_prob
-from ndm.parts import evaluation_mode
+from ndm.parts import evaluation_mode, masked
 from ndm.random import part_seed, standard_normal
 from ndm.reverse import MarkovReverse, Reverse
 from ndm.sample import Method, Sampler, Step, make_sampler
@@ -220,7 +220,7 @@ class SamplingModel(ConditionalModel, ABC):
         generator = torch.Generator(like.device).manual_seed(seed)
         with evaluation_mode(self), torch.no_grad():
             z = like.new_empty(self.transform.latent_shape(like.new_empty((count, *event))))
-            noise = standard_normal(z, generator)
+            noise = masked(standard_normal(z, generator), self.process.missing)
             return ode_log_prob(reverse, noise, settings, generator, progress, from_noise=True)
 
     def _reverse(self, guidance: float, guide: Guide) -> Reverse:
@@ -243,8 +243,30 @@ class SamplingModel(ConditionalModel, ABC):
         if decode == "latent":
             return z
         if decode == "mean":
-            return self.decoder.mean(z, level)
-        return self.decoder.sample(z, level, generator)
+            x = self.decoder.mean(z, level)
+        else:
+            x = self.decoder.sample(z, level, generator)
+        missing = self.process.missing
+        return x if missing is None else masked(x, missing) + self.process.known.to(x)
+
+    def impute(self, x: Tensor, missing: Tensor, **options: Any) -> Tensor:
+        """Draw the missing dimensions of each example from p(x_missing|x_known).
+
+        The model takes :class:`ndm.MaskCondition`; ``x`` is what is known, with any values where
+        ``missing`` is True.
+
+        Args:
+            x: examples ``(B, *event)``.
+            missing: bool, in the shape of x, or one that broadcasts against it.
+            options: arguments of :meth:`sample`.
+
+        Returns:
+            x with samples in the missing dimensions.
+
+        Raises:
+            UserError: the model takes no masks.
+        """
+        return self.given((x, missing)).sample(x.shape, **options)
 
     @property
     def default_method(self) -> str:
@@ -292,6 +314,6 @@ class SamplingModel(ConditionalModel, ABC):
         generator = torch.Generator(like.device).manual_seed(seed)
         with evaluation_mode(self):
             z = like.new_empty(self.transform.latent_shape(like.new_empty(shape)))
-            noise = standard_normal(z, generator)
+            noise = masked(standard_normal(z, generator), self.process.missing)
             z = sampler(self._reverse(guidance, guide), noise, generator, progress)
             return self._decoded(z, generator, "sample")

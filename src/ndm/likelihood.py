@@ -40,9 +40,10 @@ from ndm.decoder import Decoder, DiscretizedGaussian, NetworkDecoder
 from ndm.errors import UserError, check_choice, check_whole
 from ndm.forward import NoisingProcess
 from ndm.ode import OdeSettings
+from ndm.parts import masked
 from ndm.random import ExampleGenerators, RandomSource, standard_normal, uniform
 from ndm.reverse import Reverse
-from ndm.shapes import event_size, expand, sum_event
+from ndm.shapes import expand, sum_event
 
 Dequantization = Literal["variational", "uniform", "none"]
 _PROBES, _LATENTS = 1, 2  # streams of random numbers
@@ -103,14 +104,16 @@ def latent(
             f"dequantization={how} needs x = z_0/alpha_0, but this model decodes z_0 with a"
             " network; use variational"
         )
-    scale = event_size(x) * torch.log(level.alpha)
+    missing = process.missing
+    dims = sum_event(masked(torch.ones_like(x), missing))
+    scale = dims * torch.log(level.alpha)
     if how == "none":
         if decoder.discrete:
             raise UserError(
                 "dequantization=none is for continuous data; use variational or uniform for"
                 " discrete data"
             )
-        return expand(level.alpha, x) * x, scale
+        return expand(level.alpha, x) * masked(x, missing), scale
     check_choice("dequantization", how, get_args(Dequantization))
     if not isinstance(decoder, DiscretizedGaussian):
         raise UserError(
@@ -118,8 +121,8 @@ def latent(
             " variational or none"
         )
     low, width = decoder.bins(x)
-    z = expand(level.alpha, x) * (low + width * uniform(x, source))
-    return z, scale + sum_event(torch.log(width))
+    z = masked(expand(level.alpha, x) * (low + width * uniform(x, source)), missing)
+    return z, scale + sum_event(masked(torch.log(width), missing))
 
 
 def log_likelihood(

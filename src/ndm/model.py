@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ndm.condition import Condition
 from ndm.curve import Curve
-from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
+from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder, NetworkDecoder
 from ndm.elbo import Bound, BoundDraw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError, check_whole, describe_value
 from ndm.forward import ForwardProcess, NoisingProcess
@@ -375,6 +375,15 @@ class NDM(DiffusionModel):
                 " leave learned_variance out"
             )
         self.check_conditions()
+
+    def check_masks(self) -> None:
+        if not (self.predictor.takes_masks and self.transform.keeps_shape):
+            raise UserError(
+                "MaskCondition needs latents in the shape of the data and an ndm.Predictor or"
+                " ndm.RoundingPredictor"
+            )
+        if isinstance(self.decoder, NetworkDecoder):
+            raise UserError("MaskCondition does not go with a decoder that has a network")
 
     @property
     def reverse_process(self) -> ReverseProcess:

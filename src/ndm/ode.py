@@ -313,7 +313,9 @@ def ode_log_prob(
         path = path.flip(0) if from_noise else path
         traces = _traces(reverse, path, times.to(z), settings, source, progress)
         end = path[-1].cpu().double()
-        prior = Gaussian(torch.zeros_like(end), torch.ones_like(end)).log_prob(end)
+        missing = reverse.process.missing
+        missing = None if missing is None else missing.cpu().double()
+        prior = Gaussian(torch.zeros_like(end), torch.ones_like(end), missing=missing).log_prob(end)
         _, half_weights = trace_times(reverse.process, settings.nodes // 2)
         return LogDensity(
             log_p=prior + weights @ traces,

@@ -48,8 +48,26 @@ class Conditional(Part):
 
     c: Tensor | None = None
     """The condition as the network sees it, ``(B, ...)``, or ``(1, ...)`` for every example."""
+    masked: bool = False
+    """Whether c is the known part of the example itself, see :class:`ndm.MaskCondition`."""
     arity: int = 2
     """The number of arguments of the network without c."""
+
+    @property
+    def missing(self) -> Tensor | None:
+        """1 where a dimension is not known and 0 where it is; broadcasts against ``(B, *event)``.
+
+        None without masks.
+        """
+        if not self.masked or self.c is None:
+            return None
+        return 1 - self.c[:, self.c.shape[1] // 2 :]
+
+    @property
+    def known(self) -> Tensor:
+        """The values of the known dimensions, and 0 elsewhere."""
+        assert self.c is not None
+        return self.c[:, : self.c.shape[1] // 2]
 
     @property
     def conditional(self) -> bool:
@@ -66,11 +84,17 @@ class Conditional(Part):
         for part in _inside(self):
             yield from part.networks()
 
-    def bind(self, c: Tensor) -> Self:
-        """Return a copy with the condition c in every part, which shares all weights."""
+    def bind(self, c: Tensor, masked: bool | None = None) -> Self:
+        """Return a copy with the condition c in every part, which shares all weights.
+
+        Args:
+            c: the condition as networks see it.
+            masked: see :attr:`masked`; None leaves it as it is.
+        """
         other = copy.copy(self)
-        other._modules = {name: _bound(module, c) for name, module in self._modules.items()}
-        other.c = c
+        other.masked = self.masked if masked is None else masked
+        inside = {name: _bound(part, c, other.masked) for name, part in self._modules.items()}
+        other._modules, other.c = inside, c
         return other
 
     def repeated(self, count: int) -> Self:
@@ -99,6 +123,11 @@ class Conditional(Part):
         c = c.to(x) if c.is_floating_point() else c.to(x.device)
         conditioned: Tensor = network(*inputs, c.expand(len(x), *c.shape[1:]))
         return conditioned
+
+
+def masked(value: Tensor, missing: Tensor | None) -> Tensor:
+    """Return the value with 0 in known dimensions; unchanged without masks."""
+    return value if missing is None else value * missing.to(value)
 
 
 def takes_condition(network: nn.Module, arity: int) -> bool:
@@ -138,11 +167,11 @@ def _inside(part: nn.Module) -> Iterator[Conditional]:
             yield from _inside(child)
 
 
-def _bound(module: nn.Module | None, c: Tensor) -> nn.Module | None:
+def _bound(module: nn.Module | None, c: Tensor, masked: bool) -> nn.Module | None:
     if isinstance(module, Conditional):
-        return module.bind(c)
+        return module.bind(c, masked)
     if isinstance(module, nn.ModuleList) and any(_inside(module)):
-        return nn.ModuleList(_bound(child, c) or child for child in module)
+        return nn.ModuleList(_bound(child, c, masked) or child for child in module)
     return module
 
 

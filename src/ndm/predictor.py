@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice
 from ndm.forward import NoisingProcess
-from ndm.parts import Conditional, check_network, describe_output
+from ndm.parts import Conditional, check_network, describe_output, masked
 from ndm.schedule import NoiseLevel
 from ndm.shapes import expand
 
@@ -41,6 +41,8 @@ Target = Literal["v", "eps", "x"]
 class DataPredictor(Conditional, ABC):
     """The base class of predictors x̂(z, t)."""
 
+    takes_masks: bool = True
+    """Whether it can predict some dimensions given others, :class:`ndm.MaskCondition`."""
     learned_variance: bool = False
     """Whether :meth:`with_variance` estimates a variance."""
 
@@ -89,14 +91,23 @@ class Predictor(DataPredictor):
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         if self.learned_variance:
             return self.with_variance(z, level)[0]
-        return self.read(self._output(z, level, z.shape), z, level)
+        return self._filled(self.read(self._output(z, level, z.shape), z, level))
+
+    def _filled(self, prediction: Tensor) -> Tensor:
+        """Return the prediction with the known values in their places."""
+        missing = self.missing
+        if missing is None:
+            return prediction
+        return masked(prediction, missing) + self.known.to(prediction)
 
     def with_variance(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor | None]:
         if not self.learned_variance:
             return self(z, level), None
         output, log_factor = self.two_outputs(z, level)
         share = expand(torch.sigmoid(level.gamma), z)  # sigma²/(alpha² + sigma²)
-        return self.read(output, z, level), share * torch.exp(log_factor.clamp(-20, 20))
+        return self._filled(self.read(output, z, level)), share * torch.exp(
+            log_factor.clamp(-20, 20)
+        )
 
     def check(self, process: NoisingProcess, decoder: Decoder, reverse: str) -> None:
         super().check(process, decoder, reverse)
@@ -120,7 +131,8 @@ class Predictor(DataPredictor):
         The network returns ``(B, 2, *event)``.
         """
         first, second = self.two_outputs(z, level)
-        return self.read(first, z, level), self.read(second, z, level)
+        first, second = self.read(first, z, level), self.read(second, z, level)
+        return self._filled(first), self._filled(second)
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Return both outputs of such a network, each ``(B, *event)``, before :meth:`read`."""
@@ -128,7 +140,7 @@ class Predictor(DataPredictor):
         return first, second
 
     def _output(self, z: Tensor, level: NoiseLevel, shape: torch.Size) -> Tensor:
-        output = self.call(z, level.t)
+        output = self.call(masked(z, self.missing), level.t)
         if not isinstance(output, Tensor) or output.shape != shape:
             found = describe_output(output)
             advice = (

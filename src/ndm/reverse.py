@@ -47,7 +47,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ndm.curve import Constant, Curve
+from ndm.curve import Constant, Curve, mask_curve
 from ndm.errors import UserError, check_choice
 from ndm.forward import (
     ForwardProcess,
@@ -58,6 +58,7 @@ from ndm.forward import (
     posterior_coefficients,
 )
 from ndm.ode import LogDensity, OdeSettings, ode_log_prob
+from ndm.parts import masked
 from ndm.predictor import DataPredictor, Predictor
 from ndm.random import RandomSource
 from ndm.schedule import NoiseLevel
@@ -309,14 +310,23 @@ class ReverseProcess(MarkovReverse):
         if self.kind in ("direct", "direct-score"):
             self.check_eta(eta)
         if self.kind == "direct-score":
-            return Guess(Constant(self._target(*self._two_headed.two(z, level), eta)))
+            return self._guess(Constant(self._target(*self._two_headed.two(z, level), eta)))
         prediction, variance = self.predictor.with_variance(z, level)
         curve: Curve = Constant(prediction)
         if self.kind == "tied":
             curve = self.process.curve(prediction)
         elif self.kind == "diffenc":
             curve = _Shifted(self.process.transform, prediction, level)
-        return Guess(curve, variance=variance)
+        return self._guess(curve, variance=variance)
+
+    def _guess(
+        self, curve: Curve, regression: Tensor | None = None, variance: Tensor | None = None
+    ) -> Guess:
+        """Return a guess of the missing dimensions."""
+        missing = self.process.missing
+        if missing is not None and variance is not None:
+            variance = masked(variance, missing)
+        return Guess(mask_curve(curve, missing), regression, variance)
 
     @property
     def _two_headed(self) -> Predictor:
@@ -336,7 +346,8 @@ class ReverseProcess(MarkovReverse):
         eta: float | Tensor,
         coin: Tensor | None = None,
     ) -> Guess:
-        z = gaussian(transformed, level).sample(noise)
+        missing = self.process.missing
+        z = gaussian(transformed, level, missing).sample(noise)
         if not self.tosses:
             return self.guess(z, level, eta)
         parity = torch.arange(len(z), device=z.device) + (0 if coin is None else coin < 0.5)
@@ -347,10 +358,10 @@ class ReverseProcess(MarkovReverse):
         first, second = self._two_headed.two_outputs(z, level)
         fixed_level = level.detach()  # a learned schedule belongs to the forward process too
         estimate = self._two_headed.read(second, fixed, fixed_level)
-        error = sum_event((transformed.detach() - estimate) ** 2)
+        error = sum_event(masked((transformed.detach() - estimate) ** 2, missing))
         regression = (1 - of_bound) * fixed_level.snr_decay * error
         y, f = (self._two_headed.read(output, z, level) for output in (first, second))
-        return Guess(Constant(self._target(y, f, eta)), regression)
+        return self._guess(Constant(self._target(y, f, eta)), regression)
 
     def continuous_error(
         self,
@@ -367,7 +378,8 @@ class ReverseProcess(MarkovReverse):
         return slope - 0.5 * (1 + eta**2) * (value - guess_value), regression
 
     def drift(self, z: Tensor, level: NoiseLevel, eta: float) -> Tensor:
-        return drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
+        found = drift_of(z, self.curve(z, level, eta).with_derivative(level), level, eta)
+        return masked(found, self.process.missing)
 
     def predict(self, z: Tensor, level: NoiseLevel) -> Tensor:
         if self.kind == "direct-score":

@@ -102,11 +102,14 @@ class Evaluation:
     def condition(self) -> str:
         """What the model is given of each example, see :class:`Protocol`."""
         kind, given = self.model.condition, self.data.conditions(self.numbers[:1])
+        if kind is not None and kind.masks:
+            return "none"
         return "none" if kind is None or given is None else kind.name
 
     @property
     def _null(self) -> bool:
-        return self.model.condition is not None and self.condition == "none"
+        kind = self.model.condition
+        return kind is not None and not kind.masks and self.condition == "none"
 
     def nelbo(
         self,
@@ -419,7 +422,8 @@ def evaluate_bound(
 
 def has_both(model: DiffusionModel, data: EventDataset) -> bool:
     """Return whether both p(x|c) and p(x) of a model can be measured on a data set."""
-    if model.condition is None or not model.condition.has_null:
+    condition = model.condition
+    if condition is None or condition.masks or not condition.has_null:
         return False
     return data.conditions([0]) is not None
 

@@ -218,7 +218,7 @@ def _step_errors(
         if not bool(allowed[-1]):
             continue
         i = int(allowed.int().argmax())
-        z = gaussian(true[j], levels[j]).sample(noise)
+        z = gaussian(true[j], levels[j], process.missing).sample(noise)
         guess = reverse.guess(z, levels[j], eta)
         at = [guess.curve.at(level) for level in levels[i : j + 1]]
         error = true[i : j + 1] - torch.stack(at)

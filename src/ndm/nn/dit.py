@@ -93,6 +93,7 @@ class DiT(Part):
         condition_dims: length of the vector, to take an :class:`ndm.VectorCondition`; 0 for none.
         condition_channels: channels of the image, to take an :class:`ndm.ImageCondition`; 0 for
             none.
+        masked: take an :class:`ndm.MaskCondition`.
     """
 
     def __init__(
@@ -110,12 +111,17 @@ class DiT(Part):
         classes: int = 0,
         condition_dims: int = 0,
         condition_channels: int = 0,
+        masked: bool = False,
     ):
         super().__init__()
         check_outputs(outputs)
         self.conditional = check_conditions(
-            classes=classes, condition_dims=condition_dims, condition_channels=condition_channels
+            classes=classes,
+            condition_dims=condition_dims,
+            condition_channels=condition_channels,
+            masked=int(masked),
         )
+        self.masked = masked
         check_whole("context", context, 0)
         check_whole("image_channels", image_channels, 1)
         check_whole("patch", patch, 1)
@@ -137,7 +143,7 @@ class DiT(Part):
             width, max_frequency=max_frequency, classes=classes, condition_dims=condition_dims
         )
         channels = image_channels * self.features.multiple() + context
-        channels += condition_channels + 1 if condition_channels else 0
+        channels += condition_channels + 1 if condition_channels else 2 * image_channels * masked
         self.first = nn.Linear(channels * patch**2, width)
         self.blocks = nn.ModuleList(_Block(width, heads, width, dropout) for _ in range(depth))
         self.norm = LayerNorm(width, elementwise_affine=False)
@@ -159,14 +165,15 @@ class DiT(Part):
         inputs = self.features(image)
         if self.context:
             inputs = torch.cat([inputs, context], 1)
-        if self.condition_channels and c is not None:
+        of_image = self.condition_channels > 0 or self.masked
+        if of_image and c is not None:
             inputs = torch.cat([inputs, c.expand(-1, -1, *x.shape[2:])], 1)
         rows, columns, side = x.shape[2] // self.patch, x.shape[3] // self.patch, self.patch
         # (B, channels, rows, side, columns, side)
         patches = inputs.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         h = self.first(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         h = h + positions(rows, columns, self.width, h)
-        time = self.time(t, None if self.condition_channels else c)
+        time = self.time(t, None if self.condition_channels or self.masked else c)
         for block in self.blocks:
             h = block(h, time)
         scale, shift = self.modulation(time)[:, None].chunk(2, dim=2)

@@ -53,6 +53,7 @@ class MLP(Part):
             :class:`ndm.SeparableTransform`; None for one output without that axis.
         classes: number of classes, to take an :class:`ndm.ClassCondition`; 0 for none.
         condition_dims: length of the vector, to take an :class:`ndm.VectorCondition`; 0 for none.
+        masked: take an :class:`ndm.MaskCondition`.
     """
 
     def __init__(
@@ -66,10 +67,14 @@ class MLP(Part):
         outputs: int | None = None,
         classes: int = 0,
         condition_dims: int = 0,
+        masked: bool = False,
     ):
         super().__init__()
         check_outputs(outputs)
-        self.conditional = check_conditions(classes=classes, condition_dims=condition_dims)
+        self.conditional = check_conditions(
+            classes=classes, condition_dims=condition_dims, masked=int(masked)
+        )
+        self.masked = masked
         if dims < 1 or hidden < 1 or blocks < 0:
             raise UserError(
                 f"dims={dims}, hidden={hidden}, blocks={blocks}: need dims >= 1, hidden >= 1 and"
@@ -81,7 +86,7 @@ class MLP(Part):
         self.dropout = check_dropout(dropout)
         self.features = FourierFeatures(fourier)
         self.time = TimeEmbedding(hidden, max_frequency=max_frequency, classes=classes)
-        known = condition_dims + 1 if condition_dims else 0
+        known = condition_dims + 1 if condition_dims else 2 * dims if masked else 0
         self.first = nn.Linear(dims * self.features.multiple() + known, hidden)
         self.layers = nn.ModuleList(_Block(hidden, hidden, dropout) for _ in range(blocks))
         self.norm = LayerNorm(hidden)
@@ -105,8 +110,8 @@ class MLP(Part):
             )
         time = self.time(t, c if self.classes else None)
         inputs = self.features(flat)
-        if self.condition_dims and c is not None:
-            inputs = torch.cat([inputs, c], 1)
+        if c is not None and not self.classes:
+            inputs = torch.cat([inputs, c.flatten(1)], 1)
         h = self.first(inputs)
         for block in self.layers:
             h = block(h, time)

@@ -87,6 +87,7 @@ class UNet(Part):
         condition_dims: length of the vector, to take an :class:`ndm.VectorCondition`; 0 for none.
         condition_channels: channels of the image, to take an :class:`ndm.ImageCondition`; 0 for
             none.
+        masked: take an :class:`ndm.MaskCondition`.
     """
 
     def __init__(
@@ -106,12 +107,17 @@ class UNet(Part):
         classes: int = 0,
         condition_dims: int = 0,
         condition_channels: int = 0,
+        masked: bool = False,
     ):
         super().__init__()
         check_outputs(outputs)
         self.conditional = check_conditions(
-            classes=classes, condition_dims=condition_dims, condition_channels=condition_channels
+            classes=classes,
+            condition_dims=condition_dims,
+            condition_channels=condition_channels,
+            masked=int(masked),
         )
+        self.masked = masked
         check_choice("norm", norm, get_args(Norm))
         check_whole("attention_head_dim", attention_head_dim, 1)
         stages = len(multiples)
@@ -140,7 +146,7 @@ class UNet(Part):
             embedding, max_frequency=max_frequency, classes=classes, condition_dims=condition_dims
         )
         inputs = image_channels * self.features.multiple() + context
-        inputs += condition_channels + 1 if condition_channels else 0
+        inputs += condition_channels + 1 if condition_channels else 2 * image_channels * masked
         self.first = nn.Conv2d(inputs, channels, 3, padding=1)
         width = self._add_stages(block, attend)
         self.last_norm = make_norm(norm, width)
@@ -185,13 +191,14 @@ class UNet(Part):
         """
         self._check(x)
         check_given(self, self.conditional, c)
-        time = self.time(t, None if self.condition_channels else c)
+        time = self.time(t, None if self.condition_channels or self.masked else c)
         if self.context:
             image, context = x[:, : self.image_channels], x[:, self.image_channels :]
             inputs = torch.cat([self.features(image), context], 1)
         else:
             inputs = self.features(x)
-        if self.condition_channels and c is not None:
+        of_image = self.condition_channels > 0 or self.masked
+        if of_image and c is not None:
             inputs = torch.cat([inputs, c.expand(-1, -1, *x.shape[2:])], 1)
         h = self.first(inputs.contiguous(memory_format=torch.channels_last))
         skips = [h]

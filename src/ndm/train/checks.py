@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ndm.condition import ClassCondition
+from ndm.condition import ClassCondition, MaskCondition
 from ndm.data import DataDescription
 from ndm.decoder import NetworkDecoder
 from ndm.errors import UserError
@@ -79,6 +79,13 @@ def _check_condition(parts: RunParts, description: DataDescription) -> None:
         UserError: they do not.
     """
     condition, name = parts.model.condition, description.name
+    if isinstance(condition, MaskCondition):
+        if tuple(condition.event_shape) != tuple(description.event_shape):
+            raise UserError(
+                f"{name} has examples of shape {tuple(description.event_shape)}: set"
+                f" model.condition.event_shape={list(description.event_shape)}"
+            )
+        return
     if condition is None:
         return
     for split in ("train", parts.settings.evaluation_split):

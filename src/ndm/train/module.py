@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from ndm.condition import MaskCondition
 from ndm.data import EventDataset, identity_collate
 from ndm.elbo import bits_per_dim
 from ndm.errors import UserError, require
@@ -117,7 +118,7 @@ class TrainingModule(LightningModule):
     ) -> DataLoader[Tensor]:
         condition = self.model.condition
         examples: Dataset[Any] = data
-        if condition is not None:
+        if condition is not None and not condition.masks:
             examples = WithConditions(data, condition)
         workers, pinned = self.settings.workers, self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
@@ -142,6 +143,8 @@ class TrainingModule(LightningModule):
         torch.manual_seed(part_seed(self.seed, part))
         x, c = _parts(batch)
         draw = self.model.draw(x)
+        if isinstance(self.model.condition, MaskCondition):
+            c = self.model.condition.random(x)
         if self.model.condition is not None and c is not None:
             terms = self._terms(x, draw, self.model.condition.dropped(c))
         else:
@@ -215,8 +218,11 @@ class TrainingModule(LightningModule):
         part = self._data.__getitems__(indices).to(self.model.like)
         known: list[Tensor] = []
         if self.model.condition is not None:
-            c = self.model.condition.encode(self._data.conditions(indices))
-            known = [c.to(part.device)]
+            condition = self.model.condition
+            if isinstance(condition, MaskCondition):
+                known = [condition.random(part)]
+            else:
+                known = [condition.encode(self._data.conditions(indices)).to(part.device)]
 
         def trial(terms: TrainingTerms) -> Tensor:
             with self.trainer.precision_plugin.train_step_context():

@@ -116,7 +116,7 @@ def draw_samples(
         columns = -(-count // classes)
         count = classes * columns
         given = model.given(torch.arange(classes).repeat_interleave(columns))
-    elif model.condition is not None:
+    elif model.condition is not None and not model.condition.masks:
         numbers = spread(len(test), count)
         count, given = len(numbers), model.given_data(test, numbers)
     part_size = settings.batch_size // settings.accumulate

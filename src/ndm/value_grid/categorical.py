@@ -62,6 +62,8 @@ class CategoricalPredictor(DataPredictor):
         histogram: length of a, the embedding of the histogram of values in the example.
     """
 
+    takes_masks = False
+
     def __init__(
         self, network: nn.Module, num_values: int, embedding: int = 16, histogram: int = 16
     ):
