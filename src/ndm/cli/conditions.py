@@ -1,4 +1,4 @@
-"""The option ``--condition`` of ``ndm sample``: classes by name, by default as in training."""
+"""The option ``--condition`` of ``ndm sample`` and ``ndm quality``: classes by name."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from ndm.condition import ClassCondition
 from ndm.data import DataDescription
 from ndm.data.columns import listed
 from ndm.errors import UserError
+from ndm.guidance import Guide, guided
 from ndm.model import DiffusionModel
 from ndm.readers import read_text
 from ndm.writing import shortened
@@ -72,6 +73,23 @@ def wanted(
         return Wanted(len(classes), torch.tensor(classes))
     classes = [_index(name.strip(), names, "condition") for name in text.split(",")]
     return Wanted(n * len(classes), torch.tensor(classes).repeat_interleave(n), n)
+
+
+def given(asked: Wanted, model: DiffusionModel, guidance: float, guide: Guide) -> DiffusionModel:
+    """Return the model given the classes of the samples.
+
+    Raises:
+        UserError: the model cannot be guided so, or there is nothing to guide by.
+    """
+    if asked.classes is None:
+        if guidance != 1:
+            raise UserError(
+                "guidance needs a condition: use a model that takes one, and --condition"
+            )
+        return model
+    model = model.given(asked.classes)
+    guided(model.reverse_process, model.condition, guidance, guide)  # raises errors before sampling
+    return model
 
 
 def _index(name: str, names: list[str], where: str) -> int:

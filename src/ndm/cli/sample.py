@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ndm.cli.conditions import wanted
+from ndm.cli.conditions import given, wanted
 from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription
 from ndm.data.delimited import looks_like_names
@@ -92,10 +92,7 @@ def sample(
     description = DataDescription.from_dict(model.info.get("data"))
     _check_fits(target, description)
     asked = wanted(condition, n, model, description, seed)
-    if guidance != 1 and asked.classes is None:
-        raise UserError("guidance needs a condition: use a model that takes one, and --condition")
-    if asked.classes is not None:
-        model = model.given(asked.classes)
+    model = given(asked, model, guidance, guide)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)
