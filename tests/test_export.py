@@ -18,6 +18,8 @@ from ndm.sample import Ancestral
 from ndm.schedule import FlowMatchingSchedule, LinearLogSNRSchedule, NoiseLevel, Schedule
 from ndm.transform import GatedTransform, Identity
 from oracles import F64, GaussianProblem, LinearTransform, randomized
+from test_condition import LABELS
+from test_condition import model as random_conditional
 from test_reverse import ExactTarget
 
 diffusers = pytest.importorskip("diffusers")
@@ -199,3 +201,16 @@ def test_models_that_are_not_plain_diffusions_are_rejected() -> None:
     with pytest.raises(UserError, match="trained_betas"):
         to_diffusers(small_model("direct"), diffusers.FlowMatchEulerDiscreteScheduler)
     to_diffusers(small_model("tied", transform=Identity()), diffusers.DDPMScheduler)
+
+
+def test_classes_are_passed_as_diffusers_passes_them() -> None:
+    conditional = random_conditional(reverse="direct", seen_by=("predictor",))
+    network, _ = to_diffusers(conditional, diffusers.DDPMScheduler, 100)
+    z = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = network(z, 60, class_labels=LABELS).sample
+    alone = to_diffusers(conditional.given(LABELS), diffusers.DDPMScheduler, 100)[0](z, 60).sample
+    assert torch.equal(found, alone)
+    for c in range(3):
+        one = network(z, 60, class_labels=torch.full((4,), c)).sample
+        torch.testing.assert_close(found[c == LABELS], one[c == LABELS])
+    assert not torch.allclose(found, network(z, 60).sample)

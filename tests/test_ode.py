@@ -12,8 +12,9 @@ from ndm.errors import UserError
 from ndm.forward import ForwardProcess
 from ndm.likelihood import latent
 from ndm.nn import MLP, UNet
-from ndm.ode import OdeSettings, ode_log_prob, quadrature, round_trip_error, solve_ode, trace_times
+from ndm.ode import OdeSettings, ode_log_prob, round_trip_error, solve_ode
 from ndm.predictor import Predictor
+from ndm.quadrature import quadrature, trace_times
 from ndm.random import ExampleGenerators
 from ndm.reverse import ReverseProcess
 from ndm.schedule import (

@@ -17,7 +17,7 @@ Source: VDM (Kingma et al. 2021), equation 8 and appendix; NDM section 3.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import torch
@@ -79,6 +79,10 @@ class Decoder(Conditional, ABC):
         """
 
     @abstractmethod
+    def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Return E[x|z_0], ``(B, *event)``; it can be differentiated."""
+
+    @abstractmethod
     def sample(
         self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -99,6 +103,9 @@ class GaussianDecoder(Decoder):
         bad = int((~x.isfinite()).sum())
         if bad:
             raise UserError(f"x has {bad} values that are not finite; replace or remove them")
+
+    def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        return z / level.expand(z).alpha
 
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
@@ -195,6 +202,25 @@ class DiscretizedGaussian(Decoder):
         _, exponent = self._likely(z / at.alpha, at.alpha / at.sigma, len(self.values))
         return torch.log_softmax(exponent, dim=-1)
 
+    def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        at, reach, parts = level.expand(z), self._reach(level, wait=True), []
+        for rows in self._chunks(z, reach):
+            values, exponent = self._likely(
+                (z / at.alpha)[rows], (at.alpha / at.sigma)[rows], reach
+            )
+            parts.append((torch.softmax(exponent, dim=-1) * values).sum(-1))
+        return torch.cat(parts) if parts else z
+
+    def _chunks(self, z: Tensor, reach: int) -> Iterator[slice]:
+        """Yield the rows of a batch whose probabilities are computed at once.
+
+        In one pass, 64 images of 256 x 256 would take tens of gigabytes.
+        """
+        each = event_size(z) * min(len(self.values), 2 * reach + 1)
+        rows = max(1, MOST_LOGITS // max(1, each))
+        for start in range(0, len(z), rows):
+            yield slice(start, start + rows)
+
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         at = level.expand(z)
         mean, scale, value = z / at.alpha, at.alpha / at.sigma, self.grid(z)[self.index(x)]
@@ -240,11 +266,7 @@ class DiscretizedGaussian(Decoder):
         self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None
     ) -> Tensor:
         reach, parts = self._reach(level, wait=True), []
-        logits_each = event_size(z) * min(len(self.values), 2 * reach + 1)
-        # In one pass, 64 images of 256 x 256 would take tens of gigabytes.
-        rows = max(1, MOST_LOGITS // max(1, logits_each))
-        for start in range(0, len(z), rows):
-            chunk = slice(start, start + rows)
+        for chunk in self._chunks(z, reach):
             at = level.rows(chunk).expand(z)
             values, exponent = self._likely(z[chunk] / at.alpha, at.alpha / at.sigma, reach)
             probabilities = torch.softmax(exponent, dim=-1).flatten(0, -2)
@@ -286,7 +308,7 @@ class NetworkDecoder(Decoder):
     def check(self, x: Tensor) -> None:
         self.base.check(x)
 
-    def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
+    def location(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """Return the network at z_0/alpha_0, ``(B, *event)``.
 
         It runs in the precision of z, never under autocast, since single values depend on it.
@@ -306,8 +328,11 @@ class NetworkDecoder(Decoder):
             dsigma=0 * one,
         )
 
+    def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        return self.base.mean(self.location(z, level), self._around_mean(level))
+
     def log_prob(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        mean = self.mean(z, level)
+        mean = self.location(z, level)
         if mean.shape != x.shape:
             raise UserError(
                 f"the decoder's network maps {tuple(z.shape)} to {tuple(mean.shape)}; it must"
@@ -318,5 +343,5 @@ class NetworkDecoder(Decoder):
     def sample(
         self, z: Tensor, level: NoiseLevel, generator: torch.Generator | None = None
     ) -> Tensor:
-        mean = self.mean(z, level)
+        mean = self.location(z, level)
         return self.base.sample(mean, self._around_mean(level), generator)

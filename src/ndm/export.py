@@ -82,11 +82,21 @@ class DiffusersModel(nn.Module):
         return SimpleNamespace(in_channels=channels, sample_size=size[0] if square else tuple(size))
 
     @torch.no_grad()
-    def forward(self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True) -> Any:
-        """Predict the data from latents ``(B, *event)`` at a time step, a number or ``(B,)``."""
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Predict the data from latents ``(B, *event)`` at a time step, a number or ``(B,)``.
+
+        ``class_labels`` ``(B,)`` are the classes of a model that takes them.
+        """
+        model = self.model if class_labels is None else self.model.given(class_labels)
         step = torch.as_tensor(timestep, dtype=sample.dtype, device=sample.device)
-        level = self.model.process.level(step / (self.steps - 1), sample)
-        prediction = self.model.reverse_process.curve(sample, level, 1.0).at(level)
+        level = model.process.level(step / (self.steps - 1), sample)
+        prediction = model.reverse_process.curve(sample, level, 1.0).at(level)
         decoded = sample / expand(level.alpha, sample)
         prediction = torch.where(expand(level.t == 0, sample), decoded, prediction)
         return SimpleNamespace(sample=prediction) if return_dict else (prediction,)

@@ -122,7 +122,6 @@ def latent(
     return z, scale + sum_event(torch.log(width))
 
 
-@torch.no_grad()
 def log_likelihood(
     reverse: Reverse,
     decoder: Decoder,
@@ -134,6 +133,7 @@ def log_likelihood(
     seed: int = 0,
     examples: Sequence[int] | None = None,
     progress: bool = False,
+    differentiable: bool = False,
 ) -> LogLikelihood:
     """Estimate the log-likelihood of data under the ODE model.
 
@@ -152,6 +152,7 @@ def log_likelihood(
         examples: the numbers of the examples in their data set, which seed their randomness;
             0 ... B-1 by default.
         progress: show progress bars.
+        differentiable: keep the graph for gradients in x.
 
     Raises:
         UserError: the solver cannot reach the tolerances, or an argument does not fit the data.
@@ -164,11 +165,13 @@ def log_likelihood(
         )
     examples = range(len(x)) if examples is None else examples
     weights, coarse, evaluations = [], [], 0
-    for sample in range(samples):
-        noise = ExampleGenerators(seed, examples, _LATENTS, sample)
-        z, log_ratio = latent(reverse.process, decoder, x, dequantization, noise)
-        solved = reverse.log_prob(z, settings, ExampleGenerators(seed, examples, _PROBES), progress)
-        evaluations += solved.nfe
-        weights.append(solved.log_p + log_ratio.cpu().double())
-        coarse.append(solved.coarse + log_ratio.cpu().double())
+    with torch.set_grad_enabled(differentiable):
+        for sample in range(samples):
+            noise = ExampleGenerators(seed, examples, _LATENTS, sample)
+            z, log_ratio = latent(reverse.process, decoder, x, dequantization, noise)
+            probes = ExampleGenerators(seed, examples, _PROBES)
+            solved = reverse.log_prob(z, settings, probes, progress)
+            evaluations += solved.nfe
+            weights.append(solved.log_p + log_ratio.cpu().double())
+            coarse.append(solved.coarse + log_ratio.cpu().double())
     return LogLikelihood(torch.stack(weights, 1), torch.stack(coarse, 1), evaluations / samples)

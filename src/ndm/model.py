@@ -10,31 +10,27 @@ the model of the paper; :mod:`ndm.variants` holds others.
 
 import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ndm.condition import Condition, ConditionalModel
+from ndm.condition import Condition
 from ndm.curve import Curve
 from ndm.decoder import Decoder, DiscretizedGaussian, GaussianDecoder
 from ndm.elbo import Bound, BoundDraw, diffusion_integrand, prior_term, reconstruction_term
 from ndm.errors import UserError, check_whole, describe_value
 from ndm.forward import ForwardProcess, NoisingProcess
-from ndm.guidance import Guide, guided
+from ndm.generation import SamplingModel
 from ndm.likelihood import Dequantization, LogLikelihood, log_likelihood
 from ndm.ode import OdeSettings
-from ndm.parts import check_data, check_part
+from ndm.parts import check_data, check_part, evaluation_mode
 from ndm.predictor import DataPredictor
-from ndm.random import ExampleGenerators, RandomSource, part_seed, standard_normal, uniform
-from ndm.reverse import MarkovReverse, Reverse, ReverseKind, ReverseProcess
-from ndm.sample import Method, Sampler, Step, make_sampler
+from ndm.random import ExampleGenerators, RandomSource, standard_normal, uniform
+from ndm.reverse import ReverseKind, ReverseProcess
 from ndm.schedule import Schedule
 from ndm.serialize import load_model, save_model
-from ndm.shapes import sample_shape
 from ndm.time_grid import MOST_STEPS, Steps
 from ndm.time_sampling import (
     Eta,
@@ -46,7 +42,7 @@ from ndm.time_sampling import (
 from ndm.transform import Transform
 
 
-class DiffusionModel(ConditionalModel, ABC):
+class DiffusionModel(SamplingModel):
     """A forward process, a reverse process and a decoder, for events of any shape.
 
     Args:
@@ -109,35 +105,9 @@ class DiffusionModel(ConditionalModel, ABC):
         """Further content of ``config.json``, such as the description of the data."""
 
     @property
-    @abstractmethod
-    def reverse_process(self) -> Reverse:
-        """The reverse process p(z_s|z_t)."""
-
-    @property
     def bound_eta(self) -> Eta:
         """The eta of the training bound."""
         return self.eta
-
-    @property
-    def samplers(self) -> Mapping[str, Callable[[], Sampler]]:
-        """Samplers specific to this model, by name; the first is the default."""
-        return {}
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise schedule."""
-        return self.process.schedule
-
-    @property
-    def transform(self) -> Transform:
-        """The transformation F."""
-        return self.process.transform
-
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor with the dtype and device of the parameters, for ``x.to(model.like)``."""
-        first = next(self.parameters(), None)
-        return torch.empty(0) if first is None else first.detach().new_empty(0)
 
     def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
         """F(x, t) in the shape of the latents, at times ``t`` in [0, 1], a number or ``(B,)``."""
@@ -270,125 +240,6 @@ class DiffusionModel(ConditionalModel, ABC):
             None if integrand.regression is None else draw.weight * integrand.regression,
         )
 
-    @torch.no_grad()
-    def sample(
-        self,
-        shape: int | Sequence[int],
-        method: Method | str | Sampler | None = None,
-        *,
-        steps: Steps | None = None,
-        eta: float | None = None,
-        solver: str | None = None,
-        rtol: float = 1e-4,
-        atol: float = 1e-4,
-        guidance: float = 1.0,
-        guide: Guide = "curve",
-        seed: int | None = None,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Draw samples (NDM, Algorithm 2, and the SDE and ODE of section 3.3).
-
-        Args:
-            shape: ``(B, *event)`` of the data, or only B for a model whose ``info`` describes them.
-            method: ``ancestral``, ``ddim``, ``sde``, ``ode``, a name of :attr:`samplers`, or a
-                sampler. The default is ``ancestral``, or ``sde`` for models without discrete time.
-            steps: steps of the time grid, or the grid; by default T, or 100 in continuous time.
-            eta: stochasticity for ``ancestral`` and ``sde``; by default that of the model.
-            solver: see :func:`ndm.sample.make_sampler`.
-            rtol: relative tolerance of an adaptive solver.
-            atol: absolute tolerance of an adaptive solver.
-            guidance: weight of the condition, :mod:`ndm.guidance`; 1 is p(x|c), 0 is p(x).
-            guide: what is guided, ``curve`` or ``x``.
-            seed: the same seed and batch size give the same samples on the same machine; None
-                draws a seed from PyTorch's global generator.
-            batch_size: the largest batch; the samples are then collected on the CPU. None draws all
-                in one batch.
-            progress: show a progress bar.
-
-        Returns:
-            Samples of p(x), ``(B, *event)``.
-
-        Raises:
-            UserError: arguments contradict each other, or samples are not finite.
-        """
-        count, *event = sample_shape(shape, self.info.get("data"))
-        self.check_given()
-        sampler = self._sampler(method, steps, eta, solver, rtol, atol)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        if batch_size is None:
-            return self._sample((count, *event), sampler, seed, progress, guidance, guide)
-        check_whole("batch_size", batch_size, 1)
-        parts, hidden = [], not progress or count <= batch_size
-        with tqdm(total=count, desc="samples", unit="sample", disable=hidden, leave=False) as bar:
-            for index, start in enumerate(range(0, count, batch_size)):
-                size = min(batch_size, count - start)
-                rows, of_part = self.rows(start, start + size), part_seed(seed, index)
-                part = rows._sample((size, *event), sampler, of_part, progress, guidance, guide)
-                parts.append(part.cpu())
-                bar.update(size)
-        return torch.cat(parts) if parts else torch.empty(0, *event)
-
-    @property
-    def default_method(self) -> str:
-        """The sampling method that is used when none is given."""
-        markov = isinstance(self.reverse_process, MarkovReverse)
-        return next(iter(self.samplers), "ancestral" if markov else "sde")
-
-    def _sampler(
-        self,
-        method: Method | str | Sampler | None,
-        steps: Steps | None,
-        eta: float | None,
-        solver: str | None,
-        rtol: float,
-        atol: float,
-    ) -> Sampler:
-        if isinstance(method, Sampler):
-            if not (steps is None and eta is None and solver is None):
-                raise UserError(
-                    "steps, eta and solver belong to the sampler object: set them there"
-                )
-            return method
-        if isinstance(method, Step):
-            name = type(method).__name__
-            raise UserError(
-                f"method is one step, {name}: wrap it in ndm.GridSampler({name}(...), steps)"
-            )
-        name = self.default_method if method is None else method
-        if name in self.samplers:
-            return self.samplers[name]()
-        noise = self.eta if eta is None and name in ("ancestral", "sde") else eta
-        steps = self.steps or 100 if steps is None else steps
-        return make_sampler(name, steps, noise, solver, rtol, atol)
-
-    def _sample(
-        self,
-        shape: tuple[int, ...],
-        sampler: Sampler,
-        seed: int,
-        progress: bool,
-        guidance: float,
-        guide: Guide,
-    ) -> Tensor:
-        like, reverse = self.like, self.reverse_process
-        if guidance != 1:
-            reverse = guided(reverse, self.condition, guidance, guide)
-        generator = torch.Generator(like.device).manual_seed(seed)
-        training = self.training
-        self.eval()  # no dropout
-        try:
-            z = like.new_empty(self.transform.latent_shape(like.new_empty(shape)))
-            z = sampler(reverse, standard_normal(z, generator), generator, progress)
-            if not bool(z.isfinite().all()):
-                raise UserError(
-                    "samples are not finite: the sampler diverges with this number of steps, or in"
-                    " half precision; take more steps, another method, or precision 32-true"
-                )
-            return self.decoder.sample(z, self.process.level(0.0, z), generator)
-        finally:
-            self.train(training)
-
     def log_likelihood(
         self,
         x: Tensor,
@@ -399,6 +250,7 @@ class DiffusionModel(ConditionalModel, ABC):
         seed: int = 0,
         examples: Sequence[int] | None = None,
         progress: bool = False,
+        differentiable: bool = False,
     ) -> LogLikelihood:
         """Estimate the log-likelihood of each example by the reverse process (NDM, section 3.3).
 
@@ -414,6 +266,7 @@ class DiffusionModel(ConditionalModel, ABC):
             examples: the numbers of the examples in their data set, which seed their randomness;
                 0 ... B-1 by default.
             progress: show progress bars.
+            differentiable: keep the graph for gradients in x; memory grows with the evaluations.
 
         Returns:
             ``log_p`` ``(B,)``, nats, with the log-weights of the samples and the number of
@@ -421,9 +274,7 @@ class DiffusionModel(ConditionalModel, ABC):
         """
         check_data(x, self)
         self.check_given()
-        training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             return log_likelihood(
                 self.reverse_process,
                 self.decoder,
@@ -434,9 +285,8 @@ class DiffusionModel(ConditionalModel, ABC):
                 seed=seed,
                 examples=examples,
                 progress=progress,
+                differentiable=differentiable,
             )
-        finally:
-            self.train(training)
 
     def save_pretrained(
         self, path: str | os.PathLike[str], info: Mapping[str, object] | None = None

@@ -9,17 +9,7 @@ of f (Chen et al. 2018; Song et al. 2021, appendix D; NDM, section 3.3). With th
 
 The trajectory does not depend on the trace, so it is solved first. The trace is then computed at
 N + 1 fixed times along it and integrated by Clenshaw-Curtis quadrature, which is exact for
-polynomials of degree N. The quadrature nodes are spaced in a time y, the mean of t and a
-normalized noise level:
-
-.. math::
-    y(t) = \tfrac12 t + \tfrac12 \frac{\ell(t) - \ell(0)}{\ell(1) - \ell(0)}, \quad
-    \ell = \log \frac{\sigma}{\alpha + 0.01}, \qquad
-    y_j = \tfrac12 (1 - \cos(\pi j / N)), \qquad
-    \int_0^1 \mathrm{tr}\, dt \approx \sum_j \frac{w_j}{y'(t_j)}\, \mathrm{tr}_j .
-
-With nodes spaced in t, schedules whose noise rises steeply from t = 0 (cosine, flow matching) would
-need hundreds of them.
+polynomials of degree N. The nodes are those of :mod:`ndm.quadrature`.
 
 Solving for z first has three advantages. An adaptive solver chooses its steps by z only. The trace
 costs N + 1 evaluations, however many steps the solver takes. The nodes for N/2 are among those for
@@ -37,13 +27,11 @@ on the digits at the same cost, see docs/performance.md.
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 import torchdiffeq
 from torch import Tensor, nn
@@ -51,6 +39,7 @@ from tqdm import tqdm
 
 from ndm.errors import UserError, check_choice, check_whole, one_line
 from ndm.forward import Gaussian, NoisingProcess
+from ndm.quadrature import trace_times
 from ndm.random import RandomSource, standard_normal
 from ndm.random import uniform as uniform_noise
 from ndm.schedule import NoiseLevel
@@ -69,7 +58,6 @@ EXACT_UP_TO = 16
 """``probes="auto"`` computes the exact trace for events of at most this many dimensions."""
 # Limits on one trace evaluation: several times are batched if events are small.
 _ROWS_AT_ONCE, _VALUES_AT_ONCE = 256, 2**15
-_ALPHA = 0.01  # keeps the noise level finite where alpha = 0
 
 
 @dataclass(frozen=True)
@@ -136,8 +124,10 @@ class LogDensity:
 
     Its distance from ``log_p`` bounds the error of the quadrature if the trace is exact.
     """
+    z_0: Tensor
+    """The trajectory at t = 0, ``(B, *event)``."""
     z_1: Tensor
-    """End of the trajectory at t = 1, ``(B, *event)``."""
+    """The trajectory at t = 1, ``(B, *event)``."""
     nfe: int
     """Evaluations of f: those of the solver, and one for each time of the trace."""
 
@@ -256,46 +246,11 @@ def _worst_example(error: Tensor) -> Tensor:
     return error.flatten(1).square().mean(1).amax().sqrt()
 
 
-def quadrature(nodes: int) -> tuple[Tensor, Tensor]:
-    """Return the Clenshaw-Curtis times in [0, 1] and their weights, each ``(N + 1,)``, float64."""
-    order = np.arange(nodes + 1)
-    cosines = -np.cos(np.pi * order / nodes)
-    is_even = order % 2 == 0
-    # Integrals of the Chebyshev polynomials T_n over [-1, 1].
-    moments = np.where(is_even, 2 / (1.0 - np.where(is_even, order, 0.0) ** 2), 0.0)
-    weights = np.linalg.solve(np.polynomial.chebyshev.chebvander(cosines, nodes).T, moments)
-    return torch.from_numpy((cosines + 1) / 2), torch.from_numpy(weights / 2)
-
-
-def trace_times(process: NoisingProcess, nodes: int) -> tuple[Tensor, Tensor]:
-    """Return the times of the trace from 0 to 1 and their weights.
-
-    Each is ``(N + 1,)``, float64 on the CPU.
-    """
-    schedule = copy.deepcopy(process.schedule).double().cpu()
-    y, weights = quadrature(nodes)
-
-    def noise(t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ell(t) of the module docstring and its derivative."""
-        level = schedule(t)
-        signal = level.alpha + _ALPHA
-        slope = level.dsigma / level.sigma - level.dalpha / signal
-        return torch.log(level.sigma / signal), slope
-
-    ends, _ = noise(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    low, high = torch.zeros_like(y), torch.ones_like(y)
-    for _ in range(60):  # bisection: y increases with t
-        middle = (low + high) / 2
-        below = 0.5 * middle + 0.5 * (noise(middle)[0] - ends[0]) / (ends[1] - ends[0]) < y
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    times = ((low + high) / 2).where(y > 0, 0.0).where(y < 1, 1.0)
-    return times, weights / (0.5 + 0.5 * noise(times)[1] / (ends[1] - ends[0]))
-
-
 def trace(reverse: Flow, z: Tensor, t: Tensor, probes: Sequence[Tensor] | None) -> Tensor:
     """Return the trace of the Jacobian of f(z, t, x̂(z, t)) in z, ``(B,)``.
 
-    Costs one evaluation of f and a vector-Jacobian product for each probe.
+    Costs one evaluation of f and a vector-Jacobian product for each probe. If z requires a
+    gradient, the trace has one, too.
 
     Args:
         reverse: the reverse process.
@@ -304,58 +259,69 @@ def trace(reverse: Flow, z: Tensor, t: Tensor, probes: Sequence[Tensor] | None) 
         probes: random vectors v in the shape of z, over which v·Jv is averaged; None computes the
             exact trace with D products.
     """
+    keep = torch.is_grad_enabled() and z.requires_grad
     with torch.enable_grad():
-        z = z.detach().requires_grad_()
+        z = z if keep else z.detach().requires_grad_()
         f = reverse.drift(z, reverse.process.schedule(t), 0.0)
+
+        def product(v: Tensor) -> Tensor:
+            return torch.autograd.grad(f, z, v, retain_graph=True, create_graph=keep)[0]
+
         if probes is not None:
-            return torch.stack(
-                [sum_event(torch.autograd.grad(f, z, v, retain_graph=True)[0] * v) for v in probes]
-            ).mean(0)
+            return torch.stack([sum_event(product(v) * v) for v in probes]).mean(0)
         total = torch.zeros_like(t)
         for index in range(event_size(z)):
             unit = torch.zeros_like(z).flatten(1)
             unit[:, index] = 1
-            (row,) = torch.autograd.grad(f, z, unit.reshape(z.shape), retain_graph=True)
+            row = product(unit.reshape(z.shape))
             total = total + row.flatten(1)[:, index]
     return total
 
 
-@torch.no_grad()
 def ode_log_prob(
     reverse: Flow,
     z: Tensor,
     settings: OdeSettings | None = None,
     source: RandomSource = None,
     progress: bool = False,
+    *,
+    from_noise: bool = False,
 ) -> LogDensity:
     """Return log p(z_0) under the generative ODE.
 
+    If gradients are enabled and z requires one, so does ``log_p``: the gradient in z, not in the
+    parameters.
+
     Args:
         reverse: the reverse process.
-        z: z_0, ``(B, *event)``; everything is computed in its dtype.
+        z: z_0, or z_1 with ``from_noise``, ``(B, *event)``; everything is computed in its dtype.
         settings: solver, tolerances, probes.
         source: source of randomness for the probes.
         progress: show progress bars.
+        from_noise: solve from z_1 to z_0: a sample and its density from one solution.
 
     Raises:
         UserError: the solver cannot reach the tolerances.
     """
     settings = settings or OdeSettings()
     times, weights = trace_times(reverse.process, settings.nodes)
-    with _frozen(reverse):
+    order = times.flip(0) if from_noise else times
+    with _frozen(reverse), torch.set_grad_enabled(torch.is_grad_enabled() and z.requires_grad):
         path, evaluations = solve_ode(
-            reverse, z, times, settings.solver, settings.rtol, settings.atol, progress
+            reverse, z, order, settings.solver, settings.rtol, settings.atol, progress
         )
+        path = path.flip(0) if from_noise else path
         traces = _traces(reverse, path, times.to(z), settings, source, progress)
-    end = path[-1].cpu().double()
-    prior = Gaussian(torch.zeros_like(end), torch.ones_like(end)).log_prob(end)
-    _, half_weights = trace_times(reverse.process, settings.nodes // 2)
-    return LogDensity(
-        log_p=prior + weights @ traces,
-        coarse=prior + half_weights @ traces[::2],
-        z_1=path[-1],
-        nfe=evaluations + len(times),
-    )
+        end = path[-1].cpu().double()
+        prior = Gaussian(torch.zeros_like(end), torch.ones_like(end)).log_prob(end)
+        _, half_weights = trace_times(reverse.process, settings.nodes // 2)
+        return LogDensity(
+            log_p=prior + weights @ traces,
+            coarse=prior + half_weights @ traces[::2],
+            z_0=path[0],
+            z_1=path[-1],
+            nfe=evaluations + len(times),
+        )
 
 
 def _traces(

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ndm.errors import UserError, check_choice, check_whole, require
@@ -130,19 +131,24 @@ class Sampler(ABC):
         z: Tensor,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        start: float = 1.0,
     ) -> Tensor:
         """Return z_0, ``(B, *event)``.
 
         Args:
             reverse: the reverse process.
-            z: z_1, ``(B, *event)``.
+            z: z at the time ``start``, ``(B, *event)``.
             generator: source of randomness; PyTorch's global generator by default.
             progress: show a progress bar.
+            start: the time of z, in (0, 1].
         """
 
 
 class GridSampler(Sampler):
     """A sampler that repeats a step on a grid of times from 1 to 0.
+
+    From another start, the times of the grid are multiplied by it. With gradients, each step is
+    computed again in the backward pass, so that memory does not grow with the steps.
 
     Args:
         step: the step.
@@ -172,8 +178,9 @@ class GridSampler(Sampler):
         z: Tensor,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        start: float = 1.0,
     ) -> Tensor:
-        for _, state in self.path(reverse, z, generator, progress):
+        for _, state in self.path(reverse, z, generator, progress, start):
             z = state
         return z
 
@@ -183,19 +190,28 @@ class GridSampler(Sampler):
         z: Tensor,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        start: float = 1.0,
     ) -> Iterator[tuple[float, Tensor]]:
-        """Yield (t, z_t) for each time of the grid, from ``z`` = z_1 to z_0, ``(B, *event)``."""
-        t = reverse.process.level(1.0, z)
-        yield 1.0, z
+        """Yield (t, z_t) for each time of the grid, from ``z`` at ``start`` to z_0."""
+        t = reverse.process.level(start, z)
+        yield start, z
         indices, hidden = range(self.steps - 1, -1, -1), not progress
         for index in tqdm(
             indices, desc="sampling", unit="step", disable=hidden, delay=1, leave=False
         ):
-            time = float(self.grid.at(torch.tensor(index, dtype=torch.float64)))
+            time = start * float(self.grid.at(torch.tensor(index, dtype=torch.float64)))
             s = reverse.process.level(time, z)
             noise = standard_normal(z, generator) if self.step.eta else z
-            z, t = self.step(reverse, z, t, s, noise), s
+            z, t = self._step(reverse, z, t, s, noise), s
             yield time, z
+
+    def _step(
+        self, reverse: Reverse, z: Tensor, t: NoiseLevel, s: NoiseLevel, noise: Tensor
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.step(reverse, z, t, s, noise)
+        found: Tensor = checkpoint(self.step, reverse, z, t, s, noise, use_reentrant=False)
+        return found
 
 
 class AdaptiveODE(Sampler):
@@ -221,9 +237,10 @@ class AdaptiveODE(Sampler):
         z: Tensor,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        start: float = 1.0,
     ) -> Tensor:
         path, _ = solve_ode(
-            reverse, z, torch.tensor([1.0, 0.0]), self.solver, self.rtol, self.atol, progress
+            reverse, z, torch.tensor([start, 0.0]), self.solver, self.rtol, self.atol, progress
         )
         return path[-1]
 
@@ -258,37 +275,38 @@ class TorchSDE(Sampler):
         z: Tensor,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        start: float = 1.0,
     ) -> Tensor:
         shape, eta = z.shape, self.eta
 
         class Equation(torch.nn.Module):
-            """The SDE in the time tau = 1 - t on flattened events, for torchsde."""
+            """The SDE in the time tau = start - t on flattened events, for torchsde."""
 
             noise_type, sde_type = "diagonal", "ito"
 
             def f(self, tau: Tensor, y: Tensor) -> Tensor:
                 state = y.reshape(shape)
-                level = reverse.process.level((1 - tau).clamp(0, 1), state)
+                level = reverse.process.level((start - tau).clamp(0, 1), state)
                 return -reverse.drift(state, level, eta).flatten(1)
 
             def g(self, tau: Tensor, y: Tensor) -> Tensor:
-                level = reverse.process.level((1 - tau).clamp(0, 1), y)
+                level = reverse.process.level((start - tau).clamp(0, 1), y)
                 return level.diffusion(eta)[:, None].expand_as(y)
 
         flat = z.flatten(1)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=z.device))
         motion = self.torchsde.BrownianInterval(
             0.0,
-            1.0,
+            start,
             size=flat.shape,
             dtype=z.dtype,
             device=z.device,
             entropy=seed,
             levy_area_approximation="space-time",
         )
-        grid = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
+        grid = torch.tensor([0.0, start], dtype=z.dtype, device=z.device)
         path = self.torchsde.sdeint(
-            Equation(), flat, grid, bm=motion, method=self.solver, dt=1 / self.steps
+            Equation(), flat, grid, bm=motion, method=self.solver, dt=start / self.steps
         )
         return path[-1].reshape(shape)
 

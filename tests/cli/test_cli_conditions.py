@@ -178,7 +178,7 @@ def test_quality_measures_samples_of_classes(
     assert (record["guidance"], record["guide"]) == (2.0, "x")
     model, train, test = Run(run).model(), *(Digits().split(name) for name in ("train", "test"))
     assert train.labels is not None and test.labels is not None
-    classes = wanted(None, 60, model, Digits().describe(), 5).classes
+    classes = wanted(None, 60, model, Digits().describe(), 5, lambda: train).classes
     assert classes is not None
     options: dict[str, Any] = {"steps": 4, "seed": 5, "guidance": 2.0, "guide": "x"}
     x = model.given(classes).sample(60, "ddim", batch_size=70, **options)
@@ -282,7 +282,7 @@ def test_changed_classes_are_noticed_on_resuming(
     run_command("train --config", config, "--out", again)
     (again / "metrics.json").unlink()
     description = read_json(again / "data.json")
-    write_json(again / "data.json", {**description, "labels_sha256": "0" * 64})
+    write_json(again / "data.json", {**description, "condition_sha256": "0" * 64})
     rejected(capsys, ["train --config", config, "--out", again], "the classes of", "changed")
 
 

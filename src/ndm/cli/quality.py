@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm.cli.conditions import given, wanted
+from ndm.cli.conditions import bound_to, wanted
 from ndm.cli.evaluate import warn_of_changed_data
 from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription, DataSource
@@ -116,9 +116,9 @@ def quality(
         )
     data.split(split)  # raises an error if there is none of this name
     warn_of_changed_data(model.info.get("data"), description)
-    asked = wanted(condition, n, model, description, seed)
+    asked = wanted(condition, n, model, description, seed, lambda: data.split("train"))
     check_whole("n", asked.count, neighbors + 1)
-    model = given(asked, model, guidance, guide)
+    model = bound_to(asked, model, guidance, guide)
     network, classifier = _networks(
         features, folder, data, features_scale, features_size, features_channels, str(place)
     )
@@ -202,7 +202,7 @@ def _real_images(
     found = {}
     for name in (split, *(name for name in data.describe().splits if name != split)):
         images, chosen = data.split(name), None
-        labels = images.conditions(range(len(images)))
+        labels = images.labels
         if alike is not None and labels is not None:
             if name != split and not bool(torch.isin(alike, labels).all()):
                 continue  # another split, which is only for reference, lacks a class

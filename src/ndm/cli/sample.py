@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ndm.cli.conditions import given, wanted
+from ndm.cli.conditions import bound_to, wanted
 from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription
 from ndm.data.delimited import looks_like_names
@@ -67,9 +67,10 @@ def sample(
         steps: steps of the time grid; by default the T of the model, or 100 in continuous time.
         grid: times of the steps of ancestral sampling: equal, or fitted on the train split together
             with the variance of each step, which samples better in few steps.
-        condition: classes to sample of a model that takes them, such as 3 or 0,1,2, a file with one
-            class in each line, or nothing for p(x). By default classes are as frequent as in
-            training. A picture has a class in each row.
+        condition: classes to sample of a model that takes them, such as 3 or 0,1,2; for a table
+            with known columns, their numbers; a file with one of these in each line; or nothing,
+            for p(x). By default conditions are as frequent as in training. A picture has a class in
+            each row.
         guidance: weight of the condition; 1 samples p(x|c), more follows the condition more than
             the data do.
         guide: what is guided: curve, as in classifier-free guidance, or x, which evaluates F once.
@@ -91,8 +92,10 @@ def sample(
     model = Run(Path(run)).model().to(pick_device(device))
     description = DataDescription.from_dict(model.info.get("data"))
     _check_fits(target, description)
-    asked = wanted(condition, n, model, description, seed)
-    model = given(asked, model, guidance, guide)
+    asked = wanted(
+        condition, n, model, description, seed, lambda: Run(Path(run)).data().split("train")
+    )
+    model = bound_to(asked, model, guidance, guide)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)

@@ -27,6 +27,7 @@ the examples.
 from ndm.data.arrays import continuous, discrete
 from ndm.data.celeba import CelebAHQ
 from ndm.data.cifar import CIFAR10
+from ndm.data.conditioned import WithoutConditions
 from ndm.data.digits import Digits
 from ndm.data.folder import ImageFolder
 from ndm.data.huggingface import HuggingFace
@@ -37,7 +38,6 @@ from ndm.data.source import (
     DataSource,
     EventDataset,
     Loaded,
-    WithoutConditions,
     identity_collate,
     spread,
 )

@@ -26,7 +26,11 @@ def clean(name: str) -> str:
 
 
 def choose_columns(
-    columns: Sequence[Column] | None, names: Sequence[str] | None, width: int, where: str
+    columns: Sequence[Column] | None,
+    names: Sequence[str] | None,
+    width: int,
+    where: str,
+    ordered: bool = True,
 ) -> list[int]:
     """Return the numbers of the chosen columns.
 
@@ -35,6 +39,7 @@ def choose_columns(
         names: names of all columns, or None.
         width: number of columns.
         where: name of the table, for messages.
+        ordered: whether a table without names may not be reordered.
 
     Raises:
         UserError: a column is missing, ambiguous or chosen twice, or its name is empty or not
@@ -45,7 +50,7 @@ def choose_columns(
         positions = list(range(width))
     else:
         positions = [_find(column, names, width, where) for column in columns]
-    if names is None and positions != list(range(width)) == sorted(positions):
+    if ordered and names is None and positions != list(range(width)) == sorted(positions):
         raise UserError(
             f"columns={describe_value(columns)} only reorders the columns of {where}, which have no"
             " names, so the order of other files would be unclear; leave it out"

@@ -10,10 +10,12 @@ does not depend on the file system. Hidden files and folders are skipped, links 
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 
+from ndm.data.conditioned import paired
 from ndm.data.crops import CropKind, Cropping, make_cropping
 from ndm.data.files import (
     Files,
@@ -100,6 +102,9 @@ class ImageFolder(DataSource):
             are named like splits; ``val`` is the split ``validation``.
         on_error: raise an error for images that cannot be used, or skip them; the description names
             those that are skipped, and they enter its checksum.
+        condition: another folder with an image of the same name and size for each image, which is
+            known of it: for a model of the images given these.
+        condition_channels: 1 if those are gray, 3 if they are in color; by default ``channels``.
     """
 
     def __init__(
@@ -114,8 +119,14 @@ class ImageFolder(DataSource):
         class_folders: bool | None = None,
         splits: Mapping[str, str] | None = None,
         on_error: OnError = "raise",
+        condition: str | None = None,
+        condition_channels: int | None = None,
     ):
         check_image_arguments(channels, size, on_error)
+        if condition is not None and on_error != "raise":
+            raise UserError("on_error=skip would separate pairs: leave it out with condition=")
+        if condition_channels is not None:
+            check_image_arguments(condition_channels, size, on_error)
         self.cropping = make_cropping(crop, size, average)
         check_split_arguments(test_fraction, seed)
         if splits and (
@@ -135,8 +146,17 @@ class ImageFolder(DataSource):
         self.class_folders = class_folders
         self.splits = splits
         self.on_error = on_error
+        self.condition = condition
+        self.condition_channels = condition_channels
 
     def load(self) -> Loaded:
+        if self.condition is None:
+            return self._load()
+        other = copy(self)
+        other.path, other.channels = self.condition, self.condition_channels or self.channels
+        return paired(self._load(), other._load(), self.condition)
+
+    def _load(self) -> Loaded:
         folder = Path(self.path)
         if not is_folder(folder):
             raise UserError(

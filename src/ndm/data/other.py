@@ -19,6 +19,7 @@ import torch
 
 from ndm.data.arrays import ArraySplit, describe_reals, discrete, too_large
 from ndm.data.columns import column_label, number_text
+from ndm.data.conditioned import joined, split_off
 from ndm.data.crops import described_cropping
 from ndm.data.delimited import is_text_file
 from ndm.data.folder import FileImages, some_image_files
@@ -107,6 +108,14 @@ def _have_size(files: Sequence[Path], channels: int, size: tuple[int, int]) -> b
 
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
+    if trained.known_columns:
+        whole = joined(trained)
+        if isinstance(source, Table):
+            source = copy(source)
+            source.condition = None
+            source.columns = list(whole.columns) or source.columns
+        loaded = _rows(source, path, whole)
+        return split_off(loaded, trained.known_columns, bool(trained.columns))
     if isinstance(source, Table):
         table = copy(source)
     else:

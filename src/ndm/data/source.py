@@ -20,7 +20,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -82,8 +82,16 @@ class DataDescription:
     """a of each dimension of the flattened example, if standardized."""
     frequencies: tuple[float, ...] = ()
     """Share of each class in the split ``train``."""
-    labels_sha256: str = ""
-    """Checksum of the class indices of all splits, in order; empty without classes."""
+    condition_sha256: str = ""
+    """Checksum of the class indices of all splits, or of the images that are known of each example;
+    empty without them.
+    """
+    known_columns: tuple[str, ...] = ()
+    """Columns of a table that are known of each example, by name or number."""
+    known_offset: tuple[float, ...] = field(default=(), repr=False)
+    """b of each known column, if standardized."""
+    known_scale: tuple[float, ...] = field(default=(), repr=False)
+    """a of each known column, if standardized."""
 
     @property
     def log_scale(self) -> float:
@@ -122,14 +130,18 @@ class DataDescription:
     def from_dict(cls, fields_of: object) -> "DataDescription":
         """Restore the description that :meth:`to_dict` returned.
 
+        Entries that this version does not know are ignored.
+
         Raises:
             UserError: ``fields_of`` is not such a description.
         """
         try:
             values: dict[str, Any] = dict(fields_of)  # type: ignore[call-overload]
+            known = {one.name for one in fields(cls)}
             values = {
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in values.items()
+                if key in known
             }
             description = cls(**values)
         except (TypeError, ValueError) as error:
@@ -147,7 +159,7 @@ class DataDescription:
 
     def _checks(self) -> Iterator[tuple[str, bool]]:
         """Yield the names of the fields, and whether they can be true; a file may be damaged."""
-        for name in ("name", "version", "sha256", "labels_sha256"):
+        for name in ("name", "version", "sha256", "condition_sha256"):
             yield name, isinstance(getattr(self, name), str)
         yield "kind", self.kind in ("image", "vector")
         shape, most = self.event_shape, 2**31
@@ -159,14 +171,15 @@ class DataDescription:
             yield name, value is None or _is_number(value)
         splits = self.splits
         yield "splits", isinstance(splits, dict) and all(_is_whole(n, 0) for n in splits.values())
-        for name in ("classes", "columns"):
+        for name in ("classes", "columns", "known_columns"):
             yield name, isinstance(getattr(self, name), tuple)
             yield name, all(isinstance(label, (str, int)) for label in getattr(self, name))
-        for name in ("offset", "scale"):
-            values = getattr(self, name)
-            yield name, isinstance(values, tuple) and len(values) in (0, math.prod(shape))
-            yield name, all(_is_number(value) for value in values)
-        yield "scale", all(value > 0 for value in self.scale)
+        for prefix, size in (("", math.prod(shape)), ("known_", len(self.known_columns))):
+            for name in (f"{prefix}offset", f"{prefix}scale"):
+                values = getattr(self, name)
+                yield name, isinstance(values, tuple) and len(values) in (0, size)
+                yield name, all(_is_number(value) for value in values)
+            yield f"{prefix}scale", all(value > 0 for value in getattr(self, f"{prefix}scale"))
         shares, classes = self.frequencies, len(self.classes)
         yield "frequencies", isinstance(shares, tuple) and len(shares) in (0, classes)
         yield "frequencies", all(_is_number(share) and share >= 0 for share in shares)
@@ -240,23 +253,6 @@ class EventDataset(Dataset[Tensor], ABC):
     def _batch(self, indices: Sequence[int]) -> Tensor:
         """Return the examples ``indices``; an empty batch has the shape ``(0, *event)``."""
         return self.__getitems__(indices) if len(indices) else self.__getitems__([0])[:0]
-
-
-class WithoutConditions(EventDataset):
-    """The same examples, of which a conditional model is given nothing: for bounds on p(x).
-
-    Args:
-        data: the examples.
-    """
-
-    def __init__(self, data: EventDataset):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return self.data.__getitems__(indices)
 
 
 def identity_collate(batch: Any) -> Any:
@@ -365,7 +361,7 @@ def _with_labels(loaded: Loaded) -> Loaded:
         if name == "train":
             shares = tuple((indices.bincount(minlength=classes) / len(indices)).tolist())
     description = replace(
-        loaded.description, frequencies=shares, labels_sha256=checksum.hexdigest()
+        loaded.description, frequencies=shares, condition_sha256=checksum.hexdigest()
     )
     return Loaded(description, loaded.splits)
 

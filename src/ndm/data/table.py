@@ -19,6 +19,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ from ndm.data import npy
 from ndm.data.arrays import check_values, continuous, discrete
 from ndm.data.arrow import read_parquet
 from ndm.data.columns import Column, choose_columns, list_line, number_text
+from ndm.data.conditioned import split_off
 from ndm.data.delimited import SUFFIXES as TEXT_SUFFIXES
 from ndm.data.delimited import Dialect, read_text_table
 from ndm.data.mapped import IntegerRows
@@ -90,6 +92,8 @@ class Table(DataSource):
         path: a ``.npy``, ``.npz``, ``.csv``, ``.tsv``, ``.csv.gz``, ``.tsv.gz`` or ``.parquet``
             file.
         columns: names (or numbers, from 0) of the columns to use, in this order; all by default.
+        condition: names (or numbers) of columns that are known of each row, for a model of the
+            other columns given these.
         test_path: file of the test split; by default a split is drawn.
         test_fraction: fraction of the rows in the drawn test split.
         seed: seed of the drawn split.
@@ -124,25 +128,20 @@ class Table(DataSource):
         header: Literal["auto"] | bool = "auto",
         separator: str = "auto",
         decimal: str = ".",
+        condition: Sequence[Column] | str | None = None,
     ):
         check_split_arguments(test_fraction, seed)
         _check_range(num_values, low, high)
         Dialect(header, separator, decimal)
-        if isinstance(columns, str):
-            parts = [part.strip() for part in columns.strip("[]").split(",")]
+        _check_columns("columns", columns, "all")
+        _check_columns("condition", condition, "none")
+        if columns and condition and set(columns) & set(condition):
             raise UserError(
-                f"columns={describe_value(columns)}: give a list, such as --data.columns"
-                f" {list_line(parts)}"
-            )
-        if columns is not None and (
-            not columns or len({(type(one), one) for one in columns}) < len(columns)
-        ):
-            raise UserError(
-                f"columns={describe_value(columns)}: give a list of at least one column, each once,"
-                " or leave it out for all"
+                f"condition={describe_value(condition)}: a known column is not one of columns="
             )
         self.path = path
         self.columns = columns
+        self.condition = condition
         self.test_path = test_path
         self.test_fraction = test_fraction
         self.seed = seed
@@ -157,6 +156,35 @@ class Table(DataSource):
         self.decimal = decimal
 
     def load(self) -> Loaded:
+        if self.condition is None:
+            return self._load()
+        whole, known = copy(self), list(self.condition)
+        whole.condition = None
+        if self.columns is None:
+            rows = whole.read(self.path)
+            places = choose_columns(known, rows.names, math.prod(rows.event), self.path, False)
+            known = [rows.names[place] if rows.names else place for place in places]
+            if rows.names:
+                rest = [name for name in rows.names if name not in known]
+                whole.columns = [*rest, *known]
+        else:
+            whole.columns = [*self.columns, *known]
+        loaded = whole._load()
+        description = loaded.description
+        if self.columns is not None and not description.columns:
+            raise UserError(
+                f"condition={describe_value(self.condition)}: {self.path} has no names of columns:"
+                " leave columns= out"
+            )
+        if len(description.event_shape) != 1 or len(known) == description.event_shape[0]:
+            raise UserError(
+                f"condition={describe_value(self.condition)}: known columns are some columns of a"
+                f" table, and {self.path} has examples of shape {description.event_shape}"
+            )
+        names = description.columns[-len(known) :] or tuple(str(one) for one in known)
+        return split_off(loaded, names, bool(description.columns))
+
+    def _load(self) -> Loaded:
         rows = self.read(self.path)
         least = 0 if self.num_values is None else int(self.low or 0)
         version = f"{Path(self.path).name}{rows.version and f' ({rows.version})'}"
@@ -278,7 +306,7 @@ class Table(DataSource):
         Float arrays become float64.
         """
         try:
-            data = _load_numpy(file, self.key)
+            data = npy.load_array(file, self.key)
         except UserError:
             raise
         except _DAMAGE as error:
@@ -308,29 +336,6 @@ class Table(DataSource):
         return data, choose_columns(self._list, None, data.shape[1], str(file))
 
 
-def _load_numpy(file: Path, key: str | None) -> np.ndarray:
-    """Return the array of a ``.npy`` file, mapped into memory, or that of a ``.npz`` file."""
-    with file.open("rb") as stream:
-        magic = stream.read(6)
-        stream.seek(0)
-        if magic == np.lib.format.MAGIC_PREFIX:
-            try:
-                mapped: np.ndarray = npy.load(file, mmap_mode="r")
-            except ValueError:  # for example, an empty array cannot be mapped
-                mapped = npy.load(stream)
-            return mapped
-        data = npy.load(stream)
-        if not isinstance(data, np.lib.npyio.NpzFile):
-            return np.asarray(data)
-        keys = list(data.files)
-        if key not in keys and (key is not None or len(keys) != 1):
-            raise UserError(
-                f"key={key!r}: {file} holds the arrays {', '.join(keys)}; choose one of them with"
-                " key="
-            )
-        return np.asarray(data[key or keys[0]])
-
-
 def _check_range(num_values: int | None, low: float | None, high: float | None) -> None:
     """Check the declared range of the values.
 
@@ -358,6 +363,27 @@ def _check_range(num_values: int | None, low: float | None, high: float | None) 
         raise UserError(
             f"low={number_text(least)}: a double counts whole numbers up to 2**53 only; subtract a"
             " constant from the data"
+        )
+
+
+def _check_columns(name: str, columns: object, default: str) -> None:
+    """Check a list of columns.
+
+    Raises:
+        UserError: it is not a list of different columns.
+    """
+    if isinstance(columns, str):
+        parts = [part.strip() for part in columns.strip("[]").split(",")]
+        raise UserError(
+            f"{name}={describe_value(columns)}: give a list, such as --data.{name}"
+            f" {list_line(parts)}"
+        )
+    if isinstance(columns, Sequence) and (
+        not columns or len({(type(one), one) for one in columns}) < len(columns)
+    ):
+        raise UserError(
+            f"{name}={describe_value(columns)}: give a list of at least one column, each once, or"
+            f" leave it out for {default}"
         )
 
 

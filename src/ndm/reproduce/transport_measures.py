@@ -23,7 +23,7 @@ from torch import Tensor
 from ndm.data import Mixture
 from ndm.elbo import diffusion_integrand, prior_term, reconstruction_term
 from ndm.model import DiffusionModel
-from ndm.ode import trace_times
+from ndm.quadrature import trace_times
 from ndm.random import part_seed
 from ndm.sample import Ancestral, Euler, GridSampler
 from ndm.time_sampling import Draw
@@ -128,9 +128,9 @@ def integrated_bound(
 ) -> dict[str, Tensor]:
     """Integrate the terms of the bound over time by Clenshaw-Curtis quadrature.
 
-    The times are those of the likelihood (:func:`ndm.ode.trace_times`), even in t and in the noise
-    level. For a schedule that starts steeply, as DDPM's does, times that are even only in t lose a
-    tenth of a nat, and random times have a large variance.
+    The times are those of the likelihood (:func:`ndm.quadrature.trace_times`), even in t and in the
+    noise level. For a schedule that starts steeply, as DDPM's does, times that are even only in t
+    lose a tenth of a nat, and random times have a large variance.
 
     Args:
         model: the model.

@@ -38,7 +38,12 @@ class WithFlips(EventDataset):
         return None if self.images.labels is None else self.images.labels.repeat(2)
 
     def conditions(self, indices: Sequence[int]) -> Tensor | None:
-        return self.images.conditions([index % len(self.images) for index in indices])
+        count = len(self.images)
+        known = self.images.conditions([index % count for index in indices])
+        if known is None or known.dim() < 4:
+            return known
+        flipped = torch.tensor([index >= count for index in indices]).view(-1, 1, 1, 1)
+        return torch.where(flipped, known.flip(-1), known)
 
     def __len__(self) -> int:
         return 2 * len(self.images)

@@ -82,12 +82,17 @@ def _check_condition(parts: RunParts, description: DataDescription) -> None:
     if condition is None:
         return
     for split in ("train", parts.settings.evaluation_split):
-        if parts.data.split(split).conditions([0]) is None:
+        known = parts.data.split(split).conditions([0])
+        if known is None:
             raise UserError(
                 f"model.condition is a {type(condition).__name__}, but the split {split!r} of"
-                f" {name} has nothing to condition on: use data with classes, or a model without a"
-                " condition"
+                f" {name} has nothing to condition on: use data with classes, a table with"
+                " data.condition, or a model without a condition"
             )
+        try:
+            condition.encode(known)
+        except UserError as error:
+            raise UserError(f"{name} does not fit model.condition: {error}") from error
     classes = len(description.classes)
     if isinstance(condition, ClassCondition) and condition.num_classes != classes:
         raise UserError(

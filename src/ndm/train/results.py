@@ -92,7 +92,8 @@ def draw(parts: RunParts, run: Run, seed: int) -> None:
     images = is_image(parts.data.describe().event_shape)
     draw_samples(parts, model, run.folder / "samples.png", seed, progress=True)
     shown = [0, len(test) // 2] if images else range(min(len(test), 2000))
-    write_transform(run.folder / "transform.png", model, test[shown], seed=seed)
+    given = model.given_data(test, list(shown))
+    write_transform(run.folder / "transform.png", given, test[shown], seed=seed)
 
 
 def draw_samples(
@@ -115,6 +116,9 @@ def draw_samples(
         columns = -(-count // classes)
         count = classes * columns
         given = model.given(torch.arange(classes).repeat_interleave(columns))
+    elif model.condition is not None:
+        numbers = spread(len(test), count)
+        count, given = len(numbers), model.given_data(test, numbers)
     part_size = settings.batch_size // settings.accumulate
     samples = given.sample(
         (count, *shape),

@@ -320,9 +320,12 @@ def _check_same(then: DataDescription, now: DataDescription, folder: Path) -> No
             f"{now.name} changed since {folder} was started (sha256 {then.sha256[:12]} then,"
             f" {now.sha256[:12]} now), so the test split may contain training examples; {fix}"
         )
-    labels = then.labels_sha256, now.labels_sha256  # older runs have none
+    labels = then.condition_sha256, now.condition_sha256  # older runs have none
     if all(labels) and labels[0] != labels[1]:
-        raise UserError(f"the classes of {now.name} changed since {folder} was started; {fix}")
+        raise UserError(
+            f"what is known of {now.name}, classes or images, changed since {folder} was started;"
+            f" {fix}"
+        )
     for name in _SAME_DATA:
         old, new = getattr(then, name), getattr(now, name)
         if old != new:

@@ -143,7 +143,7 @@ class TransportReverse(Reverse):
         """Return log p(z_0), exact by the change of variables; no ODE is solved."""
         here = self.interpolant(z, self.process.level(0.0, z))
         log_p = here.log_p.detach().cpu().double()
-        return LogDensity(log_p, log_p, here.origin.detach().reshape(z.shape), 1)
+        return LogDensity(log_p, log_p, z, here.origin.detach().reshape(z.shape), 1)
 
 
 class AlongTheLine(Sampler):
@@ -162,7 +162,10 @@ class AlongTheLine(Sampler):
         z: Tensor,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        start: float = 1.0,
     ) -> Tensor:
+        if start != 1:
+            raise UserError("method=transport starts at t = 1: choose another method")
         return self.transport(z.flatten(1)).reshape(z.shape)
 
 
