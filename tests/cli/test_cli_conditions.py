@@ -11,8 +11,17 @@ from PIL import Image
 
 import ndm
 from cli.commands import exit_code, rejected, run_command
+from ndm.cli.conditions import wanted
 from ndm.data import Digits
 from ndm.data.source import DataSource
+from ndm.quality import (
+    class_diversity,
+    classifier_features,
+    classify,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
 from ndm.serialize import read_json, write_json
 from ndm.train.run import Run
 
@@ -148,6 +157,79 @@ def test_a_fitted_grid_serves_a_conditional_model(run: Path, tmp_path: Path) -> 
     options = "--condition 3 --n 4 --grid fitted --steps 3 --guidance 2 --out"
     run_command("sample", run, options, tmp_path / "x.npy")
     assert np.load(tmp_path / "x.npy").shape == (4, 1, 8, 8)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train classifiers for a few steps."""
+    monkeypatch.setattr(
+        "ndm.quality.classifier.train_classifier.__defaults__", (0, 60, 64, 2e-3, False)
+    )
+
+
+def test_quality_measures_samples_of_classes(
+    run: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are those of the library for the samples that ndm sample draws."""
+    found, sampler = tmp_path / "found.json", "--method ddim --steps 4 --seed 5 --batch_size 70"
+    run_command("quality", run, "--n 60 --guidance 2 --guide x", sampler, "--json", found)
+    record, out = read_json(found), capsys.readouterr().out
+    assert record["condition"] == "as in training"
+    assert (record["guidance"], record["guide"]) == (2.0, "x")
+    model, train, test = Run(run).model(), *(Digits().split(name) for name in ("train", "test"))
+    assert train.labels is not None and test.labels is not None
+    classes = wanted(None, 60, model, Digits().describe(), 5, lambda: train).classes
+    assert classes is not None
+    options: dict[str, Any] = {"steps": 4, "seed": 5, "guidance": 2.0, "guide": "x"}
+    x = model.given(classes).sample(60, "ddim", batch_size=70, **options)
+    classifier = load_classifier(run / "classifier")
+    right = (classify(classifier, x) == classes).double().mean()
+    assert record["accuracy"] == float(right)
+    assert record["accuracy_stderr"] == pytest.approx(float((right * (1 - right) / 60).sqrt()))
+    assert record["classifier_accuracy"] == classifier.info["accuracy"]["test"]
+    features = classifier_features(classifier)
+    for name, images, labels in (("", x, classes), ("real_", test, test.labels)):
+        expected = class_diversity(features(train), train.labels, features(images), labels)
+        assert expected is not None
+        assert record[f"{name}diversity"] == pytest.approx(expected[0])
+        assert record[f"{name}diversity_stderr"] == pytest.approx(expected[1])
+    assert record["samples"]["real_images"] == len(train)  # type: ignore[index]
+    assert f"accuracy of classes {float(right):.4f}" in out
+    assert f"diversity within classes {record['diversity']:.4f}" in out
+
+
+def test_quality_compares_named_classes_with_real_images_of_them(
+    run: Path, tmp_path: Path, quick: None
+) -> None:
+    found = tmp_path / "found.json"
+    common = ["--steps 2 --json", found]
+    run_command("quality", run, "--condition 3,1 --n 5", *common)
+    record = read_json(found)
+    labels = Digits().split("train").labels
+    assert labels is not None
+    counts = {k: int((labels == k).sum()) for k in (1, 3)}
+    assert record["condition"] == "3,1" and record["guidance"] == 1.0
+    assert record["samples"]["generated_images"] == 10  # type: ignore[index]
+    assert record["samples"]["real_images"] == 2 * min(counts.values())  # type: ignore[index]
+    run_command("quality", run, "--condition nothing --n 10", *common)
+    record = read_json(found)
+    assert record["condition"] == "nothing" and "accuracy" not in record
+    assert record["samples"]["real_images"] == len(labels)  # type: ignore[index]
+
+
+def test_quality_rejects_conditions_that_cannot_be_measured(
+    run: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_classifier(tmp_path / "two", train_classifier(Digits(classes=[0, 1]), steps=1))
+    for options, culprits in (
+        ("--condition cat", ["'cat' is not a class"]),
+        ("--condition 3 --n 3", ["n=3"]),
+        ("--condition nothing --guidance 2", ["guidance needs a condition"]),
+        ("--guidance -1", ["guidance=-1"]),
+        ("--guide score", ["guide"]),
+        (f"--features {tmp_path / 'two'}", ["the classifier has 2 classes", "digits has 10"]),
+    ):
+        rejected(capsys, ["quality", run, options], *culprits)
 
 
 def test_requests_that_make_no_sense_are_rejected(

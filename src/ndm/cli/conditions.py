@@ -1,4 +1,4 @@
-"""The option ``--condition`` of ``ndm sample``: classes by name, or known columns of a table."""
+"""The option ``--condition`` of commands that sample: classes, or known columns of a table."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from ndm.condition import ClassCondition, ImageCondition, VectorCondition
 from ndm.data import DataDescription, EventDataset
 from ndm.data.columns import listed
 from ndm.errors import UserError
+from ndm.guidance import Guide, guided
 from ndm.model import DiffusionModel
 from ndm.readers import read_text
 from ndm.writing import shortened
@@ -28,6 +29,8 @@ class Wanted:
     """Their number."""
     given: Tensor | None = None
     """The condition of each, ``(count, ...)``; None for p(x), or for a model that takes none."""
+    classes: Tensor | None = None
+    """The class of each, ``(count,)``, if the condition is one."""
     columns: int | None = None
     """The number of each class, if they follow one another: the columns of a picture."""
 
@@ -76,15 +79,33 @@ def wanted(
         shares = description.frequencies or (1.0,) * len(names)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(torch.tensor(shares), n, replacement=True, generator=generator)
-        return Wanted(n, drawn)
+        return Wanted(n, drawn, drawn)
     if Path(text).is_file():
         lines = read_text(Path(text)).splitlines()
         classes = [_index(line.strip(), names, text) for line in lines if line.strip()]
         if not classes:
             raise UserError(f"condition={text}: the file is empty; write one class in each line")
-        return Wanted(len(classes), torch.tensor(classes))
+        return Wanted(len(classes), torch.tensor(classes), torch.tensor(classes))
     classes = [_index(name.strip(), names, "condition") for name in text.split(",")]
-    return Wanted(n * len(classes), torch.tensor(classes).repeat_interleave(n), n)
+    each = torch.tensor(classes).repeat_interleave(n)
+    return Wanted(len(each), each, each, n)
+
+
+def bound_to(asked: Wanted, model: DiffusionModel, guidance: float, guide: Guide) -> DiffusionModel:
+    """Return the model given the conditions of the samples.
+
+    Raises:
+        UserError: the model cannot be guided so, or there is nothing to guide by.
+    """
+    if asked.given is None:
+        if guidance != 1:
+            raise UserError(
+                "guidance needs a condition: use a model that takes one, and --condition"
+            )
+        return model
+    model = model.given(asked.given)
+    guided(model.reverse_process, model.condition, guidance, guide)  # raises errors before sampling
+    return model
 
 
 def _drawn(n: int, seed: int, train: Callable[[], EventDataset]) -> Wanted:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ndm.cli.conditions import wanted
+from ndm.cli.conditions import bound_to, wanted
 from ndm.cli.parsing import run_parser
 from ndm.data import DataDescription
 from ndm.data.delimited import looks_like_names
@@ -95,10 +95,7 @@ def sample(
     asked = wanted(
         condition, n, model, description, seed, lambda: Run(Path(run)).data().split("train")
     )
-    if guidance != 1 and asked.given is None:
-        raise UserError("guidance needs a condition: use a model that takes one, and --condition")
-    if asked.given is not None:
-        model = model.given(asked.given)
+    model = bound_to(asked, model, guidance, guide)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)

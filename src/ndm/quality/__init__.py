@@ -11,16 +11,19 @@ r"""Quality of generated images: features compared with those of real images.
 r and g are the d features of a real and of a generated image, m and S their mean and covariance,
 and rho_k is the distance to the k-th nearest neighbor in the same set. Sources: Heusel et al. 2017;
 Bińkowski et al. 2018; Kynkäänniemi et al. 2019. The likelihood does not predict these measures, nor
-they it.
+they it. :mod:`ndm.quality.classes` has two measures of samples of known classes, accuracy and
+diversity.
 
 Every measure depends on the network that computes the features; :class:`FeatureNetwork` has its
 fingerprint. Only compare values with equal fingerprints and equal numbers of images: FID is biased
 upward by about 1/n.
 """
 
+from ndm.quality.classes import as_frequent, class_accuracy, class_diversity
 from ndm.quality.classifier import (
     Classifier,
     classifier_features,
+    classify,
     find_classifier,
     load_classifier,
     save_classifier,
@@ -33,7 +36,11 @@ __all__ = [
     "Classifier",
     "FeatureNetwork",
     "SampleQuality",
+    "as_frequent",
+    "class_accuracy",
+    "class_diversity",
     "classifier_features",
+    "classify",
     "compare_features",
     "find_classifier",
     "load_classifier",

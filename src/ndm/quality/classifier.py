@@ -164,17 +164,30 @@ def train_classifier(
     return model
 
 
-@torch.no_grad()
 def accuracy(model: Classifier, data: EventDataset, batch_size: int = 256) -> float:
     """Return the fraction of images that are classified correctly."""
     assert data.labels is not None
-    guesses = torch.cat([model(x).argmax(1) for x in _batches(data, batch_size)])
-    return float((guesses == data.labels).double().mean())
+    return float((classify(model, data, batch_size) == data.labels).double().mean())
 
 
-def _batches(data: EventDataset, size: int) -> Iterator[Tensor]:
-    for start in range(0, len(data), size):
-        yield data.__getitems__(list(range(start, min(start + size, len(data)))))
+@torch.no_grad()
+def classify(model: Classifier, images: Tensor | EventDataset, batch_size: int = 256) -> Tensor:
+    """Return the class that is found in each image, ``(N,)``, on the CPU.
+
+    Args:
+        model: the classifier, in evaluation mode.
+        images: images ``(N, C, H, W)`` or a split; values beyond [-1, 1] are clipped.
+        batch_size: images per batch.
+    """
+    place = model.mean.device
+    batches = _batches(images, batch_size)
+    return torch.cat([model(x.to(place).clamp(-1, 1)).argmax(1).cpu() for x in batches])
+
+
+def _batches(images: Tensor | EventDataset, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(images), size):
+        chosen = list(range(start, min(start + size, len(images))))
+        yield images[chosen] if isinstance(images, Tensor) else images.__getitems__(chosen)
 
 
 def save_classifier(folder: Path, classifier: Classifier) -> None:

@@ -191,23 +191,23 @@ def precision_recall(
         _radius(rows, neighbors, progress) for rows in (real, generated)
     )
     precise, recalled, start = [], torch.zeros(len(real), dtype=torch.bool), 0
-    for distances in _distances(generated, real, progress):
-        rows = slice(start, start + len(distances))
-        precise.append((distances <= real_radius).any(1))
-        recalled |= (distances <= generated_radius[rows, None]).any(0)
-        start += len(distances)
+    for block in distances(generated, real, progress):
+        rows = slice(start, start + len(block))
+        precise.append((block <= real_radius).any(1))
+        recalled |= (block <= generated_radius[rows, None]).any(0)
+        start += len(block)
     return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
 
 
 def _radius(rows: Tensor, neighbors: int, progress: bool) -> Tensor:
     """Return the distance of each row to its k-th nearest neighbor among the others."""
     order = neighbors + 1  # the nearest row of all is the row itself
-    blocks = _distances(rows, rows, progress)
-    return torch.cat([distances.kthvalue(order, dim=1).values for distances in blocks])
+    blocks = distances(rows, rows, progress)
+    return torch.cat([block.kthvalue(order, dim=1).values for block in blocks])
 
 
-def _distances(a: Tensor, b: Tensor, progress: bool) -> Iterator[Tensor]:
-    """Yield the distances of blocks of rows of a to all rows of b."""
+def distances(a: Tensor, b: Tensor, progress: bool) -> Iterator[Tensor]:
+    """Yield the distances of blocks of rows of a ``(N, d)`` to all rows of b ``(M, d)``."""
     blocks = a.split(max(1, _PAIRS_AT_ONCE // len(b)))
     # Not by |a|² + |b|² - 2ab, in which the distances of near neighbors are lost to rounding.
     for rows in tqdm(
