@@ -283,7 +283,7 @@ def test_changed_classes_are_noticed_on_resuming(
     (again / "metrics.json").unlink()
     description = read_json(again / "data.json")
     write_json(again / "data.json", {**description, "condition_sha256": "0" * 64})
-    rejected(capsys, ["train --config", config, "--out", again], "the classes of", "changed")
+    rejected(capsys, ["train --config", config, "--out", again], "what is known of", "changed")
 
 
 def test_a_run_without_a_condition_names_none(tmp_path: Path, run: Path) -> None:

@@ -62,7 +62,7 @@ def wanted(
         if text is not None:
             raise UserError("condition: this model takes none; train one with model.condition")
         return Wanted(n)
-    if text == NOTHING:
+    if text == NOTHING or (text is None and model.condition.masks):
         model.condition.encode(None)  # raises an error if the model has no p(x)
         return Wanted(n)
     if isinstance(model.condition, ImageCondition) and text is None:
