@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm.condition import ConditionalModel
+from ndm.conditional_model import ConditionalModel
 from ndm.decoder import Decoder
 from ndm.errors import UserError, check_choice, check_whole, describe_value
 from ndm.forward import NoisingProcess
