@@ -11,6 +11,7 @@ import ndm
 from ndm.condition import ClassCondition, Condition, ImageCondition, VectorCondition
 from ndm.elbo import BoundDraw
 from ndm.errors import UserError
+from ndm.evaluation.evaluate import Evaluation, evaluate_bound
 from ndm.nn import MLP, DiT, FromDiffusers, UNet
 from ndm.ode import OdeSettings
 from ndm.random import standard_normal
@@ -22,6 +23,7 @@ from oracles import (
     LinearTransform,
     MixtureProblem,
     OwnNetwork,
+    Points,
     gauss_times,
     randomized,
 )
@@ -348,6 +350,77 @@ def test_binding_shares_the_weights_and_leaves_the_model_alone() -> None:
     assert list(given.state_dict()) == list(ndm_.state_dict())
 
 
+def test_conditions_of_another_number_than_the_samples_are_rejected() -> None:
+    """Also if the last batch happens to hold one condition."""
+    ndm_ = model()
+    for labels, count in (([0, 1, 2, 0, 1, 2], 10), ([0] * 20, 10), ([0] * 9, 10)):
+        for size in (None, 5):
+            with pytest.raises(UserError, match=f"{len(labels)} examples, and {count}"):
+                ndm_.given(labels).sample((count, 2), "ddim", steps=2, batch_size=size)
+
+
+def test_a_copy_leaves_the_mode_of_the_model_alone() -> None:
+    ndm_ = model()
+    ndm_.train()
+    given = ndm_.given(1)
+    ndm_.eval()
+    given.sample((2, 2), "ddim", steps=2)
+    assert not any(module.training for module in ndm_.modules())
+
+
+def test_evaluation_of_a_model_that_is_bound_measures_that_condition() -> None:
+    labelled = Points(data(8))
+    labelled.labels = torch.arange(8) % 3
+    given = model().given(1)
+    found = Evaluation(given, labelled, batch_size=3).nelbo(draws=2)
+    assert found.name == "nelbo" and found.protocol.condition == "fixed"
+    labelled.labels = torch.ones(8, dtype=torch.int64)
+    expected = Evaluation(model(), labelled, batch_size=3).nelbo(draws=2)
+    torch.testing.assert_close(found.values, expected.values)
+    record = evaluate_bound(given, labelled, draws=2)
+    assert record["condition"] == "fixed" and "nelbo_unconditional_bpd" not in record
+
+
+def test_a_wrapped_network_takes_what_its_inner_network_takes() -> None:
+    plain, taking = OwnNetwork(), mlp(1, classes=3)
+    for wrap in (nn.DataParallel, lambda net: torch.compile(net, backend="eager")):
+        assert not ndm.Predictor(wrap(plain)).conditional
+        assert ndm.Predictor(wrap(taking)).conditional
+
+
+def test_a_network_of_a_user_sees_the_null_of_images_in_their_size() -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            return torch.cat([x, c], 1)[:, :1] * self.scale
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+    ndm_ = ndm.NDM(
+        LinearLogSNRSchedule(),
+        ndm.Identity(),
+        ndm.Predictor(Joined()),
+        ndm.GaussianDecoder(),
+        condition=ImageCondition(2),
+    )
+    x, c = torch.rand(3, 1, 4, 6), torch.rand(3, 2, 4, 6)
+    ndm_.bound(x)
+    ndm_.sample((2, 1, 4, 6), steps=2)
+    ndm_.given(c).sample((3, 1, 4, 6), steps=2, guidance=2.0)
+    for wrong in (c[..., :3], c[..., :1]):
+        with pytest.raises(UserError, match="images of the same size"):
+            ndm_.given(wrong).bound(x)
+
+
+def test_guidance_of_a_model_that_is_given_nothing_is_rejected() -> None:
+    ndm_ = model(seen_by=("predictor",))
+    with pytest.raises(UserError, match="guidance needs a condition"):
+        ndm_.sample((2, 2), guidance=5.0)
+    with pytest.raises(UserError, match="guide"):
+        ndm_.sample((2, 2), guide="score")  # type: ignore[arg-type]
+
+
 class Listening(nn.Module):
     """A network of a user that takes any number of conditions, and keeps them."""
 
@@ -404,7 +477,9 @@ def test_conditions_that_do_not_fit_are_rejected_in_one_line() -> None:
         ("dropout=1", lambda: ClassCondition(3, dropout=1.0)),
         ("num_classes", lambda: ClassCondition(0)),
         ("not finite", lambda: VectorCondition(1).encode([[math.nan]])),
-        ("give 2 numbers", lambda: VectorCondition(2).encode([[1.0]])),
+        ("give the numbers", lambda: VectorCondition(2).encode([[1.0]])),
+        ("complex", lambda: VectorCondition(1).encode(torch.ones(1, 1) * 1j)),
+        ("class indices", lambda: ndm_.given(torch.ones(1) * 1j)),
         ("give images", lambda: ImageCondition(2).encode(torch.zeros(1, 1, 4, 4))),
         ("no condition", lambda: plain(x.float(), x.float()[:, 0], torch.tensor([0]))),
     ]

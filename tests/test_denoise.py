@@ -84,8 +84,10 @@ def test_from_the_end_of_time_it_is_a_sample(method: str) -> None:
 def test_the_number_of_steps_is_that_of_the_part_of_time() -> None:
     model, seen = random_model(), []
     handle = model.predictor.network.register_forward_hook(lambda *_: seen.append(1))
-    model.denoise(latents(2), 0.25, "ddim")
-    assert len(seen) == 25
+    for t, steps in ((0.25, 25), (0.07, 7), (0.55, 55)):
+        seen.clear()
+        model.denoise(latents(2), t, "ddim")
+        assert len(seen) == steps
     seen.clear()
     model.denoise(latents(2), 0.25, "ddim", steps=ndm.TimeGrid([0.0, 0.5, 1.0]))
     handle.remove()
@@ -144,6 +146,22 @@ def test_memory_of_gradients_does_not_grow_with_the_steps() -> None:
     assert totals[1] - totals[0] <= 4 * 50 * 12  # for four steps more
 
 
+def test_gradients_do_not_depend_on_the_mode_of_the_model() -> None:
+    """With dropout, a step is computed again in evaluation mode, too."""
+    torch.manual_seed(0)
+    network = ndm.nn.MLP(2, hidden=12, blocks=1, dropout=0.5)
+    model = ndm.NDM(SCHEDULE, ndm.Identity(), ndm.Predictor(network), GaussianDecoder()).double()
+    gradients = []
+    for training in (False, True):
+        model.train(training)
+        leaf = latents(3).requires_grad_()
+        found = model.denoise(leaf, 0.5, "ddim", steps=3, decode="mean", differentiable=True)
+        (gradient,) = torch.autograd.grad(found.sum(), leaf)
+        gradients.append(gradient)
+        assert model.training == training
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("probes", ["exact", 2])
 def test_a_sample_and_its_density_come_from_one_solution(probes: Any) -> None:
     model = exact()
@@ -197,6 +215,37 @@ def test_the_gradient_of_an_estimated_likelihood_matches_finite_differences(prob
     torch.testing.assert_close((gradient * direction).sum(), change, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_the_likelihood_are_in_x_alone() -> None:
+    """The decoder and F get none either, and keep asking for gradients."""
+    model = random_model()
+    settings = OdeSettings("rk4", probes="exact", nodes=8)
+    leaf = latents(2).requires_grad_()
+    model.log_likelihood(leaf, settings=settings, differentiable=True).log_p.sum().backward()
+    assert leaf.grad is not None
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    found = model.log_likelihood(latents(2), settings=settings, differentiable=True)
+    assert not found.log_p.requires_grad
+
+
+def test_the_gradient_of_an_exact_density_matches_finite_differences() -> None:
+    from ndm.variants import ConvexMap, TransportNDM
+
+    torch.manual_seed(0)
+    transform = randomized(GatedTransform(mlp(3)), 0.1)
+    model = TransportNDM(
+        LinearLogSNRSchedule(-5.0, 3.0), transform, randomized(ConvexMap(2), 0.1), GaussianDecoder()
+    ).double()
+
+    def log_p(x: Tensor, differentiable: bool) -> Tensor:
+        return model.log_likelihood(x, differentiable=differentiable).log_p.sum()
+
+    x, direction = latents(3), latents(3, 4)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(log_p(leaf, True), leaf)
+    change = (log_p(x + 1e-5 * direction, False) - log_p(x - 1e-5 * direction, False)) / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), change, rtol=1e-4, atol=1e-5)
+
+
 def test_the_mean_of_a_decoder_is_that_of_its_samples() -> None:
     level = LinearLogSNRSchedule(-1.0, 3.0)(torch.zeros(20_000, dtype=F64))
     z = torch.tensor([[0.3, -0.8]], dtype=F64).expand(20_000, 2)
@@ -225,6 +274,8 @@ def test_requests_that_make_no_sense_are_rejected() -> None:
     direct = random_model("direct")
     cases: list[tuple[str, Any]] = [
         ("t=0", lambda: model.denoise(z, 0.0)),
+        ("z is a list", lambda: model.denoise([0.0], 0.5)),  # type: ignore[arg-type]
+        ("z has dtype", lambda: model.denoise(z.float(), 0.5)),
         ("t=1.5", lambda: model.denoise(z, 1.5)),
         ("decode", lambda: model.denoise(z, 0.5, decode="best")),  # type: ignore[arg-type]
         ("no gradient", lambda: model.denoise(z, 0.5, differentiable=True)),

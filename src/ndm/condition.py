@@ -85,8 +85,8 @@ class Condition(Part, ABC):
             return self._encode(c)
         if not self.has_null:
             raise UserError(
-                "the model was trained without dropping its condition, so it has no p(x): give the"
-                " condition, model.given(c)"
+                "the model has no p(x), because its training never dropped the condition: give one"
+                " (in Python model.given(c)), or train with model.condition.dropout above 0"
             )
         return self.null()
 
@@ -147,18 +147,20 @@ class ClassCondition(Condition):
     def _encode(self, c: object) -> Tensor:
         """Encode class indices 0 ... K-1: an int, or ``(B,)``."""
         index = _tensor(c, "class indices")
-        if index.dtype == torch.bool or index.is_floating_point() or index.dim() > 1:
+        whole = not (index.dtype == torch.bool or index.is_floating_point() or index.is_complex())
+        if not whole or index.dim() > 1:
             raise UserError(
                 f"the condition is {_describe(index)}: give class indices, an int or a 1-D tensor"
                 f" of ints from 0 to {self.num_classes - 1}"
             )
+        index = index.long()
         outside = index[(index < 0) | (index >= self.num_classes)]
         if outside.numel():
             raise UserError(
                 f"class {int(outside[0])} is not one of the {self.num_classes} classes: give"
                 f" indices from 0 to {self.num_classes - 1}"
             )
-        return index.reshape(-1).long()
+        return index.reshape(-1)
 
     def null(self) -> Tensor:
         return torch.tensor([self.num_classes])
@@ -189,7 +191,7 @@ class VectorCondition(Condition):
         vector = vector[None] if vector.dim() == 1 else vector
         if vector.dim() != 2 or vector.shape[1] != self.dims:
             raise UserError(
-                f"the condition is {_describe(vector)}: give {self.dims} numbers of each example,"
+                f"the condition is {_describe(vector)}: give the numbers of each example,"
                 f" (B, {self.dims})"
             )
         return torch.cat([vector, torch.ones_like(vector[:, :1])], 1)
@@ -322,6 +324,8 @@ def _finite(c: Tensor) -> Tensor:
     Raises:
         UserError: one is not finite.
     """
+    if c.is_complex():
+        raise UserError("the condition is complex: give real numbers")
     c = c if c.is_floating_point() else c.float()
     if not bool(c.isfinite().all()):
         raise UserError("the condition has values that are not finite; replace them")

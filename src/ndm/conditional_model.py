@@ -26,6 +26,8 @@ class ConditionalModel(Conditional):
 
     condition: Condition | None
     """The kind of condition."""
+    fixed: bool = False
+    """Whether :meth:`given` has bound the model to a condition."""
 
     def given(self, c: object) -> Self:
         """Return the model of p(x|c), which shares all weights with this one.
@@ -44,16 +46,31 @@ class ConditionalModel(Conditional):
                 "this model takes no condition: build it with one, such as"
                 " condition=ndm.ClassCondition(num_classes), and train it"
             )
-        return self.bind(self.condition.encode(c))
+        bound = self.bind(self.condition.encode(c))
+        bound.fixed = c is not None
+        return bound
 
     def given_data(self, data: Conditions, indices: Sequence[int]) -> Self:
         """Return the model given the conditions of examples of a data set.
 
-        It is this model, of p(x), if it takes no condition or the data have none.
+        It is this model if it takes no condition, or the data have none: that of p(x), or of the
+        condition that it has been given.
         """
-        unknown = self.condition is None or self.condition.masks
+        unknown = self.condition is None or self.condition.masks or self.fixed
         c = None if unknown else data.conditions(indices)
         return self if c is None else self.given(c)
+
+    def check_count(self, count: int) -> None:
+        """Check that the model is bound to a condition for all of ``count`` examples, or for each.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.c is not None and len(self.c) not in (1, count):
+            raise UserError(
+                f"the condition is of {len(self.c)} examples, and {count} are wanted: give one of"
+                " each example, or one for all"
+            )
 
     def check_given(self) -> None:
         """Check that a condition is known, if the model has no p(x).

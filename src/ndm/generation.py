@@ -22,7 +22,7 @@ from ndm.errors import UserError, check_choice, check_whole, describe_value
 from ndm.forward import NoisingProcess
 from ndm.guidance import Guide, guided
 from ndm.ode import LogDensity, OdeSettings, ode_log_prob
-from ndm.parts import evaluation_mode, masked
+from ndm.parts import check_data, evaluation_mode, masked
 from ndm.random import part_seed, standard_normal
 from ndm.reverse import MarkovReverse, Reverse
 from ndm.sample import Method, Sampler, Step, make_sampler
@@ -118,6 +118,7 @@ class SamplingModel(ConditionalModel, ABC):
         """
         count, *event = sample_shape(shape, self.info.get("data"))
         self.check_given()
+        self.check_count(count)
         sampler = self._sampler(method, steps, eta, solver, rtol, atol)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         if batch_size is None:
@@ -179,9 +180,10 @@ class SamplingModel(ConditionalModel, ABC):
             raise UserError("a sample has no gradient: with differentiable give decode='mean'")
         if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t <= 1:
             raise UserError(f"t={describe_value(t)}: give the time of z, a number in (0, 1]")
+        check_data(z, self, "z")
         self.check_given()
         if steps is None and not isinstance(method, Sampler):
-            steps = max(1, math.ceil(t * (self.steps or 100)))
+            steps = max(1, math.ceil(t * (self.steps or 100) - 1e-9))
         sampler = self._sampler(method, steps, eta, None, 1e-4, 1e-4)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         generator = torch.Generator(z.device).manual_seed(seed)
@@ -224,9 +226,10 @@ class SamplingModel(ConditionalModel, ABC):
             return ode_log_prob(reverse, noise, settings, generator, progress, from_noise=True)
 
     def _reverse(self, guidance: float, guide: Guide) -> Reverse:
-        if guidance == 1:
-            return self.reverse_process
-        return guided(self.reverse_process, self.condition, guidance, guide)
+        reverse = guided(self.reverse_process, self.condition, guidance, guide)
+        if guidance != 1 and not self.fixed:
+            raise UserError("guidance needs a condition: use model.given(c)")
+        return reverse
 
     def _decoded(self, z: Tensor, generator: torch.Generator, decode: Decoding) -> Tensor:
         """Return the data of z_0, or z_0.

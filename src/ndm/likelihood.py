@@ -40,7 +40,7 @@ from ndm.decoder import Decoder, DiscretizedGaussian, NetworkDecoder
 from ndm.errors import UserError, check_choice, check_whole
 from ndm.forward import NoisingProcess
 from ndm.ode import OdeSettings
-from ndm.parts import masked
+from ndm.parts import frozen, masked
 from ndm.random import ExampleGenerators, RandomSource, standard_normal, uniform
 from ndm.reverse import Reverse
 from ndm.shapes import expand, sum_event
@@ -168,7 +168,8 @@ def log_likelihood(
         )
     examples = range(len(x)) if examples is None else examples
     weights, coarse, evaluations = [], [], 0
-    with torch.set_grad_enabled(differentiable):
+    keep = differentiable and x.requires_grad
+    with frozen(*reverse.parts, decoder), torch.set_grad_enabled(keep):
         for sample in range(samples):
             noise = ExampleGenerators(seed, examples, _LATENTS, sample)
             z, log_ratio = latent(reverse.process, decoder, x, dequantization, noise)

@@ -111,15 +111,18 @@ class DiffusionModel(SamplingModel):
 
     def transformed(self, x: Tensor, t: Tensor | float) -> Tensor:
         """F(x, t) in the shape of the latents, at times ``t`` in [0, 1], a number or ``(B,)``."""
+        self.check_given()
         return self.transform(x, self.process.level(_checked_times(t), x))
 
     def noised(self, x: Tensor, t: Tensor | float, generator: RandomSource = None) -> Tensor:
         """Draw z_t from q(z_t|x), in the shape of F(x, t)."""
+        self.check_given()
         marginal = self.process.marginal(x, self.process.level(_checked_times(t), x))
         return marginal.sample(standard_normal(marginal.mean, generator))
 
     def predict(self, z: Tensor, t: Tensor | float) -> Tensor:
         """Predict the data from z_t: x̂(z, t), or ŷ(z, t) with a direct reverse process."""
+        self.check_given()
         return self.reverse_process.predict(z, self.process.level(_checked_times(t), z))
 
     def bound(

@@ -26,9 +26,8 @@ also unbiased, but its errors add up along the path instead of averaging out: 4 
 on the digits at the same cost, see docs/performance.md.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 from ndm.errors import UserError, check_choice, check_whole, one_line
 from ndm.forward import Gaussian, NoisingProcess
+from ndm.parts import frozen
 from ndm.quadrature import trace_times
 from ndm.random import RandomSource, standard_normal
 from ndm.random import uniform as uniform_noise
@@ -203,6 +203,7 @@ def solve_ode(
         def field(t: Tensor, state: Tensor) -> Tensor:
             nonlocal evaluations, shown
             evaluations += 1
+            t = t.detach()
             assert math.isfinite(float(t)), "the state is not finite"
             # The last step may reach beyond the end.
             done = min(100, int(100 * (float(t) - first) / span))
@@ -306,7 +307,10 @@ def ode_log_prob(
     settings = settings or OdeSettings()
     times, weights = trace_times(reverse.process, settings.nodes)
     order = times.flip(0) if from_noise else times
-    with _frozen(reverse), torch.set_grad_enabled(torch.is_grad_enabled() and z.requires_grad):
+    with (
+        frozen(*reverse.parts),
+        torch.set_grad_enabled(torch.is_grad_enabled() and z.requires_grad),
+    ):
         path, evaluations = solve_ode(
             reverse, z, order, settings.solver, settings.rtol, settings.atol, progress
         )
@@ -361,24 +365,6 @@ def _probe(settings: OdeSettings, z: Tensor, source: RandomSource) -> Tensor:
     if settings.probe == "gaussian":
         return standard_normal(z, source)
     return 2 * (uniform_noise(z, source) < 0.5).to(z) - 1
-
-
-@contextlib.contextmanager
-def _frozen(reverse: Flow) -> Iterator[None]:
-    """Keep the parameters out of the graph, which needs derivatives in z only."""
-    parameters = [
-        parameter
-        for part in reverse.parts
-        for parameter in part.parameters()
-        if parameter.requires_grad
-    ]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -121,6 +121,13 @@ class Conditional(Part):
                 " each example, or one for all"
             )
         c = c.to(x) if c.is_floating_point() else c.to(x.device)
+        if c.dim() == x.dim() == 4:  # images, or the null of images of any size
+            if c.shape[2:] not in ((1, 1), x.shape[2:]):
+                raise UserError(
+                    f"the condition is images of {' x '.join(map(str, c.shape[2:]))}, and x is of"
+                    f" {' x '.join(map(str, x.shape[2:]))}: give images of the same size"
+                )
+            c = c.expand(-1, -1, *x.shape[2:])
         conditioned: Tensor = network(*inputs, c.expand(len(x), *c.shape[1:]))
         return conditioned
 
@@ -138,6 +145,10 @@ def takes_condition(network: nn.Module, arity: int) -> bool:
     says = getattr(network, "conditional", None)
     if isinstance(says, bool):
         return says
+    for name in ("_orig_mod", "module"):  # of torch.compile and DataParallel
+        inner = getattr(network, name, None)
+        if isinstance(inner, nn.Module):
+            return takes_condition(inner, arity)
     return _most_arguments(type(network).forward) > arity
 
 
@@ -223,22 +234,26 @@ def check_part(name: str, value: object, kind: type, example: str) -> None:
         raise UserError(f"{name} must be a {kind.__name__}, such as {example}, got {found}")
 
 
-def check_data(x: object, model: nn.Module) -> None:
-    """Check that ``x`` is a batch of floats in the dtype of the model.
+def check_data(x: object, model: nn.Module, name: str = "x") -> None:
+    """Check that ``x``, with this name, is a batch of floats in the dtype of the model.
 
     Raises:
         UserError: it is not, or the model has half precision.
     """
     if not isinstance(x, Tensor):
-        raise UserError(f"x is a {type(x).__name__}: give a tensor, such as torch.as_tensor(x)")
+        raise UserError(
+            f"{name} is a {type(x).__name__}: give a tensor, such as torch.as_tensor({name})"
+        )
     if not x.is_floating_point():
         raise UserError(
-            f"x has dtype {x.dtype}, and the model takes floats: convert real numbers by x.float(),"
+            f"{name} has dtype {x.dtype}, and the model takes floats: convert real numbers by"
+            f" {name}.float(),"
             " integers k of n values by ndm.decoder.to_grid(k, n)"
         )
     if x.dim() < 2:
         raise UserError(
-            f"x has shape {tuple(x.shape)}: give a batch (B, *event), x[None] for one example"
+            f"{name} has shape {tuple(x.shape)}: give a batch (B, *event), {name}[None] for one"
+            " example"
         )
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     if first is None:
@@ -249,15 +264,32 @@ def check_data(x: object, model: nn.Module) -> None:
             " float64, and mixed precision (train.precision, torch.autocast) for speed"
         )
     if first.dtype != x.dtype:
-        raise UserError(f"x has dtype {x.dtype} and the model {first.dtype}: use x.to(model.like)")
+        raise UserError(
+            f"{name} has dtype {x.dtype} and the model {first.dtype}: use {name}.to(model.like)"
+        )
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore its mode at the end."""
-    training = model.training
-    model.eval()
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and restore the mode of each of their modules at the end."""
+    modules = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modules:
+            module.training = training
+
+
+@contextlib.contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Keep the parameters of models out of the graph: gradients in other tensors only."""
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ndm.errors import UserError, check_choice, check_whole, require
 from ndm.ode import ADAPTIVE_SOLVERS, check_tolerances, solve_ode
+from ndm.parts import evaluation_mode
 from ndm.random import standard_normal
 from ndm.reverse import Reverse, require_markov
 from ndm.schedule import NoiseLevel
@@ -210,7 +211,12 @@ class GridSampler(Sampler):
     ) -> Tensor:
         if not torch.is_grad_enabled():
             return self.step(reverse, z, t, s, noise)
-        found: Tensor = checkpoint(self.step, reverse, z, t, s, noise, use_reentrant=False)
+
+        def step(z: Tensor) -> Tensor:
+            with evaluation_mode(*reverse.parts):  # also when it is computed again
+                return self.step(reverse, z, t, s, noise)
+
+        found: Tensor = checkpoint(step, z, use_reentrant=False)
         return found
 
 

@@ -225,6 +225,7 @@ def test_quality_rejects_conditions_that_cannot_be_measured(
         ("--condition cat", ["'cat' is not a class"]),
         ("--condition 3 --n 3", ["n=3"]),
         ("--condition nothing --guidance 2", ["guidance needs a condition"]),
+        (f"--condition {','.join(['3'] * 300)},x", ["'x' is not a class"]),
         ("--guidance -1", ["guidance=-1"]),
         ("--guide score", ["guide"]),
         (f"--features {tmp_path / 'two'}", ["the classifier has 2 classes", "digits has 10"]),
@@ -240,6 +241,7 @@ def test_requests_that_make_no_sense_are_rejected(
         ("--condition cat", ["'cat' is not a class", "0, 1, 2"]),
         ("--condition 3, ", ["'' is not a class"]),
         ("--condition nothing --guidance 2", ["guidance needs a condition"]),
+        (f"--condition {','.join(['3'] * 300)},x", ["'x' is not a class"]),
         ("--condition 3 --guidance -1", ["guidance=-1"]),
         ("--condition 3 --guide score", ["guide"]),
     ):
@@ -286,7 +288,9 @@ def test_changed_classes_are_noticed_on_resuming(
     rejected(capsys, ["train --config", config, "--out", again], "what is known of", "changed")
 
 
-def test_a_run_without_a_condition_names_none(tmp_path: Path, run: Path) -> None:
+def test_a_run_without_a_condition_names_none(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = yaml.safe_load((run.parent / "config.yaml").read_text())
     del config["model"]["condition"]
     config["model"]["predictor"]["init_args"]["network"] = network()
@@ -295,6 +299,7 @@ def test_a_run_without_a_condition_names_none(tmp_path: Path, run: Path) -> None
     metrics = read_json(tmp_path / "plain/metrics.json")
     assert metrics["condition"] == "none" and "nelbo_unconditional_bpd" not in metrics
     assert exit_code("sample", tmp_path / "plain", "--condition 3 --out", tmp_path / "x.npy") == 2
+    rejected(capsys, ["evaluate", tmp_path / "plain", "--given condition"], "takes no condition")
 
 
 def test_labels_follow_flips_and_crops(tmp_path: Path) -> None:

@@ -93,6 +93,27 @@ def test_new_rows_bring_their_known_columns(tmp_path: Path) -> None:
         )
 
 
+def test_known_columns_of_integers_are_on_the_grid_of_the_model(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(1, 7, size=(50, 3))
+    np.save(tmp_path / "rows.npy", rows)
+    table = Table(str(tmp_path / "rows.npy"), num_values=6, low=1, condition=[2])
+    description, train = table.describe(), table.split("train")
+    c = train.conditions(range(len(train)))
+    assert c is not None
+    units = from_grid(c, 6) + 1
+    torch.testing.assert_close(description.known_to_model(units.double()), c)
+    for wrong in (0.0, 7.0, 1.5):
+        with pytest.raises(UserError, match="whole numbers from 1 to 6"):
+            description.known_to_model(torch.tensor([[wrong]], dtype=torch.float64))
+
+
+def test_a_file_without_names_does_not_say_which_columns_are_known(tmp_path: Path) -> None:
+    table = Table(str(write(tmp_path / "rows.csv", values(), NAMES)), condition=["b"])
+    np.save(tmp_path / "new.npy", values(5))
+    with pytest.raises(UserError, match="no names of columns"):
+        read_like(table, str(tmp_path / "new.npy"), table.describe())
+
+
 def test_known_columns_that_do_not_exist_are_rejected(tmp_path: Path) -> None:
     path = str(write(tmp_path / "rows.csv", values(), NAMES))
     cases: list[tuple[str, Any]] = [
@@ -201,6 +222,12 @@ def test_pairs_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'train/b' is missing there"):
         ImageFolder(path, **arguments).describe()
     (tmp_path / "known/train/c.bmp").rename(tmp_path / "known/train/b.bmp")
+    for wrong, message in (
+        ({"condition": ""}, "folder of the known"),
+        ({"condition": None, "condition_channels": 1}, "needs condition="),
+    ):
+        with pytest.raises(UserError, match=message):
+            ImageFolder(path, **{**arguments, **wrong})
     with pytest.raises(UserError, match="on_error"):
         ImageFolder(path, on_error="skip", **arguments)
     with pytest.raises(UserError, match="not a folder"):
@@ -209,6 +236,37 @@ def test_pairs_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
         Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(file)
     with pytest.raises(UserError, match="9 x 9 and the others 12 x 14"):
         ImageFolder(path, **arguments).describe()
+
+
+def test_pairs_of_other_shapes_or_changed_images_are_noticed(tmp_path: Path) -> None:
+    """As many crops in all, but other ones; and classes do not hide known images."""
+    sizes = {"images": [(16, 24), (24, 16)], "known": [(24, 16), (16, 24)]}
+    for kind, shapes in sizes.items():
+        for split in ("train", "test"):
+            folder = tmp_path / kind / split
+            folder.mkdir(parents=True)
+            for number, shape in enumerate(shapes):
+                Image.fromarray(np.zeros(shape, dtype=np.uint8)).save(folder / f"{number}.png")
+    arguments: dict[str, Any] = {"channels": 1, "size": 8, "condition": str(tmp_path / "known")}
+    for crop in ("grid", "random", "center"):
+        with pytest.raises(UserError, match="different sizes"):
+            ImageFolder(str(tmp_path / "images"), crop=crop, **arguments).describe()
+
+    checksums = []
+    for value in (10, 20):
+        for kind in ("x", "c"):
+            for split in ("train", "test"):
+                for name in ("a", "b"):
+                    folder = tmp_path / "classes" / kind / split / name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    pixels = np.full((8, 8), value if kind == "c" else 5, dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / "0.png")
+        source = ImageFolder(
+            str(tmp_path / "classes/x"), channels=1, condition=str(tmp_path / "classes/c")
+        )
+        assert source.describe().classes == ("a", "b")
+        checksums.append(source.describe().condition_sha256)
+    assert checksums[0] != checksums[1]
 
 
 def test_a_model_of_images_given_images_trains_and_samples(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def load_codec_model(path: str) -> tuple[DiffusionModel, DataDescription]:
         model = Run(folder).model()
     else:
         model = DiffusionModel.from_pretrained(folder)
+    model.check_given()
     description = DataDescription.from_dict(model.info.get("data"))
     if not isinstance(model.decoder, DiscretizedGaussian) or description.num_values is None:
         raise UserError(

@@ -80,7 +80,7 @@ def wanted(
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(torch.tensor(shares), n, replacement=True, generator=generator)
         return Wanted(n, drawn, drawn)
-    if Path(text).is_file():
+    if _is_file(text):
         lines = read_text(Path(text)).splitlines()
         classes = [_index(line.strip(), names, text) for line in lines if line.strip()]
         if not classes:
@@ -100,7 +100,8 @@ def bound_to(asked: Wanted, model: DiffusionModel, guidance: float, guide: Guide
     if asked.given is None:
         if guidance != 1:
             raise UserError(
-                "guidance needs a condition: use a model that takes one, and --condition"
+                "guidance needs a condition: use a model that takes one, and not --condition"
+                " nothing"
             )
         return model
     model = model.given(asked.given)
@@ -126,7 +127,7 @@ def _vectors(
     if text is None:
         return _drawn(n, seed, train)
     columns = description.known_columns
-    in_file = Path(text).is_file()
+    in_file = _is_file(text)
     lines = read_text(Path(text)).splitlines() if in_file else [text]
     vectors = []
     for line in filter(None, (line.strip() for line in lines)):
@@ -145,15 +146,16 @@ def _vectors(
         raise UserError(
             f"condition={text}: the file is empty; write the known columns in each line"
         )
-    values = torch.tensor(vectors, dtype=torch.float64)
-    if description.known_scale:
-        offset, scale = (
-            torch.tensor(one, dtype=torch.float64)
-            for one in (description.known_offset, description.known_scale)
-        )
-        values = (values - offset) / scale
-    given = values.float() if in_file else values.float().expand(n, -1)
+    values = description.known_to_model(torch.tensor(vectors, dtype=torch.float64))
+    given = values if in_file else values.expand(n, -1)
     return Wanted(len(given), given)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _index(name: str, names: list[str], where: str) -> int:

@@ -242,6 +242,9 @@ def warn_of_changed_data(stored: object, now: DataDescription) -> None:
     if trained.sha256 != now.sha256:
         before, after = trained.sha256[:12], now.sha256[:12]
         _warn(f"the data changed since training (sha256 {before} then, {after} now)")
+    known = trained.condition_sha256, now.condition_sha256
+    if all(known) and known[0] != known[1]:
+        _warn("what is known of the data, classes or images, changed since training")
 
 
 def measure_given(
@@ -253,6 +256,8 @@ def measure_given(
         UserError: the model has no p(x), or the data have no conditions.
     """
     condition, known = evaluation.model.condition, evaluation.condition != "none"
+    if condition is None and settings.given != "both":
+        raise UserError(f"given={settings.given}: this model takes no condition; leave it out")
     if condition is None or (not known and settings.given == "both"):
         return measure(evaluation, settings, train)
     if not known and settings.given == "condition":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ndm.cli.conditions import bound_to, wanted
 from ndm.cli.parsing import run_parser
-from ndm.data import DataDescription
+from ndm.data import DataDescription, WithoutConditions
 from ndm.data.delimited import looks_like_names
 from ndm.device import Precision, autocast, pick_device
 from ndm.errors import UserError, check_whole
@@ -95,17 +95,19 @@ def sample(
     asked = wanted(
         condition, n, model, description, seed, lambda: Run(Path(run)).data().split("train")
     )
-    model = bound_to(asked, model, guidance, guide)
+    given = bound_to(asked, model, guidance, guide)
     chosen: str | Sampler | None = method
     if grid == "fitted":
         _check_fitted(method or model.default_method, eta)
         train = Run(Path(run)).data().split("train")
+        if asked.given is None:
+            train = WithoutConditions(train)
         fit = Fit(train, grid="fitted", variance="dimension")
         chosen = fitted_sampler(model, fit, steps or model.steps or 100, progress=True)
         steps = None
     options: dict[str, Any] = {"eta": eta, "solver": solver, "rtol": rtol, "atol": atol}
     with autocast(model.like.device, precision):
-        samples = model.sample(
+        samples = given.sample(
             (asked.count, *description.event_shape),
             chosen,
             seed=seed,

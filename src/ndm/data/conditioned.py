@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from ndm.data.crops import CroppedImages
@@ -111,17 +112,25 @@ def paired(images: Loaded, known: Loaded, folder: str) -> Loaded:
             f"condition={describe_value(folder)}: its images are {_size(shapes[1])} and the others"
             f" {_size(shapes[0])}; make the sizes equal, or give size="
         )
+    there, here = (
+        {n for one in part.splits.values() for n in _names(one)} for part in (images, known)
+    )
+    if there != here:
+        name = min(there ^ here)
+        raise UserError(
+            f"condition={describe_value(folder)}: images are paired by their names, and"
+            f" {describe_value(name)} is missing {'there' if name in there else 'here'}"
+        )
     for split, data in images.splits.items():
         partners = known.splits.get(split)
-        names = _names(data), [] if partners is None else _names(partners)
-        if names[0] != names[1]:
-            alone = sorted(set(names[0]) ^ set(names[1]))
-            where = "there" if alone and alone[0] in names[0] else "here"
+        if partners is None or _names(data) != _names(partners):
             raise UserError(
-                f"condition={describe_value(folder)}: images are paired by their names, and"
-                f" {describe_value(alone[0] if alone else split)} is missing {where}"
+                f"condition={describe_value(folder)}: images are paired by their names, and two"
+                f" have one name in the split {split!r}, or its classes differ"
             )
-        if partners is not None and len(data) != len(partners):
+        if isinstance(data, CroppedImages) and not (
+            isinstance(partners, CroppedImages) and np.array_equal(data.places, partners.places)
+        ):
             raise UserError(
                 f"condition={describe_value(folder)}: images of one name have different sizes in"
                 " the two folders; make them equal"

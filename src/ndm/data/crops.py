@@ -139,7 +139,7 @@ class CroppedImages(EventDataset):
             counts = np.ones_like(places)
         else:
             counts = places // side
-        self._counts = counts
+        self.places, self._counts = places, counts
         self._margins = (places - counts * side) // 2
         self._ends = np.cumsum(counts.prod(1))
         self._kept: dict[int, np.ndarray] = {}

@@ -123,6 +123,10 @@ class ImageFolder(DataSource):
         condition_channels: int | None = None,
     ):
         check_image_arguments(channels, size, on_error)
+        if condition == "":
+            raise UserError("condition='': give the folder of the known images, or leave it out")
+        if condition_channels is not None and condition is None:
+            raise UserError("condition_channels= needs condition=, the folder of the known images")
         if condition is not None and on_error != "raise":
             raise UserError("on_error=skip would separate pairs: leave it out with condition=")
         if condition_channels is not None:

@@ -109,6 +109,11 @@ def _have_size(files: Sequence[Path], channels: int, size: tuple[int, int]) -> b
 
 def _rows(source: DataSource | None, path: str, trained: DataDescription) -> Loaded:
     if trained.known_columns:
+        if trained.columns and Path(path).suffix.lower() in (".npy", ".npz"):
+            raise UserError(
+                f"{path} has no names of columns, which tell those that are known from the others:"
+                " give a text or Parquet file with names"
+            )
         whole = joined(trained)
         if isinstance(source, Table):
             source = copy(source)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ndm.decoder import from_grid
+from ndm.decoder import from_grid, to_grid
 from ndm.errors import UserError, describe_value
 
 _GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2^64
@@ -118,6 +118,29 @@ class DataDescription:
             for values in (self.offset, self.scale)
         )
         return x.double() * scale + offset
+
+    def known_to_model(self, values: Tensor) -> Tensor:
+        """Convert known columns ``(N, K)``, float64, in the source's units to what the model takes.
+
+        Raises:
+            UserError: a value of discrete data is not one of theirs.
+        """
+        if self.num_values is not None:
+            levels = values - float(self.low or 0)
+            wrong = (levels != levels.round()) | (levels < 0) | (levels >= self.num_values)
+            if bool(wrong.any()):
+                raise UserError(
+                    f"a known column is {float(values[wrong][0]):g}: {self.name} has whole numbers"
+                    f" from {self.low:g} to {self.high:g}"
+                )
+            return to_grid(levels.long(), self.num_values)
+        if self.known_scale:
+            offset, scale = (
+                torch.tensor(one, dtype=torch.float64)
+                for one in (self.known_offset, self.known_scale)
+            )
+            values = (values - offset) / scale
+        return values.float()
 
     def to_dict(self) -> dict[str, object]:
         """Return all fields in a form that JSON can store."""
@@ -354,6 +377,7 @@ def _with_labels(loaded: Loaded) -> Loaded:
     if not classes or any(one is None for one in labels.values()):
         return loaded
     checksum, shares = ContentHash(), ()
+    checksum.digest(loaded.description.condition_sha256.encode())  # of images that are known, too
     for name, indices in labels.items():
         assert indices is not None
         checksum.split(name)

@@ -102,6 +102,8 @@ class Evaluation:
     def condition(self) -> str:
         """What the model is given of each example, see :class:`Protocol`."""
         kind, given = self.model.condition, self.data.conditions(self.numbers[:1])
+        if kind is not None and self.model.fixed:
+            return "fixed"
         if kind is not None and kind.masks:
             return "none"
         return "none" if kind is None or given is None else kind.name
@@ -424,6 +426,8 @@ def has_both(model: DiffusionModel, data: EventDataset) -> bool:
     """Return whether both p(x|c) and p(x) of a model can be measured on a data set."""
     condition = model.condition
     if condition is None or condition.masks or not condition.has_null:
+        return False
+    if model.fixed or not len(data):
         return False
     return data.conditions([0]) is not None
 

@@ -35,7 +35,9 @@ class Protocol:
     seconds: float
     versions: Mapping[str, str]
     condition: str
-    """What the model was given of each example: ``none``, ``labels``, ``vector`` or ``image``."""
+    """What the model was given of each example: ``none``, ``labels``, ``vector``, ``image``, or
+    ``fixed`` if it had been bound before.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields for JSON, with those of ``about`` at the same level."""

@@ -33,6 +33,26 @@ class FromDiffusers(Part):
         self.model, self.time_scale, self.condition = model, time_scale, condition
 
     @property
+    def classes(self) -> int:
+        """Number of classes that it takes, without the null."""
+        if self.condition != "class_labels":
+            return 0
+        count = getattr(getattr(self.model, "config", None), "num_class_embeds", None)
+        if not isinstance(count, int):
+            raise AttributeError("the model does not say how many classes it has")
+        return count - 1
+
+    @property
+    def condition_dims(self) -> int:
+        """Length of the vector that it takes, without the number that is 0 for the null."""
+        if self.condition != "encoder_hidden_states":
+            return 0
+        size = getattr(getattr(self.model, "config", None), "cross_attention_dim", None)
+        if not isinstance(size, int):
+            raise AttributeError("the model does not say how long its vectors are")
+        return size - 1
+
+    @property
     def conditional(self) -> bool:
         """Whether the model takes a condition."""
         return self.condition is not None

@@ -142,7 +142,8 @@ class TransportReverse(Reverse):
     ) -> LogDensity:
         """Return log p(z_0), exact by the change of variables; no ODE is solved."""
         here = self.interpolant(z, self.process.level(0.0, z))
-        log_p = here.log_p.detach().cpu().double()
+        keep = torch.is_grad_enabled() and z.requires_grad
+        log_p = (here.log_p if keep else here.log_p.detach()).cpu().double()
         return LogDensity(log_p, log_p, z, here.origin.detach().reshape(z.shape), 1)
 
 
