@@ -164,7 +164,7 @@ def test_the_bound_is_that_of_the_missing_dimensions(
 def test_imputing_a_gaussian_has_its_conditional_moments(method: str) -> None:
     model, missing = exact(mix=False), MASKS[0]
     x = examples(1).expand(700, 3)
-    found = model.impute(x, torch.tensor(missing), method=method, steps=25, seed=0)
+    found = model.impute(x, torch.tensor(missing), method=method, steps=20, seed=0)
     mean, covariance = conditional(x[:1], missing)
     m = torch.tensor(missing)
     assert torch.equal(found[:, ~m], x[:, ~m])
@@ -174,8 +174,8 @@ def test_imputing_a_gaussian_has_its_conditional_moments(method: str) -> None:
 
 def test_f_may_mix_known_and_missing_dimensions() -> None:
     model, missing = exact(mix=True), MASKS[0]
-    x = examples(1).expand(700, 3)
-    found = model.impute(x, torch.tensor(missing), method="ode", steps=40, seed=0)
+    x = examples(1).expand(500, 3)
+    found = model.impute(x, torch.tensor(missing), method="ode", steps=30, seed=0)
     mean, covariance = conditional(x[:1], missing)
     m = torch.tensor(missing)
     torch.testing.assert_close(found[:, m].mean(0), mean[0], rtol=0, atol=0.15)
@@ -314,7 +314,7 @@ def test_a_trained_model_imputes_a_column(tmp_path: Path) -> None:
         "--model.condition ndm.MaskCondition --model.condition.event_shape [3]",
         f"--model.predictor.{net.format('predictor')} --model.predictor.network.hidden 64",
         f"--model.transform.{net.format('transform')}",
-        "--train.steps 900 --train.batch_size 256 --train.learning_rate 3e-3",
+        "--train.steps 500 --train.batch_size 256 --train.learning_rate 4e-3",
         "--train.evaluation_draws 4 --out", tmp_path / "run",
     )  # fmt: skip
     metrics = read_json(tmp_path / "run/metrics.json")

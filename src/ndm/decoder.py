@@ -78,9 +78,13 @@ class Decoder(Conditional, ABC):
             level: the level at t = 0.
         """
 
-    @abstractmethod
     def mean(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Return E[x|z_0], ``(B, *event)``; it can be differentiated."""
+        """Return E[x|z_0], ``(B, *event)``; it can be differentiated.
+
+        Raises:
+            UserError: the decoder does not define it.
+        """
+        raise UserError(f"{type(self).__name__} has no mean: define mean(z, level) for it")
 
     @abstractmethod
     def sample(

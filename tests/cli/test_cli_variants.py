@@ -9,7 +9,7 @@ import pytest
 
 import ndm
 from cli.commands import run_command
-from ndm.data import TwoMoons
+from ndm.data import TwoMoons, spread
 
 SHORT = {
     "train.steps": "4",
@@ -54,7 +54,7 @@ def test_evaluate_returns_the_bound_and_the_likelihood(run: Path, tmp_path: Path
     run_command("evaluate", run, options, "--json", record, "--csv", table)
     model = ndm.DiffusionModel.from_pretrained(run / "model").eval()
     points = TwoMoons().split("test")
-    x = points[[index * len(points) // 4 for index in range(4)]]
+    x = points[spread(len(points), 4)]
     settings = ndm.OdeSettings("rk4", nodes=8)
     likelihood = model.log_likelihood(x, dequantization="none", settings=settings)
     with table.open() as file:

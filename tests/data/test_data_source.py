@@ -257,9 +257,3 @@ def test_examples_that_are_spread_are_from_every_column_of_a_grid(period: int) -
     found = torch.tensor(spread(1000 * period, 1000)) % period
     shares = found.bincount(minlength=period) / 1000
     torch.testing.assert_close(shares, torch.full((period,), 1 / period), rtol=0, atol=0.01)
-
-
-def test_a_description_of_a_newer_version_can_be_read() -> None:
-    description = Digits().describe()
-    record = {**description.to_dict(), "of_the_future": [1, 2]}
-    assert type(description).from_dict(record) == description

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ndm.data import EventDataset
+from ndm.data import EventDataset, spread
 from ndm.decoder import GaussianDecoder
 from ndm.errors import UserError
 from ndm.evaluation.calibrate import best_eta, best_variance_ratio
@@ -179,4 +179,4 @@ def test_fits_use_examples_spread_over_the_data() -> None:
 
     data = Counting(points(100).x)
     best_variance_ratio(model(), data, 2, examples=10, batch_size=4)
-    assert data.seen == list(range(0, 100, 10))
+    assert data.seen == spread(100, 10)

@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
 from cli.commands import run_command
-from ndm.data import Mixture
+from ndm.data import Mixture, spread
 from ndm.decoder import GaussianDecoder
 from ndm.model import NDM
 from ndm.ode import OdeSettings
@@ -86,7 +86,7 @@ def test_the_excess_likelihood_is_relative_to_the_true_density(
     assert isinstance(source, Mixture)
     test = source.split("test")
     points, settings = 48, OdeSettings(nodes=16)
-    indices = [index * len(test) // points for index in range(points)]
+    indices = spread(len(test), points)
     x = test.__getitems__(indices)
     nll = -model.log_likelihood(x, settings=settings, seed=3, examples=indices).log_p.numpy()
     parts = [multivariate_normal(mean, 0.25**2).pdf(x.double().numpy()) for mean in source.means]

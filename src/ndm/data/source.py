@@ -20,7 +20,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -153,18 +153,14 @@ class DataDescription:
     def from_dict(cls, fields_of: object) -> "DataDescription":
         """Restore the description that :meth:`to_dict` returned.
 
-        Entries that this version does not know are ignored.
-
         Raises:
             UserError: ``fields_of`` is not such a description.
         """
         try:
             values: dict[str, Any] = dict(fields_of)  # type: ignore[call-overload]
-            known = {one.name for one in fields(cls)}
             values = {
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in values.items()
-                if key in known
             }
             description = cls(**values)
         except (TypeError, ValueError) as error:
