@@ -155,6 +155,9 @@ def test_one_compiled_graph_serves_every_condition() -> None:
     assert len(set(losses)) == 3 and len(graphs) == 1
     without = losses_and_gradients(model, TrainingTerms(model), x)
     assert float(without["loss"]) == pytest.approx(losses[-1])
+    losses_and_gradients(model, plain, x, torch.tensor([1, 2, 3, 4]))
+    after = losses_and_gradients(model, plain, x)
+    assert float(after["loss"]) == pytest.approx(losses[-1]), "an earlier condition remains"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -44,7 +44,7 @@ class TrainingTerms:
     def __init__(self, model: DiffusionModel, wrap: Wrapper | None = None):
         self.model, self._wrap = model, wrap
         self._c: Tensor | None = None
-        self._compute = self._function(model)
+        self._plain = self._given = self._function(model)
 
     def _function(self, model: DiffusionModel) -> Callable[[Tensor, BoundDraw], Terms]:
         def terms(x: Tensor, draw: BoundDraw) -> Terms:
@@ -56,13 +56,14 @@ class TrainingTerms:
 
     def __call__(self, x: Tensor, draw: BoundDraw, c: Tensor | None = None) -> Terms:
         """Return the terms for ``x`` ``(B, *event)``, and its condition as networks see it."""
-        if c is not None:
-            # One tensor holds the condition of every step, so that a compiled function stays valid.
-            if self._c is None or self._c.shape != c.shape or self._c.device != c.device:
-                self._c = c.clone()
-                self._compute = self._function(self.model.bind(self._c))
-            self._c.copy_(c)
-        return self._compute(x, draw)
+        if c is None:
+            return self._plain(x, draw)
+        # One tensor holds the condition of every step, so that a compiled function stays valid.
+        if self._c is None or self._c.shape != c.shape or self._c.device != c.device:
+            self._c = c.clone()
+            self._given = self._function(self.model.bind(self._c))
+        self._c.copy_(c)
+        return self._given(x, draw)
 
 
 def compiled(terms: TrainingTerms, cuda_graphs: bool = False, **options: Any) -> TrainingTerms:
