@@ -9,6 +9,9 @@ import pytest
 import torch
 import yaml
 
+from ndm.data import Digits
+from ndm.quality import Classifier, train_classifier
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by commands in the background
 
@@ -61,6 +64,18 @@ TINY: dict[str, Any] = {
         "sample_steps": 4,
     },
 }
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    """The digits of scikit-learn."""
+    return Digits()
+
+
+@pytest.fixture(scope="module")
+def classifier(digits: Digits) -> Classifier:
+    """A small classifier of the digits."""
+    return train_classifier(digits, seed=0, steps=150)
 
 
 @pytest.fixture

@@ -235,16 +235,6 @@ def test_files_that_are_not_feature_networks_are_rejected(tmp_path: Path) -> Non
         torchscript_features(wide, (1, 2, 2), "unit")
 
 
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return Digits()
-
-
-@pytest.fixture(scope="module")
-def classifier(digits: Digits) -> Classifier:
-    return train_classifier(digits, seed=0, steps=150)
-
-
 def count_errors(data: EventDataset, model: Classifier) -> int:
     assert data.labels is not None
     return int((model(data.__getitems__(list(range(len(data))))).argmax(1) != data.labels).sum())

@@ -16,19 +16,8 @@ from ndm.quality import (
     classifier_features,
     classify,
     measures,
-    train_classifier,
 )
 from oracles import F64
-
-
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return Digits()
-
-
-@pytest.fixture(scope="module")
-def classifier(digits: Digits) -> Classifier:
-    return train_classifier(digits, seed=0, steps=150)
 
 
 def images(digits: Digits, split: str) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ class SamplingModel(ConditionalModel, ABC):
         self.check_given()
         self.check_count(count)
         sampler = self._sampler(method, steps, eta, solver, rtol, atol)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = _seed(seed)
         if batch_size is None:
             return self._sample((count, *event), sampler, seed, progress, guidance, guide)
         check_whole("batch_size", batch_size, 1)
@@ -185,8 +185,7 @@ class SamplingModel(ConditionalModel, ABC):
         if steps is None and not isinstance(method, Sampler):
             steps = max(1, math.ceil(t * (self.steps or 100) - 1e-9))
         sampler = self._sampler(method, steps, eta, None, 1e-4, 1e-4)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        generator = torch.Generator(z.device).manual_seed(seed)
+        generator = torch.Generator(z.device).manual_seed(_seed(seed))
         with evaluation_mode(self), torch.set_grad_enabled(differentiable):
             z = sampler(self._reverse(guidance, guide), z, generator, progress, float(t))
             return self._decoded(z, generator, decode)
@@ -216,13 +215,11 @@ class SamplingModel(ConditionalModel, ABC):
         """
         count, *event = sample_shape(shape, self.info.get("data"))
         self.check_given()
-        reverse, like = self.reverse_process, self.like
+        reverse = self.reverse_process
         reverse.check_eta(0.0)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        generator = torch.Generator(like.device).manual_seed(seed)
+        generator = torch.Generator(self.like.device).manual_seed(_seed(seed))
         with evaluation_mode(self), torch.no_grad():
-            z = like.new_empty(self.transform.latent_shape(like.new_empty((count, *event))))
-            noise = masked(standard_normal(z, generator), self.process.missing)
+            noise = self._noise((count, *event), generator)
             return ode_log_prob(reverse, noise, settings, generator, progress, from_noise=True)
 
     def _reverse(self, guidance: float, guide: Guide) -> Reverse:
@@ -249,8 +246,7 @@ class SamplingModel(ConditionalModel, ABC):
             x = self.decoder.mean(z, level)
         else:
             x = self.decoder.sample(z, level, generator)
-        missing = self.process.missing
-        return x if missing is None else masked(x, missing) + self.process.known.to(x)
+        return self.with_known(x)
 
     def impute(self, x: Tensor, missing: Tensor, **options: Any) -> Tensor:
         """Draw the missing dimensions of each example from p(x_missing|x_known).
@@ -313,10 +309,18 @@ class SamplingModel(ConditionalModel, ABC):
         guidance: float,
         guide: Guide,
     ) -> Tensor:
-        like = self.like
-        generator = torch.Generator(like.device).manual_seed(seed)
+        generator = torch.Generator(self.like.device).manual_seed(seed)
         with evaluation_mode(self):
-            z = like.new_empty(self.transform.latent_shape(like.new_empty(shape)))
-            noise = masked(standard_normal(z, generator), self.process.missing)
+            noise = self._noise(shape, generator)
             z = sampler(self._reverse(guidance, guide), noise, generator, progress)
             return self._decoded(z, generator, "sample")
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Draw z_1 for data of this shape, ``(B, *latent)``; 0 in known dimensions."""
+        z = self.like.new_empty(self.transform.latent_shape(self.like.new_empty(shape)))
+        return masked(standard_normal(z, generator), self.process.missing)
+
+
+def _seed(seed: int | None) -> int:
+    """Return the seed, or one from PyTorch's global generator."""
+    return int(torch.randint(2**62, ())) if seed is None else seed

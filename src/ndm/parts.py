@@ -69,6 +69,11 @@ class Conditional(Part):
         assert self.c is not None
         return self.c[:, : self.c.shape[1] // 2]
 
+    def with_known(self, x: Tensor) -> Tensor:
+        """Return x ``(B, *event)`` with known values in their places; unchanged without masks."""
+        missing = self.missing
+        return x if missing is None else masked(x, missing) + self.known.to(x)
+
     @property
     def conditional(self) -> bool:
         """Whether this part takes a condition, by its network or by a part inside."""

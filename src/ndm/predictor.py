@@ -91,21 +91,14 @@ class Predictor(DataPredictor):
     def forward(self, z: Tensor, level: NoiseLevel) -> Tensor:
         if self.learned_variance:
             return self.with_variance(z, level)[0]
-        return self._filled(self.read(self._output(z, level, z.shape), z, level))
-
-    def _filled(self, prediction: Tensor) -> Tensor:
-        """Return the prediction with the known values in their places."""
-        missing = self.missing
-        if missing is None:
-            return prediction
-        return masked(prediction, missing) + self.known.to(prediction)
+        return self.with_known(self.read(self._output(z, level, z.shape), z, level))
 
     def with_variance(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor | None]:
         if not self.learned_variance:
             return self(z, level), None
         output, log_factor = self.two_outputs(z, level)
         share = expand(torch.sigmoid(level.gamma), z)  # sigma²/(alpha² + sigma²)
-        return self._filled(self.read(output, z, level)), share * torch.exp(
+        return self.with_known(self.read(output, z, level)), share * torch.exp(
             log_factor.clamp(-20, 20)
         )
 
@@ -132,7 +125,7 @@ class Predictor(DataPredictor):
         """
         first, second = self.two_outputs(z, level)
         first, second = self.read(first, z, level), self.read(second, z, level)
-        return self._filled(first), self._filled(second)
+        return self.with_known(first), self.with_known(second)
 
     def two_outputs(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Return both outputs of such a network, each ``(B, *event)``, before :meth:`read`."""

@@ -65,10 +65,11 @@ def wanted(
     if text == NOTHING or (text is None and model.condition.masks):
         model.condition.encode(None)  # raises an error if the model has no p(x)
         return Wanted(n)
-    if isinstance(model.condition, ImageCondition) and text is None:
+    columns = isinstance(model.condition, VectorCondition) and bool(description.known_columns)
+    if text is None and (columns or isinstance(model.condition, ImageCondition)):
         return _drawn(n, seed, train)
-    if isinstance(model.condition, VectorCondition) and description.known_columns:
-        return _vectors(text, n, description, seed, train)
+    if text is not None and columns:
+        return _vectors(text, n, description)
     names = [str(name) for name in description.classes]
     if not isinstance(model.condition, ClassCondition) or not names:
         raise UserError(
@@ -116,16 +117,8 @@ def _drawn(n: int, seed: int, train: Callable[[], EventDataset]) -> Wanted:
     return Wanted(n, rows.conditions(drawn))
 
 
-def _vectors(
-    text: str | None,
-    n: int,
-    description: DataDescription,
-    seed: int,
-    train: Callable[[], EventDataset],
-) -> Wanted:
+def _vectors(text: str, n: int, description: DataDescription) -> Wanted:
     """Return known columns, in the units of the data, as the model takes them."""
-    if text is None:
-        return _drawn(n, seed, train)
     columns = description.known_columns
     in_file = _is_file(text)
     lines = read_text(Path(text)).splitlines() if in_file else [text]

@@ -167,7 +167,7 @@ class DiT(Part):
             inputs = torch.cat([inputs, context], 1)
         of_image = self.condition_channels > 0 or self.masked
         if of_image and c is not None:
-            inputs = torch.cat([inputs, c.expand(-1, -1, *x.shape[2:])], 1)
+            inputs = torch.cat([inputs, c], 1)
         rows, columns, side = x.shape[2] // self.patch, x.shape[3] // self.patch, self.patch
         # (B, channels, rows, side, columns, side)
         patches = inputs.unflatten(3, (columns, side)).unflatten(2, (rows, side))

@@ -199,7 +199,7 @@ class UNet(Part):
             inputs = self.features(x)
         of_image = self.condition_channels > 0 or self.masked
         if of_image and c is not None:
-            inputs = torch.cat([inputs, c.expand(-1, -1, *x.shape[2:])], 1)
+            inputs = torch.cat([inputs, c], 1)
         h = self.first(inputs.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for module in self.down:
